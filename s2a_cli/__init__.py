@@ -1,0 +1,3 @@
+"""s2a: fine-tune pretrained vision backbones in little memory."""
+
+__version__ = "0.1.0"

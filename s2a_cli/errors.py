@@ -1,0 +1,14 @@
+"""The one exception that means "the input was wrong"; the command line prints it as one line and exits with 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: what was wrong, and what would be right."""
+
+
+def nearest(word: str, accepted: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the accepted word closest to `word`, or an empty string."""
+    match = difflib.get_close_matches(word, list(accepted), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
