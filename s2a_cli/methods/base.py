@@ -1,0 +1,37 @@
+"""What every method is: a small class that says what is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from omegaconf import MISSING
+
+if TYPE_CHECKING:
+    from s2a_cli.backbones import Backbone
+
+
+class Method:
+    """Says which parameters of a backbone are trained, and which modules are added to it.
+
+    A method's file defines one subclass, `METHOD = Subclass`, whose docstring's first line is its line in `s2a ls`.
+    """
+
+    @dataclass
+    class Config:
+        name: str = MISSING
+        lr: float = 1e-3  # the default of optim.lr with AdamW
+        blocks: str = "all"  # all | last:K: the blocks that are adapted; below them nothing is kept for backward
+
+    trains_statistics: ClassVar[bool] = False  # True: BatchNorm's running statistics move as well
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def attach(self, backbone: Backbone) -> None:
+        """Unfreezes parameters of `backbone` and adds modules to it, in place.
+
+        At the call every parameter is frozen but the head's. Afterwards the function computed is still the pretrained one.
+        Raises UserError for settings that do not fit this backbone.
+        """
+        raise TypeError(f"{type(self).__name__} does not say what it attaches")
