@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 class Method:
     """Says which parameters of a backbone are trained, and which modules are added to it.
 
-    A method's file defines one subclass, `METHOD = Subclass`, whose docstring's first line is its line in `s2a ls`.
+    A method's file defines one subclass, and `METHOD = Subclass`; the first line of its docstring stands in `s2a ls`.
     """
 
     @dataclass
     class Config:
         name: str = MISSING
-        lr: float = 1e-3  # the default of optim.lr with AdamW
+        lr: float = MISSING  # the default of optim.lr
+
+    @dataclass
+    class BlocksConfig(Config):
         blocks: str = "all"  # all | last:K: the blocks that are adapted; below them nothing is kept for backward
 
     trains_statistics: ClassVar[bool] = False  # True: BatchNorm's running statistics move as well

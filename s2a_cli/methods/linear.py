@@ -1,19 +1,15 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from s2a_cli.methods.base import Method
 
 
 class Linear(Method):
-    """Linear probe: the classification head alone."""
+    """linear probe: the classification head alone"""
 
-    @dataclass
-    class Config(Method.Config):
-        pass
+    Config = Method.Config
 
     def attach(self, backbone):
-        pass
+        pass  # the head is always trained
 
 
 METHOD = Linear

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from s2a_cli.backbones import Backbone, Hidden
+from s2a_cli.errors import UserError
+from s2a_cli.methods.base import Method
+
+
+class LowRankPrompt(nn.Module):
+    """y = x + A B for a hidden state x of N positions and C channels, A [N, r], B [r, C], shared over the batch.
+
+    With G = dL/dy summed over the batch, dA = G B^T, dB = A^T G and dx = dL/dy: the backward pass needs no activation.
+    A ~ N(0, 0.02), B = 0, so that y = x at the start. Source: S2A (arXiv 2503.08154), low-rank prompt; shapes and
+    initialisation are our reconstruction.
+    """
+
+    def __init__(self, hidden: Hidden, rank: int):
+        super().__init__()
+        self.hidden = hidden
+        self.A = nn.Parameter(torch.empty(hidden.positions, rank).normal_(std=0.02))
+        self.B = nn.Parameter(torch.zeros(rank, hidden.channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.hidden.from_tokens(self.A @ self.B).to(x.dtype)
+
+    def on_block_input(self, block: nn.Module, inputs: tuple) -> tuple:
+        return (self(inputs[0]), *inputs[1:])
+
+
+def add_prompts(backbone: Backbone, blocks: str, rank: int) -> None:
+    """Adds a low-rank prompt at the input of every adapted block. Raises UserError for a rank above a block's width."""
+    prompts = nn.ModuleList()
+    for block in backbone.adapted_blocks(blocks):
+        limit = min(block.input.channels, block.input.positions)
+        if rank > limit:
+            raise UserError(
+                f"rank={rank} of the low-rank prompt is larger than block {block.name} allows:"
+                f" its input has {block.input.positions} positions and {block.input.channels} channels, so at most {limit}"
+            )
+        prompts.append(LowRankPrompt(block.input, rank))
+        block.module.register_forward_pre_hook(prompts[-1].on_block_input)
+    backbone.add("prompt", prompts)
+
+
+class Prompt(Method):
+    """low-rank prompt (LRP): a learnable A B added to the hidden state at the input of every block"""
+
+    @dataclass
+    class Config(Method.BlocksConfig):
+        rank: int = 8
+
+    def attach(self, backbone):
+        add_prompts(backbone, self.config.blocks, self.config.rank)
+
+
+METHOD = Prompt

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from s2a_cli.errors import UserError
+from s2a_cli.methods.base import Method
+from s2a_cli.methods.bias import tune_biases
+from s2a_cli.methods.prompt import add_prompts
+from s2a_cli.methods.side import SideConfig, add_side
+
+
+@dataclass
+class PromptConfig:
+    rank: int = 8
+
+
+class S2A(Method):
+    """S2A (arXiv 2503.08154): bias + low-rank prompt + lite side branch; each part can be switched off or tuned"""
+
+    @dataclass
+    class Config(Method.BlocksConfig):
+        bias: bool = True
+        prompt: PromptConfig | None = field(default_factory=PromptConfig)  # null: without
+        side: SideConfig | None = field(default_factory=SideConfig)  # null: without
+
+    def attach(self, backbone):
+        config = self.config
+        if not (config.bias or config.prompt or config.side):
+            raise UserError("method=s2a with bias, prompt and side all switched off trains only the head: that is method=linear")
+        if config.bias:
+            tune_biases(backbone, config.blocks)
+        if config.prompt:
+            add_prompts(backbone, config.blocks, config.prompt.rank)
+        if config.side:
+            add_side(backbone, config.blocks, config.side)
+
+
+METHOD = S2A
