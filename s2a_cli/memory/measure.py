@@ -1,0 +1,66 @@
+"""Memory of a training step as CUDA's caching allocator counts it. One process a run; evaluation is not measured."""
+
+from __future__ import annotations
+
+import torch
+
+from s2a_cli.memory.result import MIB, Memory
+
+CONTEXT_MIB = 1024  # what this process may hold outside of PyTorch's allocator: the CUDA context, cuBLAS, cuDNN, NCCL
+
+
+def device_is_idle(device: torch.device) -> bool:
+    """Whether nothing but this process holds memory on `device`, as far as the driver can tell.
+
+    Counts bytes instead of processes, because inside a container the driver knows other process ids than we do.
+    Another process with less than `CONTEXT_MIB` less our own context stays unseen.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device) < CONTEXT_MIB * MIB
+
+
+class CudaMeter:
+    """Watches the steps of a training loop from outside and keeps the highest figures after the warm-up.
+
+    A step is `step_begins()`, images to the device, forward, `after_forward()`, backward, update, `step_ends()`.
+    Gradients must be released (set to None) between steps, and nothing of a step, such as its images, be alive when
+    the next begins. The allocator counts on the host and in the order of the calls: nothing needs to be synchronised.
+    """
+
+    def __init__(self, device: torch.device, warmup: int = 3) -> None:
+        self._device = device
+        self._warmup = warmup  # steps: the optimiser's state, cuDNN's choice of algorithms
+        self._steps = 0
+        self._static = self._kept = self._peak = self._reserved = 0  # bytes
+
+    def step_begins(self) -> None:
+        self._after_forward_seen = False
+        if self._steps >= self._warmup:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._begin = torch.cuda.memory_allocated(self._device)
+            self._static = max(self._static, self._begin)
+
+    def after_forward(self) -> None:
+        """Of several micro-batches the first counts: later ones find gradients beside what is kept."""
+        if self._steps >= self._warmup and not self._after_forward_seen:
+            self._kept = max(self._kept, torch.cuda.memory_allocated(self._device) - self._begin)
+            self._after_forward_seen = True
+
+    def step_ends(self) -> None:
+        if self._steps >= self._warmup:
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device))
+            self._reserved = max(self._reserved, torch.cuda.max_memory_reserved(self._device))
+        self._steps += 1
+
+    @property
+    def memory(self) -> Memory | None:
+        """The figures so far; None until a step after the warm-up has ended."""
+        if self._steps <= self._warmup:
+            return None
+        return Memory(
+            "measured-cuda",
+            peak_mib=self._peak / MIB,
+            static_mib=self._static / MIB,
+            kept_mib=self._kept / MIB,
+            reserved_mib=self._reserved / MIB,
+        )
