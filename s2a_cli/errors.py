@@ -12,3 +12,7 @@ def nearest(word: str, accepted: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the accepted word closest to `word`, or an empty string."""
     match = difflib.get_close_matches(word, list(accepted), n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+class RunError(Exception):
+    """A run failed for a reason that one line can tell; exit code 1."""

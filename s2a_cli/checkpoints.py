@@ -1,0 +1,55 @@
+"""What a run saves: its trainable tensors (not the backbone), as safetensors, written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from s2a_cli.errors import UserError
+from s2a_cli.records import atomic_write
+
+FILE = "trainable.safetensors"
+
+
+def trainable_state(model: nn.Module, statistics: bool = False) -> dict[str, Tensor]:
+    """Copies on the CPU of what a run changes: trainable parameters and, with `statistics`, persistent buffers."""
+    changed = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if statistics:
+        changed |= model.state_dict().keys() - dict(model.named_parameters()).keys()
+    return {name: t.detach().cpu().clone() for name, t in model.state_dict().items() if name in changed}
+
+
+def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copies such a state back into the model."""
+    model.load_state_dict(state, strict=False)
+
+
+def save(folder: Path, state: dict[str, Tensor], weights: str) -> None:
+    """Writes a state to a run's folder with the fingerprint of the backbone weights that it belongs to."""
+    atomic_write(folder / FILE, safetensors.torch.save(state, metadata={"weights": weights}))
+
+
+def load(folder: Path, model: nn.Module, weights: str, statistics: bool = False) -> None:
+    """Loads a run's tensors into a model to which the run's method is attached.
+
+    Raises UserError when the file is missing, damaged, of another model, or trained on other backbone weights.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the run has saved no tensors")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            trained_on = (file.metadata() or {}).get("weights")
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+    expected = trainable_state(model, statistics)
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
+        odd = sorted(state.keys() ^ expected.keys()) or [k for k in state if state[k].shape != expected[k].shape]
+        raise UserError(f"{path}: its tensors are not those of this backbone and method (first difference: {odd[0]})")
+    if trained_on != weights:
+        raise UserError(f"{path}: trained on backbone weights {trained_on}, but the config's have the fingerprint {weights}")
+    restore(model, state)

@@ -1,0 +1,152 @@
+"""The record of a run: `result.json`, documented key by key, and the identity under which a run is known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any, TypedDict
+
+from omegaconf import DictConfig, OmegaConf
+
+from s2a_cli import __version__
+from s2a_cli.errors import UserError
+
+SCHEMA = 1
+
+# Settings that do not change what a run computes: where it runs, where its files lie, what it logs.
+NOT_IDENTITY = ("device", "workers", "tensorboard", "run_dir", "dataset.root", "dataset.download", "backbone.checkpoint")
+
+
+class Accuracy(TypedDict):
+    val_top1: float | None  # %, of the best epoch; null without a validation split
+    test_top1: float | None  # %
+    test_top5: float | None  # %; null with fewer than 6 classes
+    best_epoch: int | None  # 1 is the first
+
+
+class Parameters(TypedDict):
+    total: int
+    trainable: int  # head apart
+    head: int
+    percent: float  # trainable, as % of the backbone without its head
+
+
+class MemoryRecord(TypedDict):
+    kind: str  # measured-cuda | predicted
+    peak_mib: float  # of a training step
+    static_mib: float  # weights, buffers, optimiser state
+    kept_mib: float  # for the backward pass: after the forward pass, less static
+    full_finetune_peak_mib: float  # of full fine-tuning, same backbone, batch and precision, quant=none
+    reserved_mib: float | None  # measured-cuda only: what the allocator took from the device
+    full_finetune_kind: str  # predicted
+
+
+class Throughput(TypedDict):
+    train_images_per_second: float | None  # median over the steps after the first three
+
+
+class Data(TypedDict):
+    name: str  # of the data set in tables
+    revision: str  # hash of the data's content
+    classes: list[str]
+    train: int  # images
+    val: int
+    test: int
+
+
+class Result(TypedDict):
+    schema: int
+    id: str  # 12 hex digits, see identity()
+    status: str  # ok | oom | failed | interrupted
+    error: str | None  # one line
+    config: dict[str, Any]  # resolved
+    accuracy: Accuracy
+    parameters: Parameters
+    memory: MemoryRecord | None
+    throughput: Throughput
+    data: Data
+    weights: str  # fingerprint of the pretrained tensors
+    environment: dict[str, Any]
+
+
+def identity(config: DictConfig, revision: str, weights: str) -> str:
+    """12 hex digits: SHA-256 of the resolved config less NOT_IDENTITY, the data's revision, the weights and the schema."""
+    kept = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    for key in NOT_IDENTITY:
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(kept, parent) if parent else kept
+        node.pop(name, None)
+    content = {"config": OmegaConf.to_container(kept), "data": revision, "weights": weights, "schema": SCHEMA}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions and machine, as far as they bear on a run's figures."""
+    import timm
+    import torch
+
+    cuda = device.startswith("cuda")
+    return {
+        "s2a": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Writes a file whole or not at all: a temporary file in the same folder, moved into place."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def make_run_dir(path: Path) -> Path:
+    """Creates a run's folder. Raises UserError when nothing can be written there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"run_dir={path}: can't be written to ({error.strerror}); set run_dir= to a folder that can") from None
+    return path
+
+
+def write_result(folder: Path, result: Result) -> None:
+    atomic_write(folder / "result.json", json.dumps(result, indent=2, default=str) + "\n")
+
+
+def read_result(folder: Path) -> Result:
+    """The record in a run's folder. Raises UserError when there is none or it can't be read."""
+    path = Path(folder) / "result.json"
+    try:
+        result = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no result.json there; give the folder of a run") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read ({error})") from None
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+        raise UserError(f"{path}: not a result of schema {SCHEMA}")
+    return result

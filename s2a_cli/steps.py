@@ -1,0 +1,82 @@
+"""One optimisation step, the same for training, for the prediction of its memory and for benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from s2a_cli.activations import remember
+from s2a_cli.config import OptimConfig, RunConfig
+
+AUTOCAST = {"amp-bf16": torch.bfloat16, "amp-fp16": torch.float16}
+
+
+def weight_dtype(precision: str) -> torch.dtype:
+    """What the weights are stored in: bf16 under `bf16`, fp32 otherwise."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def make_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
+    """AdamW or SGD over the trainable parameters; weight decay on weight matrices only, never on biases, norms, prompts."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = {name for name, p in named if name.endswith("weight") and p.ndim > 1}
+    groups = [
+        {"params": [p for name, p in named if name in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "sgd":
+        return SGD(groups, lr=config.lr, momentum=config.momentum)
+    return AdamW(groups, lr=config.lr)
+
+
+class Step:
+    """Forward, backward and update of one batch under a run's precision, quantisation and accumulation.
+
+    Call: step(model, optimizer, images [B, 3, H, W] normalised fp32, targets [B] or [B, classes]) -> mean loss (detached
+    scalar). `after_forward` is called after each forward pass, when all that is kept for the backward pass is alive.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device):
+        self.optim, self.device = config.optim, device
+        self.autocast_dtype = AUTOCAST.get(config.precision)
+        self.dtype = weight_dtype(config.precision)
+        self.remember = lambda: remember(config.quant)
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp-fp16")
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
+
+    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """[B, classes] in fp32."""
+        with self.autocast():
+            return model(images.to(self.dtype)).float()
+
+    def __call__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        images: Tensor,
+        targets: Tensor,
+        after_forward: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        total = torch.zeros((), device=images.device)
+        size = self.optim.micro_batch or len(images)
+        for part, target in zip(images.split(size), targets.split(size)):
+            with self.remember():
+                loss = self.criterion(self.logits(model, part), target) * (len(part) / len(images))
+            after_forward()
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        if self.optim.clip_grad:
+            self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), self.optim.clip_grad)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return total
