@@ -145,20 +145,24 @@ def build(config: BackboneConfig, num_classes: int, *, meta: bool = False) -> Ba
     from_hub = config.pretrained and not config.checkpoint and not meta
     with torch.device("meta" if meta else "cpu"):
         model = _create(config, num_classes, from_hub)
-    if config.checkpoint and config.pretrained and not meta:
-        load_checkpoint(model, config.checkpoint)
-    image = _image_config(model, config)
-    native = model.pretrained_cfg["input_size"][-1]
-    given = config.kwargs.get("img_size", native)
-    if image.size != given:
-        if hasattr(model, "set_input_size"):
-            try:
-                model.set_input_size(img_size=(image.size, image.size))
-            except (AssertionError, ValueError, RuntimeError) as error:
-                raise UserError(f"backbone.image_size={image.size}: {config.timm} can't take it: {error}") from None
-        elif model.pretrained_cfg.get("fixed_input_size"):
-            raise UserError(f"backbone.image_size={image.size}: {config.timm} takes {native} only")
+        if config.checkpoint and config.pretrained and not meta:
+            load_checkpoint(model, config.checkpoint)
+        image = _image_config(model, config)
+        _set_image_size(model, image.size, config)
     return Backbone(model, image)
+
+
+def _set_image_size(model: nn.Module, size: int, config: BackboneConfig) -> None:
+    native = config.kwargs.get("img_size", model.pretrained_cfg["input_size"][-1])
+    if size == native:
+        return
+    if hasattr(model, "set_input_size"):  # resamples position embeddings, sets windows
+        try:
+            model.set_input_size(img_size=(size, size))
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise UserError(f"backbone.image_size={size}: {config.timm} can't take it: {error}") from None
+    elif model.pretrained_cfg.get("fixed_input_size"):
+        raise UserError(f"backbone.image_size={size}: {config.timm} takes {native} only")
 
 
 def _create(config: BackboneConfig, num_classes: int, from_hub: bool) -> nn.Module:
@@ -209,8 +213,15 @@ def _trace(model: nn.Module, image_size: int) -> tuple[list[Block], dict[str, in
     order: dict[str, int] = {}
     states: dict[str, tuple[Tensor, Tensor]] = {}
     names = {module: name for name, module in model.named_modules()}
-    handles = [m.register_forward_pre_hook(lambda m, _: order.setdefault(names[m], len(order)) and None) for m in names]
-    handles += [m.register_forward_hook(lambda m, i, o: states.update({names[m]: (i[0], o)})) for _, m in modules]
+
+    def begins(module: nn.Module, _) -> None:
+        order.setdefault(names[module], len(order))
+
+    def ends(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        states[names[module]] = inputs[0], output
+
+    handles = [module.register_forward_pre_hook(begins) for module in names]
+    handles += [module.register_forward_hook(ends) for _, module in modules]
     training = model.training
     parameter = next(model.parameters())
     image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)

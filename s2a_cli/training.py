@@ -43,12 +43,16 @@ class Run:
     def model(self) -> nn.Module:
         return self.backbone.model
 
-    def batches(self, split: str, epoch: int = 0, train: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    def loader(self, split: str, train: bool = False) -> data.Loader:
         config, dataset = self.config, getattr(self.splits, split)
-        transform = data.build_transform(self.backbone.image, config.dataset, train=train)
-        workers = config.workers if config.workers is not None else (0 if self.device.type == "cpu" else 4)
         return data.loader(
-            dataset, transform, config.optim.batch_size, seed=config.seed, epoch=epoch, train=train, workers=workers
+            dataset,
+            data.build_transform(self.backbone.image, config.dataset, train),
+            config.optim.batch_size,
+            seed=config.seed,
+            train=train,
+            workers=config.workers,
+            pin_memory=self.device.type == "cuda",
         )
 
     def train_mode(self) -> None:
@@ -148,7 +152,8 @@ def _fit(run: Run, folder: Path, result: records.Result) -> None:
     """Trains, keeps the tensors of the epoch with the best validation accuracy, tests these once."""
     config, optim = run.config, run.config.optim
     step, optimizer = Step(config, run.device), make_optimizer(optim, run.model)
-    per_epoch = math.ceil(len(run.splits.train) / optim.batch_size)
+    loader, validation = run.loader("train", train=True), run.loader("val")
+    per_epoch = len(loader)
     schedule = LambdaLR(optimizer, lr_factor(config, per_epoch))
     mix = mixing(config, len(run.splits.classes))
     meter = memory.CudaMeter(run.device, WARMUP_STEPS) if run.device.type == "cuda" else None
@@ -160,9 +165,10 @@ def _fit(run: Run, folder: Path, result: records.Result) -> None:
         for epoch in range(1, optim.epochs + 1):
             run.train_mode()
             begun, losses, seen = time.perf_counter(), 0.0, 0
-            for index, (images, targets) in enumerate(run.batches("train", epoch, train=True)):
+            loader.epoch = epoch
+            for index, (images, targets) in enumerate(loader):
                 number = (epoch - 1) * per_epoch + index
-                torch.manual_seed(hash((config.seed, epoch, index)))  # dropout and mixing: f(seed, epoch, step)
+                torch.manual_seed(data.mix(config.seed, epoch, index))  # dropout and mixing: f(seed, epoch, step)
                 started = time.perf_counter()
                 if meter:
                     meter.step_begins()
@@ -179,7 +185,7 @@ def _fit(run: Run, folder: Path, result: records.Result) -> None:
                     rates.append(count / (time.perf_counter() - started))
                 losses, seen = losses + loss * count, seen + count
                 progress.advance(count, epoch=f"{epoch}/{optim.epochs}", loss=f"{losses / seen:.3f}")
-            scores = accuracy(run, "val") if len(run.splits.val) else {}
+            scores = accuracy(run, validation) if len(run.splits.val) else {}
             if not scores or scores["top1"] > best:
                 best = scores.get("top1", best)
                 best_state = checkpoints.trainable_state(run.model, run.statistics)
@@ -205,7 +211,7 @@ def _fit(run: Run, folder: Path, result: records.Result) -> None:
     if meter and meter.memory:
         result["memory"] = meter.memory.as_dict() | {k: v for k, v in result["memory"].items() if k.startswith("full_")}
     checkpoints.restore(run.model, best_state)
-    scores = accuracy(run, "test")
+    scores = accuracy(run, run.loader("test"))
     result["accuracy"].update(test_top1=scores["top1"], test_top5=scores["top5"])
 
 
@@ -244,21 +250,21 @@ def mixing(config: DictConfig, classes: int):
 
 
 @torch.no_grad()
-def accuracy(run: Run, split: str) -> dict[str, float | None]:
+def accuracy(run: Run, loader: data.Loader) -> dict[str, float | None]:
     """Mean loss, top-1 and top-5 in % over a split; top-5 is None with fewer than six classes."""
     run.model.eval()
     step = Step(run.config, run.device)
-    loss = top1 = top5 = 0.0
+    loss = top1 = top5 = count = 0
     five = len(run.splits.classes) > 5
-    for images, targets in run.batches(split):
+    for images, targets in loader:
         images, targets = images.to(run.device), targets.to(run.device)
         logits = step.logits(run.model, images)
         loss += nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         top1 += (logits.argmax(1) == targets).sum().item()
         if five:
             top5 += (logits.topk(5).indices == targets[:, None]).sum().item()
-    total = len(getattr(run.splits, split))
-    return {"loss": loss / total, "top1": 100 * top1 / total, "top5": 100 * top5 / total if five else None}
+        count += len(images)
+    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count if five else None}
 
 
 def predict(run: Run) -> memory.Memory:
@@ -288,4 +294,4 @@ def evaluate(config: DictConfig, folder: Path) -> dict[str, float | None]:
     if run.splits.revision != recorded["data"]["revision"]:
         raise UserError(f"{folder}: trained on data of revision {recorded['data']['revision']}, found {run.splits.revision}")
     checkpoints.load(folder, run.model, run.weights, run.statistics)
-    return accuracy(run, "test")
+    return accuracy(run, run.loader("test"))

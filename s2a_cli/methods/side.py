@@ -10,10 +10,12 @@ from s2a_cli.backbones import Backbone, Hidden
 from s2a_cli.errors import UserError
 from s2a_cli.methods.base import Method
 
+HEADS = 4  # of the branch's attention
+
 
 @dataclass
 class SideConfig:
-    reduction: int = 8  # the branch is as wide as the last block divided by this
+    reduction: int = 8  # the branch is as wide as the mean block divided by this
     grid: int = 7  # taps are pooled to at most grid x grid positions, class and register tokens apart
 
 
@@ -40,15 +42,14 @@ class Tap(nn.Module):
 class SideLayer(nn.Module):
     """s -> s + Attention(LayerNorm(s + LayerNorm(tap))), in the branch's width."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int):
         super().__init__()
-        self.heads = heads
         self.tap_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, s: Tensor, tap: Tensor) -> Tensor:
         s = s + self.tap_norm(tap)
-        q, k, v = self.qkv(self.norm(s)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm(s)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return s + self.out(mixed)
 
@@ -62,9 +63,8 @@ class LiteSideBranch(nn.Module):
 
     def __init__(self, taps: list[Hidden], width: int, grid: int, features: int):
         super().__init__()
-        heads = next(h for h in (4, 3, 2, 1) if width % h == 0)
         self.taps = nn.ModuleList(Tap(hidden, width, grid) for hidden in taps)
-        self.layers = nn.ModuleList(SideLayer(width, heads) for _ in taps)
+        self.layers = nn.ModuleList(SideLayer(width) for _ in taps)
         self.norm = nn.LayerNorm(width)
         self.merge = nn.Linear(width, features)
         nn.init.zeros_(self.merge.weight)
@@ -89,10 +89,14 @@ class LiteSideBranch(nn.Module):
 def add_side(backbone: Backbone, blocks: str, config: SideConfig) -> None:
     """Adds a lite side branch that reads the output of every adapted block. Raises UserError for a reduction above the width."""
     adapted = backbone.adapted_blocks(blocks)
-    channels = adapted[-1].output.channels
-    if config.reduction > channels:
-        raise UserError(f"side reduction={config.reduction}: the last block has {channels} channels, so at most {channels}")
-    branch = LiteSideBranch([b.output for b in adapted], channels // config.reduction, config.grid, backbone.head.in_features)
+    channels = sum(block.output.channels for block in adapted) // len(adapted)
+    width = channels // config.reduction // HEADS * HEADS
+    if not width:
+        raise UserError(
+            f"reduction={config.reduction} of the side branch leaves no width: blocks of {channels} channels on average"
+            f" allow at most {channels // HEADS}"
+        )
+    branch = LiteSideBranch([block.output for block in adapted], width, config.grid, backbone.head.in_features)
     for index, block in enumerate(adapted):
         block.module.register_forward_hook(lambda _, __, h, index=index: branch.read(index, h))
     backbone.head.register_forward_pre_hook(lambda _, inputs: (inputs[0] + branch().to(inputs[0].dtype),))

@@ -1,0 +1,234 @@
+"""Every method on every layout of hidden states, through one common tester."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.nn import functional as F
+
+from s2a_cli import backbones, checkpoints
+from s2a_cli.activations import remember
+from s2a_cli.config import BackboneConfig, QuantConfig
+from s2a_cli.errors import UserError
+from s2a_cli.memory import saved_bytes
+from s2a_cli.methods import METHODS
+
+BACKBONES = {
+    "vit": dict(timm="vit_tiny_patch16_224", image_size=32, kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=3)),
+    "swin": dict(
+        timm="swin_tiny_patch4_window7_224",
+        image_size=32,
+        kwargs=dict(img_size=32, window_size=4, embed_dim=24, depths=(1, 2), num_heads=(2, 4)),
+    ),
+    "resnet": dict(timm="resnet18", image_size=32, kwargs=dict(channels=(16, 24, 32, 48), layers=(1, 1, 1, 2))),
+    "convnext": dict(timm="convnext_atto", image_size=32, kwargs=dict(depths=(1, 1, 1, 2), dims=(16, 24, 32, 48))),
+    "mobilenet": dict(timm="mobilenetv3_small_050", image_size=64, kwargs={}),
+}
+CLASSES = 7
+
+
+def make(backbone: str, method: str | None = None, **settings):
+    torch.manual_seed(0)
+    made = backbones.build(BackboneConfig(name=backbone, pretrained=False, **BACKBONES[backbone]), CLASSES)
+    randomise(made.model)
+    if method:
+        config = OmegaConf.structured(METHODS[method].Config(name=method, lr=1e-2))
+        METHODS[method](OmegaConf.merge(config, defaults(backbone, method), settings)).attach(made)
+    return made
+
+
+def defaults(backbone: str, method: str) -> dict:
+    """Small enough for these tiny widths and maps."""
+    side, prompt = {"reduction": 2}, {"rank": 1}
+    return {"side": side, "prompt": prompt, "s2a": {"side": side, "prompt": prompt}}.get(method, {})
+
+
+def randomise(model):
+    """Weights and statistics as of a trained model: no zero gammas, no unit variances."""
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            p.data += 0.1 * torch.randn_like(p)
+    for name, b in model.named_buffers():
+        if name.endswith("running_var"):
+            b.data.uniform_(0.5, 2)
+        elif name.endswith("running_mean"):
+            b.data.normal_(std=0.1)
+
+
+def batch(backbone):
+    generator = torch.Generator().manual_seed(1)
+    size = backbone.image.size
+    return torch.randn(4, 3, size, size, generator=generator), torch.randint(CLASSES, (4,), generator=generator)
+
+
+def train_mode(backbone, method):
+    backbone.model.train()
+    if not METHODS[method].trains_statistics:
+        for module in backbone.model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+
+
+def loss_of(backbone, quant=QuantConfig(name="none")):
+    images, targets = batch(backbone)
+    with remember(quant):
+        return F.cross_entropy(backbone.model(images), targets)
+
+
+def quant(bits):
+    return QuantConfig(name=f"int{bits}", bits=bits, pointwise=bits, norm=bits, attention=bits, softmax=bits)
+
+
+each_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+each_method = pytest.mark.parametrize("method", METHODS)
+
+
+@each_backbone
+@each_method
+def test_the_function_at_the_start_is_the_pretrained_one(backbone, method):
+    plain, tuned = make(backbone), make(backbone, method)
+    images, _ = batch(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(tuned.model.eval()(images), plain.model.eval()(images), rtol=0, atol=0)
+
+
+@each_backbone
+@each_method
+def test_only_what_should_train_changes(backbone, method):
+    made = make(backbone, method)
+    train_mode(made, method)
+    before = {name: t.clone() for name, t in made.model.state_dict().items()}
+    trainable = {name: p for name, p in made.model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trainable.values(), lr=0.1)
+    for _ in range(3):  # what starts behind a zero-initialised factor moves from the second step on
+        optimizer.zero_grad()
+        loss_of(made, quant(4)).backward()
+        optimizer.step()
+    buffers = before.keys() - dict(made.model.named_parameters()).keys()
+    changed = {name for name, t in made.model.state_dict().items() if not torch.equal(t, before[name])}
+    assert changed - buffers <= trainable.keys()
+    # a key's bias moves no softmax, and a bias before a normalisation by batch statistics is taken off again
+    idle = {name for name in trainable.keys() - changed if not name.endswith("bias")}
+    assert not idle
+    if METHODS[method].trains_statistics:
+        assert all(name in changed for name in buffers if "running" in name)
+    else:
+        assert not changed & buffers
+
+
+@each_backbone
+@each_method
+def test_saved_tensors_restore_the_function(backbone, method, tmp_path):
+    statistics = METHODS[method].trains_statistics
+    made = make(backbone, method)
+    for p in made.model.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn_like(p)
+    weights = "0123456789ab"
+    checkpoints.save(tmp_path, checkpoints.trainable_state(made.model, statistics), weights)
+    other = make(backbone, method)
+    checkpoints.load(tmp_path, other.model, weights, statistics)
+    images, _ = batch(made)
+    with torch.no_grad():
+        assert torch.equal(made.model.eval()(images), other.model.eval()(images))
+    size = (tmp_path / checkpoints.FILE).stat().st_size
+    count = made.count()
+    assert method == "full" or size < 4 * (count["trainable"] + count["head"]) + 20_000  # the backbone is not in it
+
+
+@each_backbone
+@each_method
+def test_without_quantisation_gradients_are_those_of_stock_pytorch(backbone, method):
+    ours, stock = make(backbone, method), make(backbone, method)
+    train_mode(ours, method), train_mode(stock, method)
+    loss_of(ours).backward()
+    images, targets = batch(stock)
+    F.cross_entropy(stock.model(images), targets).backward()
+    for (name, p), q in zip(ours.model.named_parameters(), stock.model.parameters()):
+        assert (p.grad is None) == (q.grad is None), name
+        assert p.grad is None or torch.equal(p.grad, q.grad), name
+
+
+@each_backbone
+@each_method
+def test_kept_bytes_fall_with_bits(backbone, method):
+    kept = []
+    for bits in (None, 8, 4, 2):
+        made = make(backbone, method)
+        train_mode(made, method)
+        kept.append(saved_bytes(lambda: loss_of(made, quant(bits)), made.model))
+    assert kept == sorted(kept, reverse=True)
+    if method in ("bias", "prompt", "s2a"):  # a gradient passes the backbone, whose weights are frozen
+        assert kept[0] > 2 * kept[1] and kept[1] > kept[2] > kept[3]
+
+
+@each_backbone
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "linear"])
+def test_nothing_is_kept_below_the_first_adapted_block(backbone, method):
+    made, whole = make(backbone, method, blocks="last:1"), make(backbone, method)
+    train_mode(made, method), train_mode(whole, method)
+    loss_of(made).backward()
+    first = made.blocks[-1].name
+    below = [p for name, p in made.model.named_parameters() if name.startswith(made.blocks[0].name + ".")]
+    assert all(p.grad is None for p in below)
+    touched = {n for n, p in made.model.named_parameters() if p.grad is not None}
+    assert any(n.startswith((first, "s2a.")) for n in touched)
+    kept = saved_bytes(lambda: loss_of(made), made.model)
+    assert kept < 0.75 * saved_bytes(lambda: loss_of(whole), whole.model)
+
+
+@each_backbone
+def test_a_side_branch_sends_no_gradient_through_the_backbone(backbone):
+    made = make(backbone, "side")
+    seen = []
+    made.blocks[0].module.register_forward_hook(lambda _, __, h: seen.append(h.requires_grad))
+    loss_of(made).backward()
+    assert seen == [False]
+
+
+@each_backbone
+def test_prompts_need_no_activation(backbone):
+    """dA = G B^T, dB = A^T G with G the gradient at the block's input summed over the batch."""
+    made = make(backbone, "prompt")
+    prompt, block = made.model.s2a["prompt"][1], made.blocks[1]
+    prompt.B.data.normal_(std=0.1)
+    states = []
+    block.module.register_forward_pre_hook(lambda _, inputs: (inputs[0].retain_grad(), states.append(inputs[0]))[0])
+    made.model.eval()
+    loss_of(made).backward()
+    gradient = states[0].grad
+    if block.input.layout == "channels_first":
+        gradient = gradient.permute(0, 2, 3, 1)
+    g = gradient.reshape(len(gradient), -1, block.input.channels).double().sum(0)
+    torch.testing.assert_close(prompt.A.grad.double(), g @ prompt.B.double().T, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(prompt.B.grad.double(), prompt.A.double().T @ g, rtol=1e-4, atol=1e-7)
+
+
+def test_vit_b_trains_at_most_0_9_percent():
+    config = BackboneConfig(name="vit_b", timm="vit_base_patch16_224.orig_in21k", pretrained=False)
+    made = backbones.build(config, 100, meta=True)
+    METHODS["s2a"](OmegaConf.structured(METHODS["s2a"].Config(name="s2a", lr=1e-3))).attach(made)
+    assert made.count()["percent"] <= 0.9
+
+
+@pytest.mark.parametrize(
+    "method, settings, message",
+    [
+        ("prompt", dict(rank=49), "at most"),
+        ("s2a", dict(prompt=dict(rank=1000)), "rank=1000"),
+        ("side", dict(reduction=1000), "reduction=1000"),
+        ("bias", dict(blocks="last:4"), "last:3"),
+        ("bias", dict(blocks="first:1"), "accepted are all"),
+        ("s2a", dict(bias=False, prompt=None, side=None), "method=linear"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(method, settings, message):
+    with pytest.raises(UserError, match=message):
+        make("vit", method, **settings)
+
+
+def test_parts_of_s2a_can_be_switched_off():
+    made = make("vit", "s2a", bias=False, side=None)
+    trainable = {n for n, p in made.model.named_parameters() if p.requires_grad}
+    assert all(n.startswith(("s2a.prompt", "head.")) for n in trainable)
