@@ -1,11 +1,22 @@
-"""The schema of a run: one dataclass a config group. `conf/` holds the values, this file their types and their checks."""
+"""The schema of a run: one dataclass a config group. `conf/` holds the values, this file their types and their checks.
+
+The comment behind a field is its line in `s2a train --help`.
+"""
 
 from __future__ import annotations
 
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from s2a_cli.errors import nearest
 
 
 @dataclass
@@ -60,7 +71,7 @@ class OptimConfig:
     weight_decay: float = 1e-4  # never on biases, norms and prompts
     momentum: float = 0.9  # sgd
     epochs: int = 10
-    warmup_epochs: float = 1.0
+    warmup_epochs: float = 0.5  # the learning rate rises from 0; must be below epochs
     schedule: str = "cosine"  # cosine | constant
     batch_size: int = 64
     micro_batch: int | None = None  # images a forward pass; gradients accumulate up to batch_size
@@ -83,3 +94,140 @@ class RunConfig:
     workers: int | None = None  # processes that load images; null chooses
     tensorboard: bool = False
     run_dir: str | None = None  # null: runs/<dataset>/<backbone>/<method>/<id>
+
+
+DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet
+
+
+class Rule:
+    """What is accepted under a key: a test and the words for it. A null passes where the schema allows one."""
+
+    def __init__(self, accepted: str, test: Callable[[Any], bool], choices: tuple[str, ...] = ()):
+        self.accepted, self.test, self.choices = accepted, test, choices
+
+    def problem(self, key: str, value: Any, optional: bool = False) -> str:
+        or_null = ", or null" if optional else ""
+        hint = nearest(value, self.choices) if isinstance(value, str) else ""
+        return f"{key}={show(value)}: expected {self.accepted}{or_null}{hint}"
+
+
+def one_of(*choices: str) -> Rule:
+    return Rule(f"one of {', '.join(choices)}", choices.__contains__, choices)
+
+
+def number(accepted: str, test: Callable[[Any], bool]) -> Rule:
+    return Rule(accepted, lambda value: math.isfinite(value) and test(value))
+
+
+def numbers(count: int, accepted: str, test: Callable[..., bool] = lambda *values: True) -> Rule:
+    return Rule(accepted, lambda values: len(values) == count and all(map(math.isfinite, values)) and test(*values))
+
+
+AT_LEAST_1 = number("an integer of at least 1", lambda value: value >= 1)
+POSITIVE = number("a number above 0", lambda value: value > 0)
+NOT_NEGATIVE = number("a number of at least 0", lambda value: value >= 0)
+BITS = number("an integer from 1 to 8", lambda value: 1 <= value <= 8)
+SHARE = number("a number above 0 and below 1", lambda value: 0 < value < 1)
+
+RULES = {  # a key, or a pattern that matches keys
+    "backbone.image_size": AT_LEAST_1,
+    "backbone.mean": numbers(3, "3 numbers, one a colour channel"),
+    "backbone.std": numbers(3, "3 numbers above 0, one a colour channel", lambda *values: min(values) > 0),
+    "backbone.interpolation": one_of("nearest", "bilinear", "bicubic", "lanczos"),
+    "backbone.crop_pct": number("a number above 0, at most 1", lambda value: 0 < value <= 1),
+    "method*.lr": POSITIVE,
+    "method*.blocks": Rule("all or last:K with K of at least 1", lambda v: re.fullmatch(r"all|last:0*[1-9]\d*", v) is not None),
+    "method*.rank": AT_LEAST_1,
+    "method*.reduction": AT_LEAST_1,
+    "method*.grid": AT_LEAST_1,
+    "quant.bits": BITS,
+    "quant.pointwise": BITS,
+    "quant.norm": BITS,
+    "quant.attention": BITS,
+    "quant.softmax": BITS,
+    "quant.linear": BITS,
+    "quant.group": AT_LEAST_1,
+    "dataset.domain": one_of(*DOMAINS),
+    "dataset.test_domain": one_of(*DOMAINS),
+    "dataset.shots": AT_LEAST_1,
+    "dataset.fraction": number("a number above 0, at most 1", lambda value: 0 < value <= 1),
+    "dataset.val_fraction": SHARE,
+    "dataset.test_fraction": SHARE,
+    "dataset.split_seed": NOT_NEGATIVE,
+    "dataset.on_corrupt": one_of("stop", "skip"),
+    "dataset.scale": numbers(2, "2 numbers, 0 < smallest <= largest <= 1", lambda low, high: 0 < low <= high <= 1),
+    "dataset.hflip": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "optim.name": one_of("adamw", "sgd"),
+    "optim.lr": POSITIVE,
+    "optim.weight_decay": NOT_NEGATIVE,
+    "optim.momentum": number("a number of at least 0, below 1", lambda value: 0 <= value < 1),
+    "optim.epochs": AT_LEAST_1,
+    "optim.warmup_epochs": NOT_NEGATIVE,
+    "optim.schedule": one_of("cosine", "constant"),
+    "optim.batch_size": AT_LEAST_1,
+    "optim.micro_batch": AT_LEAST_1,
+    "optim.label_smoothing": number("a number of at least 0, below 1", lambda value: 0 <= value < 1),
+    "optim.clip_grad": POSITIVE,
+    "optim.mixup": NOT_NEGATIVE,
+    "optim.cutmix": NOT_NEGATIVE,
+    "seed": number("an integer from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32),
+    "precision": one_of("fp32", "amp-bf16", "amp-fp16", "bf16"),
+    "device": Rule("auto, cpu, cuda, cuda:N or mps", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v) is not None),
+    "workers": NOT_NEGATIVE,
+}
+
+
+def rule_of(key: str) -> Rule | None:
+    return next((rule for pattern, rule in RULES.items() if fnmatchcase(key, pattern)), None)
+
+
+def leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting, null for one without a value; lists and `kwargs` as plain Python."""
+    for key in config:
+        value = None if OmegaConf.is_missing(config, key) else config[key]
+        if isinstance(value, DictConfig) and OmegaConf.get_type(value) is not dict:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def members(schema: type, key: str) -> tuple[Any, ...]:
+    """The types that a field of a dataclass takes: (int, NoneType) for `int | None`."""
+    hint = typing.get_type_hints(schema)[key]
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def show(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(show, value))}]"
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def check(config: DictConfig) -> dict[str, str]:
+    """Problems of the values in a config that fits the schema: {key: one line}.
+
+    What needs the backbone or the data (a rank above the width, a missing folder) is checked where they are loaded.
+    """
+    values = dict(leaves(config))
+    problems = {}
+    for key, value in values.items():
+        rule = rule_of(key)
+        if rule and value is not None and not rule.test(value):
+            node, _, name = key.rpartition(".")
+            optional = type(None) in members(OmegaConf.get_type(OmegaConf.select(config, node) if node else config), name)
+            problems[key] = rule.problem(key, value, optional)
+
+    def both(*keys: str) -> bool:
+        return all(values.get(key) is not None and key not in problems for key in keys)
+
+    batch, micro, epochs, warmup = (f"optim.{k}" for k in ("batch_size", "micro_batch", "epochs", "warmup_epochs"))
+    if both(micro, batch) and values[micro] > values[batch]:
+        problems[micro] = f"{micro}={values[micro]}: expected at most {batch}={values[batch]}"
+    if both(warmup, epochs) and values[warmup] >= values[epochs]:
+        problems[warmup] = f"{warmup}={values[warmup]}: expected less than {epochs}={values[epochs]}"
+    if both("dataset.shots", "dataset.fraction"):
+        problems["dataset.fraction"] = "dataset.shots and dataset.fraction exclude each other: set one to null"
+    if both("dataset.test_domain") and values.get("dataset.domain") is None:
+        problems["dataset.test_domain"] = "dataset.test_domain is set without dataset.domain, the domain to train on"
+    return problems

@@ -1,0 +1,217 @@
+"""From the words of a command line to one typed, resolved and checked config, or to all that is wrong with them at once.
+
+Hydra composes the files of `conf/`; it accepts any key behind `+` and stops at its first error. So every value override is
+given to it as `++key=value`, and the schema in config.py is the judge of keys, types and values afterwards.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError, OmegaConfBaseException
+
+from s2a_cli.config import Rule, RunConfig, check, leaves, members, rule_of, show
+from s2a_cli.errors import UserError, nearest
+
+PACKAGE = Path(__file__).parent
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # a wheel, or a checkout
+
+Problems = dict[str, str]  # key -> one line; the first one said about a key stays
+
+
+def compose(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
+    """The config of one run, resolved and typed: a RunConfig whose `method` is the method's own Config.
+
+    Raises UserError with one line for each problem.
+    """
+    conf = Path(config_dir or CONF).resolve()
+    problems: Problems = {}
+    words = _readable(overrides, conf, problems)
+    if "experiment" in problems:  # whatever else is said about a config without it would be guesswork
+        raise UserError("\n".join(problems.values()))
+    return _judged(_load(words, conf, problems), problems)
+
+
+def recompose(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
+    """The config of a finished run, with changes. Raises UserError as `compose` does."""
+    problems: Problems = {}
+    loaded = OmegaConf.create(stored)
+    for override in _parsed(overrides, problems):
+        OmegaConf.update(loaded, override.key_or_group, override.value(), force_add=True)
+    return _judged(loaded, problems)
+
+
+def groups(conf: Path = CONF) -> dict[str, list[str]]:
+    """{group: its options} as there are files in `conf/`."""
+    return {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in sorted(conf.iterdir()) if folder.is_dir()}
+
+
+@contextmanager
+def hydra_on(conf: Path = CONF) -> Iterator[Any]:
+    """Hydra, initialised on a folder of configs; yields its config loader."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf), job_name="s2a", version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
+
+
+def _parsed(overrides: list[str], problems: Problems) -> list[Any]:
+    """Hydra's reading of the words, without those that it can't read and those that name several values."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, parsed = OverridesParser.create(), []
+    for word in overrides:
+        try:
+            override = parser.parse_override(word)
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            problems[word] = f"{word}: can't be read ({reason}); write key=value, and quote special characters: 'key=\"a (b)\"'"
+            continue
+        if override.is_sweep_override():
+            problems[word] = f"{word}: one value is expected here; quote a text with commas: 'key=\"a,b\"'"
+            continue
+        parsed.append(override)
+    return parsed
+
+
+def _readable(overrides: list[str], conf: Path, problems: Problems) -> list[str]:
+    """The words that Hydra can compose; says what is wrong with the others."""
+    known, words = groups(conf), []
+    for word in [w for w in overrides if "=" not in w and not w.startswith("~")]:
+        found = next((f" (did you mean {group}={word}?)" for group, options in known.items() if word in options), "")
+        problems[word] = f"{word}: expected key=value{found}"
+    for override in _parsed([w for w in overrides if w not in problems], problems):
+        group, value = override.key_or_group, override.value()
+        if group.split(".")[0] == "hydra":
+            problems[group] = f"{group}: Hydra's own settings are not used here"
+        elif not group or override.package is not None:
+            problems[override.input_line] = f"{override.input_line}: expected key=value"
+        elif override.is_delete():
+            problems[group] = f"~{group}: nothing can be deleted; leave it out, or set it to null"
+        elif group not in known or isinstance(value, dict):
+            words.append("++" + override.input_line.lstrip("+"))
+        elif group == "experiment" and value is None:
+            continue
+        elif value not in known[group]:
+            hint = nearest(str(value), known[group])
+            problems[group] = f"{group}={show(value)}: expected one of {', '.join(known[group]) or '(none yet)'}{hint}"
+        else:
+            words.append(override.input_line.lstrip("+"))
+    return words
+
+
+def _load(words: list[str], conf: Path, problems: Problems) -> DictConfig:
+    """What the files and the words say, not yet resolved. Raises UserError when nothing can be composed."""
+    import yaml
+    from hydra import compose as hydra_compose
+    from hydra.errors import HydraException
+
+    try:
+        with hydra_on(conf):
+            loaded = hydra_compose("config", overrides=words)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        problems["config"] = " ".join(str(error).split()) + (f" ({error.__cause__})" if error.__cause__ else "")
+        raise UserError("\n".join(problems.values())) from error
+    OmegaConf.set_struct(loaded, False)
+    return loaded
+
+
+def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
+    """`loaded` as a RunConfig. Raises UserError with all problems when there are any."""
+    from s2a_cli.methods import METHODS
+
+    typed = OmegaConf.structured(RunConfig)
+    method = loaded.get("method")
+    name = method.get("name") if isinstance(method, DictConfig) else None
+    found: Problems = {}
+    if name in METHODS:
+        typed.method = OmegaConf.structured(METHODS[name].Config)
+    else:
+        found["method"] = f"method.name={show(name)}: expected one of {', '.join(METHODS)}{nearest(str(name), METHODS)}"
+    _fit(loaded, typed, "", found)
+    for key in sorted(OmegaConf.missing_keys(typed) - found.keys() - {"method"}):
+        found[key] = f"{key}: has no value; add {key}=..."
+    found = check(typed) | found
+    # A group that fell back to its default says nothing about the keys that were meant for the other option.
+    wrong = tuple(f"{key}." for key in problems)
+    problems |= {key: line for key, line in found.items() if key not in problems and not key.startswith(wrong)}
+    if problems:
+        raise UserError("\n".join(problems.values()))
+    return typed
+
+
+def _fit(values: DictConfig, typed: DictConfig, prefix: str, problems: Problems) -> None:
+    """Moves `values` into `typed` key by key, resolved; says which keys and types the schema does not have."""
+    schema = OmegaConf.get_type(typed)
+    for key in values:
+        full = f"{prefix}{key}"
+        if full in problems:
+            continue
+        if key not in typed.keys():  # "in typed" is false for a field without a value
+            problems[full] = _unknown(values, typed, str(key), prefix)
+            continue
+        if OmegaConf.is_missing(values, key):
+            continue
+        try:
+            value = values[key]
+        except InterpolationToMissingValueError:
+            continue  # the missing value is reported under its own key
+        except InterpolationResolutionError as error:
+            problems[full] = f"{full}: can't be resolved: {str(error).splitlines()[0]}"
+            continue
+        accepted = members(schema, key)
+        node = OmegaConf.get_type(typed, key) if full == "method" else next(filter(is_dataclass, accepted), None)
+        if node is not None:
+            _fit_node(value, typed, str(key), full, node, type(None) in accepted, problems)
+            continue
+        try:
+            typed[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except OmegaConfBaseException:
+            plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            problems[full] = (rule_of(full) or Rule(_words(accepted), bool)).problem(full, plain, type(None) in accepted)
+
+
+def _fit_node(value: Any, typed: DictConfig, key: str, full: str, node: type, optional: bool, problems: Problems) -> None:
+    """A key that holds settings of its own; `false` or null switches an optional one off, `true` takes its defaults."""
+    if optional and (value is None or value is False):
+        typed[key] = None
+    elif optional and value is True:
+        typed[key] = OmegaConf.structured(node)
+    elif isinstance(value, DictConfig):
+        if typed[key] is None:
+            typed[key] = OmegaConf.structured(node)
+        _fit(value, typed[key], f"{full}.", problems)
+    else:
+        names = ", ".join(f"{full}.{name}" for name in typing.get_type_hints(node))
+        problems[full] = f"{full}={show(value)}: expected its settings ({names}){', or false' if optional else ''}"
+
+
+def _unknown(values: DictConfig, typed: DictConfig, key: str, prefix: str) -> str:
+    """The line about a key that the schema does not have at this place."""
+    full, inner = f"{prefix}{key}", values._get_node(key)
+    while isinstance(inner, DictConfig) and len(inner) and not inner._is_interpolation():  # as far down as was written
+        full, inner = f"{full}.{next(iter(inner))}", inner._get_node(next(iter(inner)))
+    root = typed._get_root()
+    paths = [path for path, _ in leaves(root)]
+    last = {path: path.split(".")[-1] for path in paths}
+    close = difflib.get_close_matches(full.split(".")[-1], set(last.values()), n=1)  # also the right name in the wrong place
+    same = [path for path in paths if last[path] in close]
+    same = [path for path in same if path.startswith(prefix)] or same
+    hint = nearest(full, same or [*paths, *root]) or (f" (did you mean {same[0]!r}?)" if same else "")
+    return f"{full}: no such setting; accepted{' in ' + prefix[:-1] if prefix else ''}: {', '.join(typed)}{hint}"
+
+
+def _words(types: tuple[Any, ...]) -> str:
+    """The types of a field in words."""
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text", list[float]: "a list of numbers"}
+    return " or ".join(names.get(m, "a mapping") for m in types if m is not type(None))
