@@ -7,6 +7,7 @@ second and next to no memory. `Tracker` counts live storages, on fake and on rea
 What a CUDA device does differently, and is not modelled:
 - the workspaces of cuBLAS and cuDNN, the CUDA context, fragmentation, what a kernel allocates and frees inside;
 - which attention kernel runs: here the fused one of the CPU, which keeps q, k, v, the output and the logsumexp;
+- autocast's list of operators that stay in fp32: the CPU's is shorter (an unfused softmax is not on it);
 - autograd adds two gradients of one tensor in place where it can; under a tracker it never does, so that the peak
   may be one gradient too high where it lies on a residual connection.
 """
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from s2a_cli.memory.result import MIB, Memory
 
+aten = torch.ops.aten
 ALLOCATION = 512  # bytes; CUDA's caching allocator rounds each request up to a multiple
 
 # step(model, optimizer, *batch, after_forward=f): one training step. It calls f() when a forward pass is over, before
@@ -40,7 +42,8 @@ class Tracker(TorchDispatchMode):
 
     Storages are counted, not tensors: a view or an in-place result costs nothing, and a small view keeps all of its
     base alive, as it does on a device. `add` registers tensors that exist already. Enter it inside a FakeTensorMode
-    to count fake tensors. There, reading a value (`loss.item()`, Adam's step counter) gives one.
+    to count fake tensors. There, reading a value (`loss.item()`, Adam's step counter) gives one, and a GradScaler
+    finds all gradients finite.
     """
 
     def __init__(self) -> None:
@@ -48,6 +51,7 @@ class Tracker(TorchDispatchMode):
         self.live = 0  # bytes
         self.peak = 0  # bytes, since the start or the last reset_peak()
         self._storages: dict[int, tuple[weakref.ref, int]] = {}  # address -> the storage, its bytes
+        self._found_inf: set[int] = set()  # addresses of GradScaler's flags
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Counts the storages of `tensors`, where they are not counted yet."""
@@ -69,10 +73,18 @@ class Tracker(TorchDispatchMode):
     def _forget(self, address: int) -> None:
         _, size = self._storages.pop(address)
         self.live -= size
+        self._found_inf.discard(address)
+
+    def _value(self, tensor: FakeTensor) -> bool | int | float:
+        """What reading a fake tensor gives: one, and zero for a GradScaler's flag that a gradient is infinite."""
+        value = 0.0 if tensor.untyped_storage()._cdata in self._found_inf else 1.0
+        return value if tensor.dtype.is_floating_point else tensor.dtype is torch.bool or 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return _one(args[0].dtype)
+        if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return self._value(args[0])
+        if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
+            self._found_inf.add(args[1].untyped_storage()._cdata)
         out = func(*args, **(kwargs or {}))
         self.add(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out
@@ -108,7 +120,7 @@ def predict(model: nn.Module, batch: Iterable[Tensor], step: Step, make_optimize
     batch: the step's inputs, such as images [B, 3, H, W] and targets [B]. Only shapes and dtypes are read, so meta
         tensors will do.
     step: `step(model, optimizer, *batch, after_forward=f)`, the training step itself; must call `f()` between a
-        forward pass and its backward pass. It works on CPU tensors here: autocast for "cpu", a GradScaler disabled.
+        forward pass and its backward pass. It works on CPU tensors here, so autocast must be for "cpu".
     make_optimizer: called with the model; must take the parameters from it.
 
     Raises whatever the step raises, and DataDependentOutputException where the memory depends on the data.
@@ -168,8 +180,3 @@ def _fake(tensor: Tensor) -> Tensor:
         fake.__dict__.update(tensor.__dict__)
     return fake
 
-
-def _one(dtype: torch.dtype) -> bool | int | float:
-    if dtype == torch.bool:
-        return True
-    return 1.0 if dtype.is_floating_point else 1
