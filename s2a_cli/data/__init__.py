@@ -1,0 +1,114 @@
+"""Data sets: from `dataset=` to splits of labelled images.
+
+A data set is a reader, a function from its settings and its folder to a `Source`, and a file in `conf/dataset/`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from s2a_cli.config import DatasetConfig
+from s2a_cli.data import cifar, digits, domainnet, folder, oxford
+from s2a_cli.data.images import Images
+from s2a_cli.data.source import Source
+from s2a_cli.data.splits import few_shots, hold_out, share
+from s2a_cli.errors import UserError, nearest
+
+DATASETS: dict[str, Callable[[DatasetConfig, Path], Source]] = {
+    "cifar10": cifar.read_cifar10,
+    "cifar100": cifar.read_cifar100,
+    "flowers102": oxford.read_flowers102,
+    "pets": oxford.read_pets,
+    "domainnet": domainnet.read,
+    "digits": digits.read,
+    "folder": folder.read,
+}
+
+
+@dataclass
+class Splits:
+    train: Images
+    val: Images  # for choosing; never the test split
+    test: Images
+    classes: list[str]  # a label is an index into it
+    revision: str  # a short hash of the data's content, wherever it lies
+
+
+def load(config: DatasetConfig) -> Splits:
+    """Reads a data set, downloading it if need be, and splits it.
+
+    Official splits are kept. Where there is no test split, `test_fraction` of the images becomes one; where there is no
+    validation split, `val_fraction` of the training images does; then `shots` or `fraction` thins out what is left to
+    train on. All are drawn class by class with `split_seed`. Raises UserError for bad settings and bad data.
+    """
+    if found := problems(config):
+        raise UserError("; ".join(found))
+    source = DATASETS[config.name](config, data_folder(config))
+    train, val, test, seed = source.train, source.val, source.test, config.split_seed
+    if test is None:
+        train, test = _split(train, config.test_fraction, seed, "test")
+    if val is None:
+        train, val = _split(train, config.val_fraction, seed, "val")
+    if config.shots is not None:
+        train = train.subset(few_shots(train.labels, config.shots, seed, source.classes))
+    if config.fraction is not None:
+        train = train.subset(share(train.labels, config.fraction, seed))
+    return Splits(train, val, test, source.classes, source.revision)
+
+
+def data_folder(config: DatasetConfig) -> Path:
+    """Where a data set's files lie or go: `root`, $S2A_DATA or ~/.cache/s2a, then its name."""
+    given = None if config.name == "folder" else config.root  # there `root` is the data, and this its cache
+    return Path(given or os.environ.get("S2A_DATA") or "~/.cache/s2a").expanduser() / config.name
+
+
+def title(config: DatasetConfig) -> str:
+    """The data set's name in tables and paths: pets, domainnet-real, domainnet-real-to-sketch, or the folder's name."""
+    if config.name == "folder" and config.root:
+        return Path(config.root).expanduser().resolve().name.split(".")[0]
+    domains = [domain for domain in (config.domain, config.test_domain) if domain]
+    return f"{config.name}-{'-to-'.join(domains)}" if domains else config.name
+
+
+def problems(config: DatasetConfig) -> list[str]:
+    """What is wrong with the settings, a line each; the data itself is not looked at."""
+    if config.name not in DATASETS:
+        return [f"dataset={config.name} is unknown{nearest(config.name, DATASETS)}; accepted: {', '.join(DATASETS)}"]
+    found = []
+
+    def check(good: bool, text: str) -> None:
+        if not good:
+            found.append(text)
+
+    for key in ("val_fraction", "test_fraction"):
+        value = getattr(config, key)
+        check(0 < value < 1, f"dataset.{key}={value} is not between 0 and 1")
+    shots, fraction, scale = config.shots, config.fraction, config.scale
+    check(shots is None or shots >= 1, f"dataset.shots={shots} is not a positive number of images a class")
+    check(fraction is None or 0 < fraction <= 1, f"dataset.fraction={fraction} is not above 0 and at most 1")
+    check(shots is None or fraction is None, "dataset.shots and dataset.fraction exclude each other; give one")
+    check(
+        scale is None or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1),
+        f"dataset.scale={scale} is not two shares of the area, [least, most], above 0 and at most 1; null for no crop",
+    )
+    check(0 <= config.hflip <= 1, f"dataset.hflip={config.hflip} is not a probability")
+    check(config.on_corrupt in ("stop", "skip"), f"dataset.on_corrupt={config.on_corrupt} is neither stop nor skip")
+    if config.name == "domainnet":
+        found += domainnet.problems(config)
+    else:
+        for key in ("domain", "test_domain"):
+            check(getattr(config, key) is None, f"dataset.{key} is for dataset=domainnet, not {config.name}")
+    check(config.name != "folder" or bool(config.root), "dataset=folder needs dataset.root=FOLDER")
+    return found
+
+
+def _split(images: Images, fraction: float, seed: int, purpose: str) -> tuple[Images, Images]:
+    kept, held = hold_out(images.labels, fraction, seed, purpose)
+    if not held:
+        raise UserError(
+            f"no class has the two images that a {purpose} split needs; add images, or give a {purpose} folder"
+        )
+    return images.subset(kept), images.subset(held)

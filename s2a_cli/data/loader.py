@@ -1,0 +1,130 @@
+"""Batches whose content is a function of (seed, epoch, index), whatever the number of worker processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from s2a_cli.data.images import ImageArray, Images
+from s2a_cli.data.transforms import Transform
+from s2a_cli.errors import UserError
+
+
+class Loader:
+    """Iterates over one split in batches (images [B, 3, H, W] float32, labels [B] int64), once an epoch.
+
+    Set `epoch` before each pass: the order is a function of (seed, epoch) and each image's augmentation of (seed, epoch,
+    index). Torch's global generators are left as they were. Worker processes live as long as the loader.
+    Raises UserError, naming the file, when an image cannot be read.
+    """
+
+    def __init__(self, split, transform, batch_size, *, seed, epoch, train, workers, pin_memory):
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size} is not positive")
+        self.epoch = epoch
+        self._batches = _Batches(self, len(split), batch_size, seed, train)
+        workers = default_workers(split) if workers is None else workers
+        self._loader = DataLoader(
+            _Samples(split, transform, seed),
+            batch_sampler=self._batches,
+            num_workers=workers,
+            collate_fn=_collate,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # or each pass would draw a seed from the global one
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def loader(
+    split: Images,
+    transform: Transform,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    train: bool = False,
+    workers: int | None = None,
+    pin_memory: bool = False,
+) -> Loader:
+    """A `Loader` of `split`. With `train` it shuffles, and leaves out a last batch of one image (BatchNorm cannot use it).
+
+    `workers=None` chooses: none for images in memory, else one process for every two cores, at most eight.
+    """
+    return Loader(
+        split, transform, batch_size, seed=seed, epoch=epoch, train=train, workers=workers, pin_memory=pin_memory
+    )
+
+
+def default_workers(split: Images) -> int:
+    if isinstance(split, ImageArray):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores // 2)
+
+
+class _Batches:
+    """The batch sampler: lists of (epoch, index), so that workers that outlive an epoch learn which one it is."""
+
+    def __init__(self, owner: Loader, length: int, batch_size: int, seed: int, train: bool):
+        self.owner, self.length, self.batch_size, self.seed, self.train = owner, length, batch_size, seed, train
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.length, self.batch_size)
+        return full + (rest > 0) - self._drops_last(full, rest)
+
+    def _drops_last(self, full: int, rest: int) -> bool:
+        return self.train and rest == 1 and full > 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = self.owner.epoch, range(self.length)
+        if self.train:
+            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+            order = torch.randperm(self.length, generator=generator).tolist()
+        for batch in range(len(self)):
+            start = batch * self.batch_size
+            yield [(epoch, index) for index in order[start : start + self.batch_size]]
+
+
+class _Samples(Dataset):
+    def __init__(self, split: Images, transform: Transform, seed: int):
+        self.split, self.transform, self.seed = split, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | UserError:
+        epoch, index = key
+        try:
+            image = self.split.image(index, self.transform.at_least)
+        except UserError as error:
+            return error  # raised from a worker it would arrive wrapped in that worker's traceback
+        state = torch.get_rng_state()
+        # not torch.manual_seed, which also seeds the accelerators
+        torch.default_generator.manual_seed(mix(self.seed, epoch, index))
+        try:
+            return self.transform(image), self.split.labels[index]
+        finally:
+            torch.set_rng_state(state)
+
+
+def mix(*numbers: int) -> int:
+    """One well-mixed 32-bit seed from several integers (torch's CPU generator takes no more than 32 bits)."""
+    return int.from_bytes(blake2b(repr(numbers).encode(), digest_size=4).digest(), "little")
+
+
+def _collate(samples: list) -> list[Tensor] | UserError:
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+    return default_collate(samples)

@@ -1,0 +1,67 @@
+"""Progress of something long: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Progress:
+    """`with Progress("real.zip", total, "B") as progress: progress.add(n)`; unit "B" counts bytes."""
+
+    def __init__(self, title: str, total: int | None, unit: str, done: int = 0):
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self._first = done  # what an earlier attempt had done does not count for the rate
+        self._bar = None
+
+    def __enter__(self) -> Progress:
+        self._start = self._spoke = time.monotonic()
+        if sys.stderr.isatty():
+            scale = self.unit == "B"
+            self._bar = tqdm(total=self.total, initial=self.done, desc=self.title, unit=self.unit, unit_scale=scale)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def add(self, amount: int) -> None:
+        self.done += amount
+        if self._bar is not None:
+            self._bar.update(amount)
+        elif time.monotonic() - self._spoke >= SECONDS_BETWEEN_LINES:
+            self._spoke = time.monotonic()
+            print(self.line(self._spoke - self._start), file=sys.stderr, flush=True)
+
+    def line(self, seconds: float) -> str:
+        """Where things stand `seconds` after the start, e.g. "real.zip: 1.2 of 6.1 GB, 8.3 MB/s, 9 min left"."""
+        rate = (self.done - self._first) / max(seconds, 1e-9)
+        text = f"{self.title}: {self._amount(self.done)}"
+        if self.total:
+            text += f" of {self._amount(self.total)}"
+        text += f", {self._amount(rate)}/s"
+        if self.total and rate:
+            text += f", {duration((self.total - self.done) / rate)} left"
+        return text
+
+    def _amount(self, value: float) -> str:
+        return size(value) if self.unit == "B" else f"{value:.0f} {self.unit}"
+
+
+def size(number: float) -> str:
+    """A number of bytes to read: 532 B, 14.9 kB, 6.1 GB (powers of 1000, as download pages state them)."""
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
