@@ -102,12 +102,16 @@ def track(model: nn.Module, batch: Iterable[Tensor], step: Step, make_optimizer:
         for group in optimizer.param_groups:
             if group.get("foreach", False) is None and not group.get("fused"):
                 group["foreach"] = True
+        forward: list[int] = []  # live bytes after each forward pass of a step
         for _ in range(2):  # the first step creates the optimiser's state
             optimizer.zero_grad(set_to_none=True)
-            static, forward = tracker.live, []
+            static = tracker.live
+            forward.clear()
             tracker.reset_peak()
             # The clone is the batch on the device: there from the start of the step to its end.
             step(model, optimizer, *[t.clone() for t in batch], after_forward=lambda: forward.append(tracker.live))
+    if not forward:
+        raise ValueError("the step must call after_forward() between its forward and its backward pass")
     kept = forward[0] - static  # the first micro-batch: later ones find gradients beside what is kept
     return Memory("predicted", peak_mib=tracker.peak / MIB, static_mib=static / MIB, kept_mib=kept / MIB)
 
@@ -123,7 +127,7 @@ def predict(model: nn.Module, batch: Iterable[Tensor], step: Step, make_optimize
         forward pass and its backward pass. It works on CPU tensors here, so autocast must be for "cpu".
     make_optimizer: called with the model; must take the parameters from it.
 
-    Raises whatever the step raises, and DataDependentOutputException where the memory depends on the data.
+    Raises ValueError when the step does not call `f()`, whatever the step itself raises, and DataDependentOutputException where the memory depends on the data.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), fake_tensors(model):
         return track(model, [_fake(tensor) for tensor in batch], step, make_optimizer)
@@ -179,4 +183,3 @@ def _fake(tensor: Tensor) -> Tensor:
         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
         fake.__dict__.update(tensor.__dict__)
     return fake
-

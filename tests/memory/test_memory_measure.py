@@ -75,7 +75,9 @@ def test_evaluation_between_steps_does_not_count(monkeypatch):
     assert meter.memory.peak_mib == 500
 
 
-@pytest.mark.parametrize("used, reserved, idle", [(500, 0, True), (8500, 8000, True), (1500, 0, False), (9500, 8000, False)])
+@pytest.mark.parametrize(
+    "used, reserved, idle", [(500, 0, True), (8500, 8000, True), (1500, 0, False), (9500, 8000, False)]
+)
 def test_a_device_is_idle_when_only_this_process_uses_it(monkeypatch, used, reserved, idle):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((80_000 - used) * MIB, 80_000 * MIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved * MIB)

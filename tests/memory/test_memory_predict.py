@@ -15,12 +15,23 @@ from s2a_cli.memory import predict, track
 
 MIB = 2**20
 MODELS = {
-    "vit": ("vit_tiny_patch16_224", dict(img_size=32, patch_size=8, depth=2, embed_dim=48), 32),
+    "vit": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48}, 32),
     "resnet": ("resnet18", {}, 64),
-    "swin": ("swin_tiny_patch4_window7_224", dict(img_size=56, depths=(2, 2), num_heads=(2, 4), embed_dim=32), 56),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 56, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 32},
+        56,
+    ),
     "convnext": ("convnext_atto", {}, 64),
     "mobilenet": ("mobilenetv3_small_050", {}, 64),
 }
+
+SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
+OPTIMISERS = [
+    (AdamW, {}, 3),
+    (SGD, {"momentum": 0.9}, 2),
+    (SGD, {}, 1),
+]  # copies of the trainable weights, state included
 
 
 def train_step(model, optimizer, images, targets, *, after_forward, micro_batch=None, forward_context=nullcontext):
@@ -35,7 +46,7 @@ def train_step(model, optimizer, images, targets, *, after_forward, micro_batch=
     optimizer.step()
 
 
-def optimizer_for(model, kind=torch.optim.AdamW, **kwargs):
+def optimizer_for(model, kind=AdamW, **kwargs):
     return kind([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=1e-4, **kwargs)
 
 
@@ -78,18 +89,17 @@ def test_agrees_with_real_cpu_tensors_to_the_byte(name, what):
     assert predicted.static_mib + predicted.kept_mib < predicted.peak_mib
 
 
-@pytest.mark.parametrize("kind, kwargs", [(torch.optim.SGD, dict(momentum=0.9)), (torch.optim.SGD, {}), (torch.optim.Adam, {})])
-def test_agrees_for_other_optimisers(kind, kwargs):
+@pytest.mark.parametrize("kind, kwargs, copies", OPTIMISERS)
+def test_agrees_for_every_optimiser(kind, kwargs, copies):
     model, batch = small("vit")
     make = partial(optimizer_for, kind=kind, **kwargs)
     assert predict(model, batch, train_step, make) == track(model, batch, train_step, make)
 
 
 def test_static_is_weights_buffers_and_optimiser_state():
-    """AdamW holds two more copies of the trainable weights, SGD with momentum one, SGD without none."""
     model, batch = on_meta("vit_base_patch16_224", "full", batch_size=2, depth=2)
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
-    for kind, kwargs, copies in [(torch.optim.AdamW, {}, 3), (torch.optim.SGD, dict(momentum=0.9), 2), (torch.optim.SGD, {}, 1)]:
+    for kind, kwargs, copies in OPTIMISERS:
         memory = predict(model, batch, train_step, partial(optimizer_for, kind=kind, **kwargs))
         assert memory.static_mib == pytest.approx(copies * weights, rel=1e-3)
         # With so few images the update is the peak: the gradients, and one list of as many temporary values (AdamW's
@@ -101,13 +111,17 @@ def test_static_is_weights_buffers_and_optimiser_state():
 def test_a_vit_block_keeps_what_the_formula_says(what, bytes_an_element):
     """Bytes an element of [B, N, C] and block, fp32, fused attention: the LN inputs 4 + 4, q k v 12, its output 4, the
     GELU input 16; and where weights train the LN outputs 4 + 4 and the GELU output 16."""
-    kept = [predict(*on_meta("vit_base_patch16_224", what, 8, depth=d), train_step, optimizer_for).kept_mib for d in (1, 2)]
+    kept = [
+        predict(*on_meta("vit_base_patch16_224", what, 8, depth=d), train_step, optimizer_for).kept_mib for d in (1, 2)
+    ]
     assert (kept[1] - kept[0]) * MIB / (8 * 197 * 768) == pytest.approx(bytes_an_element, rel=0.03)
 
 
 def test_half_precision_halves_the_bytes():
     whole = predict(*on_meta("vit_base_patch16_224", "full", 8, depth=2), train_step, optimizer_for)
-    half = predict(*on_meta("vit_base_patch16_224", "full", 8, depth=2, dtype=torch.bfloat16), train_step, optimizer_for)
+    half = predict(
+        *on_meta("vit_base_patch16_224", "full", 8, depth=2, dtype=torch.bfloat16), train_step, optimizer_for
+    )
     assert half.peak_mib / whole.peak_mib == pytest.approx(0.5, rel=0.02)
     assert half.static_mib / whole.static_mib == pytest.approx(0.5, rel=0.02)
 
@@ -173,7 +187,10 @@ def test_amp_keeps_less():
 
 def snapshot(model):
     """All that a prediction must give back: the same objects, with the same values, flags and gradients."""
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     described = {name: (id(t), t.requires_grad, t.grad, t._version, t.detach().clone()) for name, t in tensors.items()}
     return described, [m.training for m in model.modules()], torch.get_rng_state()
 
@@ -204,6 +221,11 @@ def test_the_model_is_left_as_found(name):
     assert_same(before, snapshot(model))
     train_step(model, optimizer_for(model), *batch, after_forward=lambda: None)  # and it still trains
     assert any(p.grad is not None for p in model.parameters())
+
+
+def test_a_step_that_never_says_that_forward_is_over_is_refused():
+    with pytest.raises(ValueError, match="must call after_forward"):
+        predict(*small("vit"), lambda model, optimizer, images, targets, after_forward: None, optimizer_for)
 
 
 def test_tied_parameters_count_once_and_stay_tied():
