@@ -7,15 +7,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from s2a_cli.config import DatasetConfig
+from s2a_cli.config import DatasetConfig, rule_of
 from s2a_cli.data import cifar, digits, domainnet, folder, oxford
+from s2a_cli.data.batches import Loader, loader, mix
 from s2a_cli.data.images import Images
 from s2a_cli.data.source import Source
 from s2a_cli.data.splits import few_shots, hold_out, share
+from s2a_cli.data.transforms import ImageConfig, Transform, build_transform
 from s2a_cli.errors import UserError, nearest
+
+__all__ = [
+    "DATASETS",
+    "ImageConfig",
+    "Images",
+    "Loader",
+    "Splits",
+    "Transform",
+    "build_transform",
+    "load",
+    "loader",
+    "mix",
+    "problems",
+]
 
 DATASETS: dict[str, Callable[[DatasetConfig, Path], Source]] = {
     "cifar10": cifar.read_cifar10,
@@ -30,6 +46,9 @@ DATASETS: dict[str, Callable[[DatasetConfig, Path], Source]] = {
 
 @dataclass
 class Splits:
+    """What a run trains on, chooses by and is judged by."""
+
+    name: str  # in tables and paths
     train: Images
     val: Images  # for choosing; never the test split
     test: Images
@@ -45,7 +64,7 @@ def load(config: DatasetConfig) -> Splits:
     train on. All are drawn class by class with `split_seed`. Raises UserError for bad settings and bad data.
     """
     if found := problems(config):
-        raise UserError("; ".join(found))
+        raise UserError("\n".join(found))
     source = DATASETS[config.name](config, data_folder(config))
     train, val, test, seed = source.train, source.val, source.test, config.split_seed
     if test is None:
@@ -56,7 +75,7 @@ def load(config: DatasetConfig) -> Splits:
         train = train.subset(few_shots(train.labels, config.shots, seed, source.classes))
     if config.fraction is not None:
         train = train.subset(share(train.labels, config.fraction, seed))
-    return Splits(train, val, test, source.classes, source.revision)
+    return Splits(title(config), train, val, test, source.classes, source.revision)
 
 
 def data_folder(config: DatasetConfig) -> Path:
@@ -76,32 +95,20 @@ def title(config: DatasetConfig) -> str:
 def problems(config: DatasetConfig) -> list[str]:
     """What is wrong with the settings, a line each; the data itself is not looked at."""
     if config.name not in DATASETS:
-        return [f"dataset={config.name} is unknown{nearest(config.name, DATASETS)}; accepted: {', '.join(DATASETS)}"]
+        return [f"dataset={config.name}: expected one of {', '.join(DATASETS)}{nearest(config.name, DATASETS)}"]
     found = []
-
-    def check(good: bool, text: str) -> None:
-        if not good:
-            found.append(text)
-
-    for key in ("val_fraction", "test_fraction"):
-        value = getattr(config, key)
-        check(0 < value < 1, f"dataset.{key}={value} is not between 0 and 1")
-    shots, fraction, scale = config.shots, config.fraction, config.scale
-    check(shots is None or shots >= 1, f"dataset.shots={shots} is not a positive number of images a class")
-    check(fraction is None or 0 < fraction <= 1, f"dataset.fraction={fraction} is not above 0 and at most 1")
-    check(shots is None or fraction is None, "dataset.shots and dataset.fraction exclude each other; give one")
-    check(
-        scale is None or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1),
-        f"dataset.scale={scale} is not two shares of the area, [least, most], above 0 and at most 1; null for no crop",
-    )
-    check(0 <= config.hflip <= 1, f"dataset.hflip={config.hflip} is not a probability")
-    check(config.on_corrupt in ("stop", "skip"), f"dataset.on_corrupt={config.on_corrupt} is neither stop nor skip")
-    if config.name == "domainnet":
-        found += domainnet.problems(config)
-    else:
-        for key in ("domain", "test_domain"):
-            check(getattr(config, key) is None, f"dataset.{key} is for dataset=domainnet, not {config.name}")
-    check(config.name != "folder" or bool(config.root), "dataset=folder needs dataset.root=FOLDER")
+    for key in (field.name for field in fields(DatasetConfig)):
+        value, rule = getattr(config, key), rule_of(f"dataset.{key}")
+        if rule and value is not None and not rule.test(value):
+            found.append(rule.problem(f"dataset.{key}", value))
+    if config.shots is not None and config.fraction is not None:
+        found.append("dataset.shots and dataset.fraction exclude each other: set one to null")
+    if config.name == "folder" and not config.root:
+        found.append("dataset=folder needs dataset.root=FOLDER, your images")
+    if config.name == "domainnet" and config.domain is None:
+        found.append(f"dataset=domainnet needs dataset.domain=: one of {', '.join(domainnet.FILES)}")
+    if config.name != "domainnet" and (config.domain or config.test_domain):
+        found.append(f"dataset.domain and dataset.test_domain are for dataset=domainnet, not {config.name}")
     return found
 
 

@@ -72,7 +72,7 @@ def _extract(archive: Path, folder: Path) -> None:
 
 
 def _members(archive: Path, folder: Path) -> Iterator[tuple]:
-    """(name, bytes, whether it is a plain file or a folder, a function that writes it below `folder`) of each member."""
+    """(name, bytes, whether it is a file or a folder, a function that writes it below `folder`) of each member."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as packed:
             for member in packed.infolist():

@@ -8,7 +8,6 @@ from s2a_cli.config import DatasetConfig
 from s2a_cli.data.download import RemoteFile, fetch, fetch_tree
 from s2a_cli.data.images import ImageFiles
 from s2a_cli.data.source import Source, revision_of
-from s2a_cli.errors import nearest
 
 HOST = "csr.bu.edu/ftp/visda/2019/multi-source"
 MIRROR = "https://huggingface.co/yashkant/evalmerge/resolve/main/domainnet"
@@ -69,7 +68,7 @@ FILES = {
 
 
 def read(config: DatasetConfig, folder: Path) -> Source:
-    """Train on `config.domain`, test on `config.test_domain` (the same one if null): the labels agree across domains."""
+    """Train on `config.domain`, test on `config.test_domain` (the same one if null): labels agree across domains."""
     images, train_list, _ = FILES[config.domain]
     test_images, _, test_list = FILES[config.test_domain or config.domain]
     names: dict[int, str] = {}
@@ -87,14 +86,3 @@ def read(config: DatasetConfig, folder: Path) -> Source:
     # numbers, not names, are what the domains share: one without an image still has its place
     classes = [names.get(label, f"class {label}") for label in range(max(names) + 1)]
     return Source(train, None, test, classes, revision_of(images, train_list, test_images, test_list))
-
-
-def problems(config: DatasetConfig) -> list[str]:
-    found = []
-    for key in ("domain", "test_domain"):
-        domain = getattr(config, key)
-        if domain is None and key == "domain":
-            found.append(f"dataset.domain is needed: one of {', '.join(FILES)}")
-        elif domain is not None and domain not in FILES:
-            found.append(f"dataset.{key}={domain} is unknown{nearest(domain, FILES)}; accepted: {', '.join(FILES)}")
-    return found

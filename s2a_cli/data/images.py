@@ -27,7 +27,7 @@ class Images:
         return self.image(index), self.labels[index]
 
     def image(self, index: int, at_least: int | None = None) -> Image.Image:
-        """Image `index` in RGB. A shorter side of `at_least` pixels is enough for the caller: large files decode faster."""
+        """Image `index` in RGB. A shorter side of `at_least` pixels will do: it may be reduced to that."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:

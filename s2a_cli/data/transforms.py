@@ -46,7 +46,7 @@ class Transform:
         return self.steps(image)
 
 
-def build(image: ImageConfig, config: DatasetConfig, train: bool) -> Transform:
+def build_transform(image: ImageConfig, config: DatasetConfig, train: bool) -> Transform:
     """The transform of training or of evaluation.
 
     Training: a random resized crop of `config.scale` of the area (none if null) and a horizontal flip with probability

@@ -18,7 +18,7 @@ from s2a_cli.errors import UserError
 class Loader:
     """Iterates over one split in batches (images [B, 3, H, W] float32, labels [B] int64), once an epoch.
 
-    Set `epoch` before each pass: the order is a function of (seed, epoch) and each image's augmentation of (seed, epoch,
+    Set `epoch` before each pass: the order is a function of (seed, epoch), each image's augmentation of (seed, epoch,
     index). Torch's global generators are left as they were. Worker processes live as long as the loader.
     Raises UserError, naming the file, when an image cannot be read.
     """
@@ -60,7 +60,7 @@ def loader(
     workers: int | None = None,
     pin_memory: bool = False,
 ) -> Loader:
-    """A `Loader` of `split`. With `train` it shuffles, and leaves out a last batch of one image (BatchNorm cannot use it).
+    """A `Loader` of `split`. With `train` it shuffles, and leaves out a last batch of one image, useless to BatchNorm.
 
     `workers=None` chooses: none for images in memory, else one process for every two cores, at most eight.
     """
