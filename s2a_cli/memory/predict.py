@@ -127,7 +127,8 @@ def predict(model: nn.Module, batch: Iterable[Tensor], step: Step, make_optimize
         forward pass and its backward pass. It works on CPU tensors here, so autocast must be for "cpu".
     make_optimizer: called with the model; must take the parameters from it.
 
-    Raises ValueError when the step does not call `f()`, whatever the step itself raises, and DataDependentOutputException where the memory depends on the data.
+    Raises ValueError when the step does not call `f()`, torch's DataDependentOutputException or
+    DynamicOutputShapeException where memory depends on the data, and whatever the step raises.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), fake_tensors(model):
         return track(model, [_fake(tensor) for tensor in batch], step, make_optimizer)

@@ -69,8 +69,15 @@ def small(name, what="full"):
     return model, (torch.randn(4, 3, size, size), torch.arange(4))
 
 
+class LinspaceOnCpu(torch.overrides.TorchFunctionMode):
+    """Older timm reads drop path rates off a linspace, which it could not on the meta device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}), **({"device": "cpu"} if func is torch.linspace else {}))
+
+
 def on_meta(name, what, batch_size=64, size=224, dtype=torch.float32, **kwargs):
-    with torch.device("meta"):
+    with torch.device("meta"), LinspaceOnCpu():
         model = tune(timm.create_model(name, num_classes=100, **kwargs).to(dtype), what)
         return model, (torch.empty(batch_size, 3, size, size, dtype=dtype), torch.empty(batch_size, dtype=torch.long))
 
