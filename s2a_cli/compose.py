@@ -1,7 +1,7 @@
-"""From the words of a command line to one typed, resolved and checked config, or to all that is wrong with them at once.
+"""From the words of a command line to one typed, resolved and checked config, or to all that is wrong with them.
 
-Hydra composes the files of `conf/`; it accepts any key behind `+` and stops at its first error. So every value override is
-given to it as `++key=value`, and the schema in config.py is the judge of keys, types and values afterwards.
+Hydra composes the files of `conf/`; it accepts any key behind `+` and stops at its first error. So every value
+override is given to it as `++key=value`, and the schema in config.py judges keys, types and values afterwards.
 """
 
 from __future__ import annotations
@@ -48,9 +48,15 @@ def recompose(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
     return _judged(loaded, problems)
 
 
+def composable(overrides: list[str]) -> list[str]:
+    """Those of the words that Hydra can compose, in a form in which it refuses none of them."""
+    return _readable(overrides, CONF, {})
+
+
 def groups(conf: Path = CONF) -> dict[str, list[str]]:
     """{group: its options} as there are files in `conf/`."""
-    return {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in sorted(conf.iterdir()) if folder.is_dir()}
+    folders = sorted(folder for folder in conf.iterdir() if folder.is_dir())
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
 @contextmanager
@@ -75,7 +81,8 @@ def _parsed(overrides: list[str], problems: Problems) -> list[Any]:
             override = parser.parse_override(word)
         except HydraException as error:
             reason = str(error).splitlines()[0]
-            problems[word] = f"{word}: can't be read ({reason}); write key=value, and quote special characters: 'key=\"a (b)\"'"
+            quoting = "write key=value, and quote special characters: 'key=\"a (b)\"'"
+            problems[word] = f"{word}: can't be read ({reason}); {quoting}"
             continue
         if override.is_sweep_override():
             problems[word] = f"{word}: one value is expected here; quote a text with commas: 'key=\"a,b\"'"
@@ -153,11 +160,12 @@ def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
 def _fit(values: DictConfig, typed: DictConfig, prefix: str, problems: Problems) -> None:
     """Moves `values` into `typed` key by key, resolved; says which keys and types the schema does not have."""
     schema = OmegaConf.get_type(typed)
+    names = typing.get_type_hints(schema)
     for key in values:
         full = f"{prefix}{key}"
         if full in problems:
             continue
-        if key not in typed.keys():  # "in typed" is false for a field without a value
+        if key not in names:
             problems[full] = _unknown(values, typed, str(key), prefix)
             continue
         if OmegaConf.is_missing(values, key):
@@ -178,10 +186,13 @@ def _fit(values: DictConfig, typed: DictConfig, prefix: str, problems: Problems)
             typed[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except OmegaConfBaseException:
             plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-            problems[full] = (rule_of(full) or Rule(_words(accepted), bool)).problem(full, plain, type(None) in accepted)
+            rule = rule_of(full) or Rule(_words(accepted), bool)
+            problems[full] = rule.problem(full, plain, type(None) in accepted)
 
 
-def _fit_node(value: Any, typed: DictConfig, key: str, full: str, node: type, optional: bool, problems: Problems) -> None:
+def _fit_node(
+    value: Any, typed: DictConfig, key: str, full: str, node: type, optional: bool, problems: Problems
+) -> None:
     """A key that holds settings of its own; `false` or null switches an optional one off, `true` takes its defaults."""
     if optional and (value is None or value is False):
         typed[key] = None
@@ -204,7 +215,7 @@ def _unknown(values: DictConfig, typed: DictConfig, key: str, prefix: str) -> st
     root = typed._get_root()
     paths = [path for path, _ in leaves(root)]
     last = {path: path.split(".")[-1] for path in paths}
-    close = difflib.get_close_matches(full.split(".")[-1], set(last.values()), n=1)  # also the right name in the wrong place
+    close = difflib.get_close_matches(full.split(".")[-1], set(last.values()), n=1)  # or the right name elsewhere
     same = [path for path in paths if last[path] in close]
     same = [path for path in same if path.startswith(prefix)] or same
     hint = nearest(full, same or [*paths, *root]) or (f" (did you mean {same[0]!r}?)" if same else "")
@@ -213,5 +224,5 @@ def _unknown(values: DictConfig, typed: DictConfig, key: str, prefix: str) -> st
 
 def _words(types: tuple[Any, ...]) -> str:
     """The types of a field in words."""
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text", list[float]: "a list of numbers"}
-    return " or ".join(names.get(m, "a mapping") for m in types if m is not type(None))
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+    return " or ".join(names.get(m, str(m)) for m in types if m is not type(None))

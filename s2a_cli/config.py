@@ -5,12 +5,13 @@ The comment behind a field is its line in `s2a train --help`.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import types
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -60,7 +61,7 @@ class DatasetConfig:
     test_fraction: float = 0.2  # of a folder that is one tree
     split_seed: int = 0  # seeds the splits, shots and fraction; independent of the run's seed
     on_corrupt: str = "stop"  # stop | skip
-    scale: list[float] | None = field(default_factory=lambda: [0.5, 1.0])  # random resized crop, share of the area; null: none
+    scale: list[float] | None = field(default_factory=lambda: [0.5, 1.0])  # random crop, share of the area; null: none
     hflip: float = 0.5  # probability
 
 
@@ -123,6 +124,10 @@ def numbers(count: int, accepted: str, test: Callable[..., bool] = lambda *value
     return Rule(accepted, lambda values: len(values) == count and all(map(math.isfinite, values)) and test(*values))
 
 
+def pattern(accepted: str, regex: str) -> Rule:
+    return Rule(accepted, lambda value: re.fullmatch(regex, value) is not None)
+
+
 AT_LEAST_1 = number("an integer of at least 1", lambda value: value >= 1)
 POSITIVE = number("a number above 0", lambda value: value > 0)
 NOT_NEGATIVE = number("a number of at least 0", lambda value: value >= 0)
@@ -136,7 +141,7 @@ RULES = {  # a key, or a pattern that matches keys
     "backbone.interpolation": one_of("nearest", "bilinear", "bicubic", "lanczos"),
     "backbone.crop_pct": number("a number above 0, at most 1", lambda value: 0 < value <= 1),
     "method*.lr": POSITIVE,
-    "method*.blocks": Rule("all or last:K with K of at least 1", lambda v: re.fullmatch(r"all|last:0*[1-9]\d*", v) is not None),
+    "method*.blocks": pattern("all or last:K with K of at least 1", r"all|last:0*[1-9]\d*"),
     "method*.rank": AT_LEAST_1,
     "method*.reduction": AT_LEAST_1,
     "method*.grid": AT_LEAST_1,
@@ -172,9 +177,15 @@ RULES = {  # a key, or a pattern that matches keys
     "optim.cutmix": NOT_NEGATIVE,
     "seed": number("an integer from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32),
     "precision": one_of("fp32", "amp-bf16", "amp-fp16", "bf16"),
-    "device": Rule("auto, cpu, cuda, cuda:N or mps", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v) is not None),
+    "device": pattern("auto, cpu, cuda, cuda:N or mps", r"auto|cpu|mps|cuda(:\d+)?"),
     "workers": NOT_NEGATIVE,
 }
+
+
+def meanings(schema: type) -> dict[str, str]:
+    """{field: the comment behind it} of a dataclass and those it inherits from."""
+    lines = [line for cls in reversed(schema.__mro__) if is_dataclass(cls) for line in inspect.getsource(cls).splitlines()]
+    return dict(match.groups() for line in lines if (match := re.match(r"\s+(\w+): .*?  # (.*)", line)))
 
 
 def rule_of(key: str) -> Rule | None:
@@ -201,7 +212,7 @@ def show(value: Any) -> str:
     """A value as it is written on the command line."""
     if isinstance(value, list):
         return f"[{','.join(map(show, value))}]"
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def check(config: DictConfig) -> dict[str, str]:
@@ -215,8 +226,8 @@ def check(config: DictConfig) -> dict[str, str]:
         rule = rule_of(key)
         if rule and value is not None and not rule.test(value):
             node, _, name = key.rpartition(".")
-            optional = type(None) in members(OmegaConf.get_type(OmegaConf.select(config, node) if node else config), name)
-            problems[key] = rule.problem(key, value, optional)
+            schema = OmegaConf.get_type(OmegaConf.select(config, node) if node else config)
+            problems[key] = rule.problem(key, value, optional=type(None) in members(schema, name))
 
     def both(*keys: str) -> bool:
         return all(values.get(key) is not None and key not in problems for key in keys)
