@@ -1,4 +1,4 @@
-"""The command line: `s2a VERB key=value ...`. A verb is one entry in VERBS; torch is imported by the verbs that need it."""
+"""The command line: `s2a VERB key=value ...`. A verb is one entry in VERBS; only verbs that need torch import it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLAGS = {  # flag -> its value and meaning
     "--completion": ("bash|zsh|fish", 'print shell completion: eval "$(s2a --completion bash)"; fish: ... | source'),
     "--complete": ("", ""),  # what the shells call
 }
-KINDS = {"backbones": "backbone", "methods": "method", "quants": "quant", "datasets": "dataset", "experiments": "experiment"}
+KINDS = {kind + "s": kind for kind in ("backbone", "method", "quant", "dataset", "experiment")}  # what `ls` lists
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def ls(words: list[str]) -> int:
         if len(words) != 1:
             print(f"{kind} ({group}=NAME)")
         for name in options.get(group, []):
-            print(f"  {name:<16} {_method_line(name) if kind == 'methods' else _comment(CONF / group / f'{name}.yaml')}")
+            about = _docstring(name) if kind == "methods" else _comment(CONF / group / f"{name}.yaml")
+            print(f"  {name:<16} {about}")
     return 0
 
 
@@ -118,11 +119,11 @@ def _comment(path: Path) -> str:
     return "  ".join(lines)
 
 
-def _method_line(name: str) -> str:
+def _docstring(method: str) -> str:
     """The first line of a method's docstring, read without an import of torch."""
-    tree = ast.parse((Path(__file__).parent / "methods" / f"{name}.py").read_text(encoding="utf-8"))
-    assigned = {ast.unparse(node.targets[0]): ast.unparse(node.value) for node in tree.body if isinstance(node, ast.Assign)}
-    found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == assigned["METHOD"])
+    body = ast.parse((Path(__file__).parent / "methods" / f"{method}.py").read_text(encoding="utf-8")).body
+    assigned = {ast.unparse(node.targets[0]): ast.unparse(node.value) for node in body if isinstance(node, ast.Assign)}
+    found = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == assigned["METHOD"])
     return (ast.get_docstring(found) or "").split("\n")[0]
 
 
@@ -164,7 +165,7 @@ VERBS = {
     "eval": Verb(
         evaluate,
         "s2a eval run=DIR [key=value ...]",
-        "test a finished run again from its saved tensors",
+        "test a finished run again from its saved tensors; device, workers, dataset.root ... can change",
         (
             "s2a eval run=runs/digits/vit_micro/s2a/0123456789ab",
             "s2a eval run=runs/pets/vit_t/s2a/0123456789ab device=cpu",
@@ -249,7 +250,8 @@ def _dispatch(argv: list[str]) -> int:
     elif "--cfg" in flags:
         verb = VERBS[words[0]]
         if verb.config is None or flags["--cfg"] != "job":
-            raise UserError("--cfg job prints the config of " + ", ".join(name for name, v in VERBS.items() if v.config))
+            having = ", ".join(name for name, verb in VERBS.items() if verb.config)
+            raise UserError(f"--cfg: expected --cfg job behind one of {having}")
         from omegaconf import OmegaConf
 
         print(OmegaConf.to_yaml(verb.config(words[1:])), end="")
@@ -298,7 +300,7 @@ def _help() -> str:
 def _verb_help(verb: Verb, words: list[str]) -> None:
     """Examples first; then, for a verb with a config, every key with its default, as composed with `words`."""
     print(*verb.examples, "", f"{verb.usage}: {verb.about}", sep="\n", flush=True)
-    if verb.config is None:
+    if verb.config is not _compose:
         return
     from omegaconf import OmegaConf
 
@@ -308,7 +310,7 @@ def _verb_help(verb: Verb, words: list[str]) -> None:
     print("\nGroups (s2a ls tells more):")
     for group, options in groups().items():
         print(f"  {f'{group}=':<13} {', '.join(options)}")
-    config = compose([word for word in words if not word.startswith("run=")])
+    config = compose(words)
     chosen = " ".join(f"{group}={config[group].name}" for group in ("backbone", "method", "quant", "dataset", "optim"))
     print(f"\nSettings, with the values that they have under {chosen}:")
     for key, value in leaves(config):

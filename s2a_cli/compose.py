@@ -44,6 +44,9 @@ def recompose(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
     problems: Problems = {}
     loaded = OmegaConf.create(stored)
     for override in _parsed(overrides, problems):
+        if override.key_or_group in groups():
+            problems[override.key_or_group] = f"{override.input_line}: a finished run keeps its {override.key_or_group}"
+            continue
         OmegaConf.update(loaded, override.key_or_group, override.value(), force_add=True)
     return _judged(loaded, problems)
 

@@ -24,13 +24,13 @@ from s2a_cli.errors import nearest
 class BackboneConfig:
     name: str = MISSING  # the name in tables and paths
     timm: str = MISSING  # timm's model name, with its tag
-    pretrained: bool = True  # False: random weights
+    pretrained: bool = True  # false: random weights
     checkpoint: str | None = None  # a file instead of the hub: .safetensors, .pth (weights only) or a ViT's .npz
     image_size: int | None = None  # pixels; this and the next four: null takes timm's pretrained_cfg
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    interpolation: str | None = None
-    crop_pct: float | None = None
+    mean: list[float] | None = None  # of the three colour channels, which lie in 0 to 1
+    std: list[float] | None = None  # likewise
+    interpolation: str | None = None  # nearest | bilinear | bicubic | lanczos
+    crop_pct: float | None = None  # share of the resized test image's side that the centre crop keeps
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to timm.create_model
 
 
@@ -38,7 +38,7 @@ class BackboneConfig:
 class QuantConfig:
     """Bits kept an element for the backward pass; null keeps what stock PyTorch keeps."""
 
-    name: str = MISSING
+    name: str = MISSING  # the name in tables
     bits: int | None = None  # the default of the four families below
     pointwise: int | None = None  # GELU, SiLU, hardswish, sigmoid, ...: a code of the derivative
     norm: int | None = None  # LayerNorm, GroupNorm, RMSNorm: the normalised input
@@ -50,36 +50,36 @@ class QuantConfig:
 
 @dataclass
 class DatasetConfig:
-    name: str = MISSING
+    name: str = MISSING  # the name in tables and paths
     root: str | None = None  # where the data is or goes; null: $S2A_DATA or ~/.cache/s2a
-    download: bool = True
-    domain: str | None = None  # domainnet
+    download: bool = True  # false: only what lies under root
+    domain: str | None = None  # domainnet: real | clipart | infograph | painting | quickdraw | sketch
     test_domain: str | None = None  # domainnet: test on another domain than trained on
     shots: int | None = None  # training images a class
     fraction: float | None = None  # of the training images, class-balanced
     val_fraction: float = 0.2  # of train, where there is no official validation split
     test_fraction: float = 0.2  # of a folder that is one tree
     split_seed: int = 0  # seeds the splits, shots and fraction; independent of the run's seed
-    on_corrupt: str = "stop"  # stop | skip
+    on_corrupt: str = "stop"  # stop | skip: what a damaged image does
     scale: list[float] | None = field(default_factory=lambda: [0.5, 1.0])  # random crop, share of the area; null: none
-    hflip: float = 0.5  # probability
+    hflip: float = 0.5  # probability of a mirrored training image
 
 
 @dataclass
 class OptimConfig:
     name: str = "adamw"  # adamw | sgd
-    lr: float = MISSING  # conf/optim: ${method.lr}
+    lr: float = MISSING  # method.lr by default
     weight_decay: float = 1e-4  # never on biases, norms and prompts
     momentum: float = 0.9  # sgd
-    epochs: int = 10
+    epochs: int = 10  # passes over the training images
     warmup_epochs: float = 0.5  # the learning rate rises from 0; must be below epochs
-    schedule: str = "cosine"  # cosine | constant
-    batch_size: int = 64
+    schedule: str = "cosine"  # cosine | constant: the learning rate after warm-up
+    batch_size: int = 64  # images an optimiser step
     micro_batch: int | None = None  # images a forward pass; gradients accumulate up to batch_size
-    label_smoothing: float = 0.0
-    clip_grad: float | None = None  # global norm
-    mixup: float = 0.0
-    cutmix: float = 0.0
+    label_smoothing: float = 0.0  # share of the target that all classes divide
+    clip_grad: float | None = None  # the gradient's greatest global norm
+    mixup: float = 0.0  # alpha of the Beta distribution; 0: off
+    cutmix: float = 0.0  # likewise; with both on, one of them for each batch
 
 
 @dataclass
@@ -89,11 +89,11 @@ class RunConfig:
     quant: QuantConfig = field(default_factory=QuantConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    seed: int = 0
+    seed: int = 0  # same seed, same machine: same numbers
     precision: str = "fp32"  # fp32 | amp-bf16 | amp-fp16 | bf16
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     workers: int | None = None  # processes that load images; null chooses
-    tensorboard: bool = False
+    tensorboard: bool = False  # also write TensorBoard files to the run's folder
     run_dir: str | None = None  # null: runs/<dataset>/<backbone>/<method>/<id>
 
 
@@ -184,8 +184,8 @@ RULES = {  # a key, or a pattern that matches keys
 
 def meanings(schema: type) -> dict[str, str]:
     """{field: the comment behind it} of a dataclass and those it inherits from."""
-    lines = [line for cls in reversed(schema.__mro__) if is_dataclass(cls) for line in inspect.getsource(cls).splitlines()]
-    return dict(match.groups() for line in lines if (match := re.match(r"\s+(\w+): .*?  # (.*)", line)))
+    sources = [inspect.getsource(cls) for cls in reversed(schema.__mro__) if is_dataclass(cls)]
+    return dict(re.findall(r"^\s+(\w+): .*?  # (.*)$", "\n".join(sources), re.MULTILINE))
 
 
 def rule_of(key: str) -> Rule | None:
@@ -212,6 +212,8 @@ def show(value: Any) -> str:
     """A value as it is written on the command line."""
     if isinstance(value, list):
         return f"[{','.join(map(show, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {show(inner)}' for key, inner in value.items())}}}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
