@@ -17,7 +17,7 @@ from s2a_cli.data.progress import size
 from s2a_cli.errors import UserError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
-BLOWN_UP = 200  # times the archive's own size, and over 1 GB: images do not pack that well
+BLOWN_UP, LARGE = 200, 10**9  # times the archive's own size, and bytes: images do not pack that well
 DAMAGED = (
     tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError,
     NotImplementedError,  # a zip compressed by an unknown method
@@ -66,7 +66,7 @@ def _extract(archive: Path, folder: Path) -> None:
         unpacked += bytes_
         if unpacked > free:
             raise UserError(f"{archive} does not fit: it needs more than the {size(free)} free in {folder.parent}")
-        if unpacked > max(BLOWN_UP * packed, 10**9):
+        if unpacked > max(BLOWN_UP * packed, LARGE):
             raise UserError(f"{archive} is refused: its {size(packed)} unpack to over {size(unpacked)}")
         write()
 

@@ -20,14 +20,13 @@ class Loader:
 
     Set `epoch` before each pass: the order is a function of (seed, epoch), each image's augmentation of (seed, epoch,
     index). Torch's global generators are left as they were. Worker processes live as long as the loader.
-    Raises UserError, naming the file, when an image cannot be read.
+    Raises UserError, naming the file, when an image cannot be read; that ends it.
     """
 
     def __init__(self, split, transform, batch_size, *, seed, epoch, train, workers, pin_memory):
         if batch_size < 1:
             raise UserError(f"batch size {batch_size} is not positive")
-        self.epoch = epoch
-        self._batches = _Batches(self, len(split), batch_size, seed, train)
+        self._batches = _Batches(len(split), batch_size, seed, epoch, train)
         workers = default_workers(split) if workers is None else workers
         self._loader = DataLoader(
             _Samples(split, transform, seed),
@@ -39,12 +38,22 @@ class Loader:
             generator=torch.Generator(),  # or each pass would draw a seed from the global one
         )
 
+    # Kept by the sampler, without a way back to here: worker processes in a reference cycle take seconds to end.
+    @property
+    def epoch(self) -> int:
+        return self._batches.epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._batches.epoch = epoch
+
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._loader:
             if isinstance(batch, UserError):
+                del self._loader  # ends the worker processes now, not when the traceback is gone
                 raise batch
             yield batch
 
@@ -79,8 +88,8 @@ def default_workers(split: Images) -> int:
 class _Batches:
     """The batch sampler: lists of (epoch, index), so that workers that outlive an epoch learn which one it is."""
 
-    def __init__(self, owner: Loader, length: int, batch_size: int, seed: int, train: bool):
-        self.owner, self.length, self.batch_size, self.seed, self.train = owner, length, batch_size, seed, train
+    def __init__(self, length: int, batch_size: int, seed: int, epoch: int, train: bool):
+        self.length, self.batch_size, self.seed, self.epoch, self.train = length, batch_size, seed, epoch, train
 
     def __len__(self) -> int:
         full, rest = divmod(self.length, self.batch_size)
@@ -90,7 +99,7 @@ class _Batches:
         return self.train and rest == 1 and full > 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = self.owner.epoch, range(self.length)
+        epoch, order = self.epoch, range(self.length)
         if self.train:
             generator = torch.Generator().manual_seed(mix(self.seed, epoch))
             order = torch.randperm(self.length, generator=generator).tolist()

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """Nothing is read from or written to the user's own cache."""
+    monkeypatch.setenv("S2A_DATA", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def real_data() -> Path:
+    if not os.environ.get("S2A_REAL_DATA"):
+        pytest.skip("S2A_REAL_DATA is not set: the folder of real photos")
+    return Path(os.environ["S2A_REAL_DATA"])

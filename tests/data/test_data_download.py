@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import stat
+import tarfile
+import threading
+import zipfile
+
+import pytest
+from fake_web import Served, serve
+
+from s2a_cli.data import download
+from s2a_cli.data.archives import extract, extract_once
+from s2a_cli.data.download import RemoteFile, fetch, fetch_tree
+from s2a_cli.data.progress import Progress, duration, size
+from s2a_cli.errors import UserError
+
+CONTENT = bytes(range(256)) * 3000  # more than two chunks
+
+
+@pytest.fixture
+def web():
+    with serve() as (url, paths):
+        yield url, paths
+
+
+def remote(url: str, *paths: str, content: bytes = CONTENT, name: str = "data.bin") -> RemoteFile:
+    return RemoteFile(name, len(content), hashlib.sha256(content).hexdigest(), tuple(url + path for path in paths))
+
+
+def refusal(call, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as error:
+        call(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_file_arrives_once(web, tmp_path):
+    url, paths = web
+    paths["/a"] = Served(CONTENT)
+    file = remote(url, "/a")
+    for _ in range(2):
+        assert fetch(file, tmp_path / "new" / "folder").read_bytes() == CONTENT
+    assert paths["/a"].requests == [None]
+    assert not list((tmp_path / "new/folder").glob("*.part"))
+
+
+@pytest.mark.parametrize("served", [Served(), Served(ranges=False), Served(chunked=True, ranges=False)])
+def test_a_part_is_resumed(web, tmp_path, served):
+    url, paths = web
+    served.content, paths["/a"] = CONTENT, served
+    (tmp_path / "data.bin.part").write_bytes(CONTENT[:1000])
+    assert fetch(remote(url, "/a"), tmp_path).read_bytes() == CONTENT
+    assert served.requests == ["bytes=1000-"]
+
+
+@pytest.mark.parametrize(
+    "part", [b"x" * 1000, CONTENT + b"more", b"x" * len(CONTENT)], ids=["other bytes", "too long", "as long but other"]
+)
+def test_a_wrong_part_is_thrown_away(web, tmp_path, part):
+    url, paths = web
+    paths["/a"] = Served(CONTENT)
+    (tmp_path / "data.bin.part").write_bytes(part)
+    assert fetch(remote(url, "/a"), tmp_path).read_bytes() == CONTENT
+    assert paths["/a"].requests[-1] is None
+
+
+def test_a_connection_that_breaks_is_taken_up_again(web, tmp_path):
+    url, paths = web
+    paths["/a"] = Served(CONTENT, breaks_after=300_000)
+    assert fetch(remote(url, "/a"), tmp_path).read_bytes() == CONTENT
+    assert paths["/a"].requests == [None, "bytes=300000-", "bytes=600000-"]
+
+
+def test_a_part_survives_an_interruption(web, tmp_path, monkeypatch):
+    url, paths = web
+    paths["/a"] = Served(CONTENT)
+
+    def interrupt(self, amount):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "add", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fetch(remote(url, "/a"), tmp_path)
+    assert (tmp_path / "data.bin.part").stat().st_size > 0
+    assert fetch(remote(url, "/a"), tmp_path).read_bytes() == CONTENT
+    assert paths["/a"].requests[1].startswith("bytes=")
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (Served(status=404), "404"),
+        (Served(status=503), "503"),
+        (Served(b"x" * len(CONTENT)), "wrong SHA-256"),
+        (Served(b"<html>moved</html>"), "offers 18 bytes instead of 768000"),
+        (Served(b"<html>moved</html>", chunked=True), "wrong SHA-256"),
+        (Served(CONTENT + b"more", chunked=True), "wrong SHA-256"),
+        (Served(CONTENT, breaks_after=0), "more expected"),
+        (Served(CONTENT, stalls=True), "timed out"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_next_source_is_tried(web, tmp_path, monkeypatch, bad, reason):
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    url, paths = web
+    paths["/bad"], paths["/good"] = bad, Served(CONTENT)
+    assert fetch(remote(url, "/bad", "/good"), tmp_path).read_bytes() == CONTENT
+    assert bad.requests
+    message = refusal(fetch, remote(url, "/bad"), tmp_path / "other")
+    assert reason in message and f"{url}/bad" in message
+    assert not list((tmp_path / "other").glob("data.bin"))
+
+
+def test_an_error_page_does_not_cost_a_good_part(web, tmp_path):
+    url, paths = web
+    paths["/bad"] = Served(b"<html>moved</html>", ranges=False)
+    (tmp_path / "data.bin.part").write_bytes(CONTENT[:1000])
+    refusal(fetch, remote(url, "/bad"), tmp_path)
+    assert (tmp_path / "data.bin.part").read_bytes() == CONTENT[:1000]
+
+
+def test_a_part_longer_than_what_a_server_has(web, tmp_path):
+    url, paths = web
+    paths["/short"], paths["/good"] = Served(CONTENT[:500]), Served(CONTENT)
+    (tmp_path / "data.bin.part").write_bytes(CONTENT[:1000])
+    assert fetch(remote(url, "/short", "/good"), tmp_path).read_bytes() == CONTENT
+    assert paths["/good"].requests == ["bytes=1000-"]
+
+
+def test_without_a_network_the_message_says_what_to_do(tmp_path):
+    file = remote("http://127.0.0.1:9", "/a", "/b")  # the discard port: nothing listens
+    for message in (refusal(fetch, file, tmp_path), refusal(fetch, file, tmp_path, download=False)):
+        for part in ("data.bin", "768.0 kB", file.sha256, str(tmp_path), *file.urls):
+            assert part in message
+    assert "dataset.download=false" in refusal(fetch, file, tmp_path, download=False)
+    (tmp_path / file.name).write_bytes(CONTENT)
+    assert fetch(file, tmp_path, download=False).read_bytes() == CONTENT
+
+
+def test_a_wrong_file_put_there_by_hand_is_named_and_kept(web, tmp_path):
+    (tmp_path / "data.bin").write_bytes(b"something else")
+    message = refusal(fetch, remote(web[0], "/a"), tmp_path)
+    assert str(tmp_path / "data.bin") in message and "SHA-256" in message
+    assert (tmp_path / "data.bin").read_bytes() == b"something else"
+
+
+def test_a_folder_that_cannot_be_written(web, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot write to" in refusal(fetch, remote(web[0], "/a"), tmp_path / "file" / "data")
+
+
+def test_runs_that_start_together_download_once(web, tmp_path):
+    url, paths = web
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        add_file(archive, "tree/a.txt", b"a")
+    paths["/t"] = Served(buffer.getvalue())
+    file = remote(url, "/t", content=buffer.getvalue(), name="t.tar.gz")
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(fetch_tree(file, tmp_path))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(paths["/t"].requests) == 1
+    assert [(path / "tree/a.txt").read_text() for path in found] == ["a"] * 4
+
+
+# archives
+
+
+def add_file(archive: tarfile.TarFile, name: str, content: bytes = b"content", **fields) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content) if member.isreg() else 0
+    for key, value in fields.items():
+        setattr(member, key, value)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def make_tar(path, *names, **fields):
+    with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w") as archive:
+        add_file(archive, "good.txt")
+        for name in names:
+            add_file(archive, name, **fields)
+    return path
+
+
+def make_zip(path, *names, mode=stat.S_IFREG | 0o644):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("good.txt", "content")
+        for name in names:
+            info = zipfile.ZipInfo(name)
+            info.external_attr = mode << 16
+            archive.writestr(info, "content")
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.zip"])
+def test_a_good_archive_is_extracted_once(tmp_path, name):
+    make = make_zip if name.endswith("zip") else make_tar
+    archive = make(tmp_path / name, "folder/inner/file.txt")
+    extract_once(archive, tmp_path / "target")
+    assert (tmp_path / "target/folder/inner/file.txt").read_bytes() == b"content"
+    (tmp_path / "target/good.txt").write_text("mine")
+    extract_once(archive, tmp_path / "target")
+    assert (tmp_path / "target/good.txt").read_text() == "mine"
+
+
+HOSTILE = ["../outside.txt", "folder/../../outside.txt", "/tmp/outside.txt", "..\\outside.txt", "C:\\outside.txt"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("make", [make_tar, make_zip])
+def test_paths_that_lead_outside_are_refused(tmp_path, make, name):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    archive = make(inside / "a.archive", name)
+    message = refusal(extract, archive, inside / "target")
+    assert repr(name) in message and "outside" in message
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.archive", "inside"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_in_a_tar_are_refused(tmp_path, kind):
+    archive = make_tar(tmp_path / "a.tar", "trap", type=kind, linkname="/etc/passwd")
+    assert "'trap' is a link or a device" in refusal(extract, archive, tmp_path / "target")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_links_in_a_zip_are_refused(tmp_path):
+    archive = make_zip(tmp_path / "a.zip", "trap", mode=stat.S_IFLNK | 0o777)
+    assert "'trap' is a link or a device" in refusal(extract, archive, tmp_path / "target")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_a_bomb_is_refused(tmp_path, monkeypatch):
+    archive = make_tar(tmp_path / "a.tar.gz", "big", content=bytes(10**6))
+    extract(archive, tmp_path / "fits")
+    monkeypatch.setattr("s2a_cli.data.archives.LARGE", 10**5)
+    assert "unpack to over" in refusal(extract, archive, tmp_path / "target")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    assert "does not fit" in refusal(extract, archive, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.zip"])
+@pytest.mark.parametrize("damage", ["truncated", "overwritten", "empty", "not an archive"])
+def test_a_damaged_archive_leaves_nothing(tmp_path, name, damage):
+    make = make_zip if name.endswith("zip") else make_tar
+    archive = make(tmp_path / name, "one.txt", "two.txt")
+    content = archive.read_bytes()
+    archive.write_bytes(
+        {
+            "truncated": content[: 1600 if name == "a.tar" else len(content) - 30],
+            "overwritten": b"\xff" * 40 + content[40:60] + b"\xff" * 200,
+            "empty": b"",
+            "not an archive": b"<html>moved</html>" * 50,
+        }[damage]
+    )
+    message = refusal(extract, archive, tmp_path / "target")
+    assert str(archive) in message and "damaged" in message
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    (tmp_path / ".target.partial").mkdir()
+    (tmp_path / ".target.partial/old").write_text("half")
+    extract(make_tar(tmp_path / "a.tar"), tmp_path / "target")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.tar", "good.txt", "target"]
+
+
+# progress
+
+
+def test_progress_lines():
+    assert [size(n) for n in (0, 999, 14_989, 6_062_039_589)] == ["0 B", "999 B", "15.0 kB", "6.1 GB"]
+    assert [duration(s) for s in (5, 540, 9000)] == ["5 s", "9 min", "2.5 h"]
+    progress = Progress("real.zip", 6_000_000_000, "B", done=1_000_000_000)
+    progress.done += 1_000_000_000
+    assert progress.line(100.0) == "real.zip: 2.0 GB of 6.0 GB, 10.0 MB/s, 7 min left"
+
+
+def test_progress_without_a_terminal_is_plain_lines(capsys, monkeypatch):
+    monkeypatch.setattr("s2a_cli.data.progress.SECONDS_BETWEEN_LINES", 0.0)
+    with Progress("checking photos", 3, "images") as progress:
+        progress.add(1)
+        progress.add(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[1].startswith("checking photos: 3 images of 3 images, ")
+    assert "\r" not in "".join(lines)
