@@ -73,7 +73,7 @@ def _extract(archive: Path, folder: Path) -> None:
 
 def _members(archive: Path, folder: Path) -> Iterator[tuple]:
     """(name, bytes, whether it is a file or a folder, a function that writes it below `folder`) of each member."""
-    if zipfile.is_zipfile(archive):
+    if archive.name.lower().endswith(".zip"):  # not is_zipfile(): it also finds a zip at the end of a tar
         with zipfile.ZipFile(archive) as packed:
             for member in packed.infolist():
                 kind = stat.S_IFMT(member.external_attr >> 16)  # 0 if made on Windows

@@ -209,18 +209,25 @@ def test_a_good_archive_is_extracted_once(tmp_path, name):
     assert (tmp_path / "target/good.txt").read_text() == "mine"
 
 
+def test_a_tar_that_ends_in_a_zip_is_a_tar(tmp_path):
+    content = make_zip(tmp_path / "inner.zip").read_bytes()
+    archive = make_tar(tmp_path / "a.tar", "inner.zip", content=content)
+    extract(archive, tmp_path / "target")
+    assert (tmp_path / "target/inner.zip").read_bytes() == content
+
+
 HOSTILE = ["../outside.txt", "folder/../../outside.txt", "/tmp/outside.txt", "..\\outside.txt", "C:\\outside.txt"]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-@pytest.mark.parametrize("make", [make_tar, make_zip])
-def test_paths_that_lead_outside_are_refused(tmp_path, make, name):
+@pytest.mark.parametrize(("make", "kind"), [(make_tar, "tar"), (make_zip, "zip")])
+def test_paths_that_lead_outside_are_refused(tmp_path, make, kind, name):
     inside = tmp_path / "inside"
     inside.mkdir()
-    archive = make(inside / "a.archive", name)
+    archive = make(inside / f"a.{kind}", name)
     message = refusal(extract, archive, inside / "target")
     assert repr(name) in message and "outside" in message
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.archive", "inside"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [f"a.{kind}", "inside"]
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])

@@ -5,10 +5,12 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from pictures import folder_config, tree
 
+from s2a_cli.compose import CONF
 from s2a_cli.config import DatasetConfig
-from s2a_cli.data import load, problems
+from s2a_cli.data import DATASETS, load, problems
 from s2a_cli.data.splits import few_shots, hold_out, share, shuffled
 from s2a_cli.errors import UserError
 
@@ -94,6 +96,22 @@ def test_bad_settings_are_named_before_anything_is_read(setting, words):
     assert any(words in line for line in problems(config))
     with pytest.raises(UserError, match="dataset"):
         load(config)
+
+
+def test_composed_settings_are_judged_alike():
+    good = OmegaConf.structured(DatasetConfig(name="digits", scale=[0.8, 1.0]))
+    assert problems(good) == [] and len(load(good).classes) == 10
+    bad = OmegaConf.structured(DatasetConfig(name="digits", scale=[1.0, 0.8], shots=0))
+    assert [line.split("=")[0] for line in problems(bad)] == ["dataset.shots", "dataset.scale"]
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_data_set_has_its_file_of_settings(name):
+    text = (CONF / "dataset" / f"{name}.yaml").read_text()
+    assert text.startswith("# ") and len(text.splitlines()[0]) <= 120
+    config = OmegaConf.merge(OmegaConf.structured(DatasetConfig), OmegaConf.create(text))
+    assert config.name == name
+    assert problems(config) == (["dataset=folder needs dataset.root=FOLDER, your images"] if name == "folder" else [])
 
 
 def test_good_settings_have_no_problems():
