@@ -128,12 +128,12 @@ def _docstring(method: str) -> str:
 
 
 def validate(words: list[str]) -> int:
+    from omegaconf import OmegaConf
+
     config = _compose(words)
-    print(
-        f"ok: method={config.method.name} quant={config.quant.name} on backbone={config.backbone.name},"
-        f" dataset={config.dataset.name}, {config.optim.epochs} epochs of {config.optim.name} at lr {config.optim.lr:g}"
-        f" in batches of {config.optim.batch_size}, {config.precision}, seed {config.seed}"
-    )
+    keys = ("optim.lr", "optim.epochs", "optim.batch_size", "precision", "seed")
+    chosen = [f"{group}={config[group].name}" for group in ("backbone", "method", "quant", "dataset", "optim")]
+    print("ok:", *chosen, *(f"{key}={OmegaConf.select(config, key)}" for key in keys))
     return 0
 
 

@@ -165,6 +165,7 @@ def _distinguishing(rows: pd.DataFrame, settings: list[str]) -> list[str]:
     A method's own settings, bits and learning rate differ between methods by design, and count only between rows of the
     same method and quant.
     """
+
     def differ(columns: list[str], within: list[str]) -> list[str]:
         found = [c for c in columns if rows[c].nunique(dropna=False) > 1]
         if not found:

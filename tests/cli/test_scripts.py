@@ -25,7 +25,12 @@ exit 0
 
 class Checkout:
     def __init__(self, folder: Path):
-        self.root, self.bin, self.calls, self.fail = folder / "check out", folder / "bin", folder / "calls", folder / "fail"
+        self.root, self.bin, self.calls, self.fail = (
+            folder / "check out",
+            folder / "bin",
+            folder / "calls",
+            folder / "fail",
+        )
         (self.root / "scripts").mkdir(parents=True)
         self.bin.mkdir()
         for name in ("s2a", "test", "venv.sh"):
@@ -39,7 +44,12 @@ class Checkout:
         self.stamp = self.root / ".venv" / "s2a-stamp"
 
     def run(self, *argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
-        environment = {"PATH": str(self.bin), "CALLS": str(self.calls), "FAIL": str(self.fail), "HOME": os.environ["HOME"]}
+        environment = {
+            "PATH": str(self.bin),
+            "CALLS": str(self.calls),
+            "FAIL": str(self.fail),
+            "HOME": os.environ["HOME"],
+        }
         return subprocess.run(argv, cwd=cwd or self.bin, env=environment, capture_output=True, text=True)
 
     def s2a(self, *words: str, **kwargs) -> subprocess.CompletedProcess:

@@ -1,0 +1,216 @@
+"""The verbs: exit codes, help, errors, and what is printed where."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import s2a_cli
+from s2a_cli import cli
+from s2a_cli.cli import KINDS, VERBS, main
+from s2a_cli.compose import compose, groups
+from s2a_cli.errors import RunError, UserError
+
+
+def run(*words, **kwargs):
+    return subprocess.run([sys.executable, "-m", "s2a_cli", *words], capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """A stand-in for s2a_cli.training."""
+    fake = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "s2a_cli.training", fake)
+    monkeypatch.setattr(s2a_cli, "training", fake, raising=False)
+    return fake
+
+
+def test_help_names_every_verb_and_flag(capsys):
+    for argv in ([], ["--help"], ["-h"]):
+        assert main(argv) == 0
+        said = capsys.readouterr().out
+        assert all(f"\n  {verb} " in said for verb in VERBS) and "--completion" in said and "--complete " not in said
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_help_of_a_verb_opens_with_three_examples_that_can_be_copied(name, capsys):
+    assert main([name, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == list(VERBS[name].examples) and lines[3] == ""
+    for line in lines[:3]:
+        words = shlex.split(line.split(">")[0])
+        assert words[:2] == ["s2a", name]
+        if VERBS[name].config is cli._compose:
+            compose(words[2:])
+
+
+def test_help_of_train_lists_every_setting_as_composed(capsys):
+    assert main(["train", "method=prompt", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^  method\.rank=8\b", said, re.M) and not re.search(r"^  method\.prompt", said, re.M)
+    assert re.search(r"^  optim\.epochs=10 +passes over the training images$", said, re.M)
+    assert all(re.search(rf"^  {group}= +.*{options[-1]}", said, re.M) for group, options in groups().items())
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["trian"], "s2a: trian: no such verb; accepted: train, eval, ls, validate, table (did you mean 'train'?)"),
+        (
+            ["train", "--degub"],
+            "s2a: --degub: no such flag; accepted: --help, --cfg, --debug, --version, --completion"
+            " (did you mean '--debug'?)",
+        ),
+        (
+            ["ls", "backbons"],
+            "s2a: ls backbons: expected one of backbones, methods, quants, datasets, experiments"
+            " (did you mean 'backbones'?)",
+        ),
+        (["train", "--cfg"], "s2a: --cfg: expected --cfg job"),
+        (["train", "--cfg", "jobs"], "s2a: --cfg: expected --cfg job behind one of train, eval, validate"),
+        (["ls", "--cfg", "job"], "s2a: --cfg: expected --cfg job behind one of train, eval, validate"),
+        (["--completion", "tcsh"], "s2a: --completion tcsh: expected one of bash, zsh, fish"),
+        (["eval"], "s2a: run=DIR is needed once: the folder of a finished run, which `s2a train` prints"),
+        (["eval", "run=nowhere"], "s2a: nowhere: no result.json there; give the folder of a run"),
+        (["table", "fromat=md"], "s2a: fromat=md: expected folders and format=terminal|md|csv|latex"),
+        (["table"], "s2a: no runs/ in this folder; name the folders that hold runs, or make a run with: s2a train"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(argv, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    said = capsys.readouterr()
+    assert said.err == expected + "\n" and said.out == ""
+
+
+def test_ls_tells_of_every_option(capsys):
+    assert main(["ls"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    options = groups()
+    names = [name for group in KINDS.values() for name in options[group]]
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == names
+    assert all(len(line.split()) > 3 for line in lines if line.startswith("  ")), "each with what it is"
+    assert main(["ls", "methods"]) == 0
+    assert "low-rank prompt" in capsys.readouterr().out
+
+
+def test_validate_sums_up(capsys):
+    assert main(["validate", "method=bias", "seed=3"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("ok: backbone=vit_micro method=bias ") and "seed=3" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("oom", 1), ("failed", 1), ("interrupted", 130)])
+def test_train_prints_the_table_and_the_folder(training, make_result, capsys, status, code):
+    asked = []
+    training.train = lambda config: (asked.append(config.seed), (make_result(status=status), Path("runs/x")))[1]
+    assert main(["train", "seed=5"]) == code and asked == [5]
+    said = capsys.readouterr()
+    assert "peak MiB" in said.out and said.out.endswith("\nrun: runs/x\n")
+    assert said.err == ("" if status == "ok" else f"s2a: {status}: it went wrong\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (UserError("dataset.root=x: no such folder"), 2, "s2a: dataset.root=x: no such folder\n"),
+        (RunError("the loss is nan"), 1, "s2a: the loss is nan\n"),
+        (ValueError("odd\nmore"), 1, "s2a: ValueError: odd (--debug shows the traceback)\n"),
+        (KeyboardInterrupt(), 130, "s2a: interrupted\n"),
+    ],
+)
+def test_errors_of_a_run(training, capsys, error, code, expected):
+    def train(config):
+        raise error
+
+    training.train = train
+    assert main(["train"]) == code
+    assert capsys.readouterr().err == expected
+    if isinstance(error, Exception):
+        with pytest.raises(type(error)):
+            main(["train", "--debug"])
+
+
+@pytest.mark.parametrize(("top1", "code", "word"), [(90.0, 0, "equal"), (89.9, 1, "NOT EQUAL")])
+def test_eval_compares_with_the_record(training, make_result, tmp_path, capsys, top1, code, word):
+    config = compose(["seed=4"])
+    from omegaconf import OmegaConf
+
+    record = make_result() | {"config": OmegaConf.to_container(config)}
+    (tmp_path / "result.json").write_text(json.dumps(record))
+    asked = []
+    training.evaluate = lambda config, folder: (
+        asked.append((config.seed, config.workers, folder)),
+        {"loss": 1.0, "top1": top1, "top5": None},
+    )[1]
+    assert main(["eval", f"run={tmp_path}", "workers=0"]) == code
+    assert asked == [(4, 0, tmp_path)]
+    assert capsys.readouterr().out == f"test_top1: {top1} %, recorded 90.0 %: {word}\n"
+    assert main(["eval", f"run={tmp_path}", "workers=-1"]) == 2
+    assert "workers=-1: expected" in capsys.readouterr().err
+
+
+def test_table_reads_runs_of_this_folder(write_result, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_result("a")
+    assert main(["table", "format=csv"]) == 0
+    here = capsys.readouterr().out
+    assert here.startswith("dataset,backbone,method") and here.count("\n") == 2
+    assert main(["table", "runs/a", "format=csv"]) == 0
+    assert capsys.readouterr().out == here
+
+
+def test_light_commands_import_nothing_heavy(tmp_path):
+    script = (
+        "import sys; from s2a_cli.cli import main\n"
+        "assert not any(main(argv) for argv in ([], ['--version'], ['ls'], ['--completion', 'bash'], ['--complete']))\n"
+        "print([m for m in ('torch', 'timm', 'pandas') if m in sys.modules])"
+    )
+    environment = os.environ | {"COMP_LINE": "s2a train method=s2a optim."}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert "optim.batch_size=" in done.stdout
+
+
+def test_installed_command(tmp_path):
+    """The console script itself: exit code 2 without a traceback, and with --debug a traceback."""
+    script = Path(sys.executable).with_name("s2a")
+    if not script.exists():
+        pytest.skip("s2a is not installed beside this Python")
+    done = subprocess.run([script, "ls", "backbons"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "did you mean 'backbones'" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run([script, "ls", "backbons", "--debug"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path):
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; '{sys.executable}' -m s2a_cli ls | true; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.stdout.strip() in ("0", "141") and done.stderr == ""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "s2a_cli", "ls"], stdout=write, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 141 and done.stderr == ""
+
+
+@pytest.mark.slow
+def test_train_eval_table_from_the_command_line(tmp_path):
+    trained = run("train", "experiment=smoke", "device=cpu", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    folder = trained.stdout.strip().splitlines()[-1].removeprefix("run: ")
+    record = json.loads((tmp_path / folder / "result.json").read_text())
+    assert record["status"] == "ok" and record["config"]["optim"]["epochs"] == 1
+    evaluated = run("eval", f"run={folder}", cwd=tmp_path)
+    assert evaluated.returncode == 0 and "equal" in evaluated.stdout and "NOT" not in evaluated.stdout, evaluated.stderr
+    table = run("table", "format=md", cwd=tmp_path)
+    assert table.returncode == 0 and "| digits" in table.stdout and "predicted" in table.stdout

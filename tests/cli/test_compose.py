@@ -1,0 +1,203 @@
+"""Composition: every option of every group, every experiment, and bad input of every kind."""
+
+import shlex
+
+import pytest
+from omegaconf import OmegaConf
+
+from s2a_cli.cli import main
+from s2a_cli.compose import CONF, compose, groups, recompose
+from s2a_cli.config import RunConfig, leaves, meanings
+from s2a_cli.errors import UserError
+
+NEEDS = {"backbone=timm": ["backbone.name=resnet34.a1_in1k"], "dataset=folder": ["dataset.root=photos"]}
+OPTIONS = [f"{group}={name}" for group, names in groups().items() if group != "experiment" for name in names]
+
+
+def test_default():
+    config = compose([])
+    chosen = {group: config[group].name for group in ("backbone", "method", "quant", "dataset", "optim")}
+    assert chosen == {"backbone": "vit_micro", "method": "s2a", "quant": "int4", "dataset": "digits", "optim": "adamw"}
+    assert config.optim.lr == config.method.lr
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes(option):
+    config = compose([option, *NEEDS.get(option, [])])
+    group, name = option.split("=")
+    assert config[group].name == ("resnet34.a1_in1k" if option == "backbone=timm" else name)
+    assert OmegaConf.get_type(config) is RunConfig
+
+
+@pytest.mark.parametrize("name", groups()["experiment"])
+def test_every_experiment_opens_with_a_command_that_composes(name):
+    package, command, about = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()[:3]
+    words = shlex.split(command.removeprefix("# "))
+    assert package == "# @package _global_" and words[:2] == ["s2a", "train"] and f"experiment={name}" in words
+    assert about.startswith("# ") and about.endswith(".")
+    compose(words[2:])
+
+
+@pytest.mark.parametrize("group", [group for group in groups() if group != "experiment"])
+def test_every_option_says_what_it_is(group):
+    for name in groups()[group]:
+        first = (CONF / group / f"{name}.yaml").read_text().splitlines()[0]
+        assert first.startswith("# ") and len(first) > 10, name
+
+
+def test_every_setting_has_a_meaning():
+    config = OmegaConf.structured(RunConfig)
+    for key in (key for key, _ in leaves(config) if key != "method"):
+        node, _, name = key.rpartition(".")
+        assert meanings(OmegaConf.get_type(OmegaConf.select(config, node) if node else config)).get(name), key
+
+
+def test_parts_of_a_method_can_be_switched_off_and_tuned():
+    off = compose(["method.prompt=false", "method.side=null", "method.bias=false"]).method
+    assert off.prompt is None and off.side is None and off.bias is False
+    tuned = compose(["method.prompt.rank=4", "method.side.reduction=16", "method.blocks=last:6"]).method
+    assert (tuned.prompt.rank, tuned.side.reduction, tuned.blocks) == (4, 16, "last:6")
+    assert compose(["method.prompt=true"]).method.prompt.rank == 8
+
+
+def test_later_words_win_and_plus_signs_change_nothing():
+    assert compose(["seed=1", "+seed=2", "++seed=3"]).seed == 3
+    assert compose(["+method=bias"]).method.name == "bias"
+    assert compose(["optim.clip_grad=1", "optim.clip_grad=null"]).optim.clip_grad is None
+
+
+def test_special_values_reach_the_config():
+    config = compose(
+        ["dataset.root=/my photos/x", "run_dir='a (b)=c,d'", "backbone.kwargs={drop_rate: 0.1}", "optim.lr=1e-3"]
+    )
+    assert (config.dataset.root, config.run_dir, config.optim.lr) == ("/my photos/x", "a (b)=c,d", 1e-3)
+    assert config.backbone.kwargs.drop_rate == 0.1
+
+
+def test_a_finished_run_composes_again_with_changes():
+    stored = OmegaConf.to_container(compose(["seed=7", "method=prompt", "method.rank=3"]))
+    again = recompose(stored, ["device=cpu", "optim.batch_size=8"])
+    assert (again.seed, again.method.rank, again.device, again.optim.batch_size) == (7, 3, "cpu", 8)
+    with pytest.raises(UserError, match="method=bias: a finished run keeps its method"):
+        recompose(stored, ["method=bias"])
+    with pytest.raises(UserError, match=r"method.rnk: no such setting.*did you mean 'method.rank'"):
+        recompose(stored, ["method.rnk=3"])
+
+
+BAD = [
+    # unknown groups, options and keys
+    ("methd=bias", "methd: no such setting", "accepted: backbone, method, quant", "(did you mean 'method'?)"),
+    ("method=bais", "method=bais: expected one of bias, full, linear", "(did you mean 'bias'?)"),
+    ("backbone=vit-b", "backbone=vit-b: expected one of", "(did you mean 'vit_b'?)"),
+    ("experiment=smokee", "experiment=smokee: expected one of", "(did you mean 'smoke'?)"),
+    ("method=[bias,full]", "method=[bias,full]: expected one of bias"),
+    ("method=null", "method=null: expected one of"),
+    ("+typo=1", "typo: no such setting", "accepted: backbone, method"),
+    (
+        "++method.rnk=3",
+        "method.rnk: no such setting",
+        "accepted in method: name, lr, blocks",
+        "(did you mean 'method.prompt.rank'?)",
+    ),
+    ("method.prompt.rnk=4", "method.prompt.rnk: no such setting", "accepted in method.prompt: rank"),
+    ("optm.lr=1", "optm.lr: no such setting", "(did you mean 'optim.lr'?)"),
+    ("optim.epoch=1", "optim.epoch: no such setting", "(did you mean 'optim.epochs'?)"),
+    ("epochs=3", "epochs: no such setting", "(did you mean 'optim.epochs'?)"),
+    ("+a.b.c=1", "a.b.c: no such setting"),
+    ("hydra.job.name=x", "hydra.job.name: Hydra's own settings are not used here"),
+    # types and values
+    ("optim.epochs=abc", "optim.epochs=abc: expected an integer of at least 1"),
+    ("optim.epochs=2.5", "optim.epochs=2.5: expected an integer"),
+    ("optim.epochs=0", "optim.epochs=0: expected an integer of at least 1"),
+    ("optim.epochs=null", "optim.epochs=null: expected an integer"),
+    ("optim.lr=-1", "optim.lr=-1.0: expected a number above 0"),
+    ("optim.lr=nan", "optim.lr=nan: expected a number above 0"),
+    ("optim.lr=[1]", "optim.lr=[1]: expected a number above 0"),
+    ("optim.lr.x=3", "optim.lr={x: 3}: expected a number above 0"),
+    ("quant.bits=3.5", "quant.bits=3.5: expected an integer from 1 to 8, or null"),
+    ("quant.bits=0", "quant.bits=0: expected an integer from 1 to 8, or null"),
+    ("quant.norm=9", "quant.norm=9: expected an integer from 1 to 8, or null"),
+    ("quant.softmax=true", "quant.softmax=true: expected an integer from 1 to 8, or null"),
+    ("method.prompt.rank=0", "method.prompt.rank=0: expected an integer of at least 1"),
+    ("method.prompt=3", "method.prompt=3: expected its settings (method.prompt.rank), or false"),
+    ("method.blocks=last:0", "method.blocks=last:0: expected all or last:K"),
+    ("method.bias=maybe", "method.bias=maybe: expected true or false"),
+    ("precision=bf61", "precision=bf61: expected one of fp32", "(did you mean 'bf16'?)"),
+    ("device=gpu", "device=gpu: expected auto, cpu, cuda, cuda:N or mps"),
+    ("dataset.on_corrupt=ignore", "dataset.on_corrupt=ignore: expected one of stop, skip"),
+    ("dataset.domain=clip_art", "dataset.domain=clip_art: expected one of clipart", "(did you mean 'clipart'?)"),
+    ("dataset.shots=0", "dataset.shots=0: expected an integer of at least 1, or null"),
+    ("dataset.fraction=1.5", "dataset.fraction=1.5: expected a number above 0, at most 1, or null"),
+    ("dataset.scale=[1,0.5]", "dataset.scale=[1.0,0.5]: expected 2 numbers, 0 < smallest <= largest <= 1, or null"),
+    ("backbone.mean=[1,2]", "backbone.mean=[1.0,2.0]: expected 3 numbers"),
+    ("backbone.image_size=0", "backbone.image_size=0: expected an integer of at least 1, or null"),
+    ("seed=-1", "seed=-1: expected an integer from 0 to 2^32 - 1"),
+    # settings that exclude each other
+    ("optim.micro_batch=65", "optim.micro_batch=65: expected at most optim.batch_size=64"),
+    ("optim.warmup_epochs=10", "optim.warmup_epochs=10.0: expected less than optim.epochs=10"),
+    ("dataset.shots=1 dataset.fraction=0.5", "dataset.shots and dataset.fraction exclude each other"),
+    ("dataset.test_domain=real", "dataset.test_domain is set without dataset.domain"),
+    # what can't be read or resolved
+    ("vit_b", "vit_b: expected key=value (did you mean backbone=vit_b?)"),
+    ("seed=0,1", "seed=0,1: one value is expected here"),
+    ("'run_dir=a(b'", "run_dir=a(b: can't be read", "quote special characters"),
+    ("=3", "=3: expected key=value"),
+    ("~optim.lr", "~optim.lr: nothing can be deleted"),
+    ("optim.lr=${method.lrr}", "optim.lr: can't be resolved", "'method.lrr' not found"),
+    ("backbone=timm", "backbone.name: has no value; add backbone.name=..."),
+]
+
+
+@pytest.mark.parametrize("case", BAD, ids=[case[0] for case in BAD])
+def test_bad_input_is_refused_in_plain_words(case, capsys):
+    words, *expected = case
+    assert main(["validate", *shlex.split(words)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "Traceback" not in said.err
+    for part in expected:
+        assert part in said.err
+
+
+def test_all_problems_are_reported_together(capsys):
+    words = [
+        "+typo=1",
+        "optim.epochs=abc",
+        "quant.bits=0",
+        "precision=fp23",
+        "a b",
+        "method.rank=4",
+        "dataset=cifar",
+        "dataset.shts=1",
+    ]
+    assert main(["validate", *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    keys = [line.split(":")[0].strip() for line in lines[1:]]
+    assert lines[0] == "s2a: 7 problems:" and len(keys) == 7
+    assert set(keys) == {
+        "typo",
+        "optim.epochs=abc",
+        "quant.bits=0",
+        "precision=fp23",
+        "a b",
+        "method.rank",
+        "dataset=cifar",
+    }
+    assert "dataset.shts" not in str(lines), "nothing is said about a group whose option is unknown"
+
+
+def test_a_broken_config_file_is_one_line(tmp_path, capsys):
+    (tmp_path / "method").mkdir()
+    (tmp_path / "config.yaml").write_text("defaults:\n  - method: odd\n")
+    (tmp_path / "method" / "odd.yaml").write_text("name: [")
+    with pytest.raises(UserError) as raised:
+        compose([], tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_cfg_job_prints_a_config_that_reads_back_to_itself(capsys):
+    words = ["method=prompt", "method.rank=2", "backbone.mean=[0.1,0.2,0.3]", "run_dir='it: #1'", "optim.lr=1e-5"]
+    assert main(["train", *words, "--cfg", "job"]) == 0
+    printed = capsys.readouterr().out
+    config = compose(words)
+    assert OmegaConf.create(printed) == config
+    assert recompose(OmegaConf.to_container(OmegaConf.create(printed)), []) == config
