@@ -1,4 +1,4 @@
-"""A progress bar with a rate and the time left on a terminal; plain lines elsewhere."""
+"""Progress of something long: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -7,30 +7,76 @@ import time
 
 from tqdm import tqdm
 
+SECONDS_BETWEEN_LINES = 15.0
+
 
 class Progress:
-    """with Progress(total, unit="image") as p: p.advance(n, epoch="1/10"); p.note("a line above the bar")."""
+    """`with Progress("real.zip", total, "B") as progress: progress.add(n)`; unit "B" counts bytes.
 
-    def __init__(self, total: int, unit: str):
-        self.total, self.unit, self.done = total, unit, 0
-        self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, unit=unit, unit_scale=True, disable=not self.terminal, dynamic_ncols=True)
-        self.begun = time.monotonic()
+    `add(n, loss="0.1")` shows a state behind the bar. `note(line)` says something that stays: above the bar on a terminal,
+    elsewhere with the rate and the time left, instead of the lines in between.
+    """
+
+    def __init__(self, title: str, total: int | None, unit: str, done: int = 0):
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self._first = done  # what an earlier attempt had done does not count for the rate
+        self._bar = None
 
     def __enter__(self) -> Progress:
+        self._start = self._spoke = time.monotonic()
+        if sys.stderr.isatty():
+            scale = self.unit == "B"
+            self._bar = tqdm(
+                total=self.total, initial=self.done, desc=self.title, unit=self.unit, unit_scale=scale, dynamic_ncols=True
+            )
         return self
 
     def __exit__(self, *_) -> None:
-        self.bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
-    def advance(self, n: int, **state: str) -> None:
-        self.done += n
-        self.bar.update(n)
-        self.bar.set_postfix(state, refresh=False)
+    def add(self, amount: int, **state: str) -> None:
+        self.done += amount
+        if self._bar is not None:
+            self._bar.set_postfix(state, refresh=False)
+            self._bar.update(amount)
+        elif time.monotonic() - self._spoke >= SECONDS_BETWEEN_LINES:
+            self._say(self.line(time.monotonic() - self._start))
 
     def note(self, line: str) -> None:
-        if self.terminal:
-            return tqdm.write(line, file=sys.stderr)
-        rate = self.done / max(time.monotonic() - self.begun, 1e-9)
-        left = tqdm.format_interval(int((self.total - self.done) / rate)) if rate else "?"
-        print(f"{line} ({rate:.0f} {self.unit}s/s, {left} left)", file=sys.stderr, flush=True)
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            self._say(f"{line}, {self._pace(time.monotonic() - self._start)}")
+
+    def _say(self, line: str) -> None:
+        self._spoke = time.monotonic()
+        print(line, file=sys.stderr, flush=True)
+
+    def line(self, seconds: float) -> str:
+        """Where things stand `seconds` after the start, e.g. "real.zip: 1.2 of 6.1 GB, 8.3 MB/s, 9 min left"."""
+        of = f" of {self._amount(self.total)}" if self.total else ""
+        return f"{self.title}: {self._amount(self.done)}{of}, {self._pace(seconds)}"
+
+    def _pace(self, seconds: float) -> str:
+        rate = (self.done - self._first) / max(seconds, 1e-9)
+        left = f", {duration((self.total - self.done) / rate)} left" if self.total and rate else ""
+        return f"{self._amount(rate)}/s{left}"
+
+    def _amount(self, value: float) -> str:
+        return size(value) if self.unit == "B" else f"{value:.0f} {self.unit.strip()}"
+
+
+def size(number: float) -> str:
+    """A number of bytes to read: 532 B, 14.9 kB, 6.1 GB (powers of 1000, as download pages state them)."""
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -161,7 +161,7 @@ def _fit(run: Run, folder: Path, result: records.Result) -> None:
     rates: list[float] = []
     best, best_state = -1.0, checkpoints.trainable_state(run.model, run.statistics)
     lines: list[str] = []
-    with Progress(optim.epochs * len(run.splits.train), unit="image") as progress:
+    with Progress("training", optim.epochs * len(run.splits.train), " images") as progress:
         for epoch in range(1, optim.epochs + 1):
             run.train_mode()
             begun, losses, seen = time.perf_counter(), 0.0, 0
@@ -184,7 +184,7 @@ def _fit(run: Run, folder: Path, result: records.Result) -> None:
                 if number >= WARMUP_STEPS:
                     rates.append(count / (time.perf_counter() - started))
                 losses, seen = losses + loss * count, seen + count
-                progress.advance(count, epoch=f"{epoch}/{optim.epochs}", loss=f"{losses / seen:.3f}")
+                progress.add(count, epoch=f"{epoch}/{optim.epochs}", loss=f"{losses / seen:.3f}")
             scores = accuracy(run, validation) if len(run.splits.val) else {}
             if not scores or scores["top1"] > best:
                 best = scores.get("top1", best)

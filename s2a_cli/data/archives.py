@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from s2a_cli.data.files import lock, one_line
-from s2a_cli.data.progress import size
+from s2a_cli.progress import size
 from s2a_cli.errors import UserError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")

@@ -13,7 +13,7 @@ from pathlib import Path
 from s2a_cli import __version__
 from s2a_cli.data.archives import extract_once
 from s2a_cli.data.files import lock, one_line, sha256
-from s2a_cli.data.progress import Progress, size
+from s2a_cli.progress import Progress, size
 from s2a_cli.errors import UserError
 
 TIMEOUT = 30.0  # seconds without a byte before a source counts as down

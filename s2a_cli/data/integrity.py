@@ -12,7 +12,7 @@ from pathlib import Path
 
 from s2a_cli.data.files import one_line
 from s2a_cli.data.images import open_rgb
-from s2a_cli.data.progress import Progress
+from s2a_cli.progress import Progress
 from s2a_cli.errors import UserError
 from s2a_cli.records import atomic_write
 

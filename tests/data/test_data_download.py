@@ -13,7 +13,7 @@ from fake_web import Served, serve
 from s2a_cli.data import download
 from s2a_cli.data.archives import extract, extract_once
 from s2a_cli.data.download import RemoteFile, fetch, fetch_tree
-from s2a_cli.data.progress import Progress, duration, size
+from s2a_cli.progress import Progress, duration, size
 from s2a_cli.errors import UserError
 
 CONTENT = bytes(range(256)) * 3000  # more than two chunks
@@ -291,7 +291,7 @@ def test_progress_lines():
 
 
 def test_progress_without_a_terminal_is_plain_lines(capsys, monkeypatch):
-    monkeypatch.setattr("s2a_cli.data.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("s2a_cli.progress.SECONDS_BETWEEN_LINES", 0.0)
     with Progress("checking photos", 3, "images") as progress:
         progress.add(1)
         progress.add(2)
