@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import typing
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -69,7 +70,10 @@ def hydra_on(conf: Path = CONF) -> Iterator[Any]:
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf), job_name="s2a", version_base="1.3"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Hydra 1.3 warns when version_base is left out, 1.4 when it is given
+        hydra = initialize_config_dir(str(conf), job_name="s2a", version_base="1.3")
+    with hydra:
         yield GlobalHydra.instance().config_loader()
 
 
@@ -185,10 +189,10 @@ def _fit(values: DictConfig, typed: DictConfig, prefix: str, problems: Problems)
         if node is not None:
             _fit_node(value, typed, str(key), full, node, type(None) in accepted, problems)
             continue
+        plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         try:
-            typed[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            OmegaConf.update(typed, str(key), plain, merge=False)
         except OmegaConfBaseException:
-            plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             rule = rule_of(full) or Rule(_words(accepted), bool)
             problems[full] = rule.problem(full, plain, type(None) in accepted)
 

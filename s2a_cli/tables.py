@@ -111,7 +111,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     ok = frame["status"] == "ok"
     setting = pd.Series(map("\x1f".join, _text(frame[BASE + settings]).itertuples(index=False)), frame.index)
     kinds = frame["memory.kind"].astype(object).where(ok).map(KINDS)
-    frame["memory"] = kinds.groupby(setting).transform(lambda kind: kind.ffill().bfill())  # failed runs join the others
+    frame["memory"] = kinds.where(kinds.notna(), kinds.groupby(setting).transform("first"))  # failed runs join others
     row = setting + "\x1f" + _text(frame["memory"])
 
     groups = frame.groupby(row, sort=False)
