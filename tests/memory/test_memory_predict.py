@@ -73,7 +73,8 @@ class LinspaceOnCpu(torch.overrides.TorchFunctionMode):
     """Older timm reads drop path rates off a linspace, which it could not on the meta device."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}), **({"device": "cpu"} if func is torch.linspace else {}))
+        default = {"device": "cpu"} if func is torch.linspace else {}
+        return func(*args, **(default | (kwargs or {})))
 
 
 def on_meta(name, what, batch_size=64, size=224, dtype=torch.float32, **kwargs):
