@@ -26,7 +26,9 @@ complete -o nospace -o default -F _s2a s2a""",
 _s2a() {
     local -a choices
     choices=("${(@f)$(COMP_LINE="$LBUFFER" "${words[1]}" --complete 2>/dev/null)}")
-    [[ -n "$choices" ]] && compadd -Q -S '' -- $choices || _files
+    [[ -n "$choices" ]] || { _files; return }
+    compadd -Q -S '' -- ${(M)choices:#*[=./]}
+    compadd -Q -- ${choices:#*[=./]}
 }
 compdef _s2a s2a""",
     "fish": r"""

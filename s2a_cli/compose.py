@@ -44,16 +44,18 @@ def recompose(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
     """The config of a finished run, with changes. Raises UserError as `compose` does."""
     problems: Problems = {}
     loaded = OmegaConf.create(stored)
-    for override in _parsed(overrides, problems):
-        if override.key_or_group in groups():
-            problems[override.key_or_group] = f"{override.input_line}: a finished run keeps its {override.key_or_group}"
-            continue
-        OmegaConf.update(loaded, override.key_or_group, override.value(), force_add=True)
+    known = groups()
+    for override in _parsed(overrides, known, problems):
+        key = override.key_or_group
+        if key in known:
+            problems[key] = f"{override.input_line}: a finished run keeps its {key}"
+        else:
+            OmegaConf.update(loaded, key, override.value(), force_add=True)
     return _judged(loaded, problems)
 
 
 def composable(overrides: list[str]) -> list[str]:
-    """Those of the words that Hydra can compose, in a form in which it refuses none of them."""
+    """Those of the words that Hydra can compose, in a form in which it refuses none of them: for completion."""
     return _readable(overrides, CONF, {})
 
 
@@ -77,13 +79,20 @@ def hydra_on(conf: Path = CONF) -> Iterator[Any]:
         yield GlobalHydra.instance().config_loader()
 
 
-def _parsed(overrides: list[str], problems: Problems) -> list[Any]:
-    """Hydra's reading of the words, without those that it can't read and those that name several values."""
+def _parsed(overrides: list[str], known: dict[str, list[str]], problems: Problems) -> list[Any]:
+    """Hydra's reading of the words, without those that set nothing or name several values."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     parser, parsed = OverridesParser.create(), []
     for word in overrides:
+        if word.startswith("~"):
+            problems[word] = f"{word}: nothing can be deleted; leave it out, or set it to null"
+            continue
+        if "=" not in word:
+            hint = next((f" (did you mean {group}={word}?)" for group, options in known.items() if word in options), "")
+            problems[word] = f"{word}: expected key=value{hint}"
+            continue
         try:
             override = parser.parse_override(word)
         except HydraException as error:
@@ -91,36 +100,29 @@ def _parsed(overrides: list[str], problems: Problems) -> list[Any]:
             quoting = "write key=value, and quote special characters: 'key=\"a (b)\"'"
             problems[word] = f"{word}: can't be read ({reason}); {quoting}"
             continue
-        if override.is_sweep_override():
+        if not override.key_or_group or override.package is not None:
+            problems[word] = f"{word}: expected key=value"
+        elif override.is_sweep_override():
             problems[word] = f"{word}: one value is expected here; quote a text with commas: 'key=\"a,b\"'"
-            continue
-        parsed.append(override)
+        elif override.key_or_group.split(".")[0] == "hydra":
+            problems[word] = f"{word}: Hydra's own settings are not used here"
+        else:
+            parsed.append(override)
     return parsed
 
 
 def _readable(overrides: list[str], conf: Path, problems: Problems) -> list[str]:
-    """The words that Hydra can compose; says what is wrong with the others."""
+    """The words that Hydra can compose, in a form in which it refuses none of them; tells what is wrong with others."""
     known, words = groups(conf), []
-    for word in [w for w in overrides if "=" not in w and not w.startswith("~")]:
-        found = next((f" (did you mean {group}={word}?)" for group, options in known.items() if word in options), "")
-        problems[word] = f"{word}: expected key=value{found}"
-    for override in _parsed([w for w in overrides if w not in problems], problems):
-        group, value = override.key_or_group, override.value()
-        if group.split(".")[0] == "hydra":
-            problems[group] = f"{group}: Hydra's own settings are not used here"
-        elif not group or override.package is not None:
-            problems[override.input_line] = f"{override.input_line}: expected key=value"
-        elif override.is_delete():
-            problems[group] = f"~{group}: nothing can be deleted; leave it out, or set it to null"
-        elif group not in known or isinstance(value, dict):
-            words.append("++" + override.input_line.lstrip("+"))
-        elif group == "experiment" and value is None:
-            continue
-        elif value not in known[group]:
-            hint = nearest(str(value), known[group])
-            problems[group] = f"{group}={show(value)}: expected one of {', '.join(known[group]) or '(none yet)'}{hint}"
-        else:
-            words.append(override.input_line.lstrip("+"))
+    for override in _parsed(overrides, known, problems):
+        group, value, word = override.key_or_group, override.value(), override.input_line.lstrip("+")
+        if group not in known or isinstance(value, dict):
+            words.append(f"++{word}")
+        elif value in known[group]:
+            words.append(word)
+        elif group != "experiment" or value is not None:
+            accepted = ", ".join(known[group])
+            problems[group] = f"{group}={show(value)}: expected one of {accepted}{nearest(str(value), known[group])}"
     return words
 
 

@@ -104,7 +104,7 @@ BAD = [
     ("optim.epoch=1", "optim.epoch: no such setting", "(did you mean 'optim.epochs'?)"),
     ("epochs=3", "epochs: no such setting", "(did you mean 'optim.epochs'?)"),
     ("+a.b.c=1", "a.b.c: no such setting"),
-    ("hydra.job.name=x", "hydra.job.name: Hydra's own settings are not used here"),
+    ("hydra.job.name=x", "hydra.job.name=x: Hydra's own settings are not used here"),
     # types and values
     ("optim.epochs=abc", "optim.epochs=abc: expected an integer of at least 1"),
     ("optim.epochs=2.5", "optim.epochs=2.5: expected an integer"),
