@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -156,7 +157,7 @@ def _fit(run: Run, folder: Path, result: records.Result) -> None:
     per_epoch = len(loader)
     schedule = LambdaLR(optimizer, lr_factor(config, per_epoch))
     mix = mixing(config, len(run.splits.classes))
-    meter = memory.CudaMeter(run.device, WARMUP_STEPS) if run.device.type == "cuda" else None
+    meter = _meter(run.device)
     board = _tensorboard(folder) if config.tensorboard else None
     rates: list[float] = []
     best, best_state = -1.0, checkpoints.trainable_state(run.model, run.statistics)
@@ -213,6 +214,16 @@ def _fit(run: Run, folder: Path, result: records.Result) -> None:
     checkpoints.restore(run.model, best_state)
     scores = accuracy(run, run.loader("test"))
     result["accuracy"].update(test_top1=scores["top1"], test_top5=scores["top5"])
+
+
+def _meter(device: torch.device) -> memory.CudaMeter | None:
+    """What measures the memory of steps; None where nothing can be measured, and the prediction stands."""
+    if device.type != "cuda":
+        return None
+    if memory.device_is_idle(device):
+        return memory.CudaMeter(device, WARMUP_STEPS)
+    print(f"s2a: other processes hold memory on {device}: the peak in the result stays the predicted one", file=sys.stderr)
+    return None
 
 
 def _epoch_line(line: dict[str, Any], epochs: int) -> str:
