@@ -53,9 +53,10 @@ def train(words: list[str]) -> int:
     result, folder = training.train(config)
     print(tables.render(tables.table(tables.frame([result]))))
     print(f"\nrun: {folder}")
-    if result["status"] != "ok":
-        print(f"s2a: {result['status']}: {result['error']}", file=sys.stderr)
-    return {"ok": 0, "interrupted": 130}.get(result["status"], 1)
+    status, error = result["status"], result["error"]
+    if status != "ok":
+        print(f"s2a: {status}" + (f": {error}" if error != status else ""), file=sys.stderr)
+    return {"ok": 0, "interrupted": 130}.get(status, 1)
 
 
 def _finished(words: list[str]) -> tuple[Path, list[str]]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -214,3 +215,25 @@ def test_train_eval_table_from_the_command_line(tmp_path):
     assert evaluated.returncode == 0 and "equal" in evaluated.stdout and "NOT" not in evaluated.stdout, evaluated.stderr
     table = run("table", "format=md", cwd=tmp_path)
     assert table.returncode == 0 and "| digits" in table.stdout and "predicted" in table.stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_run_marked_interrupted(tmp_path):
+    words = ["train", "experiment=smoke", "device=cpu", "optim.epochs=10000", "run_dir=stopped"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "s2a_cli", *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("epoch 1/"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, "".join(lines) + err
+    assert "Traceback" not in err and err.endswith("s2a: interrupted\n") and "1 interrupted" in out
+    assert json.loads((tmp_path / "stopped" / "result.json").read_text())["status"] == "interrupted"
