@@ -1,0 +1,145 @@
+"""Packing of low-bit codes into bytes, and how a tensor is walked through in small pieces.
+
+Bytes kept for n elements of b bits:
+
+    packed_size(n, b) = sum over the planes p of b of ceil(n * p / 8)      (at 1, 2, 4, 8 bits one plane: ceil(n * b / 8))
+    grouped_size      = packed_size(n, b) + 2 * rows * ceil(width / group)  (a bfloat16 scale for each group of a row)
+
+A plane holds 1, 2, 4 or 8 bits of each code, so that a byte holds whole codes: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
+7 = 4 + 2 + 1 bits. Element i of a plane of p bits lies in byte i * p // 8, lowest bits first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 17  # elements a temporary may have: large enough to hide the overhead of a call, small enough for a cache
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes
+_WIDE = {**_INTEGER, 16: torch.complex128}  # element types to copy that many bytes at once
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes of `count` packed codes."""
+    return sum((count * plane + 7) // 8 for plane in PLANES[bits])
+
+
+def grouped_size(rows: int, width: int, group: int, bits: int) -> int:
+    """Bytes of the codes and scales of `rows` rows of `width` elements, `group` elements a scale."""
+    return packed_size(rows * width, bits) + 2 * rows * groups_of(width, group)
+
+
+def groups_of(width: int, group: int) -> int:
+    """Scales a row of `width` elements has; the last group may be short."""
+    return (width + group - 1) // group
+
+
+def pack_into(packed: Tensor, start: int, codes: Tensor, bits: int, count: int) -> None:
+    """Writes `codes` (uint8 or bool [n], fresh storage), the elements from `start` of `count`, into `packed`.
+
+    `start` is a multiple of 8, so that it begins a byte in every plane.
+    """
+    offset = low = 0
+    for plane in PLANES[bits]:
+        part = codes if plane == bits else (codes >> low) & (2**plane - 1)
+        data = _pack_plane(part, plane)
+        begin = offset + start * plane // 8
+        packed[begin : begin + data.numel()] = data
+        offset += (count * plane + 7) // 8
+        low += plane
+
+
+def _pack_plane(codes: Tensor, plane: int) -> Tensor:
+    per_byte = 8 // plane
+    if per_byte == 1:
+        return codes
+    if short := -codes.numel() % per_byte:
+        codes = torch.nn.functional.pad(codes, (0, short))
+    # The codes of one byte, read as one integer: fold pairs of codes together, then pairs of pairs, down to the low byte.
+    word = codes.view(_INTEGER[per_byte])
+    for step in range(per_byte.bit_length() - 1):
+        word = word | (word >> ((8 - plane) << step))
+    return word.to(torch.uint8)
+
+
+def unpack(packed: Tensor, start: int, stop: int, bits: int, count: int) -> Tensor:
+    """Codes (uint8) of the elements start:stop of `count`; `start` is a multiple of 8."""
+    codes, offset, low = None, 0, 0
+    for plane in PLANES[bits]:
+        data = packed[offset + start * plane // 8 : offset + (stop * plane + 7) // 8]
+        part = _expand(data, _digits(plane, packed.device))[: stop - start] << low
+        codes = part if codes is None else codes | part
+        offset += (count * plane + 7) // 8
+        low += plane
+    return codes
+
+
+def byte_table(levels: Tensor, bits: int) -> Tensor:
+    """What a byte of packed codes stands for: [256, codes a byte]; or `levels` itself [2**bits, 1] where codes span planes."""
+    if len(PLANES[bits]) > 1:
+        return levels.unsqueeze(1)
+    return levels[_digits(bits, levels.device).int()]
+
+
+def lookup(packed: Tensor, start: int, stop: int, table: Tensor, bits: int, count: int) -> Tensor:
+    """Levels of the elements start:stop of `count`, from a `byte_table`; `start` is a multiple of 8."""
+    if len(PLANES[bits]) > 1:
+        return _expand(unpack(packed, start, stop, bits, count), table)
+    return _expand(packed[start * bits // 8 : (stop * bits + 7) // 8], table)[: stop - start]
+
+
+def _expand(data: Tensor, table: Tensor) -> Tensor:
+    """table[data] flattened, copying a row of up to 16 bytes as one element: several times faster than row by row."""
+    wide = None if data.is_mps else _WIDE.get(table.element_size() * table.shape[1])  # MPS lacks complex128
+    rows = table if wide is None else table.view(wide).view(-1)
+    return torch.index_select(rows, 0, data.int()).view(table.dtype).view(-1)
+
+
+@functools.cache
+def _digits(plane: int, device: torch.device) -> Tensor:
+    """Codes in each byte value: uint8 [256, 8 // plane]."""
+    shifts = torch.arange(0, 8, plane, device=device)
+    return ((torch.arange(256, device=device)[:, None] >> shifts) & (2**plane - 1)).to(torch.uint8)
+
+
+def elements(x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Contiguous 1-d pieces of `x` in logical order, each with the index of its first element (a multiple of 8)."""
+    for start, piece in rows(x.unsqueeze(-1), 1):
+        yield start, piece.view(-1)
+
+
+def rows(x: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
+    """Contiguous pieces [r, width] of `x` read as rows of `width`, each with the index of its first row (a multiple of 8).
+
+    A strided `x` is copied slice by slice along its first dimension, never whole, unless a slice is no multiple of 8 rows.
+    """
+    if x.numel() == 0:
+        return
+    slice_rows = x[0].numel() // width
+    if x.is_contiguous() or slice_rows % 8:
+        step = max(8, CHUNK // width // 8 * 8)
+        pieces = x.reshape(-1, width).split(step)
+    else:
+        step = max(1, CHUNK // x[0].numel())
+        pieces = (piece.reshape(-1, width) for piece in x.split(step))
+        step *= slice_rows
+    for index, piece in enumerate(pieces):
+        yield index * step, piece
+
+
+def memory_order(x: Tensor) -> tuple[int, ...]:
+    """The order of dimensions in which `x` lies in memory, if it lies there without gaps; else its own."""
+    own = tuple(range(x.dim()))
+    if x.is_contiguous():
+        return own
+    order = tuple(sorted(own, key=lambda dim: (-x.stride(dim), dim)))
+    return order if x.permute(order).is_contiguous() else own
+
+
+def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    """The permutation that undoes `order`."""
+    return tuple(sorted(range(len(order)), key=order.__getitem__))

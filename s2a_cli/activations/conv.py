@@ -1,0 +1,168 @@
+"""Layers with weights: a frozen convolution keeps only its weight; coded inputs of trainable layers are opt-in.
+
+- conv1d, conv2d, conv3d with a frozen weight: nothing but the reference to the weight; exact. `padding="same"` is covered
+  where it is symmetric, else stock.
+- linear, conv1d and conv2d with a weight that trains: with `linear` bits the input is coded, else stock.
+- linear: stock keeps the whole storage behind a small view (the class token of a sequence), so such a view is cloned first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from s2a_cli.activations import levels
+from s2a_cli.activations.codes import byte_table
+from s2a_cli.activations.groups import keep, slices
+from s2a_cli.activations.operators import decode_rows, encode_groups, operator, row_ranges, working_type
+from s2a_cli.config import QuantConfig
+
+_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
+
+
+class FrozenConv(torch.autograd.Function):
+    """y = run(x, bias). dx is the transposed convolution of grad: stock's kernel and bits, without a stand-in for x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor | None, run: Callable, weight: Tensor, geometry: tuple):
+        ctx.save_for_backward(weight)
+        ctx.size, ctx.geometry = x.shape[2:], geometry
+        return run(x, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (weight,) = ctx.saved_tensors
+        dx = input_gradient(grad, weight, ctx.size, *ctx.geometry) if ctx.needs_input_grad[0] else None
+        dbias = grad.sum((0, *range(2, grad.dim()))) if ctx.needs_input_grad[1] else None
+        return dx, dbias, None, None, None
+
+
+def input_gradient(grad: Tensor, weight: Tensor, size, stride, padding, dilation, groups: int) -> Tensor:
+    """Gradient of a convolution's input, whose spatial size is `size`."""
+    uncovered = [
+        full - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
+        for full, out, k, s, p, d in zip(size, grad.shape[2:], weight.shape[2:], stride, padding, dilation)
+    ]
+    transpose = _TRANSPOSE[grad.dim()]
+    return transpose(grad, weight.to(grad.dtype), None, stride, padding, uncovered, groups, dilation)
+
+
+def _geometry(weight: Tensor, stride, padding, dilation, groups: int) -> tuple | None:
+    """The arguments as tuples of ints; None where the padding is a name that stands for unequal sides."""
+    kernel = weight.shape[2:]
+    stride, dilation = _tuple(stride, len(kernel)), _tuple(dilation, len(kernel))
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel)]
+        if any(t % 2 for t in total):
+            return None
+        padding = tuple(t // 2 for t in total)
+    return stride, _tuple(padding, len(kernel)), dilation, groups
+
+
+def _tuple(value: int | tuple[int, ...], count: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * count
+    return tuple(value) * (count // len(value))
+
+
+class CodedConv(torch.autograd.Function):
+    """y = run(x, weight, bias) with a weight that trains; the input is kept as codes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, geometry: tuple, config: QuantConfig):
+        ctx.grouped, *kept = keep(x, config.linear, config.group, flat=True)
+        ctx.geometry = geometry
+        ctx.save_for_backward(weight, *kept)
+        return run(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        weight, *kept = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        dx = input_gradient(grad, weight, ctx.grouped.shape[2:], *ctx.geometry) if ctx.needs_input_grad[0] else None
+        cast = weight.to(grad.dtype)
+        dweight = torch.zeros_like(weight)
+        for part in slices(grad.shape[0], math.prod(ctx.grouped.shape[1:])):
+            x = ctx.grouped.decode(*kept, grad.dtype, part.start, part.stop)
+            arguments = stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False]
+            dweight += torch.ops.aten.convolution_backward(grad[part], x, cast, None, *arguments)[1]
+        dbias = grad.sum((0, *range(2, grad.dim()))) if ctx.needs_input_grad[2] else None
+        return dx, dweight, dbias, None, None, None
+
+
+class CodedLinear(torch.autograd.Function):
+    """y = run(x, weight, bias) with a weight that trains; the input is kept as codes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, config: QuantConfig):
+        table = levels.signed(config.linear, min(config.group, x.shape[-1]), x)
+        ctx.table, ctx.group = table, config.group
+        ctx.save_for_backward(weight, *encode_groups(x, table.bins, table.low, config.group, config.linear))
+        return run(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        weight, codes, scales = ctx.saved_tensors
+        dx = grad.matmul(weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
+        dweight = weight_gradient(grad, codes, scales, ctx.table.levels, weight.shape[1], ctx.group, ctx.table.bits)
+        dbias = grad.sum(tuple(range(grad.dim() - 1))) if ctx.needs_input_grad[2] else None
+        return dx, dweight, dbias, None, None
+
+
+def _fake_weight_gradient(grad, codes, scales, table, width, group, bits):
+    return grad.new_empty(grad.shape[-1], width)
+
+
+@operator(
+    "weight_gradient(Tensor grad, Tensor codes, Tensor scales, Tensor levels, int width, int group, int bits) -> Tensor",
+    _fake_weight_gradient,
+)
+def weight_gradient(
+    grad: Tensor, codes: Tensor, scales: Tensor, table: Tensor, width: int, group: int, bits: int
+) -> Tensor:
+    """grad^T x for a linear layer's weight [out, in], from grad [..., out] and the coded input [..., in]."""
+    total = grad.new_zeros(grad.shape[-1], width, dtype=working_type(grad.dtype))
+    decoded = byte_table(table.to(total.dtype), bits)
+    flat = grad.reshape(-1, grad.shape[-1])
+    for start, stop in row_ranges(0, len(flat), width):
+        x = decode_rows(codes, scales, decoded, start, stop, width, group, bits)
+        total += flat[start:stop].mT @ x.to(grad.dtype)
+    return total.to(grad.dtype)
+
+
+def convolution(config, stock, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return stock(x, weight, bias, stride, padding, dilation, groups)
+
+    geometry = _geometry(weight, stride, padding, dilation, groups)
+    batched = input.dim() == weight.dim()
+    if weight.requires_grad:
+        if config.linear is None or geometry is None or not batched:
+            return run(input, weight, bias)
+        return CodedConv.apply(input, weight, bias, run, geometry, config)
+    if not (input.requires_grad or (bias is not None and bias.requires_grad)) or geometry is None or not batched:
+        return run(input, weight, bias)
+    return FrozenConv.apply(input, bias, lambda x, bias: run(x, weight, bias), weight, geometry)
+
+
+def linear(config, stock, input, weight, bias=None):
+    if not weight.requires_grad:
+        return stock(input, weight, bias)
+    if config.linear is not None and input.dim() > 1:
+        return CodedLinear.apply(input, weight, bias, stock, config)
+    if input.untyped_storage().nbytes() > 2 * input.numel() * input.element_size():
+        input = input.clone(memory_format=torch.contiguous_format)
+    return stock(input, weight, bias)
+
+
+HANDLERS = {None: {F.linear: linear, **{f: convolution for f in (F.conv1d, F.conv2d, F.conv3d)}}}

@@ -1,0 +1,48 @@
+"""Dropout keeps its mask in one bit an element; forward and gradient are those of stock PyTorch, from the same random numbers.
+
+Not covered, so stock: in-place dropout, p of 0 or 1, and dropout of whole channels (its noise is small).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from s2a_cli.activations import levels
+from s2a_cli.activations.codes import inverse, memory_order
+from s2a_cli.activations.operators import encode_interval, multiply_levels
+from s2a_cli.activations.pointwise import covers
+
+
+class Dropout(torch.autograd.Function):
+    """y = dropout(x, p); dx = grad * noise, of which the mask is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float):
+        if x.is_cuda:  # both ways are what F.dropout does there
+            out, noise = torch.native_dropout(x, p, True)
+        else:
+            noise = torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
+            out = x * noise
+        ctx.order, ctx.table = memory_order(noise), levels.mask(p, x)
+        ctx.save_for_backward(encode_interval(noise.permute(ctx.order), 0.0, math.inf))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (codes,) = ctx.saved_tensors
+        return multiply_levels(grad.permute(ctx.order), codes, ctx.table.levels, 1).permute(inverse(ctx.order)), None
+
+
+def dropout(config, stock, input, p=0.5, training=True, inplace=False):
+    if not covers(input) or not training or inplace or not 0 < p < 1:
+        return stock(input, p, training, inplace)
+    return Dropout.apply(input, p)
+
+
+HANDLERS = {None: {F.dropout: dropout}}

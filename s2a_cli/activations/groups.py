@@ -1,0 +1,67 @@
+"""A tensor kept as codes with a scale a group, and brought back a few samples (slices of the first dimension) at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2a_cli.activations import levels
+from s2a_cli.activations.codes import inverse, memory_order
+from s2a_cli.activations.operators import decode_groups, encode_groups
+
+TRANSIENT = 1 << 21  # elements decoded at a time, where the result feeds a matrix product or a convolution
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """How to read the codes and scales of a tensor of this shape; they are the rows, of `width`, of x.permute(order)."""
+
+    table: levels.Table
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    width: int
+    group: int
+
+    def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+        """The samples start:stop, all by default."""
+        samples, stop = self.shape[0], self.shape[0] if stop is None else stop
+        rows = scales.shape[0]
+        if rows % samples:  # samples do not end where rows do
+            return self._read(codes, scales, dtype, 0, rows, samples)[start:stop]
+        rows //= samples
+        return self._read(codes, scales, dtype, start * rows, stop * rows, stop - start)
+
+    def _read(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, start: int, stop: int, samples: int) -> Tensor:
+        values = decode_groups(
+            codes, scales, self.table.levels, self.width, self.group, self.table.bits, start, stop, dtype
+        )
+        return values.view([samples, *(self.shape[d] for d in self.order[1:])]).permute(inverse(self.order))
+
+
+def keep(x: Tensor, bits: int, group: int, flat: bool = False) -> tuple[Grouped, Tensor, Tensor]:
+    """Codes and scales of x [samples, ..., width], which has no gradient of its own.
+
+    Groups lie along the last dimension; with `flat`, across dimensions as x lies in memory, where they fit.
+    """
+    order = memory_order(x)
+    if x.stride(-1) != 1 and x.stride(-2) == 1:  # a transposed matrix: rows where they lie
+        order = (*range(x.dim() - 2), x.dim() - 1, x.dim() - 2)
+    if order[0] != 0:
+        order = tuple(range(x.dim()))
+    laid = x.permute(order)
+    if flat and laid.is_contiguous() and x.numel() % group == 0:
+        laid = laid.view(-1, group)
+    width = laid.shape[-1]
+    table = levels.signed(bits, min(group, width), x)
+    codes, scales = encode_groups(laid, table.bins, table.low, group, bits)
+    return Grouped(table, tuple(x.shape), order, width, group), codes, scales
+
+
+def slices(samples: int, elements: int) -> Iterator[slice]:
+    """Slices of the first dimension that hold at most TRANSIENT elements, at least a sample, of `elements` each."""
+    step = max(1, TRANSIENT // max(elements, 1))
+    for start in range(0, samples, step):
+        yield slice(start, min(start + step, samples))

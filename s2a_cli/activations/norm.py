@@ -1,0 +1,217 @@
+"""Normalisation: LayerNorm, GroupNorm and RMSNorm keep a code of x^ and rstd; a frozen BatchNorm keeps nothing.
+
+Bytes kept for R normalised rows of D elements: grouped_size(R, D, group, bits) + 4 R (rstd, float32). With g' = weight * grad,
+
+    dx = rstd (g' - mean g' - x^ mean(g' x^)),  dweight = sum g x^,  dbias = sum g        (RMSNorm: without mean g')
+
+BatchNorm is covered in evaluation mode when its weight is frozen: it is a constant scale and a shift. In training mode,
+or when its weight trains, it is stock.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from s2a_cli.activations import levels
+from s2a_cli.activations.codes import byte_table, groups_of, packed_size, rows
+from s2a_cli.activations.operators import SCALE, decode_rows, encode_rows, operator, working_type
+from s2a_cli.config import QuantConfig
+
+
+def _fake_encode(x, width, eps, centre, bins, group, bits):
+    total = x.numel() // width
+    codes = x.new_empty(packed_size(x.numel(), bits), dtype=torch.uint8)
+    scales = x.new_empty((total, groups_of(width, group)), dtype=SCALE)
+    return codes, scales, x.new_empty(total, dtype=torch.float32)
+
+
+@operator(
+    "encode_norm(Tensor x, int width, float eps, bool centre, Tensor bins, int group, int bits) -> (Tensor, Tensor, Tensor)",
+    _fake_encode,
+)
+def encode_norm(
+    x: Tensor, width: int, eps: float, centre: bool, bins: Tensor, group: int, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and scales of x^, each `width` elements of x normalised, and rstd, float32 [rows]."""
+    codes, scales, rstd = _fake_encode(x, width, eps, centre, bins, group, bits)
+    for start, piece in rows(x, width):
+        piece = piece.float()
+        if centre:
+            normal, _, factor = torch.native_layer_norm(piece, (width,), None, None, eps)
+        else:
+            factor = torch.linalg.vecdot(piece, piece).div_(width).add_(eps).rsqrt_()[:, None]
+            normal = piece * factor
+        rstd[start : start + piece.shape[0]] = factor[:, 0]
+        encode_rows(normal, codes, scales, start, rstd.numel(), bins, -1.0, group, bits)
+    return codes, scales, rstd
+
+
+def _fake_backward(grad, codes, scales, rstd, table, weight, width, channels, count, centre, group, bits):
+    return grad.new_empty(grad.shape), grad.new_empty(count), grad.new_empty(count)
+
+
+@operator(
+    "norm_backward(Tensor grad, Tensor codes, Tensor scales, Tensor rstd, Tensor levels, Tensor? weight, "
+    "int width, int channels, int count, bool centre, int group, int bits) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+def norm_backward(
+    grad: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    rstd: Tensor,
+    table: Tensor,
+    weight: Tensor | None,
+    width: int,
+    channels: int,
+    count: int,
+    centre: bool,
+    group: int,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias. A row has `channels` of the `count` channels, each of width / channels elements."""
+    dtype = working_type(grad.dtype)
+    out = grad.new_empty(grad.shape)
+    dweight, dbias = grad.new_zeros(2, count // channels, channels, dtype=dtype)
+    decoded = byte_table(table.to(dtype), bits)
+    affine = None if weight is None else weight.to(dtype).view(-1, channels)
+    for start, g in rows(grad, width):
+        stop = start + g.shape[0]
+        x = decode_rows(codes, scales, decoded, start, stop, width, group, bits)
+        g, factor = g.to(dtype), rstd[start:stop, None].to(dtype)
+        if centre and channels == width:
+            dx, dw, db = _layer_norm_backward(g, x, affine)
+            dweight[0] += dw
+            dbias[0] += db
+        else:
+            owner = torch.arange(start, stop, device=g.device) % dweight.shape[0]
+            g, channelled = g.view(len(g), channels, -1), x.view(len(g), channels, -1)
+            dweight.index_add_(0, owner, (g * channelled).sum(-1))
+            dbias.index_add_(0, owner, g.sum(-1))
+            g = (g if affine is None else g * affine[owner, :, None]).view(-1, width)
+            dx = torch.addcmul(g, x, torch.linalg.vecdot(g, x)[:, None], value=-1 / width)
+            if centre:
+                dx -= g.mean(-1, keepdim=True)
+        out.view(-1, width)[start:stop] = dx.mul_(factor)
+    return out, dweight.view(-1).to(grad.dtype), dbias.view(-1).to(grad.dtype)
+
+
+def _layer_norm_backward(g: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The stock kernel, told that x^ is an input of mean 0 and deviation 1."""
+    mean, rstd = g.new_zeros(len(g), 1), g.new_ones(len(g), 1)
+    weight = g.new_ones(g.shape[1]) if weight is None else weight[0]
+    return torch.ops.aten.native_layer_norm_backward(g, x, [g.shape[1]], mean, rstd, weight, weight, [True, True, True])
+
+
+class Normalise(torch.autograd.Function):
+    """y = run(x, weight, bias), x normalised in rows of `width` elements, each of `channels` channels."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, run, width: int, channels: int, eps: float, centre: bool, config: QuantConfig):
+        ctx.shape = None if weight is None else weight.shape
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            ctx.table = levels.signed(config.norm, config.group, x)
+            ctx.layout = width, channels, centre, config.group
+            kept = encode_norm(x, width, eps, centre, ctx.table.bins, config.group, config.norm)
+            ctx.save_for_backward(weight, *kept)
+        else:
+            ctx.dims = tuple(range(x.dim() - bias.dim())) if channels == width else (0, *range(2, x.dim()))
+        return run(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        rest = (None,) * 6
+        if not ctx.saved_tensors:
+            return None, None, grad.sum(ctx.dims), *rest
+        weight, codes, scales, rstd = ctx.saved_tensors
+        width, channels, centre, group = ctx.layout
+        count = channels if weight is None else weight.numel()
+        dx, dweight, dbias = norm_backward(
+            grad, codes, scales, rstd, ctx.table.levels, weight, width, channels, count, centre, group, ctx.table.bits
+        )
+        if weight is None:
+            return dx, None, None, *rest
+        return dx, dweight.view(ctx.shape), dbias.view(ctx.shape), *rest
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    """Whether a gradient is to flow to any of them (grad mode is on where handlers are called)."""
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def layer_norm(config, stock, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return stock(x, normalized_shape, weight, bias, eps)
+
+    width = math.prod(normalized_shape)
+    if not _trains(input, weight, bias) or (weight is None and bias is not None):
+        return run(input, weight, bias)
+    return Normalise.apply(input, weight, bias, run, width, width, eps, True, config)
+
+
+def rms_norm(config, stock, input, normalized_shape, weight=None, eps=None):
+    def run(x: Tensor, weight: Tensor | None, bias: None) -> Tensor:
+        return stock(x, normalized_shape, weight, eps)
+
+    width = math.prod(normalized_shape)
+    if not _trains(input, weight):
+        return run(input, weight, None)
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    return Normalise.apply(input, weight, None, run, width, width, eps, False, config)
+
+
+def group_norm(config, stock, input, num_groups, weight=None, bias=None, eps=1e-5):
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return stock(x, num_groups, weight, bias, eps)
+
+    if not _trains(input, weight, bias) or (weight is None and bias is not None) or input.numel() == 0:
+        return run(input, weight, bias)
+    channels = input.shape[1] // num_groups
+    return Normalise.apply(input, weight, bias, run, input[0].numel() // num_groups, channels, eps, True, config)
+
+
+class FrozenBatchNorm(torch.autograd.Function):
+    """y = run(x, bias) on fixed statistics and a frozen weight; dx = grad * weight / sqrt(variance + eps)."""
+
+    @staticmethod
+    def forward(ctx, x, bias, run, variance: Tensor, weight: Tensor | None, eps: float):
+        ctx.save_for_backward(variance, weight)
+        ctx.eps = eps
+        return run(x, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        variance, weight = ctx.saved_tensors
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            scale = (variance + ctx.eps).rsqrt_()
+            scale = scale if weight is None else scale * weight
+            shape = (1, -1) + (1,) * (grad.dim() - 2)
+            dx = torch.mul(grad, scale.view(shape), out=torch.empty_like(grad))
+        if ctx.needs_input_grad[1]:
+            dbias = grad.sum((0, *range(2, grad.dim())))
+        return dx, dbias, None, None, None, None
+
+
+def batch_norm(
+    config, stock, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        return stock(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    if training or running_var is None or _trains(weight) or not _trains(input, bias):
+        return run(input, bias)
+    return FrozenBatchNorm.apply(input, bias, run, running_var, weight, eps)
+
+
+HANDLERS = {
+    "norm": {F.layer_norm: layer_norm, F.group_norm: group_norm, F.rms_norm: rms_norm},
+    None: {F.batch_norm: batch_norm},
+}

@@ -1,0 +1,124 @@
+"""Elementwise functions: kept is a code of the derivative, not the input.
+
+GELU, SiLU and the like keep `pointwise` bits an element; the gradient is grad * level. Functions of straight pieces
+with two slopes (ReLU, ReLU6, hardtanh, LeakyReLU, hardsigmoid) keep one bit, and their gradient is exact.
+Not covered, so stock: ReLU with random slopes, PReLU, thresholds, and inputs that are not real floating point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from s2a_cli.activations import levels
+from s2a_cli.activations.codes import inverse, memory_order
+from s2a_cli.activations.operators import encode_interval, encode_levels, multiply_levels
+from s2a_cli.config import QuantConfig
+
+
+class Elementwise(torch.autograd.Function):
+    """y = run(x), in place or not; dx = grad * levels[code]. The codes are those of x.permute(order)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, codes: Tensor, table: levels.Table, order: tuple[int, ...], run: Callable, inplace: bool):
+        ctx.save_for_backward(codes)
+        ctx.table, ctx.order = table, order
+        out = run(x)
+        if inplace:
+            ctx.mark_dirty(x)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (codes,) = ctx.saved_tensors
+        product = multiply_levels(grad.permute(ctx.order), codes, ctx.table.levels, ctx.table.bits)
+        return product.permute(inverse(ctx.order)), None, None, None, None, None
+
+
+def covers(x: Any) -> bool:
+    """Whether a gradient is to flow through this input, and it is of a kind the codes can stand for."""
+    return isinstance(x, Tensor) and x.requires_grad and x.is_floating_point() and torch.is_grad_enabled()
+
+
+def coded(function: Callable, *names: str, inplace: bool = False) -> Callable:
+    """A handler that keeps codes of the derivative of `function`, whose further parameters are `names`."""
+
+    def encode(config: QuantConfig, x: Tensor, parameters: dict) -> tuple[Tensor, levels.Table]:
+        table = levels.pointwise(function, parameters, config.pointwise, x)
+        return encode_levels(x, table.bins, table.low, table.high, table.bits), table
+
+    return _handler(encode, names, inplace)
+
+
+def two_slopes(slopes: Callable, *names: str, inplace: bool = False) -> Callable:
+    """A handler for a function that is straight inside and outside of an open interval.
+
+    slopes(**parameters) -> (low, high, slope outside, slope inside).
+    """
+
+    def encode(config: QuantConfig, x: Tensor, parameters: dict) -> tuple[Tensor, levels.Table]:
+        low, high, outside, inside = slopes(**parameters)
+        return encode_interval(x, low, high), levels.slopes(outside, inside, x)
+
+    return _handler(encode, names, inplace)
+
+
+def _handler(encode: Callable, names: tuple[str, ...], inplace: bool) -> Callable:
+    def handler(config: QuantConfig, stock: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not covers(input):
+            return stock(input, *args, **kwargs)
+        parameters = dict(zip(names, args), **kwargs)
+        changes_input = parameters.pop("inplace", inplace)
+        order = memory_order(input)
+        codes, table = encode(config, input.detach().permute(order), parameters)
+        return Elementwise.apply(input, codes, table, order, lambda x: stock(x, *args, **kwargs), changes_input)
+
+    return handler
+
+
+def _relu() -> tuple[float, float, float, float]:
+    return 0.0, math.inf, 0.0, 1.0
+
+
+def _hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> tuple[float, float, float, float]:
+    return min_val, max_val, 0.0, 1.0
+
+
+def _leaky_relu(negative_slope: float = 0.01) -> tuple[float, float, float, float]:
+    return 0.0, math.inf, negative_slope, 1.0
+
+
+HANDLERS = {
+    "pointwise": {
+        F.gelu: coded(F.gelu, "approximate"),
+        F.silu: coded(F.silu, "inplace"),
+        F.mish: coded(F.mish, "inplace"),
+        F.hardswish: coded(F.hardswish, "inplace"),
+        F.elu: coded(F.elu, "alpha", "inplace"),
+        F.celu: coded(F.celu, "alpha", "inplace"),
+        F.selu: coded(F.selu, "inplace"),
+        F.softplus: coded(F.softplus, "beta", "threshold"),
+        F.logsigmoid: coded(F.logsigmoid),
+        **{f: coded(torch.sigmoid) for f in (torch.sigmoid, Tensor.sigmoid)},
+        **{f: coded(torch.sigmoid, inplace=True) for f in (torch.sigmoid_, Tensor.sigmoid_)},
+        **{f: coded(torch.tanh) for f in (torch.tanh, Tensor.tanh)},
+        **{f: coded(torch.tanh, inplace=True) for f in (torch.tanh_, Tensor.tanh_)},
+    },
+    None: {
+        **{f: two_slopes(_relu, "inplace") for f in (F.relu, torch.relu, Tensor.relu)},
+        **{f: two_slopes(_relu, inplace=True) for f in (torch.relu_, Tensor.relu_)},
+        F.relu6: two_slopes(lambda: (0.0, 6.0, 0.0, 1.0), "inplace"),
+        F.hardtanh: two_slopes(_hardtanh, "min_val", "max_val", "inplace"),
+        F.hardtanh_: two_slopes(_hardtanh, "min_val", "max_val", inplace=True),
+        F.hardsigmoid: two_slopes(lambda: (-3.0, 3.0, 0.0, 1 / 6), "inplace"),
+        F.leaky_relu: two_slopes(_leaky_relu, "negative_slope", "inplace"),
+        F.leaky_relu_: two_slopes(_leaky_relu, "negative_slope", inplace=True),
+    },
+}

@@ -1,0 +1,97 @@
+"""Products of two activations keep codes of both factors, as attention does of q, k and v (and in its bits).
+
+- matmul and bmm of equal batches (unfused attention). A factor that is a coded softmax's map shares the softmax's codes.
+- mul of an activation with a gate a sample (squeeze and excitation, gated MLPs). A gate that is broadcast is small and kept.
+Not covered, so stock: products with a parameter, or in which only one factor needs a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from s2a_cli.activations.attention import codes_of_softmax
+from s2a_cli.activations.groups import Grouped, keep, slices
+from s2a_cli.activations.pointwise import covers
+from s2a_cli.config import QuantConfig
+
+
+class MatMul(torch.autograd.Function):
+    """run(a, b) of a [B, ..., M, K] and b [B, ..., K, N], whose leading dimensions are equal."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor, run: Callable, config: QuantConfig):
+        (ctx.left, *left), (ctx.right, *right) = _keep_matrix(a, config), _keep_matrix(b, config)
+        ctx.save_for_backward(*left, *right)
+        return run(a, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        left, right = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+        da, db = grad.new_empty(ctx.left.shape), grad.new_empty(ctx.right.shape)
+        for part in slices(grad.shape[0], max(da[0].numel(), db[0].numel(), grad[0].numel()) if grad.numel() else 1):
+            torch.matmul(grad[part], ctx.right.decode(*right, grad.dtype, part.start, part.stop).mT, out=da[part])
+            torch.matmul(ctx.left.decode(*left, grad.dtype, part.start, part.stop).mT, grad[part], out=db[part])
+        return da, db, None, None
+
+
+def _keep_matrix(x: Tensor, config: QuantConfig) -> tuple[Grouped, Tensor, Tensor]:
+    return codes_of_softmax(x) or keep(x, config.attention, config.group)
+
+
+def matmul(config, stock, input, other):
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        return stock(a, b)
+
+    if not (covers(input) and covers(other)) or input.dim() < 3 or input.shape[:-2] != other.shape[:-2]:
+        return run(input, other)
+    return MatMul.apply(input, other, run, config)
+
+
+class Gate(torch.autograd.Function):
+    """run(x, gate), the product; gate broadcasts to x. A gate of x's shape is coded, a smaller one kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor, run: Callable, config: QuantConfig):
+        ctx.x, *kept = keep(x, config.attention, config.group, flat=True)
+        if gate.shape == x.shape:
+            ctx.gate, *gate_kept = keep(gate, config.attention, config.group, flat=True)
+        else:
+            ctx.gate, gate_kept = None, [gate]
+        ctx.size = gate.shape
+        ctx.save_for_backward(*kept, *gate_kept)
+        return run(x, gate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        kept, gate_kept = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+        dx, dgate = torch.empty_like(grad), grad.new_empty(ctx.size)
+        for part in slices(grad.shape[0], math.prod(grad.shape[1:])):
+            g, span = grad[part], (part.start, part.stop)
+            gate = ctx.gate.decode(*gate_kept, grad.dtype, *span) if ctx.gate else gate_kept[0][part]
+            torch.mul(g, gate, out=dx[part])
+            dgate[part] = (g * ctx.x.decode(*kept, grad.dtype, *span)).sum_to_size(dgate[part].shape)
+        return dx, dgate, None, None
+
+
+def multiply(config, stock, input, other):
+    if not (covers(input) and covers(other)) or input.is_leaf or other.is_leaf or input.dim() != other.dim():
+        return stock(input, other)
+    x, gate = (input, other) if input.numel() >= other.numel() else (other, input)
+    if x.dim() == 0 or x.shape[0] != gate.shape[0] or torch.broadcast_shapes(x.shape, gate.shape) != x.shape:
+        return stock(input, other)
+    return Gate.apply(x, gate, stock, config)
+
+
+HANDLERS = {
+    "attention": {
+        **{f: matmul for f in (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)},
+        **{f: multiply for f in (torch.mul, Tensor.mul, Tensor.__mul__)},
+    }
+}
