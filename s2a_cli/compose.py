@@ -7,6 +7,7 @@ override is given to it as `++key=value`, and the schema in config.py judges key
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 import warnings
 from collections.abc import Iterator
@@ -158,12 +159,23 @@ def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
     for key in sorted(OmegaConf.missing_keys(typed) - found.keys() - {"method"}):
         found[key] = f"{key}: has no value; add {key}=..."
     found = check(typed) | found
+    raw = OmegaConf.to_container(loaded, resolve=False)
+    found = {key: line for key, line in found.items() if _source(raw, key) not in found}  # told where it was written
     # A group that fell back to its default says nothing about the keys that were meant for the other option.
     wrong = tuple(f"{key}." for key in problems)
     problems |= {key: line for key, line in found.items() if key not in problems and not key.startswith(wrong)}
     if problems:
         raise UserError("\n".join(problems.values()))
     return typed
+
+
+def _source(raw: dict[str, Any], key: str) -> str | None:
+    """The key that this one takes its value from, as in `lr: ${method.lr}`."""
+    value: Any = raw
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    match = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+    return match[1] if match else None
 
 
 def _fit(values: DictConfig, typed: DictConfig, prefix: str, problems: Problems) -> None:

@@ -70,6 +70,11 @@ def test_settings_that_differ_between_methods_are_shown_when_they_bear_on_the_co
     assert "optim.batch_size" in rows
 
 
+def test_bits_that_all_families_follow_are_one_column(make_result):
+    rows = rows_of(make_result(quant__norm=4), make_result(quant__bits=3, quant__norm=3))
+    assert list(rows["quant.bits"]) == [3, 4] and "quant.norm" not in rows
+
+
 def test_measured_and_predicted_never_share_a_row(make_result):
     rows = rows_of(make_result(), make_result(seed=1, kind="measured-cuda", peak=140.0, top1=94.0))
     assert dict(zip(rows["memory"], rows["peak_mib"])) == {"predicted": 100.0, "measured": 140.0}

@@ -185,6 +185,12 @@ def test_all_problems_are_reported_together(capsys):
     assert "dataset.shts" not in str(lines), "nothing is said about a group whose option is unknown"
 
 
+def test_a_value_that_other_settings_take_over_is_reported_once(capsys):
+    assert main(["validate", "method.lr=-1", "quant.bits=0"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("=")[0].strip() for line in lines[1:]] == ["method.lr", "quant.bits"]
+
+
 def test_a_broken_config_file_is_one_line(tmp_path, capsys):
     (tmp_path / "method").mkdir()
     (tmp_path / "config.yaml").write_text("defaults:\n  - method: odd\n")
