@@ -174,9 +174,10 @@ def _distinguishing(rows: pd.DataFrame, settings: list[str]) -> list[str]:
         return [c for c in found if (counts[c] > 1).any()]
 
     own = [c for c in settings if c.startswith(("config.method.", "config.quant.")) or c == "config.optim.lr"]
-    bits = _text(rows["config.quant.bits"]) if "config.quant.bits" in rows else None
-    own = [c for c in own if c == "config.quant.bits" or not _text(rows[c]).equals(bits)]  # a family that follows it
     shown = differ([c for c in settings if c not in own], ["dataset", "backbone"]) + differ(own, BASE)
+    families = [c for c in shown if c.startswith("config.quant.") and c != "config.quant.bits"]
+    follow = [c for c in families if _text(rows[c]).equals(_text(rows["config.quant.bits"]))]  # the bits of all
+    shown = [c for c in shown if c not in follow]
     return sorted(shown, key=settings.index)
 
 
