@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--out", type=Path, default=Path("runs/photos"))
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     roots = [word for word in args.words if "=" not in word]
     common = ["experiment=photos_112", f"backbone.checkpoint={args.weights}", *(w for w in args.words if "=" in w)]
     chosen = {}
