@@ -19,7 +19,7 @@ class Method:
 
     @dataclass
     class Config:
-        name: str = MISSING
+        name: str = MISSING  # the name in tables and paths
         lr: float = MISSING  # the default of optim.lr
 
     @dataclass

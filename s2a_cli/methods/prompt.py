@@ -51,7 +51,7 @@ class Prompt(Method):
 
     @dataclass
     class Config(Method.BlocksConfig):
-        rank: int = 8
+        rank: int = 8  # of A [positions, rank] and B [rank, channels]
 
     def attach(self, backbone):
         add_prompts(backbone, self.config.blocks, self.config.rank)

@@ -11,7 +11,7 @@ from s2a_cli.methods.side import SideConfig, add_side
 
 @dataclass
 class PromptConfig:
-    rank: int = 8
+    rank: int = 8  # of A [positions, rank] and B [rank, channels]
 
 
 class S2A(Method):
@@ -19,7 +19,7 @@ class S2A(Method):
 
     @dataclass
     class Config(Method.BlocksConfig):
-        bias: bool = True
+        bias: bool = True  # false: without
         prompt: PromptConfig | None = field(default_factory=PromptConfig)  # null: without
         side: SideConfig | None = field(default_factory=SideConfig)  # null: without
 
