@@ -10,16 +10,17 @@ Bytes kept: grouped_size(rows, width, group, bits) for each of q, k, v (width: o
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from s2a_cli.activations import levels
+from s2a_cli.activations.autograd import covers, first_order
 from s2a_cli.activations.codes import byte_table, rows
 from s2a_cli.activations.groups import Grouped, keep, slices
 from s2a_cli.activations.operators import decode_rows, encode_groups, operator, working_type
-from s2a_cli.activations.pointwise import covers
 from s2a_cli.config import QuantConfig
 
 
@@ -35,17 +36,19 @@ class Attention(torch.autograd.Function):
         return run(q, k, v, mask)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor):
         mask, *kept = ctx.saved_tensors
         needs_mask = ctx.needs_input_grad[3]
         totals = [grad.new_empty(g.shape) if need else None for g, need in zip(ctx.grouped, ctx.needs_input_grad)]
         mask_total = torch.zeros_like(mask) if needs_mask else None
-        head = grad[0].numel()
+        head = math.prod(grad.shape[1:])
         if needs_mask:  # such a mask makes stock attention write out its map
             head = max(head, grad.shape[-2] * mask.shape[-1] * (head // (grad.shape[-2] * grad.shape[-1])))
         for part in slices(grad.shape[0], head):
-            inputs = [g.decode(*kept[2 * i : 2 * i + 2], grad.dtype, part.start, part.stop) for i, g in enumerate(ctx.grouped)]
+            inputs = [
+                g.decode(*kept[2 * i : 2 * i + 2], grad.dtype, part.start, part.stop) for i, g in enumerate(ctx.grouped)
+            ]
             own = mask is not None and mask.dim() == grad.dim() and mask.shape[0] > 1
             inputs.append(mask[part] if own else mask)
             found = _gradients(ctx.run, inputs, ctx.needs_input_grad[:4], grad[part])
@@ -86,7 +89,8 @@ def _fake_softmax(grad, codes, scales, levels, group, bits):
 
 
 @operator(
-    "softmax_backward(Tensor grad, Tensor codes, Tensor scales, Tensor levels, int group, int bits) -> Tensor", _fake_softmax
+    "softmax_backward(Tensor grad, Tensor codes, Tensor scales, Tensor levels, int group, int bits) -> Tensor",
+    _fake_softmax,
 )
 def softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, levels: Tensor, group: int, bits: int) -> Tensor:
     out = grad.new_empty(grad.shape)
@@ -112,7 +116,7 @@ class Softmax(torch.autograd.Function):
         return p
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor):
         codes, scales = ctx.saved_tensors
         table = ctx.grouped.table

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from s2a_cli.activations import levels
+from s2a_cli.activations.autograd import first_order
 from s2a_cli.activations.codes import byte_table
 from s2a_cli.activations.groups import keep, slices
 from s2a_cli.activations.operators import decode_rows, encode_groups, operator, row_ranges, working_type
@@ -35,7 +35,7 @@ class FrozenConv(torch.autograd.Function):
         return run(x, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor):
         (weight,) = ctx.saved_tensors
         dx = input_gradient(grad, weight, ctx.size, *ctx.geometry) if ctx.needs_input_grad[0] else None
@@ -77,14 +77,16 @@ class CodedConv(torch.autograd.Function):
     """y = run(x, weight, bias) with a weight that trains; the input is kept as codes."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, geometry: tuple, config: QuantConfig):
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, geometry: tuple, config: QuantConfig
+    ):
         ctx.grouped, *kept = keep(x, config.linear, config.group, flat=True)
         ctx.geometry = geometry
         ctx.save_for_backward(weight, *kept)
         return run(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor):
         weight, *kept = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
@@ -110,7 +112,7 @@ class CodedLinear(torch.autograd.Function):
         return run(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor):
         weight, codes, scales = ctx.saved_tensors
         dx = grad.matmul(weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None

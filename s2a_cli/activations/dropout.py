@@ -10,12 +10,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from s2a_cli.activations import levels
+from s2a_cli.activations.autograd import covers, first_order
 from s2a_cli.activations.codes import inverse, memory_order
 from s2a_cli.activations.operators import encode_interval, multiply_levels
-from s2a_cli.activations.pointwise import covers
 
 
 class Dropout(torch.autograd.Function):
@@ -33,7 +32,7 @@ class Dropout(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor):
         (codes,) = ctx.saved_tensors
         return multiply_levels(grad.permute(ctx.order), codes, ctx.table.levels, 1).permute(inverse(ctx.order)), None

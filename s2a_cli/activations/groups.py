@@ -25,7 +25,9 @@ class Grouped:
     width: int
     group: int
 
-    def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+    def decode(
+        self, codes: Tensor, scales: Tensor, dtype: torch.dtype, start: int = 0, stop: int | None = None
+    ) -> Tensor:
         """The samples start:stop, all by default."""
         samples, stop = self.shape[0], self.shape[0] if stop is None else stop
         rows = scales.shape[0]
@@ -47,7 +49,7 @@ def keep(x: Tensor, bits: int, group: int, flat: bool = False) -> tuple[Grouped,
     Groups lie along the last dimension; with `flat`, across dimensions as x lies in memory, where they fit.
     """
     order = memory_order(x)
-    if x.stride(-1) != 1 and x.stride(-2) == 1:  # a transposed matrix: rows where they lie
+    if x.dim() > 2 and x.stride(-1) > x.stride(-2):  # a transposed matrix: rows where they lie
         order = (*range(x.dim() - 2), x.dim() - 1, x.dim() - 2)
     if order[0] != 0:
         order = tuple(range(x.dim()))

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 RANGE = 16.0  # pointwise inputs beyond +-RANGE share the outermost bins: f' is constant there
 POINTWISE_BINS = 1 << 14
 GROUP_BINS = 1 << 12
-_POINTS = 1024  # distinct values the dynamic programme sees
+_POINTS = 512  # distinct values the dynamic programme sees
 
 
 @dataclass(frozen=True)
@@ -117,17 +117,21 @@ def derivative_table(
 
 
 def signed_table(bits: int, group: int) -> Table:
-    """Levels for a value in [-1, 1]: a normal variable divided by the largest magnitude in a group of `group`.
+    """Levels for a value divided by the one of the largest magnitude in its group, sign included.
 
-    The error is weighted by that magnitude squared, so that it is least for the value itself.
+    Two levels are fixed at 0 and 1: where one channel is a hundred times larger than its group (residual streams of ViTs
+    have such), it is kept exactly and the others not as something larger than they are. The others are best for a normal
+    variable in groups of `group`, its error weighted by the group's magnitude squared, mixed with a sharper peak for
+    groups with such outliers.
     """
     u = _centres(-1)
     largest = torch.linspace(0.02, 8, 400, dtype=torch.float64)[:, None]
     inside = torch.erf(largest / math.sqrt(2))
-    density = torch.exp(group * torch.log(inside) - largest**2 / 2 + 2 * torch.log(largest))  # of `largest`, times its square
-    weights = (density * largest / inside**2 * torch.exp(-((largest * u) ** 2) / 2)).sum(0)
-    weights = weights / weights.sum() * (group - 1)
-    weights[[0, -1]] += 0.5  # the largest itself
+    density = torch.exp(group * torch.log(inside) - largest**2 / 2 + 3 * torch.log(largest)) / inside**2
+    normal = (density * torch.exp(-((largest * u) ** 2) / 2)).sum(0)
+    peak = torch.exp(-u.abs() / 0.1)
+    weights = normal / normal.sum() + peak / peak.sum()
+    weights[[GROUP_BINS // 2 - 1, GROUP_BINS // 2, -1]] = 100
     levels, codes = optimal_levels(u, weights, bits)
     return Table(bits, -1.0, 1.0, codes, levels.float())
 

@@ -26,7 +26,9 @@ class ActivationMode(TorchFunctionMode):
         self.config = config
         self.handlers = dict(_active(config))
 
-    def __torch_function__(self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         handler = self.handlers.get(func)
         if handler is None or not torch.is_grad_enabled():
             return func(*args, **(kwargs or {}))

@@ -15,9 +15,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from s2a_cli.activations import levels
+from s2a_cli.activations.autograd import first_order
 from s2a_cli.activations.codes import byte_table, groups_of, packed_size, rows
 from s2a_cli.activations.operators import SCALE, decode_rows, encode_rows, operator, working_type
 from s2a_cli.config import QuantConfig
@@ -124,7 +124,7 @@ class Normalise(torch.autograd.Function):
         return run(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor):
         rest = (None,) * 6
         if not ctx.saved_tensors:
@@ -135,9 +135,9 @@ class Normalise(torch.autograd.Function):
         dx, dweight, dbias = norm_backward(
             grad, codes, scales, rstd, ctx.table.levels, weight, width, channels, count, centre, group, ctx.table.bits
         )
-        if weight is None:
-            return dx, None, None, *rest
-        return dx, dweight.view(ctx.shape), dbias.view(ctx.shape), *rest
+        dweight = dweight.view(ctx.shape) if ctx.needs_input_grad[1] else None
+        dbias = dbias.view(ctx.shape) if ctx.needs_input_grad[2] else None
+        return dx, dweight, dbias, *rest
 
 
 def _trains(*tensors: Tensor | None) -> bool:
@@ -186,7 +186,7 @@ class FrozenBatchNorm(torch.autograd.Function):
         return run(x, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor):
         variance, weight = ctx.saved_tensors
         dx = dbias = None

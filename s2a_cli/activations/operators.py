@@ -100,11 +100,12 @@ def encode_rows(
     short = -width % group
     grouped = (torch.nn.functional.pad(x, (0, short)) if short else x).view(count, -1, group)
     scale = grouped.amax(-1)
-    if low < 0:
-        scale = torch.maximum(scale, grouped.amin(-1).neg_())
+    if low < 0:  # the element of the largest magnitude, with its sign
+        least = grouped.amin(-1)
+        scale = torch.where(scale > -least, scale, least)
     scales[start : start + count] = scale
-    scale = scales[start : start + count].float()  # as it will be read
-    codes = assign(grouped * scale.clamp_min_(1e-30).reciprocal_()[..., None], bins, low, 1.0)
+    factor = scales[start : start + count].float().reciprocal_()  # of the scale as it will be read
+    codes = assign(grouped * factor.nan_to_num_(0, 0, 0)[..., None], bins, low, 1.0)
     if short:
         codes = codes.view(count, -1)[:, :width].reshape(-1)
     pack_into(packed, start * width, codes, bits, total * width)
@@ -129,7 +130,9 @@ def _fake_encode_groups(x, bins, low, group, bits):
     return _fake_codes(x, bits), scales
 
 
-@operator("encode_groups(Tensor x, Tensor bins, float low, int group, int bits) -> (Tensor, Tensor)", _fake_encode_groups)
+@operator(
+    "encode_groups(Tensor x, Tensor bins, float low, int group, int bits) -> (Tensor, Tensor)", _fake_encode_groups
+)
 def encode_groups(x: Tensor, bins: Tensor, low: float, group: int, bits: int) -> tuple[Tensor, Tensor]:
     width = x.shape[-1]
     total = math.prod(x.shape[:-1])
@@ -150,7 +153,15 @@ def _fake_decode_groups(codes, scales, levels, width, group, bits, start, stop, 
     _fake_decode_groups,
 )
 def decode_groups(
-    codes: Tensor, scales: Tensor, levels: Tensor, width: int, group: int, bits: int, start: int, stop: int, dtype: torch.dtype
+    codes: Tensor,
+    scales: Tensor,
+    levels: Tensor,
+    width: int,
+    group: int,
+    bits: int,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     out = scales.new_empty((stop - start, width), dtype=dtype)
     table = byte_table(levels.to(working_type(dtype)), bits)

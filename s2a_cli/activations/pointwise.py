@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from s2a_cli.activations import levels
+from s2a_cli.activations.autograd import covers, first_order
 from s2a_cli.activations.codes import inverse, memory_order
 from s2a_cli.activations.operators import encode_interval, encode_levels, multiply_levels
 from s2a_cli.config import QuantConfig
@@ -26,7 +26,9 @@ class Elementwise(torch.autograd.Function):
     """y = run(x), in place or not; dx = grad * levels[code]. The codes are those of x.permute(order)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, codes: Tensor, table: levels.Table, order: tuple[int, ...], run: Callable, inplace: bool):
+    def forward(
+        ctx, x: Tensor, codes: Tensor, table: levels.Table, order: tuple[int, ...], run: Callable, inplace: bool
+    ):
         ctx.save_for_backward(codes)
         ctx.table, ctx.order = table, order
         out = run(x)
@@ -35,16 +37,11 @@ class Elementwise(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor):
         (codes,) = ctx.saved_tensors
         product = multiply_levels(grad.permute(ctx.order), codes, ctx.table.levels, ctx.table.bits)
         return product.permute(inverse(ctx.order)), None, None, None, None, None
-
-
-def covers(x: Any) -> bool:
-    """Whether a gradient is to flow through this input, and it is of a kind the codes can stand for."""
-    return isinstance(x, Tensor) and x.requires_grad and x.is_floating_point() and torch.is_grad_enabled()
 
 
 def coded(function: Callable, *names: str, inplace: bool = False) -> Callable:

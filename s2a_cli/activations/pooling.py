@@ -12,12 +12,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from s2a_cli.activations.autograd import covers, first_order
 from s2a_cli.activations.codes import CHUNK, pack_into, packed_size, unpack
 from s2a_cli.activations.operators import operator
-from s2a_cli.activations.pointwise import covers
-
 
 _pool_with_indices = torch.ops.aten.max_pool2d_with_indices
 
@@ -34,7 +32,9 @@ def _window_bits(kernel: list[int]) -> int:
 def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
     reach = size + 2 * padding - dilation * (kernel - 1) - 1
     out = (reach + (stride - 1 if ceil_mode else 0)) // stride + 1
-    return out - 1 if ceil_mode and (out - 1) * stride >= size + padding else out  # no window starts in the right padding
+    return (
+        out - 1 if ceil_mode and (out - 1) * stride >= size + padding else out
+    )  # no window starts in the right padding
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -49,7 +49,9 @@ def _samples(x: Tensor, each: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, len(x))) for start in range(0, len(x), step)]
 
 
-def _corners(height: int, width: int, stride: list[int], padding: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+def _corners(
+    height: int, width: int, stride: list[int], padding: list[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Input row [height, 1] and column [width] of the first place of each output's window; they may be negative."""
     row = torch.arange(height, device=device, dtype=torch.int32)[:, None] * stride[0] - padding[0]
     return row, torch.arange(width, device=device, dtype=torch.int32) * stride[1] - padding[1]
@@ -70,9 +72,7 @@ def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode):
     out, packed = _fake_pool(x, kernel, stride, padding, dilation, ceil_mode)
     row, column = _corners(*out.shape[2:], stride, padding, x.device)
     for start, stop in _samples(x, out[0].numel()) if out.numel() else ():
-        out[start:stop], index = _pool_with_indices(
-            x[start:stop], kernel, stride, padding, dilation, ceil_mode
-        )
+        out[start:stop], index = _pool_with_indices(x[start:stop], kernel, stride, padding, dilation, ceil_mode)
         index = index.to(torch.int32)
         down = (index // x.shape[3] - row) // dilation[0]
         code = down * kernel[1] + (index % x.shape[3] - column) // dilation[1]
@@ -95,11 +95,17 @@ def max_pool2d_backward(grad, packed, size, kernel, stride, padding, dilation, c
     row, column = _corners(*grad.shape[2:], stride, padding, grad.device)
     each, bits = math.prod(grad.shape[1:]), _window_bits(kernel)
     for start, stop in _samples(grad, each) if grad.numel() else ():
-        code = unpack(packed, start * each, stop * each, bits, grad.numel()).to(torch.int32).view(stop - start, *grad.shape[1:])
+        code = (
+            unpack(packed, start * each, stop * each, bits, grad.numel())
+            .to(torch.int32)
+            .view(stop - start, *grad.shape[1:])
+        )
         index = (row + code // kernel[1] * dilation[0]) * size[3] + column + code % kernel[1] * dilation[1]
         piece = dx[start:stop]
         arguments = kernel, stride, padding, dilation, ceil_mode, index.long()
-        piece.copy_(torch.ops.aten.max_pool2d_with_indices_backward(grad[start:stop], torch.empty_like(piece), *arguments))
+        piece.copy_(
+            torch.ops.aten.max_pool2d_with_indices_backward(grad[start:stop], torch.empty_like(piece), *arguments)
+        )
     return dx
 
 
@@ -112,7 +118,7 @@ class MaxPool(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor):
         return max_pool2d_backward(grad, *ctx.saved_tensors, ctx.size, *ctx.geometry), *(None,) * len(ctx.geometry)
 
@@ -126,7 +132,7 @@ class AveragePool(torch.autograd.Function):
         return run(x)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor):
         stand_in = torch.empty(ctx.size, dtype=grad.dtype, device=grad.device, memory_format=_format(grad))
         return torch.ops.aten.avg_pool2d_backward(grad, stand_in, *ctx.geometry), None, None
@@ -142,14 +148,29 @@ def _handle_max(
 
 
 def _handle_average(
-    config, stock, input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
+    config,
+    stock,
+    input,
+    kernel_size,
+    stride=None,
+    padding=0,
+    ceil_mode=False,
+    count_include_pad=True,
+    divisor_override=None,
 ):
     def run(x: Tensor) -> Tensor:
         return stock(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
     if not covers(input) or input.dim() != 4:
         return run(input)
-    geometry = _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), ceil_mode, count_include_pad, divisor_override
+    geometry = (
+        _pair(kernel_size),
+        _pair(stride or kernel_size),
+        _pair(padding),
+        ceil_mode,
+        count_include_pad,
+        divisor_override,
+    )
     return AveragePool.apply(input, run, geometry)
 
 

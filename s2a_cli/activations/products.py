@@ -12,11 +12,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from s2a_cli.activations.attention import codes_of_softmax
+from s2a_cli.activations.autograd import covers, first_order
 from s2a_cli.activations.groups import Grouped, keep, slices
-from s2a_cli.activations.pointwise import covers
 from s2a_cli.config import QuantConfig
 
 
@@ -30,11 +29,11 @@ class MatMul(torch.autograd.Function):
         return run(a, b)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor):
         left, right = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
         da, db = grad.new_empty(ctx.left.shape), grad.new_empty(ctx.right.shape)
-        for part in slices(grad.shape[0], max(da[0].numel(), db[0].numel(), grad[0].numel()) if grad.numel() else 1):
+        for part in slices(grad.shape[0], max(math.prod(t.shape[1:]) for t in (da, db, grad))):
             torch.matmul(grad[part], ctx.right.decode(*right, grad.dtype, part.start, part.stop).mT, out=da[part])
             torch.matmul(ctx.left.decode(*left, grad.dtype, part.start, part.stop).mT, grad[part], out=db[part])
         return da, db, None, None
@@ -68,7 +67,7 @@ class Gate(torch.autograd.Function):
         return run(x, gate)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor):
         kept, gate_kept = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
         dx, dgate = torch.empty_like(grad), grad.new_empty(ctx.size)

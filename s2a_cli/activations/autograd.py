@@ -1,0 +1,30 @@
+"""What all autograd functions here share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def covers(x: Any) -> bool:
+    """Whether a gradient is to flow through this input, and it is of a kind that codes can stand for."""
+    return isinstance(x, Tensor) and x.requires_grad and x.is_floating_point() and torch.is_grad_enabled()
+
+
+def first_order(backward: Callable) -> Callable:
+    """Decorates a backward that has no derivative itself: with create_graph=True it raises, and is never a silent constant."""
+
+    @functools.wraps(backward)
+    def checked(ctx, *grads: Tensor):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a forward pass under s2a_cli.activations.remember keeps what first derivatives need: "
+                "create_graph=True and double backward are not supported"
+            )
+        return backward(ctx, *grads)
+
+    return checked

@@ -1,0 +1,251 @@
+"""Every operator: forward bits, gradients against stock in float64, and bytes kept, through one tester and one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s2a_cli.activations import remember
+from s2a_cli.activations.codes import grouped_size, packed_size
+from s2a_cli.config import QuantConfig
+
+
+def config(bits: int, linear: int | None = None, group: int = 64) -> QuantConfig:
+    return QuantConfig("test", bits, bits, bits, bits, bits, linear, group)
+
+
+@dataclass
+class Case:
+    """`run` of inputs of these shapes; those named in `frozen` need no gradient."""
+
+    name: str
+    run: Callable[..., Tensor]
+    shapes: list[tuple[int, ...]]
+    kept: Callable[[int], int] | None = None  # bytes at b bits, parameters and masks apart
+    exact: bool = False
+    frozen: tuple[int, ...] = ()
+    linear: bool = False
+
+
+def pointwise(shape: tuple[int, ...]) -> Callable[[int], int]:
+    return lambda bits: packed_size(torch.Size(shape).numel(), bits)
+
+
+def one_bit(shape: tuple[int, ...]) -> Callable[[int], int]:
+    return lambda bits: packed_size(torch.Size(shape).numel(), 1)
+
+
+def normalised(rows: int, width: int) -> Callable[[int], int]:
+    return lambda bits: grouped_size(rows, width, 64, bits) + 4 * rows
+
+
+X = (3, 7, 11)
+IMAGE = (2, 6, 9, 10)
+HEADS = (2, 3, 10, 16)
+
+
+def nothing(bits: int) -> int:
+    return 0
+
+
+def batch_norm(x: Tensor, mean: Tensor, variance: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.batch_norm(x, mean, variance.abs(), w, b, False, 0.1, 1e-5)
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
+
+
+def unfused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) * 0.25).softmax(-1) @ v
+
+
+CASES = [
+    *(Case(f.__name__, f, [X], pointwise(X)) for f in (F.gelu, F.silu, F.mish, F.hardswish, F.elu, F.celu, F.selu)),
+    *(Case(f.__name__, f, [X], pointwise(X)) for f in (torch.sigmoid, torch.tanh, F.softplus, F.logsigmoid)),
+    Case("Tensor.sigmoid", Tensor.sigmoid, [X], pointwise(X)),
+    Case("gelu-tanh", partial(F.gelu, approximate="tanh"), [X], pointwise(X)),
+    Case("elu-alpha", lambda x: F.elu(x, 0.7), [X], pointwise(X)),
+    Case("gelu-0d", F.gelu, [()], pointwise(())),
+    Case("gelu-empty", F.gelu, [(0, 4)], nothing),
+    *(
+        Case(f.__name__, f, [X], one_bit(X), exact=True)
+        for f in (F.relu, F.relu6, F.hardtanh, F.hardsigmoid, F.leaky_relu)
+    ),
+    Case("Tensor.relu", Tensor.relu, [X], one_bit(X), exact=True),
+    Case("hardtanh-bounds", lambda x: F.hardtanh(x, -0.2, 0.7), [X], one_bit(X), exact=True),
+    Case("leaky-slope", lambda x: F.leaky_relu(x, negative_slope=0.3), [X], one_bit(X), exact=True),
+    Case("layer_norm", lambda x, w, b: F.layer_norm(x, X[-1:], w, b), [X, X[-1:], X[-1:]], normalised(21, 11)),
+    Case("layer_norm-two", lambda x, w, b: F.layer_norm(x, X[1:], w, b), [X, X[1:], X[1:]], normalised(3, 77)),
+    Case("layer_norm-plain", lambda x: F.layer_norm(x, (11,)), [X], normalised(21, 11)),
+    Case(
+        "layer_norm-frozen",
+        lambda x, w, b: F.layer_norm(x, (11,), w, b),
+        [X, (11,), (11,)],
+        normalised(21, 11),
+        frozen=(1,),
+    ),
+    Case(
+        "layer_norm-bias", lambda x, w, b: F.layer_norm(x, (11,), w, b), [X, (11,), (11,)], nothing, True, frozen=(0, 1)
+    ),
+    Case("layer_norm-empty", lambda x, w, b: F.layer_norm(x, (11,), w, b), [(0, 11), (11,), (11,)], nothing),
+    Case("layer_norm-wide", lambda x, w: F.layer_norm(x, (100,), w), [(9, 100), (100,)], normalised(9, 100)),
+    Case("rms_norm", lambda x, w: F.rms_norm(x, (11,), w, 1e-6), [X, (11,)], normalised(21, 11)),
+    Case("rms_norm-plain", lambda x: F.rms_norm(x, (11,), eps=1e-6), [X], normalised(21, 11)),
+    Case("group_norm", lambda x, w, b: F.group_norm(x, 3, w, b), [IMAGE, (6,), (6,)], normalised(6, 180)),
+    Case("group_norm-plain", lambda x: F.group_norm(x, 6), [IMAGE], normalised(12, 90)),
+    Case("batch_norm", batch_norm, [IMAGE, *[(6,)] * 4], lambda b: 24, True, frozen=(1, 2, 3)),  # the variance
+    Case("conv2d", F.conv2d, [IMAGE, (4, 6, 3, 3), (4,)], nothing, True, frozen=(1,)),
+    Case("conv2d-stride", partial(F.conv2d, stride=2, padding=1), [IMAGE, (4, 6, 3, 3)], nothing, True, frozen=(1,)),
+    Case(
+        "conv2d-same", partial(F.conv2d, padding="same", dilation=2), [IMAGE, (4, 6, 3, 3)], nothing, True, frozen=(1,)
+    ),
+    Case(
+        "conv2d-depthwise",
+        partial(F.conv2d, groups=6, stride=(2, 1)),
+        [IMAGE, (6, 1, 3, 2)],
+        nothing,
+        True,
+        frozen=(1,),
+    ),
+    Case("conv2d-bias-only", F.conv2d, [IMAGE, (4, 6, 3, 3), (4,)], nothing, True, frozen=(0, 1)),
+    Case("conv1d", lambda x, w: F.conv1d(x, w, None, 2), [(2, 6, 11), (4, 6, 3)], nothing, True, frozen=(1,)),
+    Case("max_pool2d", lambda x: F.max_pool2d(x, 3, 2, 1), [IMAGE], lambda b: packed_size(2 * 6 * 5 * 5, 4), True),
+    Case("max_pool2d-dilated", lambda x: F.max_pool2d(x, (3, 2), 1, 1, (2, 3)), [IMAGE], exact=True),
+    Case("max_pool2d-ceil", lambda x: F.max_pool2d(x, 2, ceil_mode=True), [IMAGE], exact=True),
+    Case("max_pool2d-large", lambda x: F.max_pool2d(x, 9), [IMAGE], lambda b: packed_size(12, 7), True),
+    Case("max_pool2d-empty", lambda x: F.max_pool2d(x, 2), [(0, 3, 4, 4)], nothing, True),
+    Case("avg_pool2d", lambda x: F.avg_pool2d(x, 3, 2, 1, True, False), [IMAGE], nothing, True),
+    Case("softmax", lambda x: F.softmax(x, -1), [X], lambda b: grouped_size(21, 11, 64, b)),
+    Case("Tensor.softmax", lambda x: x.softmax(dim=2), [X], lambda b: grouped_size(21, 11, 64, b)),
+    Case("softmax-wide", lambda x: torch.softmax(x, 1), [(5, 130)], lambda b: grouped_size(5, 130, 64, b)),
+    Case("softmax-other-dim", lambda x: F.softmax(x, 1), [X], exact=True),
+    Case("attention", F.scaled_dot_product_attention, [HEADS] * 3, lambda b: 3 * grouped_size(60, 16, 64, b)),
+    Case("attention-causal", partial(F.scaled_dot_product_attention, is_causal=True), [HEADS] * 3),
+    Case("attention-cross", F.scaled_dot_product_attention, [HEADS, (2, 3, 7, 16), (2, 3, 7, 20)]),
+    Case("attention-3d", F.scaled_dot_product_attention, [(3, 5, 8)] * 3),
+    Case("attention-2d", F.scaled_dot_product_attention, [(5, 8)] * 3, exact=True),
+    Case("attention-mask", masked, [HEADS] * 3 + [(1, 3, 10, 10)]),
+    Case("attention-mask-each", masked, [HEADS] * 3 + [(2, 1, 10, 10)]),
+    Case("attention-mask-frozen", masked, [HEADS] * 3 + [(10, 10)], frozen=(3,)),
+    Case(
+        "attention-gqa",
+        partial(F.scaled_dot_product_attention, enable_gqa=True),
+        [(2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)],
+    ),
+    Case("attention-empty", F.scaled_dot_product_attention, [(0, 3, 10, 16)] * 3, nothing),
+    Case(
+        "attention-unfused",
+        unfused,
+        [HEADS] * 3,
+        lambda b: 3 * grouped_size(60, 16, 64, b) + grouped_size(60, 10, 64, b),
+    ),
+    Case("gate", lambda x, g: (x * 1) * g.sigmoid(), [IMAGE, (2, 6, 1, 1)]),
+    Case(
+        "gate-full",
+        lambda x, g: F.silu(g) * (x * 1),
+        [X, X],
+        lambda b: 2 * grouped_size(21, 11, 64, b) + packed_size(231, b),
+    ),
+    Case("linear-coded", F.linear, [X, (5, 11), (5,)], lambda b: grouped_size(21, 11, 64, b), linear=True),
+    Case("conv2d-coded", F.conv2d, [IMAGE, (4, 6, 3, 3), (4,)], linear=True),
+    Case("conv2d-trains", F.conv2d, [IMAGE, (4, 6, 3, 3), (4,)], exact=True),
+    Case("silu-twice", lambda x: F.silu(x) + F.silu(x), [X], lambda b: 2 * packed_size(231, b)),
+]
+TOLERANCE = {8: 0.03, 4: 0.2, 2: 0.9}  # relative error of a gradient, in norm
+
+
+def inputs(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scale = 1.0 if "attention" in case.name else 1.5  # of larger q and k, each code moves the softmax more
+    made = [torch.randn(shape, generator=generator) * scale for shape in case.shapes]
+    return [x.to(dtype).requires_grad_(i not in case.frozen) for i, x in enumerate(made)]
+
+
+def results(case: Case, bits: int | None, arguments: list[Tensor]) -> tuple[Tensor, list[Tensor], int]:
+    """Output, gradients and bytes kept (without the arguments' own storage) at `bits`, None: stock."""
+    own = {x.untyped_storage().data_ptr() for x in arguments}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        remember(config(bits, bits if case.linear else None)),
+    ):
+        out = case.run(*arguments)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    grads = torch.autograd.grad(out, [x for x in arguments if x.requires_grad], cotangent)
+    return out.detach(), list(grads), sum(kept.values())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_forward_is_stock_and_gradients_are_near(case):
+    truth = results(case, None, inputs(case, torch.float64))[1]
+    stock_out, stock_grads, _ = results(case, None, inputs(case, torch.float32))
+    for bits, tolerance in TOLERANCE.items():
+        out, grads, kept = results(case, bits, inputs(case, torch.float32))
+        assert torch.equal(out, stock_out)
+        for grad, stock, right in zip(grads, stock_grads, truth, strict=True):
+            assert grad.shape == stock.shape and grad.dtype == stock.dtype
+            if case.exact:
+                assert torch.allclose(grad, stock, rtol=1e-5, atol=1e-6)
+            else:
+                assert (grad - right).norm() <= tolerance * right.norm() + 1e-6
+        if case.kept is not None:
+            assert kept == case.kept(bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_other_types(case, dtype):
+    truth = results(case, None, inputs(case, torch.float64))[1]
+    stock_out, stock_grads, _ = results(case, None, inputs(case, dtype))
+    out, grads, _ = results(case, 8, inputs(case, dtype))
+    assert torch.equal(out, stock_out)
+    for grad, stock, right in zip(grads, stock_grads, truth, strict=True):
+        assert grad.dtype == stock.dtype
+        stock_error = (stock - right).norm()
+        assert (grad - right).norm() <= 0.03 * right.norm() + 3 * stock_error + 1e-6
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.exact], ids=lambda case: case.name)
+def test_strided_inputs_give_the_same(case):
+    plain = results(case, 4, inputs(case, torch.float32))
+    strided = [
+        x.detach().repeat_interleave(2, -1)[..., ::2] if x.dim() else x.detach() for x in inputs(case, torch.float32)
+    ]
+    strided = [x.requires_grad_(i not in case.frozen) for i, x in enumerate(strided)]
+    moved = results(case, 4, strided)
+    assert torch.allclose(moved[0], plain[0], rtol=1e-5, atol=1e-6)
+    for a, b in zip(moved[1], plain[1], strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4, 0.0])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_extreme_values_stay_finite(case, value):
+    arguments = [torch.full_like(x, value) if i == 0 else x.detach() for i, x in enumerate(inputs(case, torch.float32))]
+    arguments = [x.requires_grad_(i not in case.frozen) for i, x in enumerate(arguments)]
+    for bits in (2, 8):
+        assert all(grad.isfinite().all() for grad in results(case, bits, arguments)[1])
+
+
+def test_channels_last_keeps_its_layout():
+    x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(8, 8, 3, 3)
+    with remember(config(4)):
+        for run in (F.gelu, F.relu, lambda x: F.conv2d(x, weight, padding=1), lambda x: F.max_pool2d(x, 3, 1, 1)):
+            out = run(x)
+            (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+            assert out.is_contiguous(memory_format=torch.channels_last)
+            assert grad.is_contiguous(memory_format=torch.channels_last)
