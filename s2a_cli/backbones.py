@@ -285,14 +285,15 @@ def load_checkpoint(model: nn.Module, checkpoint: str) -> None:
     heads = tuple(f"{name}." for name in classifiers)
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(heads)}
     state = {k: v for k, v in state.items() if not k.startswith(heads)}
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in own]
+    counters = tuple(k for k in {**own, **state} if k.endswith("num_batches_tracked"))  # older files have none
+    missing = [k for k in own if k not in state and k not in counters]
+    unexpected = sorted(k for k in state if k not in own and k not in counters)
     shapes = [f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}" for k, v in state.items() if k in own and v.shape != own[k].shape]
     if missing or unexpected or shapes:
         parts = {"missing": missing, "unexpected": unexpected, "other shapes": shapes}
         said = "; ".join(f"{len(keys)} {what}: {_few(keys)}" for what, keys in parts.items() if keys)
         raise UserError(f"backbone.checkpoint={checkpoint} is not of {type(model).__name__} as configured: {said}")
-    model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=False)
+    model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items() if k in own}, strict=False)
 
 
 def _few(keys: list[str], most: int = 6) -> str:

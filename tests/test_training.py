@@ -1,0 +1,182 @@
+"""One run: the same seed gives the same numbers, a finished run tests the same again, a broken one says how it ended."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from s2a_cli import records, steps, training
+from s2a_cli.compose import compose, recompose
+from s2a_cli.errors import RunError, UserError
+
+QUICK = [
+    "dataset=digits", "dataset.shots=8", "backbone=vit_micro", "optim.epochs=2", "optim.batch_size=16", "device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def without_prediction(monkeypatch, request):
+    """Predictions have tests of their own; here they would take most of the time."""
+    if "predicts" not in request.keywords:
+        memory = training.memory.Memory("predicted", 2.0, 1.0, 0.5, None, 4.0, "predicted")
+        monkeypatch.setattr(training, "predict", lambda run: memory)
+
+
+def train(folder, *words):
+    return training.train(compose([*QUICK, f"run_dir={folder}", *words]))[0]
+
+
+def lines(folder):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+
+
+@pytest.mark.predicts
+def test_a_run_leaves_its_record(tmp_path):
+    result = train(tmp_path / "run", "method=s2a")
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert result["status"] == "ok" and result["error"] is None
+    assert result["memory"]["kind"] == "predicted" and result["memory"]["full_finetune_kind"] == "predicted"
+    assert 0 < result["memory"]["kept_mib"] < result["memory"]["peak_mib"] < result["memory"]["full_finetune_peak_mib"]
+    assert result["throughput"]["train_images_per_second"] > 0
+    assert 0 <= result["accuracy"]["test_top1"] <= result["accuracy"]["test_top5"] <= 100
+    assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
+    assert result.keys() == records.Result.__annotations__.keys()
+    assert result["memory"].keys() == records.MemoryRecord.__annotations__.keys()
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.yaml", "metrics.jsonl", "result.json", "trainable.safetensors",
+    }  # fmt: skip
+
+
+def test_the_same_seed_gives_the_same_numbers(tmp_path):
+    words = ["method=s2a", "optim.mixup=0.2", "backbone.kwargs.drop_path_rate=0.2"]
+    one, two = train(tmp_path / "1", *words), train(tmp_path / "2", *words)
+    torch.rand(7)
+    other = train(tmp_path / "3", *words, "seed=1")
+    assert lines(tmp_path / "1") == lines(tmp_path / "2") != lines(tmp_path / "3")
+    assert (tmp_path / "1/trainable.safetensors").read_bytes() == (tmp_path / "2/trainable.safetensors").read_bytes()
+    assert one["id"] == two["id"] != other["id"]
+
+
+def test_a_micro_batch_changes_memory_and_not_the_result(tmp_path):
+    train(tmp_path / "1", "quant=none")
+    train(tmp_path / "2", "quant=none", "optim.micro_batch=3")
+    for one, two in zip(lines(tmp_path / "1"), lines(tmp_path / "2")):
+        assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["full", "s2a"])
+def test_a_finished_run_tests_the_same_again(tmp_path, method):
+    result = train(tmp_path, f"method={method}")
+    scores = training.evaluate(recompose(result["config"], []), tmp_path)
+    assert scores["top1"] == result["accuracy"]["test_top1"] and scores["top5"] == result["accuracy"]["test_top5"]
+
+
+def test_a_run_is_not_tested_with_other_tensors_or_data(tmp_path):
+    result = train(tmp_path / "a", "method=bias")
+    with pytest.raises(UserError, match="not those of this backbone and method"):
+        training.evaluate(recompose(result["config"], ["method.blocks=last:1"]), tmp_path / "a")
+    with pytest.raises(UserError, match="trained on data of revision"):
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        result["data"]["revision"] = "other"
+        records.write_result(tmp_path / "b", result)
+        training.evaluate(compose([*QUICK, "method=bias"]), tmp_path / "b")
+    with pytest.raises(UserError, match="trained on backbone weights"):
+        training.evaluate(recompose(result["config"], ["backbone.pretrained=false"]), tmp_path / "a")
+    tensors = tmp_path / "a" / "trainable.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:1000])
+    with pytest.raises(UserError, match="trainable.safetensors: damaged"):
+        training.evaluate(compose([*QUICK, "method=bias"]), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "oom"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), "oom"),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
+)
+def test_how_a_run_ended_is_recorded(tmp_path, monkeypatch, error, status):
+    step, calls = steps.Step.__call__, []
+
+    def fails_in_the_second_epoch(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 6:
+            raise error
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(steps.Step, "__call__", fails_in_the_second_epoch)
+    result = train(tmp_path)
+    assert result["status"] == status and json.loads((tmp_path / "result.json").read_text())["status"] == status
+    assert len(lines(tmp_path)) == 1
+    scores = training.evaluate(recompose(result["config"], []), tmp_path)  # the best epoch so far is there
+    assert 0 <= scores["top1"] <= 100
+
+
+def test_a_loss_that_is_not_finite_fails_the_run(tmp_path):
+    with pytest.raises(RunError, match="lower optim.lr"):
+        train(tmp_path, "method=full", "optim.lr=1e30", "optim.name=sgd", "optim.warmup_epochs=0")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["status"] == "failed" and "lower optim.lr" in result["error"]
+
+
+def test_a_folder_that_can_not_be_written_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="run_dir=.*can't be written to"):
+        train(tmp_path / "file" / "run")
+
+
+def test_a_device_that_is_not_there():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UserError, match="device=cuda:3: not available here"):
+        training.choose_device("cuda:3")
+
+
+def test_weight_decay_spares_biases_norms_and_prompts():
+    run = training.prepare(compose([*QUICK, "method=s2a", "optim.weight_decay=0.1"]))
+    optimizer = steps.make_optimizer(run.config.optim, run.model)
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    spared = {names[id(p)] for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
+    assert "head.weight" in decayed and "s2a.side.merge.weight" in decayed
+    assert {"head.bias", "s2a.prompt.0.A", "s2a.prompt.0.B", "s2a.side.norm.weight"} <= spared
+    assert not any(name.endswith(("bias", ".A", ".B")) or "norm" in name for name in decayed)
+
+
+@pytest.mark.parametrize("precision", ["amp-bf16", "bf16"])
+def test_low_precision_trains(tmp_path, precision):
+    result = train(tmp_path, f"precision={precision}", "method=s2a", "optim.epochs=1")
+    assert result["status"] == "ok" and lines(tmp_path)[0]["train_loss"] < 4
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    train(tmp_path, "tensorboard=true", "optim.epochs=1")
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_identity_leaves_out_where_a_run_lives():
+    base = compose(QUICK)
+    same = compose([*QUICK, "workers=3", "run_dir=/elsewhere", "tensorboard=true", "dataset.root=/data"])
+    other = compose([*QUICK, "method.prompt.rank=4"])
+    identity = [records.identity(c, "revision", "weights") for c in (base, same, other)]
+    assert identity[0] == identity[1] != identity[2]
+    assert records.identity(base, "other", "weights") != identity[0] != records.identity(base, "revision", "other")
+
+
+@pytest.mark.slow
+@pytest.mark.predicts
+def test_real_photos(real_data, tmp_path):
+    """S2A on real weights and photos: well above chance, and above the linear probe, in a few epochs."""
+    weights = real_data / "weights" / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
+    words = ["experiment=photos_112", f"backbone.checkpoint={weights}", f"dataset.root={real_data}/pacs/cartoon", "device=cpu"]
+    top1 = {}
+    for method in ("linear", "s2a"):
+        result = training.train(compose([*words, f"method={method}", f"run_dir={tmp_path / method}", "optim.epochs=8"]))[0]
+        top1[method] = result["accuracy"]["test_top1"]
+    assert top1["s2a"] > top1["linear"] > 40
