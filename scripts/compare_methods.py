@@ -1,10 +1,10 @@
 """The README's tables of real photos: six methods, several seeds, learning rates chosen on validation by one small grid.
 
-    .venv/bin/python scripts/compare_methods.py WEIGHTS FOLDER... [--seeds 0 1 2] [--out runs/photos] [key=value ...]
+    .venv/bin/python scripts/compare_methods.py WEIGHTS GRID FOLDER... [--seeds 0 1 2] [--out runs/photos] [key=value ...]
 
-WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors. FOLDER: train/ and test/ trees of class folders,
-or such a tree in a .tar. Each method takes the learning rate with the best validation accuracy on the first FOLDER (seed
-0), of the same three for all but full fine-tuning, which wants smaller ones; the test split has no part in the choice.
+WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors. GRID, FOLDER: train/ and test/ trees of class
+folders, or such a tree in a .tar. Each method takes the learning rate with the best validation accuracy on GRID (seed 0),
+of the same three for all but full fine-tuning, which wants smaller ones; no test split has a part in the choice.
 Runs that are finished are not repeated, so that the same line goes on after a break. key=value goes to every run.
 """
 
@@ -31,6 +31,7 @@ def run(folder: Path, words: list[str]) -> records.Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights")
+    parser.add_argument("grid")
     parser.add_argument("words", nargs="+", metavar="FOLDER | key=value")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
@@ -42,7 +43,7 @@ def main() -> None:
     for method in args.methods:
         scores = {}
         for rate in METHODS[method]:
-            words = [*common, f"method={method}", f"optim.lr={rate}", f"dataset.root={roots[0]}"]
+            words = [*common, f"method={method}", f"optim.lr={rate}", f"dataset.root={args.grid}"]
             scores[rate] = run(args.out / "grid" / method / f"{rate:g}", words)["accuracy"]["val_top1"]
         chosen[method] = max(scores, key=scores.get)
         print(f"{method}: validation top-1 by learning rate {scores}: {chosen[method]:g}", flush=True)
