@@ -1,8 +1,8 @@
 """Attention: fused attention keeps codes of q, k and v; a softmax keeps codes of its map.
 
 - scaled_dot_product_attention: backward decodes a few samples at a time and runs the stock attention on them again.
-  Masks are kept as they are; a float mask gets its gradient. Not covered, so stock: dropout_p > 0, inputs without a batch
-  dimension, and q, k, v of unequal batch.
+  Masks are kept as they are; a float mask gets its gradient. Not covered, so stock: dropout_p > 0, inputs without a
+  batch dimension, and q, k, v of unequal batch.
 - softmax over the last dimension: dz = p (g - sum g p). Over another dimension it is stock.
 
 Bytes kept: grouped_size(rows, width, group, bits) for each of q, k, v (width: of a head) and for p (width: keys).

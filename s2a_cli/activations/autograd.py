@@ -16,7 +16,7 @@ def covers(x: Any) -> bool:
 
 
 def first_order(backward: Callable) -> Callable:
-    """Decorates a backward that has no derivative itself: with create_graph=True it raises, and is never a silent constant."""
+    """Decorates a backward that has no derivative itself: with create_graph=True it raises, not a silent constant."""
 
     @functools.wraps(backward)
     def checked(ctx, *grads: Tensor):

@@ -2,7 +2,7 @@
 
 Bytes kept for n elements of b bits:
 
-    packed_size(n, b) = sum over the planes p of b of ceil(n * p / 8)      (at 1, 2, 4, 8 bits one plane: ceil(n * b / 8))
+    packed_size(n, b) = sum over the planes p of b of ceil(n * p / 8)  (1, 2, 4, 8 bits are one plane: ceil(n * b / 8))
     grouped_size      = packed_size(n, b) + 2 * rows * ceil(width / group)  (a bfloat16 scale for each group of a row)
 
 A plane holds 1, 2, 4 or 8 bits of each code, so that a byte holds whole codes: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
@@ -17,7 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 17  # elements a temporary may have: large enough to hide the overhead of a call, small enough for a cache
+CHUNK = 1 << 18  # elements a temporary may have: large enough to hide the overhead of a call, small enough for a cache
+LAUNCH = 16  # times as many where each call is the launch of a kernel
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes
 _WIDE = {**_INTEGER, 16: torch.complex128}  # element types to copy that many bytes at once
@@ -59,7 +60,7 @@ def _pack_plane(codes: Tensor, plane: int) -> Tensor:
         return codes
     if short := -codes.numel() % per_byte:
         codes = torch.nn.functional.pad(codes, (0, short))
-    # The codes of one byte, read as one integer: fold pairs of codes together, then pairs of pairs, down to the low byte.
+    # The codes of one byte, read as one integer: fold pairs together, then pairs of pairs, down to the low byte.
     word = codes.view(_INTEGER[per_byte])
     for step in range(per_byte.bit_length() - 1):
         word = word | (word >> ((8 - plane) << step))
@@ -79,7 +80,7 @@ def unpack(packed: Tensor, start: int, stop: int, bits: int, count: int) -> Tens
 
 
 def byte_table(levels: Tensor, bits: int) -> Tensor:
-    """What a byte of packed codes stands for: [256, codes a byte]; or `levels` itself [2**bits, 1] where codes span planes."""
+    """What a packed byte stands for: [256, codes a byte]; where codes span planes, `levels` as [2**bits, 1]."""
     if len(PLANES[bits]) > 1:
         return levels.unsqueeze(1)
     return levels[_digits(bits, levels.device).int()]
@@ -106,6 +107,11 @@ def _digits(plane: int, device: torch.device) -> Tensor:
     return ((torch.arange(256, device=device)[:, None] >> shifts) & (2**plane - 1)).to(torch.uint8)
 
 
+def chunk(device: torch.device) -> int:
+    """Elements a temporary may have on this device."""
+    return CHUNK if device.type == "cpu" else CHUNK * LAUNCH
+
+
 def elements(x: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Contiguous 1-d pieces of `x` in logical order, each with the index of its first element (a multiple of 8)."""
     for start, piece in rows(x.unsqueeze(-1), 1):
@@ -113,18 +119,19 @@ def elements(x: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def rows(x: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
-    """Contiguous pieces [r, width] of `x` read as rows of `width`, each with the index of its first row (a multiple of 8).
+    """Contiguous pieces [r, width] of `x` read as rows of `width`, each with the index of its first row.
 
-    A strided `x` is copied slice by slice along its first dimension, never whole, unless a slice is no multiple of 8 rows.
+    That index is a multiple of 8, so that the codes of a piece begin a byte. A strided `x` is copied in slices of
+    its first dimension, never whole, unless a slice is no multiple of 8 rows.
     """
     if x.numel() == 0:
         return
     slice_rows = x[0].numel() // width
     if x.is_contiguous() or slice_rows % 8:
-        step = max(8, CHUNK // width // 8 * 8)
+        step = max(8, chunk(x.device) // width // 8 * 8)
         pieces = x.reshape(-1, width).split(step)
     else:
-        step = max(1, CHUNK // x[0].numel())
+        step = max(1, chunk(x.device) // x[0].numel())
         pieces = (piece.reshape(-1, width) for piece in x.split(step))
         step *= slice_rows
     for index, piece in enumerate(pieces):

@@ -1,9 +1,9 @@
 """Layers with weights: a frozen convolution keeps only its weight; coded inputs of trainable layers are opt-in.
 
-- conv1d, conv2d, conv3d with a frozen weight: nothing but the reference to the weight; exact. `padding="same"` is covered
-  where it is symmetric, else stock.
+- conv1d, conv2d, conv3d with a frozen weight: nothing but the reference to the weight; exact. `padding="same"` is
+  covered where it is symmetric, else stock.
 - linear, conv1d and conv2d with a weight that trains: with `linear` bits the input is coded, else stock.
-- linear: stock keeps the whole storage behind a small view (the class token of a sequence), so such a view is cloned first.
+- linear: stock keeps the whole storage behind a small view (the class token of a sequence): such a view is cloned.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def _fake_weight_gradient(grad, codes, scales, table, width, group, bits):
 
 
 @operator(
-    "weight_gradient(Tensor grad, Tensor codes, Tensor scales, Tensor levels, int width, int group, int bits) -> Tensor",
+    "weight_gradient(Tensor grad, Tensor codes, Tensor scales, Tensor levels, int width, int group, int bits) "
+    "-> Tensor",
     _fake_weight_gradient,
 )
 def weight_gradient(
@@ -136,7 +137,7 @@ def weight_gradient(
     total = grad.new_zeros(grad.shape[-1], width, dtype=working_type(grad.dtype))
     decoded = byte_table(table.to(total.dtype), bits)
     flat = grad.reshape(-1, grad.shape[-1])
-    for start, stop in row_ranges(0, len(flat), width):
+    for start, stop in row_ranges(0, len(flat), width, grad.device):
         x = decode_rows(codes, scales, decoded, start, stop, width, group, bits)
         total += flat[start:stop].mT @ x.to(grad.dtype)
     return total.to(grad.dtype)

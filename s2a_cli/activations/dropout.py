@@ -1,4 +1,4 @@
-"""Dropout keeps its mask in one bit an element; forward and gradient are those of stock PyTorch, from the same random numbers.
+"""Dropout keeps its mask in one bit an element; forward and gradient are stock PyTorch's, from the same random numbers.
 
 Not covered, so stock: in-place dropout, p of 0 or 1, and dropout of whole channels (its noise is small).
 """

@@ -1,4 +1,4 @@
-"""A tensor kept as codes with a scale a group, and brought back a few samples (slices of the first dimension) at a time."""
+"""A tensor kept as codes with a scale a group, brought back a few samples (slices of the first dimension) at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRANSIENT = 1 << 21  # elements decoded at a time, where the result feeds a matr
 
 @dataclass(frozen=True)
 class Grouped:
-    """How to read the codes and scales of a tensor of this shape; they are the rows, of `width`, of x.permute(order)."""
+    """How to read codes and scales as a tensor of this shape; they are the rows, of `width`, of x.permute(order)."""
 
     table: levels.Table
     shape: tuple[int, ...]

@@ -69,7 +69,7 @@ def _condense(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _segment(points: Tensor, mass: Tensor, count: int) -> Tensor:
-    """Borders (indices [count - 1]) of the `count` runs of ascending points with the least square error around their means."""
+    """Borders (indices [count - 1]) of the `count` runs of ascending points with the least square error."""
     zero = torch.zeros(1, dtype=torch.float64)
     m0, m1, m2 = (torch.cat([zero, (mass * points**k).cumsum(0)]) for k in range(3))
     inside = (m0[None, :] - m0[:, None]).clamp_min(1e-300)
@@ -119,10 +119,10 @@ def derivative_table(
 def signed_table(bits: int, group: int) -> Table:
     """Levels for a value divided by the one of the largest magnitude in its group, sign included.
 
-    Two levels are fixed at 0 and 1: where one channel is a hundred times larger than its group (residual streams of ViTs
-    have such), it is kept exactly and the others not as something larger than they are. The others are best for a normal
-    variable in groups of `group`, its error weighted by the group's magnitude squared, mixed with a sharper peak for
-    groups with such outliers.
+    Two levels are fixed at 0 and 1: where one channel is a hundred times larger than its group (residual streams of
+    ViTs have such), it is kept exactly, and the others not as something larger than they are. The other levels are best
+    for a normal variable in groups of `group`, its error weighted by the group's magnitude squared, mixed with a
+    sharper peak for groups with such outliers.
     """
     u = _centres(-1)
     largest = torch.linspace(0.02, 8, 400, dtype=torch.float64)[:, None]

@@ -1,6 +1,7 @@
 """Normalisation: LayerNorm, GroupNorm and RMSNorm keep a code of x^ and rstd; a frozen BatchNorm keeps nothing.
 
-Bytes kept for R normalised rows of D elements: grouped_size(R, D, group, bits) + 4 R (rstd, float32). With g' = weight * grad,
+Bytes kept for R normalised rows of D elements: grouped_size(R, D, group, bits) + 4 R (rstd, float32). With g the
+gradient and g' = weight * g,
 
     dx = rstd (g' - mean g' - x^ mean(g' x^)),  dweight = sum g x^,  dbias = sum g        (RMSNorm: without mean g')
 
@@ -31,7 +32,8 @@ def _fake_encode(x, width, eps, centre, bins, group, bits):
 
 
 @operator(
-    "encode_norm(Tensor x, int width, float eps, bool centre, Tensor bins, int group, int bits) -> (Tensor, Tensor, Tensor)",
+    "encode_norm(Tensor x, int width, float eps, bool centre, Tensor bins, int group, int bits) "
+    "-> (Tensor, Tensor, Tensor)",
     _fake_encode,
 )
 def encode_norm(
@@ -74,10 +76,11 @@ def norm_backward(
     group: int,
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias. A row has `channels` of the `count` channels, each of width / channels elements."""
+    """Gradients of x, weight and bias; a row has `channels` of all `count`, each of width / channels elements."""
     dtype = working_type(grad.dtype)
     out = grad.new_empty(grad.shape)
-    dweight, dbias = grad.new_zeros(2, count // channels, channels, dtype=dtype)
+    dweight = grad.new_zeros(count // channels, channels, dtype=dtype)
+    dbias = torch.zeros_like(dweight)
     decoded = byte_table(table.to(dtype), bits)
     affine = None if weight is None else weight.to(dtype).view(-1, channels)
     for start, g in rows(grad, width):

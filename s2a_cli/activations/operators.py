@@ -1,4 +1,4 @@
-"""Custom operators that encode and decode: to a trace each is one node, and what it needs meanwhile stays in small chunks.
+"""Custom operators that encode and decode: to a trace each is one node, and what it needs meanwhile is small chunks.
 
     s2a::encode_levels    x -> codes of the bins of a table
     s2a::encode_interval  x -> 1 bit an element: low < x < high
@@ -18,14 +18,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from s2a_cli.activations.codes import CHUNK, byte_table, elements, groups_of, lookup, pack_into, packed_size, rows
+from s2a_cli.activations.codes import byte_table, chunk, elements, groups_of, lookup, pack_into, packed_size, rows
 
 _LIBRARY = torch.library.Library("s2a", "DEF")
 SCALE = torch.bfloat16  # of groups: the range of float32, so that nothing overflows
 
 
 def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Registers the decorated function as `s2a::<schema>` and returns the operator; `fake` gives the outputs' shapes."""
+    """Registers the decorated function as `s2a::<schema>`, returns the operator; `fake` gives the outputs' shapes."""
 
     def register(implementation: Callable) -> Callable:
         name = schema.split("(")[0]
@@ -94,7 +94,7 @@ def multiply_levels(grad: Tensor, codes: Tensor, levels: Tensor, bits: int) -> T
 def encode_rows(
     x: Tensor, packed: Tensor, scales: Tensor, start: int, total: int, bins: Tensor, low: float, group: int, bits: int
 ) -> None:
-    """Codes of a small float32 x [r, width] from row `start` of a tensor of `total` rows, into `packed` and `scales`."""
+    """Codes of a small float32 x [r, width], from row `start` of a tensor of `total`, into `packed` and `scales`."""
     count, width = x.shape
     group = min(group, width)
     short = -width % group
@@ -114,7 +114,7 @@ def encode_rows(
 def decode_rows(
     codes: Tensor, scales: Tensor, table: Tensor, start: int, stop: int, width: int, group: int, bits: int
 ) -> Tensor:
-    """Values [stop - start, width] of the rows start:stop, in the type of the byte table; `start` is a multiple of 8."""
+    """Values [stop - start, width] of the rows start:stop, of the byte table's type; `start` is a multiple of 8."""
     values = lookup(codes, start * width, stop * width, table, bits, scales.shape[0] * width).view(-1, width)
     scale = scales[start:stop].to(table.dtype)
     group = min(group, width)
@@ -165,15 +165,15 @@ def decode_groups(
 ) -> Tensor:
     out = scales.new_empty((stop - start, width), dtype=dtype)
     table = byte_table(levels.to(working_type(dtype)), bits)
-    for first, last in row_ranges(start, stop, width):
+    for first, last in row_ranges(start, stop, width, scales.device):
         skip = first % 8
         values = decode_rows(codes, scales, table, first - skip, last, width, group, bits)
         out[first - start : last - start] = values[skip:]
     return out
 
 
-def row_ranges(start: int, stop: int, width: int) -> list[tuple[int, int]]:
+def row_ranges(start: int, stop: int, width: int, device: torch.device) -> list[tuple[int, int]]:
     """start:stop in chunks; all but the first begin at multiples of 8 rows."""
-    step = max(8, CHUNK // max(width, 1) // 8 * 8)
+    step = max(8, chunk(device) // max(width, 1) // 8 * 8)
     cuts = list(range(start // 8 * 8 + step, stop, step))
     return list(zip([start, *cuts], [*cuts, stop])) if stop > start else []

@@ -1,8 +1,8 @@
-"""Max pooling keeps, for each output, which place of its window was the largest; average pooling keeps nothing. Both exact.
+"""Max pooling keeps, for each output, which place of its window was the largest; average pooling nothing. Both exact.
 
-Bytes kept by max pooling of n outputs: packed_size(n, ceil(log2(kh * kw))), 4 bits for windows of 3 x 3 (stock: the input
-and an int64 index an output). Not covered, so stock: return_indices, windows of more than 256 places, inputs without a batch
-dimension.
+Bytes kept by max pooling of n outputs: packed_size(n, ceil(log2(kh * kw))), 4 bits for windows of 3 x 3 (stock: the
+input and an int64 index an output). Not covered, so stock: return_indices, windows of more than 256 places, inputs
+without a batch dimension.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations.autograd import covers, first_order
-from s2a_cli.activations.codes import CHUNK, pack_into, packed_size, unpack
+from s2a_cli.activations.codes import chunk, pack_into, packed_size, unpack
 from s2a_cli.activations.operators import operator
 
 _pool_with_indices = torch.ops.aten.max_pool2d_with_indices
@@ -43,8 +43,8 @@ def _format(x: Tensor) -> torch.memory_format:
 
 
 def _samples(x: Tensor, each: int) -> list[tuple[int, int]]:
-    """Ranges of samples with about CHUNK outputs, of `each` a sample; all begin at a multiple of 8 outputs."""
-    step = max(1, CHUNK // each)
+    """Ranges of samples with about a chunk of outputs, `each` a sample; all begin at a multiple of 8 outputs."""
+    step = max(1, chunk(x.device) // each)
     step = step if each % 8 == 0 else -(-step // 8) * 8
     return [(start, min(start + step, len(x))) for start in range(0, len(x), step)]
 
@@ -64,7 +64,8 @@ def _fake_pool(x, kernel, stride, padding, dilation, ceil_mode):
 
 
 @operator(
-    "max_pool2d(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode) -> (Tensor, Tensor)",
+    "max_pool2d(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode) "
+    "-> (Tensor, Tensor)",
     _fake_pool,
 )
 def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode):

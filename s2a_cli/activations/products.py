@@ -1,7 +1,7 @@
 """Products of two activations keep codes of both factors, as attention does of q, k and v (and in its bits).
 
-- matmul and bmm of equal batches (unfused attention). A factor that is a coded softmax's map shares the softmax's codes.
-- mul of an activation with a gate a sample (squeeze and excitation, gated MLPs). A gate that is broadcast is small and kept.
+- matmul and bmm of equal batches (unfused attention). A factor that is a coded softmax's map shares its codes.
+- mul of an activation with a gate a sample (squeeze and excitation, gated MLPs). A broadcast gate is small: kept.
 Not covered, so stock: products with a parameter, or in which only one factor needs a gradient.
 """
 

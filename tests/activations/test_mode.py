@@ -108,7 +108,10 @@ def test_a_class_token_does_not_pin_its_sequence():
 
 def test_q_k_v_do_not_pin_the_tensor_they_are_views_of():
     qkv = torch.randn(2, 10, 3, 2, 16, requires_grad=True) * 1
-    run = lambda: F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))  # noqa: E731
+
+    def run() -> None:
+        F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+
     assert kept_bytes(remember(config(4)), run) == 3 * (2 * 2 * 10) * (16 // 2 + 2)
 
 
@@ -170,11 +173,11 @@ def test_a_trace_sees_codes_of_the_real_size():
 
 
 MODELS = {
-    "vit_tiny_patch16_224": dict(img_size=32, depth=2),
-    "deit3_small_patch16_224": dict(img_size=32, depth=2, embed_dim=96, num_heads=3, init_values=0.1),
-    "vit_small_patch14_dinov2": dict(img_size=28, depth=2, embed_dim=96, num_heads=3, init_values=0.1),
-    "swin_tiny_patch4_window7_224": dict(img_size=56, depths=(1, 2), num_heads=(2, 4), embed_dim=32),
-    "convnext_atto": dict(depths=(1, 1, 1, 1), ls_init_value=0.1),
+    "vit_tiny_patch16_224": {"img_size": 32, "depth": 2},
+    "deit3_small_patch16_224": {"img_size": 32, "depth": 2, "embed_dim": 96, "num_heads": 3, "init_values": 0.1},
+    "vit_small_patch14_dinov2": {"img_size": 28, "depth": 2, "embed_dim": 96, "num_heads": 3, "init_values": 0.1},
+    "swin_tiny_patch4_window7_224": {"img_size": 56, "depths": (1, 2), "num_heads": (2, 4), "embed_dim": 32},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "ls_init_value": 0.1},
     "resnet18": {},
     "mobilenetv2_035": {},
     "mobilenetv3_small_050": {},
@@ -228,7 +231,7 @@ def test_bias_gradients_on_real_weights_and_photos():
         "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
         pretrained=True,
         img_size=112,
-        pretrained_cfg_overlay=dict(file=str(weights), custom_load=False),
+        pretrained_cfg_overlay={"file": str(weights), "custom_load": False},
     )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("blocks" in name and "bias" in name)

@@ -1,4 +1,4 @@
-"""Every operator: forward bits, gradients against stock in float64, and bytes kept, through one tester and one table."""
+"""Every operator: forward bits, gradients against float64, and bytes kept, through one tester and one table."""
 
 from __future__ import annotations
 
