@@ -4,7 +4,7 @@
 
 WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors. GRID, FOLDER: train/ and test/ trees of class
 folders, or such a tree in a .tar. Each method takes the learning rate with the best validation accuracy on GRID (seed 0),
-of the same three for all but full fine-tuning, which wants smaller ones; no test split has a part in the choice.
+of the same two for all but full fine-tuning, which wants smaller ones; no test split has a part in the choice.
 Runs that are finished are not repeated, so that the same line goes on after a break. key=value goes to every run.
 """
 
@@ -17,8 +17,8 @@ from s2a_cli import records, tables
 from s2a_cli.compose import compose
 from s2a_cli.training import train
 
-RATES = [4e-3, 8e-3, 1.6e-2]
-METHODS = {"full": [1e-4, 2e-4, 4e-4, 8e-4], "linear": RATES, "bias": RATES, "prompt": RATES, "side": RATES, "s2a": RATES}
+RATES = [4e-3, 8e-3]
+METHODS = {"full": [2e-4, 4e-4], "linear": RATES, "bias": RATES, "prompt": RATES, "side": RATES, "s2a": RATES}
 
 
 def run(folder: Path, words: list[str]) -> records.Result:
