@@ -18,7 +18,7 @@ from s2a_cli.compose import compose
 from s2a_cli.training import train
 
 RATES = [4e-3, 8e-3]
-METHODS = {"full": [2e-4, 4e-4], "linear": RATES, "bias": RATES, "prompt": RATES, "side": RATES, "s2a": RATES}
+METHODS = {"full": [1e-4, 2e-4, 4e-4, 8e-4], "linear": RATES, "bias": RATES, "prompt": RATES, "side": RATES, "s2a": RATES}
 
 
 def run(folder: Path, words: list[str]) -> records.Result:
