@@ -5,12 +5,13 @@
 
 matplotlib is needed by this script alone, for the fonts inside its wheel: DejaVu, STIX and Computer Modern.
 
-The task is to tell some 200 letters and symbols apart. The images share the look of scikit-learn's handwritten digits,
-on which the backbone is meant to be fine-tuned, not their content: a glyph is thickened or thinned, bent, and counted
-down from 32x32 to 8x8 pixels of 17 grey levels, as those digits were.
+The task is to tell some 40 printed Latin and Greek letters apart, each turned, stretched and bent a little. The target
+that the backbone is made for, scikit-learn's handwritten digits, differs in content, in hand and in resolution. Few
+classes and a short training leave something to adapt: with 213 classes, heavy distortions and 8000 steps the features
+separate digits so well that a linear probe (98.9 %) nearly equals full fine-tuning (99.3 %): nothing would be shown.
 
 No digit, nor a glyph that is drawn like one, is among the classes, so that fine-tuning on digits is a true transfer:
-- a character with a numeric value of any kind (superscripts, fractions, circled digits) is no candidate;
+- a character with a numeric value of any kind (superscripts, fractions) is no candidate;
 - `LOOKALIKES` names the letters that a hand draws like a digit;
 - a candidate whose 8x8 image, averaged over font faces, correlates by more than `DIGIT_LIMIT` with 0 to 9 or with a
   look-alike is left out, and so are their twins in other alphabets. Digits are rendered for this comparison only.
@@ -45,7 +46,7 @@ VERSION = "1"
 CONF = Path(__file__).resolve().parent.parent / "conf" / "backbone" / "vit_micro.yaml"
 
 CANVAS, GLYPH = 40, 30  # pixels: a rendered image, and the longer side of the glyph in it
-FULL, SMALL = 32, 8  # pixels: an augmented image, before and after it is counted down
+FULL, SMALL = 32, 8  # pixels: the middle of the canvas that is used, and what glyphs are compared at
 DIGIT_LIMIT, TWIN_LIMIT = 0.80, 0.85
 
 FACES = (
@@ -58,13 +59,9 @@ ASCII_FACES = ("cmr10", "cmb10", "cmss10", "cmtt10", "cmti10", "cmmi10")  # othe
 HELD_OUT_FACE = "STIXGeneral"  # never trained on
 MIN_FACES = 4  # a class that fewer faces have is left out
 
-LOOKALIKES = "OQDIlSZzBGbgqyaƧƺơςЧьξ&§¶¤´∞∅∕⊕↑↓↺"
-CANDIDATES = (  # first and last code point
-    *((0x41, 0x5A), (0x61, 0x7A), (0x180, 0x1BF)),  # Latin, extended Latin
-    *((0x391, 0x3A9), (0x3B1, 0x3C9), (0x402, 0x45F)),  # Greek, Cyrillic
-    *((0x23, 0x26), (0x2A, 0x2B), (0x3C, 0x40), (0xA2, 0xA7), (0xB1, 0xB6)),  # signs
-    *((0x2190, 0x21BF), (0x2200, 0x2235), (0x2282, 0x22A5)),  # arrows, mathematical operators
-)
+LOOKALIKES = "OQDƢƣơIlSZzƧƾƺεςξBƁ&GƓbgqya"
+# Latin and Greek: first and last code point
+CANDIDATES = ((0x41, 0x5A), (0x61, 0x7A), (0x180, 0x1BF), (0x391, 0x3A9), (0x3B1, 0x3C9))
 
 
 # ---- glyphs ----------------------------------------------------------------------------------------------------------
@@ -72,7 +69,7 @@ CANDIDATES = (  # first and last code point
 
 def candidates() -> list[str]:
     characters = [chr(code) for first, last in CANDIDATES for code in range(first, last + 1)]
-    return [c for c in characters if unicodedata.category(c) != "Cn" and unicodedata.numeric(c, None) is None]
+    return [c for c in characters if unicodedata.numeric(c, None) is None]
 
 
 class Face:
@@ -147,53 +144,26 @@ def glyphs(limit: int | None = None) -> tuple[str, np.ndarray, np.ndarray, np.nd
 # ---- augmentation ----------------------------------------------------------------------------------------------------
 
 
-def stroke(images: Tensor, amount: Tensor) -> Tensor:
-    """Thinner strokes for amounts in [-1, 0], thicker for [0, 2], in steps of one pixel a side with blends between."""
-    thin = -F.max_pool2d(-images, 3, 1, 1)
-    thick = F.max_pool2d(images, 3, 1, 1)
-    thicker = F.max_pool2d(thick, 3, 1, 1)
-    out = images + (-amount).clamp(0, 1) * (thin - images)
-    out = out + amount.clamp(0, 1) * (thick - images)
-    return out + (amount - 1).clamp(0, 1) * (thicker - thick)
+def augment(images: Tensor, conf: DictConfig, generator: torch.Generator) -> Tensor:
+    """A random affine map and an elastic field, then what the backbone takes, normalised.
 
-
-def warp(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A random affine map and an elastic field: [B, 1, CANVAS, CANVAS] -> [B, 1, FULL, FULL]."""
+    uint8 [B, CANVAS, CANVAS] -> float32 [B, 3, image_size, image_size]
+    """
     n = len(images)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
-    angle, shear = uniform(-0.35, 0.35), uniform(-0.35, 0.35)
-    width, height = uniform(-0.35, 0.25).exp(), uniform(-0.15, 0.15).exp()
-    size = FULL / CANVAS * 1.05
-    cos, sin = angle.cos(), angle.sin()
-    rows = [torch.stack([size / width * cos, size / width * (shear * cos - sin), uniform(-0.1, 0.1)], 1)]
-    rows += [torch.stack([size / height * sin, size / height * (shear * sin + cos), uniform(-0.1, 0.1)], 1)]
-    grid = F.affine_grid(torch.stack(rows, 1), [n, 1, FULL, FULL], align_corners=False)
-    bend = torch.randn(n, 2, 4, 4, generator=generator) * uniform(0, 0.12, 1, 1, 1)
+    angle, shear = uniform(-0.15, 0.15), uniform(-0.15, 0.15)  # radians, pixels a pixel
+    width, height = uniform(-0.15, 0.15).exp(), uniform(-0.15, 0.15).exp()
+    zoom, cos, sin = 1.05 * FULL / CANVAS, angle.cos(), angle.sin()
+    across = torch.stack([zoom / width * cos, zoom / width * (shear * cos - sin), uniform(-0.1, 0.1)], 1)
+    down = torch.stack([zoom / height * sin, zoom / height * (shear * sin + cos), uniform(-0.1, 0.1)], 1)
+    grid = F.affine_grid(torch.stack([across, down], 1), [n, 1, FULL, FULL], align_corners=False)
+    bend = uniform(0, 0.04, 1, 1, 1) * torch.randn(n, 2, 4, 4, generator=generator)  # half canvases
     bend = F.interpolate(bend, size=(FULL, FULL), mode="bicubic", align_corners=False)
-    return F.grid_sample(images, grid + bend.permute(0, 2, 3, 1), align_corners=False)
-
-
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 [B, CANVAS, CANVAS] -> [B, 1, SMALL, SMALL] in [0, 1], in steps of 1/16 as the target's images."""
-    n = len(images)
-    images = images[:, None].float() / 255
-    images = stroke(images, -0.5 + 2.0 * torch.rand(n, 1, 1, 1, generator=generator))
-    images = warp(images, generator)
-    gain = 2 + 6 * torch.rand(n, 1, 1, 1, generator=generator)  # from blurred to nearly black and white
-    images = ((images - 0.4) * gain + 0.5).clamp(0, 1)
-    images = F.avg_pool2d(images, FULL // SMALL)
-    noise = 0.05 * torch.rand(n, 1, 1, 1, generator=generator) * torch.randn(n, 1, SMALL, SMALL, generator=generator)
-    contrast = 0.7 + 0.3 * torch.rand(n, 1, 1, 1, generator=generator)
-    return ((images * contrast + noise).clamp(0, 1) * 16).round() / 16
-
-
-def present(small: Tensor, conf: DictConfig) -> Tensor:
-    """What the backbone is given at fine-tuning: [B, 1, SMALL, SMALL] -> [B, 3, image_size, image_size], normalised."""
-    size = (conf.image_size, conf.image_size)
-    images = F.interpolate(small, size=size, mode=conf.interpolation, align_corners=False).expand(-1, 3, -1, -1)
+    images = F.grid_sample(images[:, None].float() / 255, grid + bend.permute(0, 2, 3, 1), align_corners=False)
+    images = F.adaptive_avg_pool2d(images, conf.image_size).expand(-1, 3, -1, -1)
     mean, std = (torch.tensor(list(values)).view(3, 1, 1) for values in (conf.mean, conf.std))
     return (images - mean) / std
 
@@ -209,12 +179,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, conf: DictConfig, generator: torch.Generator) -> float:
-    """Top-1 in percent, over four augmented views of each image: clean renders do not look like the training data."""
+    """Top-1 in percent, over four augmented views of each image."""
     model.eval()
     right = 0
     for _ in range(4):
         for batch, target in zip(images.split(500), labels.split(500), strict=True):
-            right += (model(present(augment(batch, generator), conf)).argmax(1) == target).sum().item()
+            right += (model(augment(batch, conf, generator)).argmax(1) == target).sum().item()
     model.train()
     return 100 * right / (4 * len(labels))
 
@@ -227,7 +197,8 @@ def pretrain(args: argparse.Namespace, conf: DictConfig) -> tuple[nn.Module, str
     images, labels, held_out = (torch.from_numpy(array) for array in arrays)
     test_images, test_labels = images[held_out], labels[held_out]
     images, labels = images[~held_out], labels[~held_out]
-    model = timm.create_model(conf.timm, pretrained=False, num_classes=len(classes), **conf.kwargs)
+    # Xavier's initialisation ("jax" in timm): with the default's deviation of 0.02 so narrow a model learns slowly at first.
+    model = timm.create_model(conf.timm, num_classes=len(classes), weight_init="jax", **conf.kwargs)
     size = sum(p.numel() for p in model.parameters())
     print(f"{len(classes)} classes, {len(images)} renders, {size / 1e6:.2f} M parameters with the head", flush=True)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.98))
@@ -239,7 +210,7 @@ def pretrain(args: argparse.Namespace, conf: DictConfig) -> tuple[nn.Module, str
     start, shown, running = time.monotonic(), time.monotonic(), 0.0
     for step in range(1, args.steps + 1):
         pick = torch.randint(len(images), (args.batch_size,), generator=generator)
-        logits = model(present(augment(images[pick], generator), conf))
+        logits = model(augment(images[pick], conf, generator))
         loss = F.cross_entropy(logits, labels[pick], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -260,8 +231,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--classes", type=int, help="only the first CLASSES classes")
     parser.add_argument("--seed", type=int, default=0)
@@ -274,7 +245,7 @@ def main() -> None:
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {
         "script": f"pretrain_vit_micro.py, version {VERSION}",
-        "data": f"{len(classes)} printed letters and symbols, no digits: {classes}",
+        "data": f"{len(classes)} printed letters in the fonts of matplotlib {matplotlib.__version__}, no digits: {classes}",
         "training": f"{args.steps} steps of {args.batch_size} images, seed {args.seed}",
         "held_out_top1": f"{held_out:.2f} % on {HELD_OUT_FACE}",
     }

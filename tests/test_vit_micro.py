@@ -57,15 +57,15 @@ def test_weights_are_small_and_fit_the_config():
 
 def test_features_separate_digits_that_were_never_seen():
     trained, untrained = neighbours_accuracy(backbone(pretrained=True)), neighbours_accuracy(backbone(pretrained=False))
-    assert trained > 0.85
-    assert trained > untrained + 0.1
+    assert trained > 0.75
+    assert trained > untrained + 0.3
 
 
 def test_metadata_names_classes_without_digits():
     with safetensors.safe_open(WEIGHTS, framework="pt") as file:
         metadata = file.metadata()
     classes = metadata["data"].partition("no digits: ")[2]
-    assert len(classes) > 100
+    assert len(classes) > 30
     for character in classes:
         parts = unicodedata.normalize("NFKD", character)
         assert all(unicodedata.numeric(part, None) is None for part in parts), character
@@ -92,7 +92,8 @@ def test_script_runs_end_to_end_and_repeats(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib's fonts are the pretraining data")
     written = []
     for name in ("a.safetensors", "b.safetensors"):
-        command = [sys.executable, SCRIPT, "--out", tmp_path / name, "--classes", "8", "--steps", "4", "--batch-size", "16"]
+        tiny = ["--classes", "8", "--steps", "4", "--batch-size", "16"]
+        command = [sys.executable, SCRIPT, "--out", tmp_path / name, *tiny]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert "images/s" in done.stdout and "top-1" in done.stdout
         written.append(load_file(tmp_path / name))
