@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import timm
 import torch
@@ -170,22 +171,40 @@ def _create(config: BackboneConfig, num_classes: int, from_hub: bool) -> nn.Modu
     if not timm.is_model(architecture):
         known = timm.list_models()
         raise UserError(f"backbone: timm has no model {config.timm!r}{nearest(architecture, known)}; `s2a ls backbones` lists ours")
-    try:
+
+    def create(pretrained: bool) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = timm.create_model(config.timm, pretrained=False, num_classes=num_classes, **config.kwargs)
-    except (TypeError, RuntimeError) as error:
-        raise UserError(f"backbone: timm can't make {config.timm}: {str(error).splitlines()[0]}") from None
-    if not from_hub:
-        return model
+            return timm.create_model(config.timm, pretrained=pretrained, num_classes=num_classes, **config.kwargs)
+
     try:
-        return timm.create_model(config.timm, pretrained=True, num_classes=num_classes, **config.kwargs)
+        if not from_hub:
+            return create(pretrained=False)
+        with torch.device("meta"):  # settings that timm refuses are not a matter of the weights
+            model = create(pretrained=False)
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"backbone: timm can't make {config.timm}: {_first_line(error)}") from None
+    try:
+        return create(pretrained=True)
+    except RuntimeError as error:
+        if "Error(s) in loading state_dict" in str(error):
+            mismatch = " ".join(str(error).split())[:400]
+            raise UserError(f"backbone: the weights of {config.timm} do not fit backbone.kwargs={config.kwargs}: {mismatch}") from None
+        raise _not_downloaded(config, model, error) from error
     except Exception as error:  # the hub raises many kinds: offline, not found, gated, disk full
-        where = model.pretrained_cfg.get("hf_hub_id") or model.pretrained_cfg.get("url") or "no known address"
-        raise UserError(
-            f"backbone: the weights of {config.timm} ({where}) could not be downloaded"
-            f" ({type(error).__name__}); give them as backbone.checkpoint=FILE, or backbone.pretrained=false for random weights"
-        ) from error
+        raise _not_downloaded(config, model, error) from error
+
+
+def _not_downloaded(config: BackboneConfig, model: nn.Module, error: Exception) -> UserError:
+    where = model.pretrained_cfg.get("hf_hub_id") or model.pretrained_cfg.get("url") or "no known address"
+    return UserError(
+        f"backbone: the weights of {config.timm} ({where}) could not be downloaded"
+        f" ({type(error).__name__}); give them as backbone.checkpoint=FILE, or backbone.pretrained=false for random weights"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
 
 
 def _image_config(model: nn.Module, config: BackboneConfig) -> ImageConfig:
@@ -229,7 +248,7 @@ def _trace(model: nn.Module, image_size: int) -> tuple[list[Block], dict[str, in
         with torch.no_grad():
             model.eval()(image)
     except (AssertionError, RuntimeError) as error:
-        raise UserError(f"backbone.image_size={image_size}: {type(model).__name__} can't take it: {str(error).splitlines()[0]}") from None
+        raise UserError(f"backbone.image_size={image_size}: {type(model).__name__} can't take it: {_first_line(error)}") from None
     finally:
         model.train(training)
         for handle in handles:
@@ -306,7 +325,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, zipfile, pickle and torch raise kinds of their own for a damaged file
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        reason = _first_line(error)
         raise UserError(f"backbone.checkpoint={path}: can't be read as tensors, damaged or of another format ({reason})") from None
     while isinstance(content, dict) and not any(isinstance(v, Tensor) for v in content.values()):
         wrapped = next((content[k] for k in ("state_dict_ema", "model_ema", "state_dict", "model", "teacher") if k in content), None)
@@ -321,10 +340,19 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _load_npz(model: nn.Module, path: Path) -> None:
     if not hasattr(model, "load_pretrained"):
         raise UserError(f"backbone.checkpoint={path}: {type(model).__name__} has no .npz format; use .safetensors or .pth")
+    head = model.get_classifier()
+    own = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     try:
+        with np.load(path) as arrays:
+            blocks = {name.split("/")[1] for name in arrays.files if name.startswith("Transformer/encoderblock_")}
+        if len(blocks) > len(model.blocks):
+            raise UserError(
+                f"backbone.checkpoint={path} is not of {type(model).__name__} as configured:"
+                f" it has {len(blocks)} blocks, the model {len(model.blocks)}"
+            )
         model.load_pretrained(str(path))
     except KeyError as error:
         raise UserError(f"backbone.checkpoint={path} is not of {type(model).__name__} as configured: lacks {error}") from None
     except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise UserError(f"backbone.checkpoint={path}: can't be loaded into {type(model).__name__} ({reason})") from None
+        raise UserError(f"backbone.checkpoint={path}: can't be loaded into {type(model).__name__} ({_first_line(error)})") from None
+    head.load_state_dict(own)  # timm takes the file's head where the number of classes is the same

@@ -10,15 +10,18 @@ from torch import Tensor, nn
 
 from s2a_cli.errors import UserError
 from s2a_cli.records import atomic_write
+from s2a_cli.steps import moving_norms
 
 FILE = "trainable.safetensors"
 
 
-def trainable_state(model: nn.Module, statistics: bool = False) -> dict[str, Tensor]:
-    """Copies on the CPU of what a run changes: trainable parameters and, with `statistics`, persistent buffers."""
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies on the CPU of what a run changes: trainable parameters, and the statistics of BatchNorms that move."""
     changed = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if statistics:
-        changed |= model.state_dict().keys() - dict(model.named_parameters()).keys()
+    moving = set(moving_norms(model))
+    for prefix, module in model.named_modules():
+        if module in moving:
+            changed |= {f"{prefix}.{name}" for name, _ in module.named_buffers()}
     return {name: t.detach().cpu().clone() for name, t in model.state_dict().items() if name in changed}
 
 
@@ -32,7 +35,7 @@ def save(folder: Path, state: dict[str, Tensor], weights: str) -> None:
     atomic_write(folder / FILE, safetensors.torch.save(state, metadata={"weights": weights}))
 
 
-def load(folder: Path, model: nn.Module, weights: str, statistics: bool = False) -> None:
+def load(folder: Path, model: nn.Module, weights: str) -> None:
     """Loads a run's tensors into a model to which the run's method is attached.
 
     Raises UserError when the file is missing, damaged, of another model, or trained on other backbone weights.
@@ -46,7 +49,7 @@ def load(folder: Path, model: nn.Module, weights: str, statistics: bool = False)
             state = {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
-    expected = trainable_state(model, statistics)
+    expected = trainable_state(model)
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
         odd = sorted(state.keys() ^ expected.keys()) or [k for k in state if state[k].shape != expected[k].shape]
         raise UserError(f"{path}: its tensors are not those of this backbone and method (first difference: {odd[0]})")

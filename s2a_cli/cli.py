@@ -83,8 +83,12 @@ def evaluate(words: list[str]) -> int:
 
     folder, _ = _finished(words)
     scores = training.evaluate(config, folder)
-    recorded = records.read_result(folder)["accuracy"]
-    equal = True
+    result = records.read_result(folder)
+    if result["status"] != "ok":
+        print(f"the run ended as {result['status']}: there is no recorded figure to compare with")
+        print(*(f"test_{name}: {value} %" for name, value in scores.items() if name != "loss" and value is not None), sep="\n")
+        return 0
+    recorded, equal = result["accuracy"], True
     for name in ("top1", "top5"):
         now, then = scores[name], recorded[f"test_{name}"]
         if now is not None or then is not None:

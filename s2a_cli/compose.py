@@ -7,6 +7,7 @@ override is given to it as `++key=value`, and the schema in config.py judges key
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import typing
 import warnings
@@ -24,6 +25,8 @@ from s2a_cli.errors import UserError, nearest
 
 PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # a wheel, or a checkout
+
+OmegaConf.register_new_resolver("times", lambda *factors: math.prod(map(float, factors)), replace=True)
 
 Problems = dict[str, str]  # key -> one line; the first one said about a key stays
 
@@ -170,11 +173,11 @@ def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
 
 
 def _source(raw: dict[str, Any], key: str) -> str | None:
-    """The key that this one takes its value from, as in `lr: ${method.lr}`."""
+    """The key that this one takes its value from, as in `bits: ${quant.bits}` or `lr: ${times:${method.lr},2}`."""
     value: Any = raw
     for name in key.split("."):
         value = value.get(name) if isinstance(value, dict) else None
-    match = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+    match = re.match(r"\$\{(?:times:\$\{)?([\w.]+)\}", value) if isinstance(value, str) else None
     return match[1] if match else None
 
 

@@ -31,6 +31,7 @@ class BackboneConfig:
     std: list[float] | None = None  # likewise
     interpolation: str | None = None  # nearest | bilinear | bicubic | lanczos
     crop_pct: float | None = None  # share of the resized test image's side that the centre crop keeps
+    lr_scale: float = 1.0  # small backbones take larger learning rates: optim.lr is method.lr times this
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to timm.create_model
 
 
@@ -68,7 +69,7 @@ class DatasetConfig:
 @dataclass
 class OptimConfig:
     name: str = "adamw"  # adamw | sgd
-    lr: float = MISSING  # method.lr by default
+    lr: float = MISSING  # method.lr times backbone.lr_scale by default
     weight_decay: float = 1e-4  # never on biases, norms and prompts
     momentum: float = 0.9  # sgd
     epochs: int = 10  # passes over the training images
@@ -139,6 +140,7 @@ RULES = {  # a key, or a pattern that matches keys
     "backbone.mean": numbers(3, "3 numbers, one a colour channel"),
     "backbone.std": numbers(3, "3 numbers above 0, one a colour channel", lambda *values: min(values) > 0),
     "backbone.interpolation": one_of("nearest", "bilinear", "bicubic", "lanczos"),
+    "backbone.lr_scale": POSITIVE,
     "backbone.crop_pct": number("a number above 0, at most 1", lambda value: 0 < value <= 1),
     "method*.lr": POSITIVE,
     "method*.blocks": pattern("all or last:K with K of at least 1", r"all|last:0*[1-9]\d*"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -46,7 +47,7 @@ class MemoryRecord(TypedDict):
 
 
 class Throughput(TypedDict):
-    train_images_per_second: float | None  # median over the steps after the first three
+    train_images_per_second: float | None  # median over the steps after the first three; images already loaded
 
 
 class Data(TypedDict):
@@ -113,7 +114,8 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):  # moved already
+            os.unlink(temporary)
         raise
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -18,6 +19,20 @@ AUTOCAST = {"amp-bf16": torch.bfloat16, "amp-fp16": torch.float16}
 def weight_dtype(precision: str) -> torch.dtype:
     """What the weights are stored in: bf16 under `bf16`, fp32 otherwise."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def moving_norms(model: nn.Module) -> list[nn.Module]:
+    """The BatchNorms whose weight trains: they normalise by the batch's statistics and move their running ones."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [norm for norm in norms if norm.weight is not None and norm.weight.requires_grad]
+
+
+def train_mode(model: nn.Module) -> None:
+    """Training mode, in which all other BatchNorms stay on their pretrained statistics."""
+    moving = set(moving_norms(model.train()))
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in moving:
+            module.eval()
 
 
 def make_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
@@ -45,7 +60,8 @@ class Step:
         self.optim, self.device = config.optim, device
         self.autocast_dtype = AUTOCAST.get(config.precision)
         self.dtype = weight_dtype(config.precision)
-        self.remember = lambda: remember(config.quant)
+        quant = config.quant  # handlers read it at every operator: a plain dataclass is ten times faster
+        self.quant = OmegaConf.to_object(quant) if isinstance(quant, DictConfig) else quant
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp-fp16")
 
@@ -68,7 +84,7 @@ class Step:
         total = torch.zeros((), device=images.device)
         size = self.optim.micro_batch or len(images)
         for part, target in zip(images.split(size), targets.split(size)):
-            with self.remember():
+            with remember(self.quant):
                 loss = self.criterion(self.logits(model, part), target) * (len(part) / len(images))
             after_forward()
             self.scaler.scale(loss).backward()

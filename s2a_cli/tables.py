@@ -15,8 +15,8 @@ from s2a_cli.errors import UserError, nearest
 from s2a_cli.records import NOT_IDENTITY, SCHEMA
 
 FORMATS = ("terminal", "md", "csv", "latex")
-# Runs that differ in these alone share a row. method.lr is but the default of optim.lr.
-SHARED = {f"config.{key}" for key in (*NOT_IDENTITY, "seed", "method.lr", "dataset.name")}
+# Runs that differ in these alone share a row. method.lr and lr_scale but make the default of optim.lr.
+SHARED = {f"config.{key}" for key in (*NOT_IDENTITY, "seed", "method.lr", "backbone.lr_scale", "dataset.name")}
 BASE = ["dataset", "backbone", "method", "quant"]
 NAMES = dict(zip(["data.name", "config.backbone.name", "config.method.name", "config.quant.name"], BASE, strict=True))
 KINDS = {"measured-cuda": "measured", "predicted": "predicted"}
@@ -33,7 +33,7 @@ SAME_STEP = ["dataset", "backbone", "config.backbone.image_size", "config.optim.
 SAME_STEP += ["config.optim.batch_size", "config.optim.micro_batch", "config.precision", "environment.device"]
 NOTES = (
     "top-1: %, test, mean ± standard deviation over n runs. trainable: M and % of the backbone, head apart.",
-    "peak: MiB, memory of a training step. x: full fine-tuning's peak / this peak.",
+    "peak: MiB, memory of a training step. x: full fine-tuning's peak / this peak. images/s: training, images loaded.",
 )
 PREDICTED_FULL = "*: measured, against full fine-tuning's predicted peak; to measure that, run method=full quant=none."
 

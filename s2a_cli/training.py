@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms import v2
 
 from s2a_cli import backbones, checkpoints, data, memory, records
+from s2a_cli.activations import FAMILIES
 from s2a_cli.backbones import Backbone
 from s2a_cli.errors import RunError, UserError
 from s2a_cli.methods import METHODS
 from s2a_cli.progress import Progress
-from s2a_cli.steps import Step, make_optimizer, weight_dtype
+from s2a_cli.steps import Step, make_optimizer, moving_norms, train_mode, weight_dtype
 
 WARMUP_STEPS = 3  # left out of throughput and of measured memory
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 @dataclass
@@ -36,7 +41,6 @@ class Run:
     config: DictConfig
     splits: data.Splits
     backbone: Backbone
-    statistics: bool  # BatchNorm's running statistics move
     weights: str  # fingerprint of the pretrained tensors
     device: torch.device
 
@@ -56,38 +60,41 @@ class Run:
             pin_memory=self.device.type == "cuda",
         )
 
-    def train_mode(self) -> None:
-        """Training mode, but BatchNorm on its frozen statistics unless the method moves them."""
-        self.model.train()
-        if not self.statistics:
-            for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-
 
 def prepare(config: DictConfig) -> Run:
-    """Loads the data and the backbone, and attaches the method. Raises UserError for input that does not fit."""
+    """Loads the data and the backbone, and attaches the method, on the CPU. Raises UserError for input that does not fit."""
     device = choose_device(config.device)
     splits = data.load(config.dataset)
     torch.manual_seed(config.seed)
     backbone = backbones.build(config.backbone, len(splits.classes))
     weights = backbone.fingerprint()
     torch.manual_seed(config.seed)  # the method's initial values do not depend on how the backbone drew its own
-    method = METHODS[config.method.name](config.method)
-    method.attach(backbone)
-    backbone.model.to(device, weight_dtype(config.precision))
-    return Run(config, splits, backbone, method.trains_statistics, weights, device)
+    METHODS[config.method.name](config.method).attach(backbone)
+    if config.optim.micro_batch and moving_norms(backbone.model):
+        raise UserError(
+            f"optim.micro_batch={config.optim.micro_batch} changes the result here: method={config.method.name} trains"
+            " BatchNorms, whose statistics are those of a forward pass; leave it null"
+        )
+    backbone.model.to(weight_dtype(config.precision))
+    return Run(config, splits, backbone, weights, device)
 
 
 def choose_device(name: str) -> torch.device:
-    """auto takes CUDA where it is. Raises UserError for a device that is not there."""
+    """auto takes CUDA where it is. Makes CUDA deterministic. Raises UserError for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first handle is made
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name}: not available here ({str(error).splitlines()[0]}); use device=auto or cpu") from None
+        if OUT_OF_MEMORY.search(str(error)):
+            raise RunError(f"device={name}: has no memory left: {_first_line(error)}") from None
+        raise UserError(f"device={name}: not available here ({_first_line(error)}); use device=auto or cpu") from None
     return device
 
 
@@ -95,29 +102,33 @@ def train(config: DictConfig) -> tuple[records.Result, Path]:
     """Trains one run and returns its record and its folder.
 
     Out of memory and Ctrl-C end in a record with that status, tensors of the best epoch so far saved. Any other failure is
-    recorded as `failed` and raised.
+    recorded as `failed` and raised. What an earlier run left in the folder is removed first.
     """
+    if config.run_dir:
+        records.make_run_dir(Path(config.run_dir))  # before anything is downloaded
     run = prepare(config)
     identity = records.identity(config, run.splits.revision, run.weights)
-    folder = records.make_run_dir(
-        Path(config.run_dir or f"runs/{run.splits.name}/{config.backbone.name}/{config.method.name}/{identity}")
-    )
+    place = config.run_dir or f"runs/{run.splits.name}/{config.backbone.name}/{config.method.name}/{identity}"
+    folder = records.make_run_dir(Path(place))
+    for name in ("result.json", "metrics.jsonl", "traceback.txt", checkpoints.FILE):
+        (folder / name).unlink(missing_ok=True)
     result = _blank(run, identity)
-    records.atomic_write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    records.write_result(folder, result)
     try:
-        result["memory"] = predict(run).as_dict()
-        _fit(run, folder, result)
-        result["status"] = "ok"
+        records.atomic_write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        with ExitStack() as stack:
+            board = _tensorboard(folder, stack) if config.tensorboard else None
+            result["memory"] = predict(run)
+            run.model.to(run.device)
+            _fit(run, folder, result, board)
+        result["status"], result["error"] = "ok", None
     except KeyboardInterrupt:
         result["status"], result["error"] = "interrupted", "interrupted"
-    except torch.OutOfMemoryError as error:
-        result["status"], result["error"] = "oom", str(error).splitlines()[0]
     except Exception as error:
-        out_of_memory = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # the CPU's allocator
-        result["status"] = "oom" if out_of_memory else "failed"
-        result["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        out_of_memory = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
+        result["status"], result["error"] = "oom" if out_of_memory else "failed", _first_line(error)
         if not out_of_memory:
-            (folder / "traceback.txt").write_text(traceback.format_exc())
+            records.atomic_write(folder / "traceback.txt", traceback.format_exc())
             raise
     finally:
         records.write_result(folder, result)
@@ -125,12 +136,13 @@ def train(config: DictConfig) -> tuple[records.Result, Path]:
 
 
 def _blank(run: Run, identity: str) -> records.Result:
+    """A result as it stands if the process is killed."""
     splits = run.splits
     return {
         "schema": records.SCHEMA,
         "id": identity,
         "status": "failed",
-        "error": None,
+        "error": "the run did not end",
         "config": OmegaConf.to_container(run.config, resolve=True),
         "accuracy": {"val_top1": None, "test_top1": None, "test_top5": None, "best_epoch": None},
         "parameters": run.backbone.count(),
@@ -149,28 +161,24 @@ def _blank(run: Run, identity: str) -> records.Result:
     }
 
 
-def _fit(run: Run, folder: Path, result: records.Result) -> None:
+def _fit(run: Run, folder: Path, result: records.Result, board: Any) -> None:
     """Trains, keeps the tensors of the epoch with the best validation accuracy, tests these once."""
     config, optim = run.config, run.config.optim
     step, optimizer = Step(config, run.device), make_optimizer(optim, run.model)
     loader, validation = run.loader("train", train=True), run.loader("val")
-    per_epoch = len(loader)
-    schedule = LambdaLR(optimizer, lr_factor(config, per_epoch))
-    mix = mixing(config, len(run.splits.classes))
+    schedule = LambdaLR(optimizer, lr_factor(optim, len(loader)))
+    mix = mixing(optim, len(run.splits.classes))
     meter = _meter(run.device)
-    board = _tensorboard(folder) if config.tensorboard else None
     rates: list[float] = []
-    best, best_state = -1.0, checkpoints.trainable_state(run.model, run.statistics)
     lines: list[str] = []
+    best, best_state = -1.0, {}
     with Progress("training", optim.epochs * len(run.splits.train), " images") as progress:
         for epoch in range(1, optim.epochs + 1):
-            run.train_mode()
-            begun, losses, seen = time.perf_counter(), 0.0, 0
-            loader.epoch = epoch
+            train_mode(run.model)
+            loader.epoch, begun, losses, seen = epoch, time.perf_counter(), 0.0, 0
             for index, (images, targets) in enumerate(loader):
-                number = (epoch - 1) * per_epoch + index
                 torch.manual_seed(data.mix(config.seed, epoch, index))  # dropout and mixing: f(seed, epoch, step)
-                started = time.perf_counter()
+                started, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
                 if meter:
                     meter.step_begins()
                 images, targets = mix(images.to(run.device), targets.to(run.device))
@@ -181,36 +189,35 @@ def _fit(run: Run, folder: Path, result: records.Result) -> None:
                 del images, targets  # nothing of a step is alive when the next begins
                 schedule.step()
                 if not math.isfinite(loss):
-                    raise RunError(f"the loss is {loss} in epoch {epoch}, step {index + 1}: lower optim.lr={optim.lr}")
-                if number >= WARMUP_STEPS:
-                    rates.append(count / (time.perf_counter() - started))
+                    raise RunError(f"the loss is {loss} in epoch {epoch}, step {index + 1}: lower optim.lr={optim.lr:g}")
+                rates.append(count / (time.perf_counter() - started))
                 losses, seen = losses + loss * count, seen + count
                 progress.add(count, epoch=f"{epoch}/{optim.epochs}", loss=f"{losses / seen:.3f}")
-            scores = accuracy(run, validation) if len(run.splits.val) else {}
-            if not scores or scores["top1"] > best:
-                best = scores.get("top1", best)
-                best_state = checkpoints.trainable_state(run.model, run.statistics)
+            scores = accuracy(run, validation)
+            if scores["top1"] > best:
+                best, best_state = scores["top1"], checkpoints.trainable_state(run.model)
                 checkpoints.save(folder, best_state, run.weights)
-                result["accuracy"].update(val_top1=scores.get("top1"), best_epoch=epoch)
+                result["accuracy"].update(val_top1=best, best_epoch=epoch)
             line = {
                 "epoch": epoch,
                 "train_loss": losses / seen,
-                "val_loss": scores.get("loss"),
-                "val_top1": scores.get("top1"),
-                "lr": optimizer.param_groups[0]["lr"],
+                "val_loss": scores["loss"],
+                "val_top1": scores["top1"],
+                "lr": rate,
                 "seconds": time.perf_counter() - begun,
             }
             lines.append(json.dumps(line) + "\n")
             records.atomic_write(folder / "metrics.jsonl", "".join(lines))
-            progress.note(_epoch_line(line, optim.epochs))
-            if board:
-                for key, value in line.items():
-                    if value is not None:
-                        board.add_scalar(key, value, epoch)
-    if rates:
-        result["throughput"]["train_images_per_second"] = statistics.median(rates)
+            progress.note(
+                f"epoch {epoch}/{optim.epochs}: loss {line['train_loss']:.3f}, val top-1 {line['val_top1']:.2f} %"
+            )
+            for key in line.keys() - {"epoch"} if board else ():
+                board.add_scalar(key, line[key], epoch)
+    if rates[WARMUP_STEPS:]:
+        result["throughput"]["train_images_per_second"] = statistics.median(rates[WARMUP_STEPS:])
     if meter and meter.memory:
-        result["memory"] = meter.memory.as_dict() | {k: v for k, v in result["memory"].items() if k.startswith("full_")}
+        full = {k: v for k, v in (result["memory"] or {}).items() if k.startswith("full_")}
+        result["memory"] = meter.memory.as_dict() | full
     checkpoints.restore(run.model, best_state)
     scores = accuracy(run, run.loader("test"))
     result["accuracy"].update(test_top1=scores["top1"], test_top5=scores["top5"])
@@ -226,36 +233,34 @@ def _meter(device: torch.device) -> memory.CudaMeter | None:
     return None
 
 
-def _epoch_line(line: dict[str, Any], epochs: int) -> str:
-    val = f", val top-1 {line['val_top1']:.2f} %" if line["val_top1"] is not None else ""
-    return f"epoch {line['epoch']}/{epochs}: loss {line['train_loss']:.3f}{val}"
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
-def _tensorboard(folder: Path):
+def _tensorboard(folder: Path, stack: ExitStack) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("tensorboard=true needs the package: pip install 's2a[tensorboard]'") from None
-    return SummaryWriter(str(folder))
+        raise UserError("tensorboard=true needs a package that is not here: pip install tensorboard") from None
+    return stack.enter_context(SummaryWriter(str(folder)))
 
 
-def lr_factor(config: DictConfig, per_epoch: int):
+def lr_factor(optim: DictConfig, steps_per_epoch: int) -> Callable[[int], float]:
     """step -> share of the learning rate: linear warm-up, then constant or a cosine to zero."""
-    total, warmup = config.optim.epochs * per_epoch, config.optim.warmup_epochs * per_epoch
+    total, warmup = optim.epochs * steps_per_epoch, optim.warmup_epochs * steps_per_epoch
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        if config.optim.schedule == "constant":
+        if optim.schedule == "constant":
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
     return factor
 
 
-def mixing(config: DictConfig, classes: int):
+def mixing(optim: DictConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """mixup and cutmix on a batch; with both, one of them at random. Without, the batch as it is."""
-    optim = config.optim
     kinds = [kind(alpha=a, num_classes=classes) for kind, a in ((v2.MixUp, optim.mixup), (v2.CutMix, optim.cutmix)) if a]
     return v2.RandomChoice(kinds) if kinds else lambda images, targets: (images, targets)
 
@@ -278,18 +283,23 @@ def accuracy(run: Run, loader: data.Loader) -> dict[str, float | None]:
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count if five else None}
 
 
-def predict(run: Run) -> memory.Memory:
-    """The predicted memory of this run's step, with full fine-tuning's beside it."""
-    run.train_mode()
-    exact = OmegaConf.merge(run.config, {"quant": dict.fromkeys(("bits", "pointwise", "norm", "attention", "softmax", "linear"))})
+def predict(run: Run) -> dict[str, Any] | None:
+    """The predicted memory of this run's step, with full fine-tuning's beside it; None where it can't be predicted."""
+    exact = OmegaConf.merge(run.config, {"quant": dict.fromkeys(("bits", *FAMILIES))})
     whole = backbones.build(run.config.backbone, len(run.splits.classes), meta=True)
     METHODS["full"](OmegaConf.create({"name": "full", "blocks": "all"})).attach(whole)
-    whole.model.to(weight_dtype(run.config.precision)).train()
-    return _predict(run.backbone, run.config).against(_predict(whole, exact))
+    whole.model.to(weight_dtype(run.config.precision))
+    try:
+        mine, full = (_predict(b, c, len(run.splits.train)) for b, c in ((run.backbone, run.config), (whole, exact)))
+    except Exception as error:  # a model of timm whose forward pass reads values can't run without data
+        print(f"s2a: the memory of this run can't be predicted: {_first_line(error)}", file=sys.stderr)
+        return None
+    return mine.against(full).as_dict()
 
 
-def _predict(backbone: Backbone, config: DictConfig) -> memory.Memory:
-    count, size = config.optim.batch_size, backbone.image.size
+def _predict(backbone: Backbone, config: DictConfig, images: int) -> memory.Memory:
+    train_mode(backbone.model)
+    count, size = min(config.optim.batch_size, images), backbone.image.size
     batch = torch.empty(count, 3, size, size), torch.empty(count, dtype=torch.int64)
     step = Step(config, torch.device("cpu"))
     return memory.predict(backbone.model, batch, step, lambda model: make_optimizer(config.optim, model))
@@ -298,11 +308,18 @@ def _predict(backbone: Backbone, config: DictConfig) -> memory.Memory:
 def evaluate(config: DictConfig, folder: Path) -> dict[str, float | None]:
     """Tests a finished run again from its saved tensors: top1 and top5 in %.
 
-    Raises UserError when the data, the backbone's weights or the tensors are not those of the run.
+    Raises UserError when the data, its splits, the backbone's weights or the tensors are not those of the run.
     """
     recorded = records.read_result(folder)
+    for key, value in OmegaConf.to_container(config.dataset).items():
+        if f"dataset.{key}" not in records.NOT_IDENTITY and value != recorded["config"]["dataset"].get(key):
+            raise UserError(
+                f"dataset.{key}={value}: the run was made with {recorded['config']['dataset'].get(key)};"
+                " another split could hold images that it was trained on"
+            )
     run = prepare(config)
     if run.splits.revision != recorded["data"]["revision"]:
         raise UserError(f"{folder}: trained on data of revision {recorded['data']['revision']}, found {run.splits.revision}")
-    checkpoints.load(folder, run.model, run.weights, run.statistics)
+    run.model.to(run.device)
+    checkpoints.load(folder, run.model, run.weights)
     return accuracy(run, run.loader("test"))

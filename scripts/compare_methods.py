@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from s2a_cli import records, tables
 from s2a_cli.compose import compose
 from s2a_cli.training import train
@@ -22,10 +24,16 @@ METHODS = {"full": [1e-4, 2e-4, 4e-4, 8e-4], "linear": RATES, "bias": RATES, "pr
 
 
 def run(folder: Path, words: list[str]) -> records.Result:
-    if (folder / "result.json").is_file() and records.read_result(folder)["status"] == "ok":
-        return records.read_result(folder)
+    config = compose([*words, f"run_dir={folder}"])
+    if (folder / "result.json").is_file():
+        result = records.read_result(folder)
+        if result["status"] == "ok" and result["config"] == OmegaConf.to_container(config):
+            return result
     print(f"\n{folder}", flush=True)
-    return train(compose([*words, f"run_dir={folder}"]))[0]
+    result, _ = train(config)
+    if result["status"] != "ok":
+        raise SystemExit(f"{folder}: {result['status']}: {result['error']}")
+    return result
 
 
 def main() -> None:

@@ -7,8 +7,9 @@ matplotlib is needed by this script alone, for the fonts inside its wheel: DejaV
 
 The task is to tell some 40 printed Latin and Greek letters apart, each turned, stretched and bent a little. The target
 that the backbone is made for, scikit-learn's handwritten digits, differs in content, in hand and in resolution. Few
-classes and a short training leave something to adapt: with 213 classes, heavy distortions and 8000 steps the features
-separate digits so well that a linear probe (98.9 %) nearly equals full fine-tuning (99.3 %): nothing would be shown.
+classes and a short training leave something to adapt: with about 156 classes, heavy distortions and 8000 steps the
+features separate digits so well that a linear probe (98.9 %) nearly equals full fine-tuning (99.3 %): nothing would be
+shown. This recipe was chosen among six for that gap, by looking at digits: it illustrates S2A, and is no evidence for it.
 
 No digit, nor a glyph that is drawn like one, is among the classes, so that fine-tuning on digits is a true transfer:
 - a character with a numeric value of any kind (superscripts, fractions) is no candidate;

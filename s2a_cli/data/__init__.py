@@ -105,6 +105,8 @@ def problems(config: DatasetConfig) -> list[str]:
         found.append("dataset.shots and dataset.fraction exclude each other: set one to null")
     if config.name == "folder" and not config.root:
         found.append("dataset=folder needs dataset.root=FOLDER, your images")
+    if config.name != "folder" and config.on_corrupt == "skip":
+        found.append("dataset.on_corrupt=skip is for dataset=folder; the other data sets are whole or refused by checksum")
     if config.name == "domainnet" and config.domain is None:
         found.append(f"dataset=domainnet needs dataset.domain=: one of {', '.join(domainnet.FILES)}")
     if config.name != "domainnet" and (config.domain or config.test_domain):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
@@ -25,8 +25,6 @@ class Method:
     @dataclass
     class BlocksConfig(Config):
         blocks: str = "all"  # all | last:K: the blocks that are adapted; below them nothing is kept for backward
-
-    trains_statistics: ClassVar[bool] = False  # True: BatchNorm's running statistics move as well
 
     def __init__(self, config: Any):
         self.config = config

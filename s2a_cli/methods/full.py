@@ -4,10 +4,9 @@ from s2a_cli.methods.base import Method
 
 
 class Full(Method):
-    """full fine-tuning: every parameter of the adapted blocks (all by default), and BatchNorm's statistics"""
+    """full fine-tuning: every parameter of the adapted blocks (all by default), and their BatchNorms' statistics"""
 
     Config = Method.BlocksConfig
-    trains_statistics = True
 
     def attach(self, backbone):
         for _, module in backbone.adapted_modules(self.config.blocks):

@@ -22,7 +22,8 @@ class SideConfig:
 class Tap(nn.Module):
     """A detached hidden state, pooled without parameters to [B, N, width]: positions to a grid, channels by CAP.
 
-    Channel average pooling (CAP): output j is the mean of C / width adjacent channels.
+    Channel average pooling (CAP): output j is the mean of C / width adjacent channels (of neighbouring, overlapping runs of
+    channels where C is no multiple of the width).
     """
 
     def __init__(self, hidden: Hidden, width: int, grid: int):

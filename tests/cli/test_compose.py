@@ -18,7 +18,8 @@ def test_default():
     config = compose([])
     chosen = {group: config[group].name for group in ("backbone", "method", "quant", "dataset", "optim")}
     assert chosen == {"backbone": "vit_micro", "method": "s2a", "quant": "int4", "dataset": "digits", "optim": "adamw"}
-    assert config.optim.lr == config.method.lr
+    assert config.optim.lr == config.method.lr * config.backbone.lr_scale == 0.02
+    assert compose(["backbone=vit_t"]).optim.lr == 0.004
 
 
 @pytest.mark.parametrize("option", OPTIONS)
