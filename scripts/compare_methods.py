@@ -5,7 +5,8 @@
 WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors. GRID, FOLDER: train/ and test/ trees of class
 folders, or such a tree in a .tar. Each method takes the learning rate with the best validation accuracy on GRID (seed 0),
 of the same two for all but full fine-tuning, which wants smaller ones; no test split has a part in the choice.
-Runs that are finished are not repeated, so that the same line goes on after a break. key=value goes to every run.
+Runs that are finished are not repeated, so that the same line goes on after a break. key=value goes to the runs on
+FOLDERs, not to the grid's.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/photos"))
     args = parser.parse_intermixed_args()
     roots = [word for word in args.words if "=" not in word]
-    common = ["experiment=photos_112", f"backbone.checkpoint={args.weights}", *(w for w in args.words if "=" in w)]
+    changes = [word for word in args.words if "=" in word]
+    common = ["experiment=photos_112", f"backbone.checkpoint={args.weights}"]
     chosen = {}
     for method in args.methods:
         scores = {}
@@ -58,7 +60,7 @@ def main() -> None:
     for root in roots:
         for method, rate in chosen.items():
             for seed in args.seeds:
-                words = [*common, f"method={method}", f"optim.lr={rate}", f"seed={seed}", f"dataset.root={root}"]
+                words = [*common, *changes, f"method={method}", f"optim.lr={rate}", f"seed={seed}", f"dataset.root={root}"]
                 run(args.out / "test" / Path(root).name / method / str(seed), words)
     print(tables.render(tables.table(tables.load([args.out / "test"])), "md"))
 

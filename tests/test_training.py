@@ -148,16 +148,64 @@ def test_weight_decay_spares_biases_norms_and_prompts():
     assert not any(name.endswith(("bias", ".A", ".B")) or "norm" in name for name in decayed)
 
 
-@pytest.mark.parametrize("precision", ["amp-bf16", "bf16"])
-def test_low_precision_trains(tmp_path, precision):
-    result = train(tmp_path, f"precision={precision}", "method=s2a", "optim.epochs=1")
-    assert result["status"] == "ok" and lines(tmp_path)[0]["train_loss"] < 4
+@pytest.mark.parametrize("precision", ["amp-bf16", "amp-fp16", "bf16"])
+def test_low_precision_trains_and_tests_the_same_again(tmp_path, precision):
+    words = [f"precision={precision}", "method=s2a", "optim.clip_grad=1.0", "dataset.shots=40", "optim.epochs=3"]
+    result = train(tmp_path, *words)
+    assert lines(tmp_path)[-1]["train_loss"] < lines(tmp_path)[0]["train_loss"]
+    scores = training.evaluate(recompose(result["config"], []), tmp_path)
+    assert scores["top1"] == result["accuracy"]["test_top1"] > 30
+
+
+def test_learning_rate_rises_and_falls():
+    factor = training.lr_factor(compose(["optim.epochs=10", "optim.warmup_epochs=2"]).optim, 5)
+    rates = [factor(step) for step in range(50)]
+    assert rates[:10] == sorted(rates[:10]) and rates[0] > 0 and rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.01
+    constant = training.lr_factor(compose(["optim.schedule=constant", "optim.warmup_epochs=0"]).optim, 5)
+    assert {constant(step) for step in range(50)} == {1.0}
+
+
+def test_mixing_makes_soft_targets():
+    images, targets = torch.randn(8, 3, 4, 4), torch.arange(8)
+    for words in (["optim.mixup=0.4"], ["optim.cutmix=1.0"], ["optim.mixup=0.4", "optim.cutmix=1.0"]):
+        mixed, soft = training.mixing(compose(words).optim, 8)(images, targets)
+        assert soft.shape == (8, 8) and torch.allclose(soft.sum(1), torch.ones(8)) and not torch.equal(mixed, images)
+    same, hard = training.mixing(compose([]).optim, 8)(images, targets)
+    assert same is images and hard is targets
+
+
+def test_a_micro_batch_with_moving_statistics_is_refused():
+    words = ["backbone=resnet18", "backbone.pretrained=false", "backbone.image_size=32", "optim.micro_batch=8"]
+    with pytest.raises(UserError, match="optim.micro_batch=8 changes the result"):
+        training.prepare(compose([*QUICK[:2], *words, "method=full"]))
+
+
+def test_what_an_earlier_run_left_does_not_stay(tmp_path, monkeypatch):
+    train(tmp_path)
+
+    def fails(run, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_fit", fails)
+    result = train(tmp_path, "seed=1")
+    assert result["status"] == "interrupted" and not (tmp_path / "trainable.safetensors").exists()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_another_split_is_refused_in_eval(tmp_path):
+    result = train(tmp_path)
+    with pytest.raises(UserError, match="dataset.split_seed=1: the run was made with 0"):
+        training.evaluate(recompose(result["config"], ["dataset.split_seed=1"]), tmp_path)
 
 
 def test_tensorboard(tmp_path):
-    pytest.importorskip("tensorboard")
-    train(tmp_path, "tensorboard=true", "optim.epochs=1")
-    assert list(tmp_path.glob("events.out.tfevents.*"))
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(tmp_path, "tensorboard=true")
+    board = events.EventAccumulator(str(tmp_path)).Reload()
+    for key in ("val_top1", "train_loss", "lr"):
+        written = [event.value for event in board.Scalars(key)]
+        assert written == pytest.approx([line[key] for line in lines(tmp_path)], rel=1e-6)
 
 
 def test_identity_leaves_out_where_a_run_lives():
