@@ -171,7 +171,7 @@ def _fit(run: Run, folder: Path, result: records.Result, board: Any) -> None:
     meter = _meter(run.device)
     rates: list[float] = []
     lines: list[str] = []
-    best, best_state = -1.0, {}
+    best, best_state = (-1.0, 0.0), {}
     with Progress("training", optim.epochs * len(run.splits.train), " images") as progress:
         for epoch in range(1, optim.epochs + 1):
             train_mode(run.model)
@@ -194,10 +194,10 @@ def _fit(run: Run, folder: Path, result: records.Result, board: Any) -> None:
                 losses, seen = losses + loss * count, seen + count
                 progress.add(count, epoch=f"{epoch}/{optim.epochs}", loss=f"{losses / seen:.3f}")
             scores = accuracy(run, validation)
-            if scores["top1"] > best:
-                best, best_state = scores["top1"], checkpoints.trainable_state(run.model)
+            if (found := (scores["top1"], -scores["loss"])) > best:  # small validation splits tie often
+                best, best_state = found, checkpoints.trainable_state(run.model)
                 checkpoints.save(folder, best_state, run.weights)
-                result["accuracy"].update(val_top1=best, best_epoch=epoch)
+                result["accuracy"].update(val_top1=scores["top1"], best_epoch=epoch)
             line = {
                 "epoch": epoch,
                 "train_loss": losses / seen,
