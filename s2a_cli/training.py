@@ -290,14 +290,15 @@ def predict(run: Run) -> dict[str, Any] | None:
     METHODS["full"](OmegaConf.create({"name": "full", "blocks": "all"})).attach(whole)
     whole.model.to(weight_dtype(run.config.precision))
     try:
-        mine, full = (_predict(b, c, len(run.splits.train)) for b, c in ((run.backbone, run.config), (whole, exact)))
+        mine, full = (predict_step(b, c, len(run.splits.train)) for b, c in ((run.backbone, run.config), (whole, exact)))
     except Exception as error:  # a model of timm whose forward pass reads values can't run without data
         print(f"s2a: the memory of this run can't be predicted: {_first_line(error)}", file=sys.stderr)
         return None
     return mine.against(full).as_dict()
 
 
-def _predict(backbone: Backbone, config: DictConfig, images: int) -> memory.Memory:
+def predict_step(backbone: Backbone, config: DictConfig, images: int) -> memory.Memory:
+    """The predicted memory of one training step of a config, of at most `images` images."""
     train_mode(backbone.model)
     count, size = min(config.optim.batch_size, images), backbone.image.size
     batch = torch.empty(count, 3, size, size), torch.empty(count, dtype=torch.int64)
