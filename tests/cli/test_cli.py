@@ -226,6 +226,7 @@ def test_ctrl_c_leaves_a_run_marked_interrupted(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     lines = []
     for line in process.stderr:
