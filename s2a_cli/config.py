@@ -32,14 +32,16 @@ class BackboneConfig:
     interpolation: str | None = None  # nearest | bilinear | bicubic | lanczos
     crop_pct: float | None = None  # share of the resized test image's side that the centre crop keeps
     lr_scale: float = 1.0  # small backbones take larger learning rates: optim.lr is method.lr times this
+    weights: str = "fp32"  # fp32 | bf16 | int8 | nf4: how frozen weights are stored; they are unpacked layer by layer
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to timm.create_model
 
 
 @dataclass
 class QuantConfig:
-    """Bits kept an element for the backward pass; null keeps what stock PyTorch keeps."""
+    """What is kept for the backward pass: bits an element (null: what stock PyTorch keeps), and what is computed again."""
 
     name: str = MISSING  # the name in tables
+    lossless: bool = True  # keep less where the gradient stays as it is: ReLU and dropout 1 bit, frozen convolutions nothing, ...
     bits: int | None = None  # the default of the four families below
     pointwise: int | None = None  # GELU, SiLU, hardswish, sigmoid, ...: a code of the derivative
     norm: int | None = None  # LayerNorm, GroupNorm, RMSNorm: the normalised input
@@ -47,6 +49,11 @@ class QuantConfig:
     softmax: int | None = None  # unfused attention: the map
     linear: int | None = None  # input of trainable Linear and Conv layers; opt-in
     group: int = 64  # elements that share one scale (norm, attention, softmax, linear)
+    rounding: str = "nearest"  # nearest | stochastic: unbiased, and noisier
+    calibrate: bool = True  # levels from each layer's own first batch; false: fixed tables
+    recompute: str = "none"  # none | block: keep only the input of each block, compute the block again in the backward pass
+    input: int | None = None  # bits of that input: 1 to 8, 16 for bfloat16; null: as it is
+    chunks: int = 1  # pieces of the batch in which each block runs; more of them: smaller temporaries
 
 
 @dataclass
@@ -93,6 +100,8 @@ class RunConfig:
     seed: int = 0  # same seed, same machine: same numbers
     precision: str = "fp32"  # fp32 | amp-bf16 | amp-fp16 | bf16
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
+    compile: bool = False  # torch.compile: minutes at the start, faster steps
+    compile_budget: float | None = None  # with compile, the compiler's activation_memory_budget: 0 recomputes all, 1 nothing
     workers: int | None = None  # processes that load images; null chooses
     tensorboard: bool = False  # also write TensorBoard files to the run's folder
     run_dir: str | None = None  # null: runs/<dataset>/<backbone>/<method>/<id>
@@ -141,6 +150,7 @@ RULES = {  # a key, or a pattern that matches keys
     "backbone.std": numbers(3, "3 numbers above 0, one a colour channel", lambda *values: min(values) > 0),
     "backbone.interpolation": one_of("nearest", "bilinear", "bicubic", "lanczos"),
     "backbone.lr_scale": POSITIVE,
+    "backbone.weights": one_of("fp32", "bf16", "int8", "nf4"),
     "backbone.crop_pct": number("a number above 0, at most 1", lambda value: 0 < value <= 1),
     "method*.lr": POSITIVE,
     "method*.blocks": pattern("all or last:K with K of at least 1", r"all|last:0*[1-9]\d*"),
@@ -154,6 +164,10 @@ RULES = {  # a key, or a pattern that matches keys
     "quant.softmax": BITS,
     "quant.linear": BITS,
     "quant.group": AT_LEAST_1,
+    "quant.rounding": one_of("nearest", "stochastic"),
+    "quant.recompute": one_of("none", "block"),
+    "quant.input": number("an integer from 1 to 8, or 16 for bfloat16", lambda value: 1 <= value <= 8 or value == 16),
+    "quant.chunks": AT_LEAST_1,
     "dataset.domain": one_of(*DOMAINS),
     "dataset.test_domain": one_of(*DOMAINS),
     "dataset.shots": AT_LEAST_1,
@@ -178,6 +192,7 @@ RULES = {  # a key, or a pattern that matches keys
     "optim.mixup": NOT_NEGATIVE,
     "optim.cutmix": NOT_NEGATIVE,
     "seed": number("an integer from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32),
+    "compile_budget": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
     "precision": one_of("fp32", "amp-bf16", "amp-fp16", "bf16"),
     "device": pattern("auto, cpu, cuda, cuda:N or mps", r"auto|cpu|mps|cuda(:\d+)?"),
     "workers": NOT_NEGATIVE,
