@@ -98,6 +98,10 @@ class Backbone:
     def head_name(self) -> str:
         return next(name for name, module in self.model.named_modules() if module is self.head)
 
+    @property
+    def block_modules(self) -> list[nn.Module]:
+        return [block.module for block in self.blocks]
+
     def adapted_blocks(self, blocks: str) -> list[Block]:
         """The blocks that `all` or `last:K` names, in order. Raises UserError when there are fewer than K."""
         if blocks == "all":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import torch
@@ -52,16 +52,17 @@ def make_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
 class Step:
     """Forward, backward and update of one batch under a run's precision, quantisation and accumulation.
 
+    blocks: the modules of the backbone that quant.recompute and quant.chunks are about.
     Call: step(model, optimizer, images [B, 3, H, W] normalised fp32, targets [B] or [B, classes]) -> mean loss (detached
     scalar). `after_forward` is called after each forward pass, when all that is kept for the backward pass is alive.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device):
+    def __init__(self, config: RunConfig, device: torch.device, blocks: Iterable[nn.Module] = ()):
         self.optim, self.device = config.optim, device
         self.autocast_dtype = AUTOCAST.get(config.precision)
         self.dtype = weight_dtype(config.precision)
         quant = config.quant  # handlers read it at every operator: a plain dataclass is ten times faster
-        self.quant = OmegaConf.to_object(quant) if isinstance(quant, DictConfig) else quant
+        self.memory = remember(OmegaConf.to_object(quant) if isinstance(quant, DictConfig) else quant, blocks)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp-fp16")
 
@@ -70,7 +71,7 @@ class Step:
 
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
         """[B, classes] in fp32."""
-        with self.autocast():
+        with self.memory, self.autocast():
             return model(images.to(self.dtype)).float()
 
     def __call__(
@@ -84,8 +85,7 @@ class Step:
         total = torch.zeros((), device=images.device)
         size = self.optim.micro_batch or len(images)
         for part, target in zip(images.split(size), targets.split(size)):
-            with remember(self.quant):
-                loss = self.criterion(self.logits(model, part), target) * (len(part) / len(images))
+            loss = self.criterion(self.logits(model, part), target) * (len(part) / len(images))
             after_forward()
             self.scaler.scale(loss).backward()
             total += loss.detach()

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms import v2
 
 from s2a_cli import backbones, checkpoints, data, memory, records
-from s2a_cli.activations import FAMILIES
+from s2a_cli.activations import STOCK
 from s2a_cli.backbones import Backbone
 from s2a_cli.errors import RunError, UserError
 from s2a_cli.methods import METHODS
@@ -164,7 +164,7 @@ def _blank(run: Run, identity: str) -> records.Result:
 def _fit(run: Run, folder: Path, result: records.Result, board: Any) -> None:
     """Trains, keeps the tensors of the epoch with the best validation accuracy, tests these once."""
     config, optim = run.config, run.config.optim
-    step, optimizer = Step(config, run.device), make_optimizer(optim, run.model)
+    step, optimizer = Step(config, run.device, run.backbone.block_modules), make_optimizer(optim, run.model)
     loader, validation = run.loader("train", train=True), run.loader("val")
     schedule = LambdaLR(optimizer, lr_factor(optim, len(loader)))
     mix = mixing(optim, len(run.splits.classes))
@@ -269,7 +269,7 @@ def mixing(optim: DictConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[
 def accuracy(run: Run, loader: data.Loader) -> dict[str, float | None]:
     """Mean loss, top-1 and top-5 in % over a split; top-5 is None with fewer than six classes."""
     run.model.eval()
-    step = Step(run.config, run.device)
+    step = Step(run.config, run.device, run.backbone.block_modules)
     loss = top1 = top5 = count = 0
     five = len(run.splits.classes) > 5
     for images, targets in loader:
@@ -285,7 +285,7 @@ def accuracy(run: Run, loader: data.Loader) -> dict[str, float | None]:
 
 def predict(run: Run) -> dict[str, Any] | None:
     """The predicted memory of this run's step, with full fine-tuning's beside it; None where it can't be predicted."""
-    exact = OmegaConf.merge(run.config, {"quant": dict.fromkeys(("bits", *FAMILIES))})
+    exact = OmegaConf.merge(run.config, {"quant": OmegaConf.structured(STOCK)})
     whole = backbones.build(run.config.backbone, len(run.splits.classes), meta=True)
     METHODS["full"](OmegaConf.create({"name": "full", "blocks": "all"})).attach(whole)
     whole.model.to(weight_dtype(run.config.precision))
@@ -302,7 +302,7 @@ def predict_step(backbone: Backbone, config: DictConfig, images: int) -> memory.
     train_mode(backbone.model)
     count, size = min(config.optim.batch_size, images), backbone.image.size
     batch = torch.empty(count, 3, size, size), torch.empty(count, dtype=torch.int64)
-    step = Step(config, torch.device("cpu"))
+    step = Step(config, torch.device("cpu"), backbone.block_modules)
     return memory.predict(backbone.model, batch, step, lambda model: make_optimizer(config.optim, model))
 
 

@@ -1,28 +1,40 @@
 """What is remembered between the forward and the backward pass.
 
-    with remember(config):
-        loss = criterion(model(images), labels)
-    loss.backward()
+    memory = remember(config, blocks)
+    for images, labels in loader:
+        with memory:
+            loss = criterion(model(images), labels)
+        loss.backward()
 
 Forward values are exactly those of stock PyTorch; for the backward pass operators keep low-bit codes of what their
-derivative needs (S2A, arXiv 2503.08154: "4-bit quantization of activations based on their derivatives").
+derivative needs (S2A, arXiv 2503.08154: "4-bit quantization of activations based on their derivatives"), and blocks
+keep their inputs alone where they are recomputed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+
+from torch import nn
 
 from s2a_cli.activations.mode import ActivationMode
 from s2a_cli.config import QuantConfig
 
 FAMILIES = ("pointwise", "norm", "attention", "softmax", "linear")
+STOCK = QuantConfig(name="none", lossless=False)  # what PyTorch keeps by itself
 
 
-def remember(config: QuantConfig) -> AbstractContextManager:
-    """The context for a forward pass; with every bit-width null it changes nothing at all."""
-    if all(getattr(config, family) is None for family in FAMILIES):
+def remember(config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> AbstractContextManager:
+    """The context for forward passes, to be made once and entered in every step.
+
+    blocks: the modules that `recompute` and `chunks` are about; each maps one tensor [B, ...] to one, sample by sample.
+    A config that keeps what stock PyTorch keeps gives a context that changes nothing at all.
+    """
+    stock = not config.lossless and all(getattr(config, family) is None for family in FAMILIES)
+    if stock and config.recompute == "none" and config.chunks == 1:
         return nullcontext()
-    return ActivationMode(config)
+    return ActivationMode(config, blocks)
 
 
-__all__ = ["ActivationMode", "remember"]
+__all__ = ["STOCK", "ActivationMode", "remember"]

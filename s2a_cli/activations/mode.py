@@ -7,25 +7,30 @@ calls `stock`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from s2a_cli.activations import attention, conv, dropout, norm, pointwise, pooling, products
+from s2a_cli.activations.blocks import BlockRunner
 from s2a_cli.config import QuantConfig
 
 FAMILIES = (pointwise, norm, attention, products, pooling, conv, dropout)
 
 
 class ActivationMode(TorchFunctionMode):
-    """Within it, forward passes remember low-bit codes; see `s2a_cli.activations.remember`."""
+    """Within it, forward passes keep low-bit codes; see `s2a_cli.activations.remember`. Made once, entered every step."""
 
-    def __init__(self, config: QuantConfig) -> None:
+    def __init__(self, config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> None:
         super().__init__()
         self.config = config
-        self.handlers = dict(_active(config))
+        self.handlers = dict(_handlers(config))
+        self.runners = [BlockRunner(self, index, block) for index, block in enumerate(blocks)]
+        self._is_active, self._scope, self._count = False, "", 0
 
     def __torch_function__(
         self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
@@ -35,10 +40,55 @@ class ActivationMode(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         return handler(self.config, func, *args, **(kwargs or {}))
 
+    def __enter__(self) -> ActivationMode:
+        with ExitStack() as stack:
+            for runner in self.runners:
+                stack.enter_context(runner.installed())
+            stack.enter_context(self._active())
+            self._exit = stack.pop_all()
+        return self
 
-def _active(config: QuantConfig) -> Iterable[tuple[Callable, Callable]]:
+    def __exit__(self, *error: Any) -> None:
+        self._exit.close()
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """The mode for what is computed again in a backward pass, which may run within the mode or after it."""
+        if self._is_active:
+            yield
+        else:
+            with self._active():
+                yield
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        super().__enter__()
+        self._is_active, self._scope, self._count = True, "", 0
+        try:
+            yield
+        finally:
+            self._is_active = False
+            super().__exit__(None, None, None)
+
+    @contextmanager
+    def inside(self, block: int) -> Iterator[None]:
+        """Operators called within belong to this block: `site` counts them from its first."""
+        before = self._scope, self._count
+        self._scope, self._count = f"{block}.", 0
+        try:
+            yield
+        finally:
+            self._scope, self._count = before
+
+    def site(self) -> str:
+        """A name for the call of an operator, the same in every step, piece of a batch and recomputation."""
+        self._count += 1
+        return f"{self._scope}{self._count}"
+
+
+def _handlers(config: QuantConfig) -> Iterator[tuple[Callable, Callable]]:
     """The handlers of the operator families with a bit-width, and those that are exact and need none (None)."""
     for family in FAMILIES:
         for bits, handlers in family.HANDLERS.items():
-            if bits is None or getattr(config, bits) is not None:
+            if config.lossless if bits is None else getattr(config, bits) is not None:
                 yield from handlers.items()

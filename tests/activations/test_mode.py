@@ -16,8 +16,8 @@ from s2a_cli.activations import ActivationMode, remember
 from s2a_cli.config import QuantConfig
 
 
-def config(bits: int | None, **families: int | None) -> QuantConfig:
-    return QuantConfig("test", bits, **{f: bits for f in ("pointwise", "norm", "attention", "softmax")} | families)
+def config(bits: int | None, **families: int | bool | None) -> QuantConfig:
+    return QuantConfig(name="test", bits=bits, **{f: bits for f in ("pointwise", "norm", "attention", "softmax")} | families)
 
 
 def kept_bytes(context, run, *own: torch.Tensor) -> int:
@@ -34,7 +34,7 @@ def kept_bytes(context, run, *own: torch.Tensor) -> int:
 
 
 def test_without_bits_there_is_no_mode():
-    assert isinstance(remember(config(None)), nullcontext)
+    assert isinstance(remember(config(None, lossless=False)), nullcontext)
     assert isinstance(remember(config(None, linear=8)), ActivationMode)
 
 

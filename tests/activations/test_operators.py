@@ -17,7 +17,8 @@ from s2a_cli.config import QuantConfig
 
 
 def config(bits: int, linear: int | None = None, group: int = 64) -> QuantConfig:
-    return QuantConfig("test", bits, bits, bits, bits, bits, linear, group)
+    families = dict.fromkeys(("pointwise", "norm", "attention", "softmax"), bits)
+    return QuantConfig(name="test", **families, linear=linear, group=group)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from torch.nn import functional as F
 
 from s2a_cli import backbones, checkpoints
-from s2a_cli.activations import remember
+from s2a_cli.activations import STOCK, remember
 from s2a_cli.compose import compose
 from s2a_cli.config import BackboneConfig, QuantConfig
 from s2a_cli.errors import UserError
@@ -64,14 +64,14 @@ def batch(backbone):
     return torch.randn(4, 3, size, size, generator=generator), torch.randint(CLASSES, (4,), generator=generator)
 
 
-def loss_of(backbone, quant=QuantConfig(name="none")):
+def loss_of(backbone, quant=STOCK):
     images, targets = batch(backbone)
     with remember(quant):
         return F.cross_entropy(backbone.model(images), targets)
 
 
 def quant(bits):
-    return QuantConfig(name=f"int{bits}", bits=bits, pointwise=bits, norm=bits, attention=bits, softmax=bits)
+    return QuantConfig(name=f"int{bits}", lossless=bits is not None, bits=bits, pointwise=bits, norm=bits, attention=bits, softmax=bits)
 
 
 each_backbone = pytest.mark.parametrize("backbone", BACKBONES)

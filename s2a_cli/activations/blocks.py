@@ -1,0 +1,181 @@
+"""Blocks run in pieces of the batch, and with recompute=block keep only their input and run again in the backward pass.
+
+A block maps one hidden state [B, ...] to another, sample by sample. Then running B / chunks samples at a time gives the
+same result, and all of the block's temporaries shrink by `chunks`: in the forward pass, in what is computed again, and
+in the backward pass. What a recomputed block keeps is its input: exact (gradient checkpointing, arXiv 1604.06174), in
+bfloat16, or in b bits; everything inside is then derived from it, the block's own codes included.
+
+Bytes kept by a recomputed block of input [B, ..., C]: grouped_size(B * ..., C, group, input bits), see codes.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from s2a_cli.activations.autograd import first_order
+from s2a_cli.activations.codes import inverse, memory_order
+from s2a_cli.activations.groups import keep
+
+if TYPE_CHECKING:
+    from s2a_cli.activations.mode import ActivationMode
+
+
+class BlockRunner:
+    """Stands in for the forward of block number `index` while the mode is active."""
+
+    def __init__(self, mode: ActivationMode, index: int, module: nn.Module):
+        self.mode, self.index, self.module = mode, index, module
+        self._trained: dict[bool, list[Tensor]] = {}  # by whether the input has a gradient
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        self.inner = self.module.forward
+        self.module.forward = self
+        try:
+            yield
+        finally:
+            del self.module.forward
+
+    def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
+        run = functools.partial(self._run, self.inner, args, kwargs)
+        config, others = self.mode.config, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        whole = any(other.dim() and other.shape[0] == len(x) for other in others)  # may hold a part for each sample
+        size = len(x) if whole else -(-len(x) // config.chunks)
+        if not torch.is_grad_enabled() or any(other.requires_grad for other in others):
+            return run(x) if torch.is_grad_enabled() else in_pieces(run, x, size)
+        if config.recompute == "none" and size >= len(x):
+            return run(x)
+        trained = self._trains(run, x)
+        if not trained and not x.requires_grad:
+            with torch.no_grad():
+                return in_pieces(run, x, size)
+        if config.recompute == "none":
+            return torch.cat([run(piece) for piece in x.split(size)])
+        return Recompute.apply(x, Replay(run, self.mode, x.device), size, *trained)
+
+    def _run(self, inner: Callable[..., Tensor], args: tuple, kwargs: dict, x: Tensor) -> Tensor:
+        with self.mode.inside(self.index):
+            return inner(x, *args, **kwargs)
+
+    def _trains(self, run: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+        """The trained tensors that the block's output depends on, wherever they live: from the graph of one sample."""
+        if x.requires_grad not in self._trained:
+            probe, state = x[:1].detach().requires_grad_(x.requires_grad), random_state(x.device)
+            self._trained[x.requires_grad] = [leaf for leaf in leaves(run(probe)) if leaf is not probe]
+            set_random_state(x.device, state)
+        return self._trained[x.requires_grad]
+
+
+class Replay:
+    """Runs a block again as it ran the first time: the same random numbers, autocast and mode."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], mode: ActivationMode, device: torch.device):
+        self.run, self.mode, self.device = run, mode, device
+        self.state = random_state(device)
+        kind = device.type
+        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        self.autocast = functools.partial(torch.autocast, kind, dtype, enabled, cache_enabled=False)
+
+    @contextmanager
+    def __call__(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Gives the block, to be called with gradients on the pieces in their first order."""
+
+        def again(piece: Tensor) -> Tensor:
+            with torch.enable_grad(), self.autocast(), self.mode.again():
+                return self.run(piece)
+
+        before = random_state(self.device)
+        set_random_state(self.device, self.state)
+        try:
+            yield again
+        finally:
+            set_random_state(self.device, before)
+
+
+class Recompute(torch.autograd.Function):
+    """y = block(x), `size` samples at a time; kept is x in config.input bits."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, replay: Replay, size: int, *trained: Tensor) -> Tensor:
+        config = replay.mode.config
+        ctx.replay, ctx.size, ctx.trained, ctx.dtype = replay, size, trained, x.dtype
+        ctx.grouped, kept = None, [x]
+        if config.input == 16:
+            kept = [x.to(torch.bfloat16)]
+        elif config.input is not None:
+            ctx.grouped, *kept = keep(x, config.input, config.group)
+        ctx.save_for_backward(*kept)
+        return in_pieces(replay.run, x, size)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad: Tensor):
+        kept, needs_input = ctx.saved_tensors, ctx.needs_input_grad[0]
+        totals: list[Tensor | None] = [None] * len(ctx.trained)
+        dx = None
+        with ctx.replay() as again:
+            for start in range(0, len(grad), ctx.size):
+                part = slice(start, min(start + ctx.size, len(grad)))
+                if ctx.grouped:
+                    piece = ctx.grouped.decode(*kept, ctx.dtype, part.start, part.stop)
+                else:
+                    piece = kept[0][part].to(ctx.dtype).detach()
+                piece.requires_grad_(needs_input)
+                inputs = [*([piece] if needs_input else []), *ctx.trained]
+                found = list(torch.autograd.grad(again(piece), inputs, grad[part], allow_unused=True))
+                if needs_input:
+                    dx = written(dx, found.pop(0), part, len(grad))
+                for index, new in enumerate(found):
+                    totals[index] = new if totals[index] is None else totals[index].add_(new)
+        return dx, None, None, *totals
+
+
+def in_pieces(run: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
+    """run(x), `size` samples at a time, without a graph."""
+    out = None
+    for start in range(0, len(x), size):
+        part = slice(start, min(start + size, len(x)))
+        out = written(out, run(x[part]), part, len(x))
+    return out
+
+
+def written(whole: Tensor | None, piece: Tensor, part: slice, samples: int) -> Tensor:
+    """`piece` as the samples `part` of `whole`, which is made, laid out like the piece, where it is None."""
+    if whole is None:
+        if len(piece) == samples:
+            return piece
+        order = memory_order(piece)
+        whole = piece.new_empty([piece.shape[d] if d else samples for d in order]).permute(inverse(order))
+    whole[part] = piece
+    return whole
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """The states of the generators that operators on this device draw from."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def set_random_state(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def leaves(out: Tensor) -> list[Tensor]:
+    """The tensors without a history whose gradients a backward pass from `out` would find, in a fixed order."""
+    found, seen, todo = [], set(), [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        todo.extend(function for function, _ in node.next_functions)
+    return found
