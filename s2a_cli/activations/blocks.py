@@ -13,17 +13,28 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from s2a_cli.activations.autograd import first_order
-from s2a_cli.activations.codes import inverse, memory_order
+from s2a_cli.activations.codes import grouped_size, inverse, memory_order
 from s2a_cli.activations.groups import keep
+from s2a_cli.config import QuantConfig
 
 if TYPE_CHECKING:
     from s2a_cli.activations.mode import ActivationMode
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the graph of one sample shows of a block."""
+
+    trained: list[Tensor]  # the trained tensors that its output depends on, wherever they live
+    kept: int  # bytes for the backward pass
+    unread: int  # which of its linear layers is the last and has an output that nothing in backward reads: 1, 2, ...; or 0
 
 
 class BlockRunner:
@@ -31,7 +42,7 @@ class BlockRunner:
 
     def __init__(self, mode: ActivationMode, index: int, module: nn.Module):
         self.mode, self.index, self.module = mode, index, module
-        self._trained: dict[bool, list[Tensor]] = {}  # by whether the input has a gradient
+        self._probes: dict[bool, Probe] = {}  # by whether the input has a gradient
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -43,40 +54,59 @@ class BlockRunner:
             del self.module.forward
 
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
-        run = functools.partial(self._run, self.inner, args, kwargs)
         config, others = self.mode.config, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         whole = any(other.dim() and other.shape[0] == len(x) for other in others)  # may hold a part for each sample
         size = len(x) if whole else -(-len(x) // config.chunks)
-        if not torch.is_grad_enabled() or any(other.requires_grad for other in others):
-            return run(x) if torch.is_grad_enabled() else in_pieces(run, x, size)
-        if config.recompute == "none" and size >= len(x):
+        run = functools.partial(self._run, self.inner, args, kwargs)
+        if not torch.is_grad_enabled():
+            return in_pieces(run, x, size)
+        if any(other.requires_grad for other in others) or (config.recompute == "none" and size >= len(x)):
             return run(x)
-        trained = self._trains(run, x)
-        if not trained and not x.requires_grad:
+        probe = self._probe(run, x)
+        if not probe.trained and not x.requires_grad:
             with torch.no_grad():
                 return in_pieces(run, x, size)
-        if config.recompute == "none":
-            return torch.cat([run(piece) for piece in x.split(size)])
-        return Recompute.apply(x, Replay(run, self.mode, x.device), size, *trained)
+        if config.recompute == "none" or probe.kept <= input_bytes(x[:1], config):
+            return torch.cat([run(piece) for piece in x.split(size)]) if size < len(x) else run(x)
+        return Recompute.apply(x, Replay(run, self.mode, x.device, probe.unread), size, *probe.trained)
 
-    def _run(self, inner: Callable[..., Tensor], args: tuple, kwargs: dict, x: Tensor) -> Tensor:
-        with self.mode.inside(self.index):
+    def _run(self, inner: Callable[..., Tensor], args: tuple, kwargs: dict, x: Tensor, unread: int = 0) -> Tensor:
+        with self.mode.inside(self.index, unread):
             return inner(x, *args, **kwargs)
 
-    def _trains(self, run: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
-        """The trained tensors that the block's output depends on, wherever they live: from the graph of one sample."""
-        if x.requires_grad not in self._trained:
-            probe, state = x[:1].detach().requires_grad_(x.requires_grad), random_state(x.device)
-            self._trained[x.requires_grad] = [leaf for leaf in leaves(run(probe)) if leaf is not probe]
+    def _probe(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Probe:
+        if x.requires_grad not in self._probes:
+            state = random_state(x.device)
+            self._probes[x.requires_grad] = probe(self.mode, self.module, run, x)
             set_random_state(x.device, state)
-        return self._trained[x.requires_grad]
+        return self._probes[x.requires_grad]
+
+
+def probe(mode: ActivationMode, module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Probe:
+    """Runs the block on the first sample of x with a graph."""
+    own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
+    kept: dict[int, int] = {}  # bytes by storage
+    last = -1  # how many products were over when something was last saved
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal last
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata], last = storage.nbytes(), mode.linears
+        return tensor.detach()  # not itself: a node that holds its own output is never freed
+
+    sample = x[:1].detach().clone().requires_grad_(x.requires_grad)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run(sample)
+    trained = [leaf for leaf in leaves(out) if leaf is not sample]
+    return Probe(trained, sum(kept.values()), mode.linears if last < mode.linears else 0)
 
 
 class Replay:
     """Runs a block again as it ran the first time: the same random numbers, autocast and mode."""
 
-    def __init__(self, run: Callable[[Tensor], Tensor], mode: ActivationMode, device: torch.device):
-        self.run, self.mode, self.device = run, mode, device
+    def __init__(self, run: Callable[..., Tensor], mode: ActivationMode, device: torch.device, unread: int):
+        self.run, self.mode, self.device, self.unread = run, mode, device, unread
         self.state = random_state(device)
         kind = device.type
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
@@ -88,7 +118,7 @@ class Replay:
 
         def again(piece: Tensor) -> Tensor:
             with torch.enable_grad(), self.autocast(), self.mode.again():
-                return self.run(piece)
+                return self.run(piece, unread=self.unread)
 
         before = random_state(self.device)
         set_random_state(self.device, self.state)
@@ -96,6 +126,30 @@ class Replay:
             yield again
         finally:
             set_random_state(self.device, before)
+
+
+class UnreadLinear(torch.autograd.Function):
+    """A frozen linear layer in a recomputation, whose output has the right shape and dtype and nothing in it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape = x.shape
+        return x.new_empty((*x.shape[:-1], len(weight)), dtype=dtype)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad: Tensor):
+        (weight,) = ctx.saved_tensors
+        dx = grad.matmul(weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
+        dbias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, dbias, None
+
+
+def unread_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return UnreadLinear.apply(x, weight, bias, dtype)
 
 
 class Recompute(torch.autograd.Function):
@@ -134,6 +188,13 @@ class Recompute(torch.autograd.Function):
                 for index, new in enumerate(found):
                     totals[index] = new if totals[index] is None else totals[index].add_(new)
         return dx, None, None, *totals
+
+
+def input_bytes(x: Tensor, config: QuantConfig) -> int:
+    """Bytes that a recomputed block keeps for this input."""
+    if config.input is None:
+        return x.numel() * x.element_size()
+    return 2 * x.numel() if config.input == 16 else grouped_size(x.numel() // x.shape[-1], x.shape[-1], config.group, config.input)
 
 
 def in_pieces(run: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:

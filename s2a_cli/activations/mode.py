@@ -12,11 +12,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from s2a_cli.activations import attention, conv, dropout, norm, pointwise, pooling, products
-from s2a_cli.activations.blocks import BlockRunner
+from s2a_cli.activations.blocks import BlockRunner, unread_linear
 from s2a_cli.config import QuantConfig
 
 FAMILIES = (pointwise, norm, attention, products, pooling, conv, dropout)
@@ -31,14 +32,20 @@ class ActivationMode(TorchFunctionMode):
         self.handlers = dict(_handlers(config))
         self.runners = [BlockRunner(self, index, block) for index, block in enumerate(blocks)]
         self._is_active, self._scope, self._count = False, "", 0
+        self.linears = self._unread = 0
 
     def __torch_function__(
         self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        handler = self.handlers.get(func)
-        if handler is None or not torch.is_grad_enabled():
-            return func(*args, **(kwargs or {}))
-        return handler(self.config, func, *args, **(kwargs or {}))
+        handler, kwargs = self.handlers.get(func), kwargs or {}
+        if func is F.linear and self.linears + 1 == self._unread and not args[1].requires_grad:
+            out = unread_linear(*args, **kwargs)
+        elif handler is None or not torch.is_grad_enabled():
+            out = func(*args, **kwargs)
+        else:
+            out = handler(self.config, func, *args, **kwargs)
+        self.linears += func is F.linear
+        return out
 
     def __enter__(self) -> ActivationMode:
         with ExitStack() as stack:
@@ -71,14 +78,17 @@ class ActivationMode(TorchFunctionMode):
             super().__exit__(None, None, None)
 
     @contextmanager
-    def inside(self, block: int) -> Iterator[None]:
-        """Operators called within belong to this block: `site` counts them from its first."""
+    def inside(self, block: int, unread: int = 0) -> Iterator[None]:
+        """Operators called within belong to this block: `site` and `linears` count them from its first.
+
+        unread: the linear layer of which only the gradient is wanted, counted from 1.
+        """
         before = self._scope, self._count
-        self._scope, self._count = f"{block}.", 0
+        self._scope, self._count, self._unread, self.linears = f"{block}.", 0, unread, 0
         try:
             yield
         finally:
-            self._scope, self._count = before
+            (self._scope, self._count), self._unread = before, 0
 
     def site(self) -> str:
         """A name for the call of an operator, the same in every step, piece of a batch and recomputation."""
