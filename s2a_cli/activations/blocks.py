@@ -84,14 +84,14 @@ class BlockRunner:
 
 def probe(mode: ActivationMode, module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Probe:
     """Runs the block on the first sample of x with a graph."""
-    own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
+    own = {t.shape for t in (*module.parameters(), *module.buffers())}  # autocast saves copies of weights
     kept: dict[int, int] = {}  # bytes by storage
     last = -1  # how many products were over when something was last saved
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal last
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if tensor.shape not in own:
             kept[storage._cdata], last = storage.nbytes(), mode.linears
         return tensor.detach()  # not itself: a node that holds its own output is never freed
 

@@ -1,0 +1,262 @@
+"""Blocks in pieces and recomputed blocks: the same gradients, fewer bytes, the same random numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from s2a_cli import backbones
+from s2a_cli.activations import STOCK, remember
+from s2a_cli.activations.blocks import leaves
+from s2a_cli.activations.codes import grouped_size
+from s2a_cli.config import BackboneConfig, QuantConfig
+from s2a_cli.memory import saved_bytes
+from s2a_cli.compose import compose
+from s2a_cli.methods import METHODS
+from s2a_cli.steps import train_mode
+
+BATCH = 5
+BACKBONES = {
+    "vit": BackboneConfig(
+        name="vit",
+        timm="vit_tiny_patch16_224",
+        pretrained=False,
+        kwargs={"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2},
+    ),
+    "scaled": BackboneConfig(  # LayerScale behind the last product of a block, and relative positions
+        name="scaled",
+        timm="beit_base_patch16_224",
+        pretrained=False,
+        kwargs={"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    ),
+    "postnorm": BackboneConfig(  # a LayerNorm reads the last product of a block
+        name="postnorm",
+        timm="swinv2_tiny_window8_256",
+        pretrained=False,
+        kwargs={
+            "img_size": 32,
+            "window_size": 4,
+            "embed_dim": 16,
+            "depths": [1, 1],
+            "num_heads": [2, 2],
+            "drop_path_rate": 0.0,
+        },
+    ),
+    "convnext": BackboneConfig(
+        name="convnext",
+        timm="convnext_atto",
+        pretrained=False,
+        image_size=64,
+        kwargs={"depths": [1, 1, 1, 1], "dims": [8, 16, 16, 16]},
+    ),
+    "resnet": BackboneConfig(name="resnet", timm="resnet18", pretrained=False, image_size=96),
+}
+
+
+def made(backbone: str, method: str, **kwargs) -> backbones.Backbone:
+    torch.manual_seed(0)
+    config = BACKBONES[backbone]
+    config = BackboneConfig(**{**config.__dict__, "kwargs": {**config.kwargs, **kwargs}})
+    found = backbones.build(config, 4)
+    small = {"side": ["method.reduction=2"], "s2a": ["method.side.reduction=2", "method.prompt.rank=2"]}.get(method, [])
+    METHODS[method](compose([f"method={method}", *small]).method).attach(found)
+    train_mode(found.model.double())
+    for p in found.model.parameters():
+        if not p.any():  # merges and prompts that start at zero pass no gradient on
+            nn.init.normal_(p, std=0.02)
+    return found
+
+
+def gradients(backbone: backbones.Backbone, quant: QuantConfig, seed: int = 1) -> dict[str, torch.Tensor]:
+    size = backbone.image.size
+    images = torch.randn(BATCH, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(seed)
+    with remember(quant, backbone.block_modules):
+        loss = F.cross_entropy(backbone.model(images), torch.arange(BATCH) % 4)
+    backbone.model.zero_grad()
+    loss.backward()
+    trained = {name: p for name, p in backbone.model.named_parameters() if p.requires_grad}
+    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
+
+
+def quant(lossless: bool = False, **kwargs) -> QuantConfig:
+    return QuantConfig(name="test", lossless=lossless, **kwargs)
+
+
+@pytest.mark.parametrize("method", ["full", "bias", "s2a", "side"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("config", [{"recompute": "block"}, {"chunks": 2}, {"recompute": "block", "chunks": 3, "lossless": True}], ids=str)
+def test_gradients_are_those_of_stock(backbone, method, config):
+    if (backbone, method) == ("resnet", "full"):
+        pytest.skip("BatchNorms that train normalise over the whole batch")
+    found = made(backbone, method)
+    expected, got = gradients(found, STOCK), gradients(found, quant(**config))
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_random_numbers_are_those_of_the_forward_pass(lossless):
+    """With one piece the draws are stock's, with several those of the pieces: as if stock saw them one after another."""
+    found = made("vit", "bias", drop_path_rate=0.5, proj_drop_rate=0.3)
+    stock, once = gradients(found, STOCK), gradients(found, quant(lossless, recompute="block"))
+    for name in stock:
+        torch.testing.assert_close(once[name], stock[name], msg=name)
+    pieces = gradients(found, quant(lossless, chunks=BATCH))
+    again = gradients(found, quant(lossless, chunks=BATCH, recompute="block"))
+    assert not torch.equal(pieces["loss"], stock["loss"])
+    for name in pieces:
+        torch.testing.assert_close(again[name], pieces[name], msg=name)
+
+
+def test_a_backward_pass_leaves_the_random_numbers_alone():
+    found = made("vit", "bias", proj_drop_rate=0.3)
+    with remember(quant(recompute="block", chunks=2), found.block_modules):
+        loss = found.model(torch.zeros(BATCH, 3, 32, 32, dtype=torch.float64)).sum()
+    state = torch.get_rng_state()
+    loss.backward()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("bits, at_least", [(8, 0.9995), (16, 0.9999), (4, 0.95)])
+def test_a_coded_input_gives_nearly_the_gradient(bits, at_least):
+    found = made("vit", "bias")
+    exact = gradients(found, STOCK)
+    coded = gradients(found, quant(recompute="block", input=bits, chunks=2))
+    assert torch.equal(coded.pop("loss"), exact.pop("loss"))  # the forward pass is exact
+    exact, coded = (torch.cat([g.flatten() for g in grads.values()]) for grads in (exact, coded))
+    assert not torch.equal(exact, coded)
+    assert F.cosine_similarity(exact, coded, 0) > at_least
+
+
+@pytest.mark.parametrize("bits, kept", [(None, 8 * 17 * 32), (16, 2 * 17 * 32), (8, grouped_size(17, 32, 64, 8)), (4, grouped_size(17, 32, 64, 4))])
+def test_kept_bytes_are_those_of_the_inputs(bits, kept):
+    found = made("vit", "bias")
+    block = found.block_modules[1]
+    x = torch.randn(8, 17, 32, dtype=torch.float64, requires_grad=True)
+    memory = remember(quant(recompute="block", input=bits, chunks=4), [block])
+
+    def run() -> torch.Tensor:
+        with memory:
+            return block(x)
+
+    run()  # the first call looks at one sample
+    if bits is None:  # the input itself, which is there anyway
+        assert saved_bytes(run, found.model) == x.numel() * 8
+    else:
+        assert saved_bytes(run, found.model) == 8 * kept
+
+
+def test_a_block_that_keeps_less_than_its_input_is_not_recomputed():
+    """A block of ReLUs and frozen convolutions keeps one bit an element."""
+    found = made("resnet", "bias")
+    calls = []
+    found.block_modules[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    gradients(found, quant(lossless=True, recompute="block", input=8))
+    assert len(calls) == 2  # a sample to look at, and the forward pass
+    calls.clear()
+    gradients(found, quant(lossless=False, recompute="block", input=8))  # stock keeps every input
+    assert len(calls) == 3
+
+
+def test_the_last_product_of_a_block_is_not_computed_again():
+    found = made("vit", "bias")
+    rows = []
+    block = found.block_modules[0]
+    real = F.linear
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+                rows.append(tuple(args[-1].shape))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(4, 17, 32, dtype=torch.float64, requires_grad=True)
+    memory = remember(quant(recompute="block"), [block])
+    with memory:
+        out = block(x)
+    with Count():
+        out.sum().backward()
+    forward = rows[: len(rows) - 4]  # the gradients of four products come last
+    assert real is F.linear and (128, 32) not in forward and (32, 128) in forward
+
+
+def test_blocks_without_anything_trained_have_no_graph():
+    found = made("vit", "side")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with remember(quant(recompute="block", chunks=2), found.block_modules):
+            out = found.block_modules[0](torch.randn(4, 17, 32, dtype=torch.float64))
+    assert not out.requires_grad and not kept
+
+
+def test_evaluation_runs_in_pieces():
+    found = made("vit", "bias")
+    sizes = []
+    found.block_modules[0].norm1.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    images = torch.randn(BATCH, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected = found.model(images)
+        sizes.clear()
+        with remember(quant(chunks=2), found.block_modules):
+            torch.testing.assert_close(found.model(images), expected)
+    assert sizes == [3, 2]
+
+
+def test_the_modules_are_left_as_they_were():
+    found = made("vit", "bias")
+    memory = remember(quant(chunks=2), found.block_modules)
+    with pytest.raises(ZeroDivisionError):
+        with memory:
+            assert found.block_modules[0].forward is memory.runners[0]
+            1 / 0
+    assert all("forward" not in block.__dict__ for block in found.block_modules)
+    with memory:  # and it can be entered again
+        pass
+
+
+def test_parts_for_each_sample_are_not_torn_from_their_samples():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x, mask):
+            return self.linear(x) * mask
+
+    block, x, mask = Masked(), torch.randn(6, 4, requires_grad=True), torch.rand(6, 1)
+    with remember(quant(recompute="block", chunks=3), [block]):
+        out = block(x, mask)
+    torch.testing.assert_close(out, block(x, mask))
+
+
+def test_leaves_are_the_trained_tensors():
+    a, b, frozen = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True), torch.ones(1)
+    assert {id(t) for t in leaves(a * b * frozen + a)} == {id(a), id(b)}
+    assert leaves(frozen * 2) == []
+
+
+def test_double_backward_is_refused():
+    block = made("vit", "bias").block_modules[0]
+    x = torch.randn(2, 17, 32, dtype=torch.float64, requires_grad=True)
+    with remember(quant(recompute="block"), [block]):
+        out = block(x)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+def test_autocast_is_that_of_the_forward_pass():
+    found = made("vit", "bias")
+    found.model.float()
+    images = torch.randn(BATCH, 3, 32, 32)
+    grads = []
+    for config in (STOCK, quant(recompute="block", chunks=2)):
+        found.model.zero_grad()
+        with remember(config, found.block_modules), torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(found.model(images).float(), torch.arange(BATCH) % 4)
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in found.model.parameters() if p.grad is not None]))
+    assert F.cosine_similarity(*grads, 0) > 0.999
