@@ -25,6 +25,7 @@ from torchvision.transforms import v2
 from s2a_cli import backbones, checkpoints, data, memory, records
 from s2a_cli.activations import STOCK
 from s2a_cli.backbones import Backbone
+from s2a_cli.config import show
 from s2a_cli.errors import RunError, UserError
 from s2a_cli.methods import METHODS
 from s2a_cli.progress import Progress
@@ -70,13 +71,25 @@ def prepare(config: DictConfig) -> Run:
     weights = backbone.fingerprint()
     torch.manual_seed(config.seed)  # the method's initial values do not depend on how the backbone drew its own
     METHODS[config.method.name](config.method).attach(backbone)
-    if config.optim.micro_batch and moving_norms(backbone.model):
-        raise UserError(
-            f"optim.micro_batch={config.optim.micro_batch} changes the result here: method={config.method.name} trains"
-            " BatchNorms, whose statistics are those of a forward pass; leave it null"
-        )
+    if moving_norms(backbone.model):
+        _refuse_parts(config)
     backbone.model.to(weight_dtype(config.precision))
     return Run(config, splits, backbone, weights, device)
+
+
+def _refuse_parts(config: DictConfig) -> None:
+    """Raises UserError for settings under which BatchNorms that train would see other statistics than the batch's."""
+    optim, quant = config.optim, config.quant
+    for key, value, default in (
+        ("optim.micro_batch", optim.micro_batch, None),
+        ("quant.chunks", quant.chunks, 1),
+        ("quant.recompute", quant.recompute, "none"),
+    ):
+        if value != default:
+            raise UserError(
+                f"{key}={value} changes the result here: method={config.method.name} trains BatchNorms, whose statistics"
+                f" are those of one forward pass of the batch; set it to {show(default)}"
+            )
 
 
 def choose_device(name: str) -> torch.device:

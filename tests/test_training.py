@@ -175,9 +175,10 @@ def test_mixing_makes_soft_targets():
     assert same is images and hard is targets
 
 
-def test_a_micro_batch_with_moving_statistics_is_refused():
-    words = ["backbone=resnet18", "backbone.pretrained=false", "backbone.image_size=32", "optim.micro_batch=8"]
-    with pytest.raises(UserError, match="optim.micro_batch=8 changes the result"):
+@pytest.mark.parametrize("word", ["optim.micro_batch=8", "quant.chunks=2", "quant.recompute=block"])
+def test_parts_of_a_batch_with_moving_statistics_are_refused(word):
+    words = ["backbone=resnet18", "backbone.pretrained=false", "backbone.image_size=32", word]
+    with pytest.raises(UserError, match=f"{word} changes the result"):
         training.prepare(compose([*QUICK[:2], *words, "method=full"]))
 
 
