@@ -256,6 +256,10 @@ def check(config: DictConfig) -> dict[str, str]:
         problems[micro] = f"{micro}={values[micro]}: expected at most {batch}={values[batch]}"
     if both(warmup, epochs) and values[warmup] >= values[epochs]:
         problems[warmup] = f"{warmup}={values[warmup]}: expected less than {epochs}={values[epochs]}"
+    if both("compile_budget") and not values.get("compile"):
+        problems["compile_budget"] = f"compile_budget={values['compile_budget']} is the compiler's: set compile=true too"
+    if both("quant.input") and values.get("quant.recompute") == "none":
+        problems["quant.input"] = f"quant.input={values['quant.input']} is of recomputed blocks: set quant.recompute=block too"
     if both("dataset.shots", "dataset.fraction"):
         problems["dataset.fraction"] = "dataset.shots and dataset.fraction exclude each other: set one to null"
     if both("dataset.test_domain") and values.get("dataset.domain") is None:

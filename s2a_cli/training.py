@@ -131,8 +131,10 @@ def train(config: DictConfig) -> tuple[records.Result, Path]:
         records.atomic_write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
         with ExitStack() as stack:
             board = _tensorboard(folder, stack) if config.tensorboard else None
-            result["memory"] = predict(run)
+            result["memory"] = None if config.compile else predict(run)  # the compiler decides what it keeps
             run.model.to(run.device)
+            if config.compile:
+                _compile(run.model, config.compile_budget)
             _fit(run, folder, result, board)
         result["status"], result["error"] = "ok", None
     except KeyboardInterrupt:
@@ -234,6 +236,12 @@ def _fit(run: Run, folder: Path, result: records.Result, board: Any) -> None:
     checkpoints.restore(run.model, best_state)
     scores = accuracy(run, run.loader("test"))
     result["accuracy"].update(test_top1=scores["top1"], test_top5=scores["top5"])
+
+
+def _compile(model: nn.Module, budget: float | None) -> None:
+    """Compiles the model in place. budget: the share of activations that the compiler may keep, null: as many as it likes."""
+    torch._functorch.config.activation_memory_budget = 1.0 if budget is None else budget
+    model.compile()
 
 
 def _meter(device: torch.device) -> memory.CudaMeter | None:

@@ -175,6 +175,27 @@ def test_mixing_makes_soft_targets():
     assert same is images and hard is targets
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [("method=s2a", "quant=int4"), ("method=side", "quant=tiny"), ("method=full", "quant.recompute=block")],
+    ids=" ".join,
+)
+def test_a_compiled_run_computes_the_same(tmp_path, words):
+    words = [*words, "optim.epochs=1", "dataset.shots=4", "+backbone.kwargs.depth=2", "backbone.pretrained=false"]
+    train(tmp_path / "eager", *words), train(tmp_path / "compiled", *words, "compile=true")
+    eager, compiled = lines(tmp_path / "eager")[0], lines(tmp_path / "compiled")[0]
+    assert compiled == pytest.approx(eager, rel=1e-3)
+
+
+def test_a_budget_for_the_compiler_reaches_it(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _: seen.append(torch._functorch.config.activation_memory_budget))
+    assert train(tmp_path / "a", "method=bias", "compile=true", "compile_budget=0.3")["memory"] is None
+    train(tmp_path / "b", "method=bias", "compile=true")
+    assert seen == [0.3, 1.0]
+
+
 @pytest.mark.parametrize("word", ["optim.micro_batch=8", "quant.chunks=2", "quant.recompute=block"])
 def test_parts_of_a_batch_with_moving_statistics_are_refused(word):
     words = ["backbone=resnet18", "backbone.pretrained=false", "backbone.image_size=32", word]

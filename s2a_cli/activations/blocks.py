@@ -53,6 +53,7 @@ class BlockRunner:
         finally:
             del self.module.forward
 
+    @functools.partial(torch.compiler.disable, recursive=False)  # compiled is what runs inside
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
         config, others = self.mode.config, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         whole = any(other.dim() and other.shape[0] == len(x) for other in others)  # may hold a part for each sample

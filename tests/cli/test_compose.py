@@ -134,6 +134,9 @@ BAD = [
     ("backbone.image_size=0", "backbone.image_size=0: expected an integer of at least 1, or null"),
     ("seed=-1", "seed=-1: expected an integer from 0 to 2^32 - 1"),
     # settings that exclude each other
+    ("compile_budget=0.3", "compile_budget=0.3 is the compiler's: set compile=true too"),
+    ("quant.input=8", "quant.input=8 is of recomputed blocks: set quant.recompute=block too"),
+    ("quant.input=9", "quant.input=9: expected an integer from 1 to 8, or 16 for bfloat16, or null"),
     ("optim.micro_batch=65", "optim.micro_batch=65: expected at most optim.batch_size=64"),
     ("optim.warmup_epochs=10", "optim.warmup_epochs=10.0: expected less than optim.epochs=10"),
     ("dataset.shots=1 dataset.fraction=0.5", "dataset.shots and dataset.fraction exclude each other"),
