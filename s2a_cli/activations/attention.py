@@ -3,6 +3,9 @@
 - scaled_dot_product_attention: backward decodes a few samples at a time and runs the stock attention on them again.
   Masks are kept as they are; a float mask gets its gradient. Not covered, so stock: dropout_p > 0, inputs without a
   batch dimension, and q, k, v of unequal batch.
+- the same with `softmax` bits and no `attention` bits, as the S2A paper has it: unfused, q, k and v kept as they are and
+  the map as codes. Alone among all operators its output is not stock's to the bit, but to rounding. It runs a few
+  samples at a time, so that the map never exists whole. Not covered: also a mask with a gradient, grouped queries.
 - softmax over the last dimension: dz = p (g - sum g p). Over another dimension it is stock.
 
 Bytes kept: grouped_size(rows, width, group, bits) for each of q, k, v (width: of a head) and for p (width: keys).
@@ -11,6 +14,7 @@ Bytes kept: grouped_size(rows, width, group, bits) for each of q, k, v (width: o
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +24,19 @@ from s2a_cli.activations import levels
 from s2a_cli.activations.autograd import covers, first_order
 from s2a_cli.activations.codes import byte_table, rows
 from s2a_cli.activations.groups import Grouped, keep, slices
-from s2a_cli.activations.operators import decode_rows, encode_groups, operator, working_type
-from s2a_cli.config import QuantConfig
+from s2a_cli.activations.operators import decode_groups, decode_rows, encode_groups, operator, working_type
+
+if TYPE_CHECKING:
+    from s2a_cli.activations.mode import ActivationMode
 
 
 class Attention(torch.autograd.Function):
     """out = run(q, k, v, mask): q [B, ..., N, d], k and v [B, ..., M, d]."""
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, run, config: QuantConfig):
-        kept = [keep(x, config.attention, config.group) for x in (q, k, v)]
+    def forward(ctx, q, k, v, mask, run, mode: ActivationMode):
+        bits, group = mode.config.attention, mode.config.group
+        kept = [keep(x, bits, group, seed=mode.calibration.seed()) for x in (q, k, v)]
         ctx.grouped = [grouped for grouped, _, _ in kept]
         ctx.run = run
         ctx.save_for_backward(mask, *(tensor for _, *tensors in kept for tensor in tensors))
@@ -71,17 +78,68 @@ def _gradients(run, inputs: list[Tensor | None], needed: tuple[bool, ...], grad:
     return [next(found) if need else None for need in needed]
 
 
+class Unfused(torch.autograd.Function):
+    """softmax(q k^T scale + mask) v, with q, k and v kept as they are and the map as codes, a few samples at a time."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale: float, mode: ActivationMode):
+        ctx.scale, ctx.bits, ctx.group = scale, mode.config.softmax, mode.config.group
+        seed, kept, out = mode.calibration.seed(), [], None
+        table = levels.unit(ctx.bits, q, seed is not None)
+        ctx.levels = table.levels
+        ctx.parts = list(slices(len(q), math.prod(q.shape[1:-1]) * k.shape[-2]))
+        for part in ctx.parts:
+            scores = torch.matmul(q[part], k[part].mT).mul_(scale)
+            if mask is not None:
+                bias = mask[part] if mask.dim() == q.dim() and len(mask) > 1 else mask
+                scores = scores.masked_fill_(~bias, -math.inf) if mask.dtype == torch.bool else scores.add_(bias)
+            p = torch.softmax(scores, -1, dtype=working_type(scores.dtype))
+            del scores
+            kept += encode_groups(p, table.bins, table.low, ctx.group, ctx.bits, table.chances, seed or 0)
+            piece = torch.matmul(p.to(v.dtype), v[part])
+            out = piece.new_empty((len(q), *piece.shape[1:])) if out is None else out
+            out[part] = piece
+            seed = mode.calibration.seed()
+        ctx.save_for_backward(q, k, v, *kept)
+        return out
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad: Tensor):
+        q, k, v, *kept = ctx.saved_tensors
+        dq, dk, dv = (grad.new_empty(x.shape) for x in (q, k, v))
+        width, dtype = k.shape[-2], grad.dtype
+        for index, part in enumerate(ctx.parts):
+            codes, scales = kept[2 * index : 2 * index + 2]
+            g = grad[part]
+            p = decode_groups(codes, scales, ctx.levels, width, ctx.group, ctx.bits, 0, len(scales), dtype)
+            dv[part] = torch.matmul(p.view(*g.shape[:-1], width).mT, g)
+            del p
+            dp = torch.matmul(g, v[part].to(dtype).mT)
+            dz = softmax_backward(dp, codes, scales, ctx.levels, ctx.group, ctx.bits).mul_(ctx.scale)
+            dq[part] = torch.matmul(dz, k[part].to(dtype))
+            dk[part] = torch.matmul(dz.mT, q[part].to(dtype))
+        return dq, dk, dv, None, None, None
+
+
 def scaled_dot_product_attention(
-    config, stock, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    mode, stock, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return stock(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     inputs = (query, key, value, attn_mask)
     batched = query.dim() >= 3 and query.shape[0] == key.shape[0] == value.shape[0]
-    if not any(map(covers, inputs)) or dropout_p > 0 or not batched:
+    if not any(map(covers, inputs)) or dropout_p > 0 or not batched or query.numel() == 0:
         return run(*inputs)
-    return Attention.apply(*inputs, run, config)
+    if mode.config.attention is not None:
+        return Attention.apply(*inputs, run, mode)
+    if enable_gqa or covers(attn_mask) or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        return run(*inputs)
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return Unfused.apply(query, key, value, attn_mask, scale, mode)
 
 
 def _fake_softmax(grad, codes, scales, levels, group, bits):
@@ -107,40 +165,42 @@ class Softmax(torch.autograd.Function):
     """p = run(z), along the last dimension."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, run, config: QuantConfig):
+    def forward(ctx, z: Tensor, run, mode: ActivationMode):
         p = run(z)
-        table = levels.unit(config.softmax, z)
-        ctx.grouped = Grouped(table, tuple(p.shape), tuple(range(p.dim())), p.shape[-1], config.group)
-        ctx.save_for_backward(*encode_groups(p, table.bins, table.low, config.group, config.softmax))
-        ctx.version = p._version
+        bits, group, seed = mode.config.softmax, mode.config.group, mode.calibration.seed()
+        table = levels.unit(bits, z, seed is not None)
+        kept = encode_groups(p, table.bins, table.low, group, bits, table.chances, seed or 0)
+        ctx.save_for_backward(*kept)
+        ctx.grouped = Grouped(table, tuple(p.shape), tuple(range(p.dim())), p.shape[-1], group)
+        ctx.shared, ctx.version = kept, p._version
         return p
 
     @staticmethod
     @first_order
     def backward(ctx, grad: Tensor):
         codes, scales = ctx.saved_tensors
-        table = ctx.grouped.table
+        ctx.shared, table = None, ctx.grouped.table
         return softmax_backward(grad, codes, scales, table.levels, ctx.grouped.group, table.bits), None, None
 
 
 def codes_of_softmax(p: Tensor) -> tuple[Grouped, Tensor, Tensor] | None:
-    """What is kept already of `p`, if it is an unchanged output of a coded softmax."""
+    """What is kept already of `p`, if it is an unchanged output of a coded softmax that nobody asked for before."""
     node = p.grad_fn
-    if type(node) is not Softmax._backward_cls or node.version != p._version:
+    if type(node) is not Softmax._backward_cls or node.version != p._version or node.shared is None:
         return None
-    return node.grouped, *node.saved_tensors
+    shared, node.shared = node.shared, None  # once: autograd alone decides how long they live
+    return node.grouped, *shared
 
 
-def softmax(config, stock, input, dim=None, *args, **kwargs):
+def softmax(mode, stock, input, dim=None, *args, **kwargs):
     def run(z: Tensor) -> Tensor:
         return stock(z, dim, *args, **kwargs)
 
     if not covers(input) or dim not in (-1, input.dim() - 1) or input.dim() == 0:
         return run(input)
-    return Softmax.apply(input, run, config)
+    return Softmax.apply(input, run, mode)
 
 
-HANDLERS = {
-    "attention": {F.scaled_dot_product_attention: scaled_dot_product_attention},
-    "softmax": {f: softmax for f in (F.softmax, torch.softmax, Tensor.softmax)},
-}
+SOFTMAX = {f: softmax for f in (F.softmax, torch.softmax, Tensor.softmax)}
+FUSED = {F.scaled_dot_product_attention: scaled_dot_product_attention}
+HANDLERS = {"attention": FUSED, "softmax": SOFTMAX | FUSED}

@@ -69,7 +69,8 @@ class BlockRunner:
                 return in_pieces(run, x, size)
         if config.recompute == "none" or probe.kept <= input_bytes(x[:1], config):
             return torch.cat([run(piece) for piece in x.split(size)]) if size < len(x) else run(x)
-        return Recompute.apply(x, Replay(run, self.mode, x.device, probe.unread), size, *probe.trained)
+        replay = Replay(run, self.mode, f"{self.index}.input", x.device, probe.unread)
+        return Recompute.apply(x, replay, size, *probe.trained)
 
     def _run(self, inner: Callable[..., Tensor], args: tuple, kwargs: dict, x: Tensor, unread: int = 0) -> Tensor:
         with self.mode.inside(self.index, unread):
@@ -97,7 +98,7 @@ def probe(mode: ActivationMode, module: nn.Module, run: Callable[[Tensor], Tenso
         return tensor.detach()  # not itself: a node that holds its own output is never freed
 
     sample = x[:1].detach().clone().requires_grad_(x.requires_grad)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with mode.calibration.paused(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = run(sample)
     trained = [leaf for leaf in leaves(out) if leaf is not sample]
     return Probe(trained, sum(kept.values()), mode.linears if last < mode.linears else 0)
@@ -106,8 +107,10 @@ def probe(mode: ActivationMode, module: nn.Module, run: Callable[[Tensor], Tenso
 class Replay:
     """Runs a block again as it ran the first time: the same random numbers, autocast and mode."""
 
-    def __init__(self, run: Callable[..., Tensor], mode: ActivationMode, device: torch.device, unread: int):
-        self.run, self.mode, self.device, self.unread = run, mode, device, unread
+    def __init__(
+        self, run: Callable[..., Tensor], mode: ActivationMode, site: str, device: torch.device, unread: int
+    ):
+        self.run, self.mode, self.site, self.device, self.unread = run, mode, site, device, unread
         self.state = random_state(device)
         kind = device.type
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
@@ -164,7 +167,9 @@ class Recompute(torch.autograd.Function):
         if config.input == 16:
             kept = [x.to(torch.bfloat16)]
         elif config.input is not None:
-            ctx.grouped, *kept = keep(x, config.input, config.group)
+            calibration = replay.mode.calibration
+            channels = functools.partial(calibration.channels, replay.site)
+            ctx.grouped, *kept = keep(x, config.input, config.group, seed=calibration.seed(), calibrated=channels)
         ctx.save_for_backward(*kept)
         return in_pieces(replay.run, x, size)
 

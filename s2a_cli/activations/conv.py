@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,9 @@ from s2a_cli.activations.autograd import first_order
 from s2a_cli.activations.codes import byte_table
 from s2a_cli.activations.groups import keep, slices
 from s2a_cli.activations.operators import decode_rows, encode_groups, operator, row_ranges, working_type
-from s2a_cli.config import QuantConfig
+
+if TYPE_CHECKING:
+    from s2a_cli.activations.mode import ActivationMode
 
 _TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
@@ -78,9 +81,9 @@ class CodedConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, geometry: tuple, config: QuantConfig
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, geometry: tuple, mode: ActivationMode
     ):
-        ctx.grouped, *kept = keep(x, config.linear, config.group, flat=True)
+        ctx.grouped, *kept = keep(x, mode.config.linear, mode.config.group, True, mode.calibration.seed())
         ctx.geometry = geometry
         ctx.save_for_backward(weight, *kept)
         return run(x, weight, bias)
@@ -102,13 +105,16 @@ class CodedConv(torch.autograd.Function):
 
 
 class CodedLinear(torch.autograd.Function):
-    """y = run(x, weight, bias) with a weight that trains; the input is kept as codes."""
+    """y = run(x, weight, bias) with a weight that trains; the input is kept as codes, channels calibrated."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, config: QuantConfig):
-        table = levels.signed(config.linear, min(config.group, x.shape[-1]), x)
-        ctx.table, ctx.group = table, config.group
-        ctx.save_for_backward(weight, *encode_groups(x, table.bins, table.low, config.group, config.linear))
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, mode: ActivationMode):
+        bits, group, seed = mode.config.linear, mode.config.group, mode.calibration.seed()
+        table = levels.signed(bits, min(group, x.shape[-1]), x, seed is not None)
+        channels = mode.calibration.channels(mode.site(), x)
+        ctx.levels, ctx.layout, ctx.channels = table.levels, (x.shape[-1], group, bits), channels
+        kept = encode_groups(x, table.bins, table.low, group, bits, table.chances, seed or 0, channels)
+        ctx.save_for_backward(weight, *kept)
         return run(x, weight, bias)
 
     @staticmethod
@@ -116,53 +122,60 @@ class CodedLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         weight, codes, scales = ctx.saved_tensors
         dx = grad.matmul(weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-        dweight = weight_gradient(grad, codes, scales, ctx.table.levels, weight.shape[1], ctx.group, ctx.table.bits)
+        dweight = weight_gradient(grad, codes, scales, ctx.levels, *ctx.layout, ctx.channels)
         dbias = grad.sum(tuple(range(grad.dim() - 1))) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None, None
 
 
-def _fake_weight_gradient(grad, codes, scales, table, width, group, bits):
+def _fake_weight_gradient(grad, codes, scales, table, width, group, bits, channels=None):
     return grad.new_empty(grad.shape[-1], width)
 
 
 @operator(
-    "weight_gradient(Tensor grad, Tensor codes, Tensor scales, Tensor levels, int width, int group, int bits) "
-    "-> Tensor",
+    "weight_gradient(Tensor grad, Tensor codes, Tensor scales, Tensor levels, int width, int group, int bits, "
+    "Tensor? channels=None) -> Tensor",
     _fake_weight_gradient,
 )
 def weight_gradient(
-    grad: Tensor, codes: Tensor, scales: Tensor, table: Tensor, width: int, group: int, bits: int
+    grad: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    width: int,
+    group: int,
+    bits: int,
+    channels: Tensor | None = None,
 ) -> Tensor:
     """grad^T x for a linear layer's weight [out, in], from grad [..., out] and the coded input [..., in]."""
     total = grad.new_zeros(grad.shape[-1], width, dtype=working_type(grad.dtype))
     decoded = byte_table(table.to(total.dtype), bits)
     flat = grad.reshape(-1, grad.shape[-1])
     for start, stop in row_ranges(0, len(flat), width, grad.device):
-        x = decode_rows(codes, scales, decoded, start, stop, width, group, bits)
+        x = decode_rows(codes, scales, decoded, start, stop, width, group, bits, channels)
         total += flat[start:stop].mT @ x.to(grad.dtype)
     return total.to(grad.dtype)
 
 
-def convolution(config, stock, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def convolution(mode, stock, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return stock(x, weight, bias, stride, padding, dilation, groups)
 
     geometry = _geometry(weight, stride, padding, dilation, groups)
     batched = input.dim() == weight.dim()
     if weight.requires_grad:
-        if config.linear is None or geometry is None or not batched:
+        if mode.config.linear is None or geometry is None or not batched:
             return run(input, weight, bias)
-        return CodedConv.apply(input, weight, bias, run, geometry, config)
+        return CodedConv.apply(input, weight, bias, run, geometry, mode)
     if not (input.requires_grad or (bias is not None and bias.requires_grad)) or geometry is None or not batched:
         return run(input, weight, bias)
     return FrozenConv.apply(input, bias, lambda x, bias: run(x, weight, bias), weight, geometry)
 
 
-def linear(config, stock, input, weight, bias=None):
+def linear(mode, stock, input, weight, bias=None):
     if not weight.requires_grad:
         return stock(input, weight, bias)
-    if config.linear is not None and input.dim() > 1:
-        return CodedLinear.apply(input, weight, bias, stock, config)
+    if mode.config.linear is not None and input.dim() > 1:
+        return CodedLinear.apply(input, weight, bias, stock, mode)
     if input.untyped_storage().nbytes() > 2 * input.numel() * input.element_size():
         input = input.clone(memory_format=torch.contiguous_format)
     return stock(input, weight, bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ class Grouped:
     order: tuple[int, ...]
     width: int
     group: int
+    channels: Tensor | None = None  # the shift and factor of each place of a row: [2, width]
 
     def decode(
         self, codes: Tensor, scales: Tensor, dtype: torch.dtype, start: int = 0, stop: int | None = None
@@ -38,15 +39,23 @@ class Grouped:
 
     def _read(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, start: int, stop: int, samples: int) -> Tensor:
         values = decode_groups(
-            codes, scales, self.table.levels, self.width, self.group, self.table.bits, start, stop, dtype
+            codes, scales, self.table.levels, self.width, self.group, self.table.bits, start, stop, dtype, self.channels
         )
         return values.view([samples, *(self.shape[d] for d in self.order[1:])]).permute(inverse(self.order))
 
 
-def keep(x: Tensor, bits: int, group: int, flat: bool = False) -> tuple[Grouped, Tensor, Tensor]:
+def keep(
+    x: Tensor,
+    bits: int,
+    group: int,
+    flat: bool = False,
+    seed: int | None = None,
+    calibrated: Callable[[Tensor], Tensor | None] = lambda rows: None,
+) -> tuple[Grouped, Tensor, Tensor]:
     """Codes and scales of x [samples, ..., width], which has no gradient of its own.
 
     Groups lie along the last dimension; with `flat`, across dimensions as x lies in memory, where they fit.
+    seed: of stochastic rounding. calibrated: gives the shift and factor of each channel of x as it is grouped.
     """
     order = memory_order(x)
     if x.dim() > 2 and x.stride(-1) > x.stride(-2):  # a transposed matrix: rows where they lie
@@ -56,10 +65,10 @@ def keep(x: Tensor, bits: int, group: int, flat: bool = False) -> tuple[Grouped,
     laid = x.permute(order)
     if flat and laid.is_contiguous() and x.numel() % group == 0:
         laid = laid.view(-1, group)
-    width = laid.shape[-1]
-    table = levels.signed(bits, min(group, width), x)
-    codes, scales = encode_groups(laid, table.bins, table.low, group, bits)
-    return Grouped(table, tuple(x.shape), order, width, group), codes, scales
+    width, channels = laid.shape[-1], calibrated(laid)
+    table = levels.signed(bits, min(group, width), x, seed is not None)
+    codes, scales = encode_groups(laid, table.bins, table.low, group, bits, table.chances, seed or 0, channels)
+    return Grouped(table, tuple(x.shape), order, width, group, channels), codes, scales
 
 
 def slices(samples: int, elements: int) -> Iterator[slice]:

@@ -4,13 +4,17 @@ A table cuts the input into fine bins and gives each bin a code, and each code a
 inputs with that code, so that rounding has no bias; which bins share a code is chosen by dynamic programming, exactly,
 to minimise the mean square error over a distribution of inputs. Bins with one code need not be neighbours: GELU' takes
 most values between -0.129 and 0 twice, and one level serves both.
+
+For stochastic rounding a bin has the code of the level below its value, and the chance of the level above, so that the
+mean over draws is the value itself. Its levels reach from the least value to the largest, and dynamic programming
+places them for the least variance.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,36 +30,72 @@ _POINTS = 512  # distinct values the dynamic programme sees
 
 @dataclass(frozen=True)
 class Table:
-    """`code = bins[floor((x - low) / (high - low) * len(bins))]`, clamped, stands for `levels[code]`."""
+    """`code = bins[floor((x - low) / (high - low) * len(bins))]`, clamped, stands for `levels[code]`.
+
+    With `chances` (stochastic rounding) the code is one higher where a uniform int16 is below that of the bin.
+    """
 
     bits: int
     low: float
     high: float
     bins: Tensor  # uint8 [power of two]
-    levels: Tensor  # float32 (or, for slopes, float64) [2**bits]
+    levels: Tensor  # float32 (or, for slopes, float64) [2**bits], ascending
+    chances: Tensor | None = None  # int16, one a bin
 
     def to(self, device: torch.device) -> Table:
-        return replace(self, bins=self.bins.to(device), levels=self.levels.to(device))
+        return self._each(lambda t: t.to(device))
 
     def fake(self, like: FakeTensor) -> Table:
         """The shapes of this table, for a trace."""
-        bins, levels = (like.new_empty(t.shape, dtype=t.dtype) for t in (self.bins, self.levels))
-        return replace(self, bins=bins, levels=levels)
+        return self._each(lambda t: like.new_empty(t.shape, dtype=t.dtype))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Table:
+        chances = None if self.chances is None else change(self.chances)
+        return replace(self, bins=change(self.bins), levels=change(self.levels), chances=chances)
 
 
-def optimal_levels(values: Tensor, weights: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The best 2**bits levels for `values` with these weights, and the code of each value.
+def fit(
+    values: Tensor, weights: Tensor, bits: int, low: float, high: float, stochastic: bool, levels: Tensor | None = None
+) -> Table:
+    """The table of bins between low and high with these values and weights, float64 [bins]; with `levels`, of those."""
+    if levels is None:
+        levels = spanning_levels(values, weights, bits) if stochastic else optimal_levels(values, weights, bits)
+    levels = levels.double()
+    if not stochastic:
+        return Table(bits, low, high, nearest(values, levels), levels.float())
+    below = torch.bucketize(values, levels[1:-1], right=True)
+    chance = (values - levels[below]) / (levels[below + 1] - levels[below]).clamp_min(1e-300)
+    chances = (chance * 2**16 - 2**15).round_().clamp_(-(2**15), 2**15 - 1).to(torch.int16)
+    return Table(bits, low, high, below.to(torch.uint8), levels.float(), chances)
 
-    values, weights: float64 [n]. Returns (levels float64 [2**bits] ascending, codes uint8 [n]). Each level is the
-    weighted mean of its values.
+
+def nearest(values: Tensor, levels: Tensor) -> Tensor:
+    """The code (uint8) of the level nearest to each value."""
+    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+
+def optimal_levels(values: Tensor, weights: Tensor, bits: int) -> Tensor:
+    """The 2**bits levels, float64 ascending, nearest to `values` in the mean square with these weights, float64 [n].
+
+    Each level is the weighted mean of the values nearest to it.
     """
     points, mass = _condense(values, weights)
-    borders = _segment(points, mass, min(2**bits, points.numel()))
+    borders = torch.tensor(_path(_spread(points, mass), min(2**bits, points.numel())))
     levels = _means(torch.bucketize(torch.arange(points.numel()), borders, right=True), points, mass, 2**bits)
     for _ in range(4):  # Lloyd's steps on the values themselves undo the condensing; each keeps or lowers the error
-        codes = torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
-        levels = _means(codes, values, weights, 2**bits)
-    return levels, torch.bucketize(values, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        levels = _means(nearest(values, levels), values, weights, 2**bits)
+    return levels
+
+
+def spanning_levels(values: Tensor, weights: Tensor, bits: int) -> Tensor:
+    """The 2**bits levels, from the least value to the largest, with the least variance of stochastic rounding."""
+    points, mass = _condense(values, weights)
+    points[0], points[-1] = values.min(), values.max()
+    steps = min(2**bits, points.numel()) - 1
+    if steps < 1:  # a constant
+        return points.expand(2**bits).clone()
+    levels = points[[0, *_path(_variance(points, mass), steps), -1]]
+    return torch.cat([levels, levels[-1:].expand(2**bits - len(levels))])
 
 
 def _condense(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,22 +108,39 @@ def _condense(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return total[held] / mass[held], mass[held]
 
 
-def _segment(points: Tensor, mass: Tensor, count: int) -> Tensor:
-    """Borders (indices [count - 1]) of the `count` runs of ascending points with the least square error."""
+def _sums(points: Tensor, mass: Tensor) -> Iterator[Tensor]:
+    """For each power 0, 1, 2: [i, j] = sum of mass * points**power over i..j-1."""
     zero = torch.zeros(1, dtype=torch.float64)
-    m0, m1, m2 = (torch.cat([zero, (mass * points**k).cumsum(0)]) for k in range(3))
-    inside = (m0[None, :] - m0[:, None]).clamp_min(1e-300)
-    cost = (m2[None, :] - m2[:, None]) - (m1[None, :] - m1[:, None]) ** 2 / inside  # [i, j]: one run of points i..j-1
-    cost = cost.clamp_min(0).masked_fill(torch.ones_like(cost).tril().bool(), math.inf)
-    best, last = cost[0].clone(), []
-    for _ in range(count - 1):
-        best, index = (best[:, None] + cost).min(0)
+    for power in range(3):
+        total = torch.cat([zero, (mass * points**power).cumsum(0)])
+        yield total[None, :] - total[:, None]
+
+
+def _spread(points: Tensor, mass: Tensor) -> Tensor:
+    """[i, j]: the square error of one level for the points i..j-1."""
+    m0, m1, m2 = _sums(points, mass)
+    return m2 - m1**2 / m0.clamp_min(1e-300)
+
+
+def _variance(points: Tensor, mass: Tensor) -> Tensor:
+    """[i, j]: the variance of stochastic rounding of the points i..j to one of these two."""
+    m0, m1, m2 = (m[:-1, :-1] for m in _sums(points, mass))
+    a, b = points[:, None], points[None, :]
+    return (a + b) * m1 - m2 - a * b * m0
+
+
+def _path(cost: Tensor, steps: int) -> list[int]:
+    """The nodes between the first and the last of the cheapest ascending path of so many steps; cost: [from, to]."""
+    cost = cost.clamp_min(0).masked_fill(torch.ones_like(cost).tril().bool(), math.inf).T.contiguous()
+    best, last = cost[:, 0].clone(), []
+    for _ in range(steps - 1):
+        best, index = (best + cost).min(1)
         last.append(index)
-    borders, end = [], points.numel()
+    nodes, end = [], len(cost) - 1
     for index in reversed(last):
         end = int(index[end])
-        borders.append(end)
-    return torch.tensor(borders[::-1], dtype=torch.long)
+        nodes.append(end)
+    return nodes[::-1]
 
 
 def _means(codes: Tensor, values: Tensor, weights: Tensor, count: int) -> Tensor:
@@ -104,19 +161,29 @@ def pointwise_weights(x: Tensor) -> Tensor:
 
 
 def derivative_table(
-    function: Callable[[Tensor], Tensor], bits: int, weights: Callable[[Tensor], Tensor] = pointwise_weights
+    function: Callable[[Tensor], Tensor],
+    bits: int,
+    weights: Callable[[Tensor], Tensor] = pointwise_weights,
+    stochastic: bool = False,
+    levels: Tensor | None = None,
 ) -> Table:
     """Levels of the derivative of an elementwise `function`, which is called once, on float64 inputs.
 
-    weights: density of the inputs at given points, up to a factor.
+    weights: density of the inputs at the centres of the bins, up to a factor. levels: those to use instead.
     """
     edges = torch.linspace(-RANGE, RANGE, POINTWISE_BINS + 1, dtype=torch.float64)
     values = function(edges).diff() / edges.diff()  # the mean of f' over each bin
-    levels, codes = optimal_levels(values, weights((edges[1:] + edges[:-1]) / 2), bits)
-    return Table(bits, -RANGE, RANGE, codes, levels.float())
+    return fit(values, weights((edges[1:] + edges[:-1]) / 2), bits, -RANGE, RANGE, stochastic, levels)
 
 
-def signed_table(bits: int, group: int) -> Table:
+def uniform_levels(function: Callable[[Tensor], Tensor], bits: int) -> Tensor:
+    """The uniform grid on f' from its least value to its largest, to compare with."""
+    edges = torch.linspace(-RANGE, RANGE, POINTWISE_BINS + 1, dtype=torch.float64)
+    values = function(edges).diff() / edges.diff()
+    return torch.linspace(float(values.min()), float(values.max()), 2**bits, dtype=torch.float64)
+
+
+def signed_table(bits: int, group: int, stochastic: bool = False) -> Table:
     """Levels for a value divided by the one of the largest magnitude in its group, sign included.
 
     Two levels are fixed at 0 and 1: where one channel is a hundred times larger than its group (residual streams of
@@ -132,15 +199,13 @@ def signed_table(bits: int, group: int) -> Table:
     peak = torch.exp(-u.abs() / 0.1)
     weights = normal / normal.sum() + peak / peak.sum()
     weights[[GROUP_BINS // 2 - 1, GROUP_BINS // 2, -1]] = 100
-    levels, codes = optimal_levels(u, weights, bits)
-    return Table(bits, -1.0, 1.0, codes, levels.float())
+    return fit(u, weights, bits, -1.0, 1.0, stochastic)
 
 
-def unit_table(bits: int) -> Table:
+def unit_table(bits: int, stochastic: bool = False) -> Table:
     """Levels for a value in [0, 1], a probability divided by the largest in its group: a density of 1 / (u + 0.01)."""
     u = _centres(0)
-    levels, codes = optimal_levels(u, 1 / (u + 0.01), bits)
-    return Table(bits, 0.0, 1.0, codes, levels.float())
+    return fit(u, 1 / (u + 0.01), bits, 0.0, 1.0, stochastic)
 
 
 def slopes_table(outside: float, inside: float, dtype: torch.dtype) -> Table:
@@ -155,13 +220,18 @@ def mask_table(p: float, dtype: torch.dtype) -> Table:
 
 
 def _centres(low: float) -> Tensor:
+    """Of bins from low to 1; the outermost stand for the ends themselves, which are as frequent as groups."""
     edges = torch.linspace(low, 1, GROUP_BINS + 1, dtype=torch.float64)
-    return (edges[1:] + edges[:-1]) / 2
+    centres = (edges[1:] + edges[:-1]) / 2
+    centres[0], centres[-1] = low, 1
+    return centres
 
 
-def pointwise(function: Callable[..., Tensor], parameters: dict, bits: int, like: Tensor) -> Table:
-    """The table of an elementwise function with these keyword arguments, where `like` is."""
-    return _placed(_pointwise, (function, tuple(sorted(parameters.items())), bits), like)
+def pointwise(
+    function: Callable[..., Tensor], parameters: dict, bits: int, like: Tensor, stochastic: bool = False
+) -> Table:
+    """The fixed table of an elementwise function with these keyword arguments, where `like` is."""
+    return _placed(_pointwise, (function, tuple(sorted(parameters.items())), bits, stochastic), like)
 
 
 def slopes(outside: float, inside: float, like: Tensor) -> Table:
@@ -175,18 +245,18 @@ def mask(p: float, like: Tensor) -> Table:
     return _placed(mask_table, (p, like.dtype), like)
 
 
-def signed(bits: int, group: int, like: Tensor) -> Table:
+def signed(bits: int, group: int, like: Tensor, stochastic: bool = False) -> Table:
     """The table of normalised values in groups that share a scale, where `like` is."""
-    return _placed(signed_table, (bits, group), like)
+    return _placed(signed_table, (bits, group, stochastic), like)
 
 
-def unit(bits: int, like: Tensor) -> Table:
+def unit(bits: int, like: Tensor, stochastic: bool = False) -> Table:
     """The table of softmax maps, where `like` is."""
-    return _placed(unit_table, (bits,), like)
+    return _placed(unit_table, (bits, stochastic), like)
 
 
-def _pointwise(function: Callable[..., Tensor], parameters: tuple, bits: int) -> Table:
-    return derivative_table(functools.partial(function, **dict(parameters)), bits)
+def _pointwise(function: Callable[..., Tensor], parameters: tuple, bits: int, stochastic: bool) -> Table:
+    return derivative_table(functools.partial(function, **dict(parameters)), bits, stochastic=stochastic)
 
 
 @functools.cache

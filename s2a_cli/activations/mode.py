@@ -1,6 +1,6 @@
 """The one place where operators are intercepted: a TorchFunctionMode with a table {function: handler}.
 
-A handler is called as handler(config, stock, *args, **kwargs), where `stock` is the function that was called. It
+A handler is called as handler(mode, stock, *args, **kwargs), where `stock` is the function that was called. It
 returns what `stock` would, bit for bit, and keeps less for the backward pass; for arguments that it does not cover it
 calls `stock`.
 """
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from s2a_cli.activations import attention, conv, dropout, norm, pointwise, pooling, products
 from s2a_cli.activations.blocks import BlockRunner, unread_linear
+from s2a_cli.activations.calibration import Calibration
 from s2a_cli.config import QuantConfig
 
 FAMILIES = (pointwise, norm, attention, products, pooling, conv, dropout)
@@ -28,7 +29,7 @@ class ActivationMode(TorchFunctionMode):
 
     def __init__(self, config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.calibration = config, Calibration(config)
         self.handlers = dict(_handlers(config))
         self.runners = [BlockRunner(self, index, block) for index, block in enumerate(blocks)]
         self._is_active, self._scope, self._count = False, "", 0
@@ -43,7 +44,7 @@ class ActivationMode(TorchFunctionMode):
         elif handler is None or not torch.is_grad_enabled():
             out = func(*args, **kwargs)
         else:
-            out = handler(self.config, func, *args, **kwargs)
+            out = handler(self, func, *args, **kwargs)
         self.linears += func is F.linear
         return out
 

@@ -1,5 +1,6 @@
 """Normalisation: LayerNorm, GroupNorm and RMSNorm keep a code of x^ and rstd; a frozen BatchNorm keeps nothing.
 
+A layer over its last dimension has a calibrated shift and factor for each channel of x^, see calibration.py.
 Bytes kept for R normalised rows of D elements: grouped_size(R, D, group, bits) + 4 R (rstd, float32). With g the
 gradient and g' = weight * g,
 
@@ -12,6 +13,7 @@ or when its weight trains, it is stock.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +22,13 @@ from torch import Tensor
 from s2a_cli.activations import levels
 from s2a_cli.activations.autograd import first_order
 from s2a_cli.activations.codes import byte_table, groups_of, packed_size, rows
-from s2a_cli.activations.operators import SCALE, decode_rows, encode_rows, operator, working_type
-from s2a_cli.config import QuantConfig
+from s2a_cli.activations.operators import SCALE, decode_rows, draws, encode_rows, operator, working_type
+
+if TYPE_CHECKING:
+    from s2a_cli.activations.mode import ActivationMode
 
 
-def _fake_encode(x, width, eps, centre, bins, group, bits):
+def _fake_encode(x, width, eps, centre, bins, group, bits, chances=None, seed=0, channels=None):
     total = x.numel() // width
     codes = x.new_empty(packed_size(x.numel(), bits), dtype=torch.uint8)
     scales = x.new_empty((total, groups_of(width, group)), dtype=SCALE)
@@ -32,34 +36,58 @@ def _fake_encode(x, width, eps, centre, bins, group, bits):
 
 
 @operator(
-    "encode_norm(Tensor x, int width, float eps, bool centre, Tensor bins, int group, int bits) "
-    "-> (Tensor, Tensor, Tensor)",
+    "encode_norm(Tensor x, int width, float eps, bool centre, Tensor bins, int group, int bits, "
+    "Tensor? chances=None, int seed=0, Tensor? channels=None) -> (Tensor, Tensor, Tensor)",
     _fake_encode,
 )
 def encode_norm(
-    x: Tensor, width: int, eps: float, centre: bool, bins: Tensor, group: int, bits: int
+    x: Tensor,
+    width: int,
+    eps: float,
+    centre: bool,
+    bins: Tensor,
+    group: int,
+    bits: int,
+    chances: Tensor | None = None,
+    seed: int = 0,
+    channels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and scales of x^, each `width` elements of x normalised, and rstd, float32 [rows]."""
     codes, scales, rstd = _fake_encode(x, width, eps, centre, bins, group, bits)
+    up = draws(chances, seed)
+    shift = weight = None
+    if channels is not None:  # (x^ - shift) / factor, as the affine part of the norm
+        weight = channels[1].reciprocal()
+        shift = -channels[0] * weight
     for start, piece in rows(x, width):
-        piece = piece.float()
-        if centre:
-            normal, _, factor = torch.native_layer_norm(piece, (width,), None, None, eps)
-        else:
-            factor = torch.linalg.vecdot(piece, piece).div_(width).add_(eps).rsqrt_()[:, None]
-            normal = piece * factor
+        normal, factor = normalise(piece.float(), eps, centre, weight, shift)
         rstd[start : start + piece.shape[0]] = factor[:, 0]
-        encode_rows(normal, codes, scales, start, rstd.numel(), bins, -1.0, group, bits)
+        encode_rows(normal, codes, scales, start, rstd.numel(), bins, -1.0, group, bits, up)
     return codes, scales, rstd
 
 
-def _fake_backward(grad, codes, scales, rstd, table, weight, width, channels, count, centre, group, bits):
+def normalise(
+    rows: Tensor, eps: float, centre: bool, weight: Tensor | None = None, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x^ * weight + shift of each row [n, width], and its rstd [n, 1]; all float32."""
+    if centre:
+        normal, _, rstd = torch.native_layer_norm(rows, rows.shape[1:], weight, shift, eps)
+        return normal, rstd
+    rstd = torch.linalg.vecdot(rows, rows).div_(rows.shape[1]).add_(eps).rsqrt_()[:, None]
+    normal = rows * rstd
+    return (normal if weight is None else torch.addcmul(shift, normal, weight)), rstd
+
+
+def _fake_backward(
+    grad, codes, scales, rstd, table, weight, width, channels, count, centre, group, bits, calibrated=None
+):
     return grad.new_empty(grad.shape), grad.new_empty(count), grad.new_empty(count)
 
 
 @operator(
     "norm_backward(Tensor grad, Tensor codes, Tensor scales, Tensor rstd, Tensor levels, Tensor? weight, "
-    "int width, int channels, int count, bool centre, int group, int bits) -> (Tensor, Tensor, Tensor)",
+    "int width, int channels, int count, bool centre, int group, int bits, Tensor? calibrated=None) "
+    "-> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )
 def norm_backward(
@@ -75,8 +103,12 @@ def norm_backward(
     centre: bool,
     group: int,
     bits: int,
+    calibrated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; a row has `channels` of all `count`, each of width / channels elements."""
+    """Gradients of x, weight and bias; a row has `channels` of all `count`, each of width / channels elements.
+
+    calibrated: what encode_norm calls `channels`.
+    """
     dtype = working_type(grad.dtype)
     out = grad.new_empty(grad.shape)
     dweight = grad.new_zeros(count // channels, channels, dtype=dtype)
@@ -85,7 +117,7 @@ def norm_backward(
     affine = None if weight is None else weight.to(dtype).view(-1, channels)
     for start, g in rows(grad, width):
         stop = start + g.shape[0]
-        x = decode_rows(codes, scales, decoded, start, stop, width, group, bits)
+        x = decode_rows(codes, scales, decoded, start, stop, width, group, bits, calibrated)
         g, factor = g.to(dtype), rstd[start:stop, None].to(dtype)
         if centre and channels == width:
             dx, dw, db = _layer_norm_backward(g, x, affine)
@@ -115,12 +147,19 @@ class Normalise(torch.autograd.Function):
     """y = run(x, weight, bias), x normalised in rows of `width` elements, each of `channels` channels."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, run, width: int, channels: int, eps: float, centre: bool, config: QuantConfig):
+    def forward(ctx, x, weight, bias, run, width: int, channels: int, eps: float, centre: bool, mode: ActivationMode):
         ctx.shape = None if weight is None else weight.shape
+        site = mode.site()
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            ctx.table = levels.signed(config.norm, config.group, x)
-            ctx.layout = width, channels, centre, config.group
-            kept = encode_norm(x, width, eps, centre, ctx.table.bins, config.group, config.norm)
+            bits, group, seed = mode.config.norm, mode.config.group, mode.calibration.seed()
+            table = levels.signed(bits, group, x, seed is not None)
+            ctx.calibrated = None
+            if channels == width and x.shape[-1] == width:
+                ctx.calibrated = mode.calibration.channels(site, x, lambda rows: normalise(rows, eps, centre)[0])
+            kept = encode_norm(
+                x, width, eps, centre, table.bins, group, bits, table.chances, seed or 0, ctx.calibrated
+            )
+            ctx.levels, ctx.layout = table.levels, (width, channels, centre, group, bits)
             ctx.save_for_backward(weight, *kept)
         else:
             ctx.dims = tuple(range(x.dim() - bias.dim())) if channels == width else (0, *range(2, x.dim()))
@@ -133,11 +172,10 @@ class Normalise(torch.autograd.Function):
         if not ctx.saved_tensors:
             return None, None, grad.sum(ctx.dims), *rest
         weight, codes, scales, rstd = ctx.saved_tensors
-        width, channels, centre, group = ctx.layout
+        width, channels, centre, group, bits = ctx.layout
         count = channels if weight is None else weight.numel()
-        dx, dweight, dbias = norm_backward(
-            grad, codes, scales, rstd, ctx.table.levels, weight, width, channels, count, centre, group, ctx.table.bits
-        )
+        layout = width, channels, count, centre, group, bits
+        dx, dweight, dbias = norm_backward(grad, codes, scales, rstd, ctx.levels, weight, *layout, ctx.calibrated)
         dweight = dweight.view(ctx.shape) if ctx.needs_input_grad[1] else None
         dbias = dbias.view(ctx.shape) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, *rest
@@ -148,17 +186,17 @@ def _trains(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def layer_norm(config, stock, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+def layer_norm(mode, stock, input, normalized_shape, weight=None, bias=None, eps=1e-5):
     def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return stock(x, normalized_shape, weight, bias, eps)
 
     width = math.prod(normalized_shape)
     if not _trains(input, weight, bias) or (weight is None and bias is not None):
         return run(input, weight, bias)
-    return Normalise.apply(input, weight, bias, run, width, width, eps, True, config)
+    return Normalise.apply(input, weight, bias, run, width, width, eps, True, mode)
 
 
-def rms_norm(config, stock, input, normalized_shape, weight=None, eps=None):
+def rms_norm(mode, stock, input, normalized_shape, weight=None, eps=None):
     def run(x: Tensor, weight: Tensor | None, bias: None) -> Tensor:
         return stock(x, normalized_shape, weight, eps)
 
@@ -166,17 +204,17 @@ def rms_norm(config, stock, input, normalized_shape, weight=None, eps=None):
     if not _trains(input, weight):
         return run(input, weight, None)
     eps = torch.finfo(input.dtype).eps if eps is None else eps
-    return Normalise.apply(input, weight, None, run, width, width, eps, False, config)
+    return Normalise.apply(input, weight, None, run, width, width, eps, False, mode)
 
 
-def group_norm(config, stock, input, num_groups, weight=None, bias=None, eps=1e-5):
+def group_norm(mode, stock, input, num_groups, weight=None, bias=None, eps=1e-5):
     def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return stock(x, num_groups, weight, bias, eps)
 
     if not _trains(input, weight, bias) or (weight is None and bias is not None) or input.numel() == 0:
         return run(input, weight, bias)
     channels = input.shape[1] // num_groups
-    return Normalise.apply(input, weight, bias, run, input[0].numel() // num_groups, channels, eps, True, config)
+    return Normalise.apply(input, weight, bias, run, input[0].numel() // num_groups, channels, eps, True, mode)
 
 
 class FrozenBatchNorm(torch.autograd.Function):
@@ -204,7 +242,7 @@ class FrozenBatchNorm(torch.autograd.Function):
 
 
 def batch_norm(
-    config, stock, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+    mode, stock, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
         return stock(x, running_mean, running_var, weight, bias, training, momentum, eps)

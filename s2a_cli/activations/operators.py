@@ -6,8 +6,9 @@
     s2a::encode_groups    x -> codes and scales, `group` elements of the last dimension a scale
     s2a::decode_groups    the rows start:stop of what encode_groups was given
 
-These are the plain PyTorch implementations, for every device. The operators are not differentiable: the autograd
-functions of the operator families call them.
+Optional arguments: `chances` of a table and a `seed` round stochastically; `channels` [2, width], float32, a shift and a
+factor: (x - shift) / factor is what is coded. These are the plain PyTorch implementations, for every device. The
+operators are not differentiable: the autograd functions of the operator families call them.
 """
 
 from __future__ import annotations
@@ -41,23 +42,52 @@ def working_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def assign(x: Tensor, bins: Tensor, low: float, high: float) -> Tensor:
+class Draws:
+    """Uniform 16-bit integers from a seed of their own: the global generators go on as if nothing had been drawn."""
+
+    def __init__(self, chances: Tensor, seed: int):
+        self.chances = chances
+        self.generator = torch.Generator(chances.device).manual_seed(seed)
+
+    def above(self, index: Tensor) -> Tensor:
+        """1 with the chance of each bin of `index`, else 0: uint8."""
+        words = torch.empty(-(-index.numel() // 4), dtype=torch.int64, device=index.device)
+        drawn = words.random_(-(2**63), None, generator=self.generator).view(torch.int16)[: index.numel()]
+        return (drawn < self.chances.index_select(0, index)).view(torch.uint8)
+
+
+def draws(chances: Tensor | None, seed: int) -> Draws | None:
+    return None if chances is None else Draws(chances, seed)
+
+
+def assign(x: Tensor, bins: Tensor, low: float, high: float, up: Draws | None = None) -> Tensor:
     """Codes (uint8) of a small float32 tensor; NaN gets some code, infinities that of the outermost bin."""
     step = bins.numel() / (high - low)
     index = (x * step).add_(-low * step).clamp_(0, bins.numel() - 1)
-    index = index.to(torch.int32).bitwise_and_(bins.numel() - 1)  # NaN may turn into any integer
-    return torch.index_select(bins, 0, index.view(-1))
+    index = index.to(torch.int32).bitwise_and_(bins.numel() - 1).view(-1)  # NaN may turn into any integer
+    codes = torch.index_select(bins, 0, index)
+    return codes if up is None else codes.add_(up.above(index))
 
 
-def _fake_codes(x, *args):
-    return x.new_empty(packed_size(x.numel(), args[-1]), dtype=torch.uint8)
+def _fake_codes(x, bits):
+    return x.new_empty(packed_size(x.numel(), bits), dtype=torch.uint8)
 
 
-@operator("encode_levels(Tensor x, Tensor bins, float low, float high, int bits) -> Tensor", _fake_codes)
-def encode_levels(x: Tensor, bins: Tensor, low: float, high: float, bits: int) -> Tensor:
+def _fake_encode_levels(x, bins, low, high, bits, chances=None, seed=0):
+    return _fake_codes(x, bits)
+
+
+@operator(
+    "encode_levels(Tensor x, Tensor bins, float low, float high, int bits, Tensor? chances=None, int seed=0) -> Tensor",
+    _fake_encode_levels,
+)
+def encode_levels(
+    x: Tensor, bins: Tensor, low: float, high: float, bits: int, chances: Tensor | None = None, seed: int = 0
+) -> Tensor:
     packed = x.new_empty(packed_size(x.numel(), bits), dtype=torch.uint8)
+    up = draws(chances, seed)
     for start, piece in elements(x):
-        pack_into(packed, start, assign(piece.float(), bins, low, high), bits, x.numel())
+        pack_into(packed, start, assign(piece.float(), bins, low, high, up), bits, x.numel())
     return packed
 
 
@@ -92,7 +122,16 @@ def multiply_levels(grad: Tensor, codes: Tensor, levels: Tensor, bits: int) -> T
 
 
 def encode_rows(
-    x: Tensor, packed: Tensor, scales: Tensor, start: int, total: int, bins: Tensor, low: float, group: int, bits: int
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    start: int,
+    total: int,
+    bins: Tensor,
+    low: float,
+    group: int,
+    bits: int,
+    up: Draws | None = None,
 ) -> None:
     """Codes of a small float32 x [r, width], from row `start` of a tensor of `total`, into `packed` and `scales`."""
     count, width = x.shape
@@ -103,16 +142,26 @@ def encode_rows(
     if low < 0:  # the element of the largest magnitude, with its sign
         least = grouped.amin(-1)
         scale = torch.where(scale > -least, scale, least)
+    if up is not None:  # as it will be read no smaller than the element: no level lies beyond 1
+        scale = scale * (1 + 2.0**-8)
     scales[start : start + count] = scale
     factor = scales[start : start + count].float().reciprocal_()  # of the scale as it will be read
-    codes = assign(grouped * factor.nan_to_num_(0, 0, 0)[..., None], bins, low, 1.0)
+    codes = assign(grouped * factor.nan_to_num_(0, 0, 0)[..., None], bins, low, 1.0, up)
     if short:
         codes = codes.view(count, -1)[:, :width].reshape(-1)
     pack_into(packed, start * width, codes, bits, total * width)
 
 
 def decode_rows(
-    codes: Tensor, scales: Tensor, table: Tensor, start: int, stop: int, width: int, group: int, bits: int
+    codes: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    start: int,
+    stop: int,
+    width: int,
+    group: int,
+    bits: int,
+    channels: Tensor | None = None,
 ) -> Tensor:
     """Values [stop - start, width] of the rows start:stop, of the byte table's type; `start` is a multiple of 8."""
     values = lookup(codes, start * width, stop * width, table, bits, scales.shape[0] * width).view(-1, width)
@@ -120,36 +169,55 @@ def decode_rows(
     group = min(group, width)
     if width % group == 0:
         values.view(stop - start, -1, group).mul_(scale[..., None])
-        return values
-    return values.mul_(scale.repeat_interleave(group, 1)[:, :width])
+    else:
+        values.mul_(scale.repeat_interleave(group, 1)[:, :width])
+    if channels is not None:
+        shift, factor = channels.to(table.dtype)
+        torch.addcmul(shift, values, factor, out=values)
+    return values
 
 
-def _fake_encode_groups(x, bins, low, group, bits):
+def _fake_encode_groups(x, bins, low, group, bits, chances=None, seed=0, channels=None):
     width = x.shape[-1]
     scales = x.new_empty((math.prod(x.shape[:-1]), groups_of(width, group)), dtype=SCALE)
     return _fake_codes(x, bits), scales
 
 
 @operator(
-    "encode_groups(Tensor x, Tensor bins, float low, int group, int bits) -> (Tensor, Tensor)", _fake_encode_groups
+    "encode_groups(Tensor x, Tensor bins, float low, int group, int bits, Tensor? chances=None, int seed=0, "
+    "Tensor? channels=None) -> (Tensor, Tensor)",
+    _fake_encode_groups,
 )
-def encode_groups(x: Tensor, bins: Tensor, low: float, group: int, bits: int) -> tuple[Tensor, Tensor]:
+def encode_groups(
+    x: Tensor,
+    bins: Tensor,
+    low: float,
+    group: int,
+    bits: int,
+    chances: Tensor | None = None,
+    seed: int = 0,
+    channels: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     width = x.shape[-1]
     total = math.prod(x.shape[:-1])
     packed = x.new_empty(packed_size(x.numel(), bits), dtype=torch.uint8)
     scales = x.new_empty((total, groups_of(width, group)), dtype=SCALE)
+    up = draws(chances, seed)
     for start, piece in rows(x, width):
-        encode_rows(piece.float(), packed, scales, start, total, bins, low, group, bits)
+        piece = piece.float()
+        if channels is not None:
+            piece = (piece - channels[0]).div_(channels[1])
+        encode_rows(piece, packed, scales, start, total, bins, low, group, bits, up)
     return packed, scales
 
 
-def _fake_decode_groups(codes, scales, levels, width, group, bits, start, stop, dtype):
+def _fake_decode_groups(codes, scales, levels, width, group, bits, start, stop, dtype, channels=None):
     return scales.new_empty((stop - start, width), dtype=dtype)
 
 
 @operator(
     "decode_groups(Tensor codes, Tensor scales, Tensor levels, int width, int group, int bits, "
-    "int start, int stop, ScalarType dtype) -> Tensor",
+    "int start, int stop, ScalarType dtype, Tensor? channels=None) -> Tensor",
     _fake_decode_groups,
 )
 def decode_groups(
@@ -162,12 +230,13 @@ def decode_groups(
     start: int,
     stop: int,
     dtype: torch.dtype,
+    channels: Tensor | None = None,
 ) -> Tensor:
     out = scales.new_empty((stop - start, width), dtype=dtype)
     table = byte_table(levels.to(working_type(dtype)), bits)
     for first, last in row_ranges(start, stop, width, scales.device):
         skip = first % 8
-        values = decode_rows(codes, scales, table, first - skip, last, width, group, bits)
+        values = decode_rows(codes, scales, table, first - skip, last, width, group, bits, channels)
         out[first - start : last - start] = values[skip:]
     return out
 

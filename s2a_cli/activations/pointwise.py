@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,9 @@ from s2a_cli.activations import levels
 from s2a_cli.activations.autograd import covers, first_order
 from s2a_cli.activations.codes import inverse, memory_order
 from s2a_cli.activations.operators import encode_interval, encode_levels, multiply_levels
-from s2a_cli.config import QuantConfig
+
+if TYPE_CHECKING:
+    from s2a_cli.activations.mode import ActivationMode
 
 
 class Elementwise(torch.autograd.Function):
@@ -30,7 +32,7 @@ class Elementwise(torch.autograd.Function):
         ctx, x: Tensor, codes: Tensor, table: levels.Table, order: tuple[int, ...], run: Callable, inplace: bool
     ):
         ctx.save_for_backward(codes)
-        ctx.table, ctx.order = table, order
+        ctx.levels, ctx.bits, ctx.order = table.levels, table.bits, order
         out = run(x)
         if inplace:
             ctx.mark_dirty(x)
@@ -40,16 +42,17 @@ class Elementwise(torch.autograd.Function):
     @first_order
     def backward(ctx, grad: Tensor):
         (codes,) = ctx.saved_tensors
-        product = multiply_levels(grad.permute(ctx.order), codes, ctx.table.levels, ctx.table.bits)
+        product = multiply_levels(grad.permute(ctx.order), codes, ctx.levels, ctx.bits)
         return product.permute(inverse(ctx.order)), None, None, None, None, None
 
 
 def coded(function: Callable, *names: str, inplace: bool = False) -> Callable:
     """A handler that keeps codes of the derivative of `function`, whose further parameters are `names`."""
 
-    def encode(config: QuantConfig, x: Tensor, parameters: dict) -> tuple[Tensor, levels.Table]:
-        table = levels.pointwise(function, parameters, config.pointwise, x)
-        return encode_levels(x, table.bins, table.low, table.high, table.bits), table
+    def encode(mode: ActivationMode, x: Tensor, parameters: dict) -> tuple[Tensor, levels.Table]:
+        table = mode.calibration.pointwise(mode.site(), function, parameters, x)
+        seed = mode.calibration.seed() or 0
+        return encode_levels(x, table.bins, table.low, table.high, table.bits, table.chances, seed), table
 
     return _handler(encode, names, inplace)
 
@@ -60,7 +63,7 @@ def two_slopes(slopes: Callable, *names: str, inplace: bool = False) -> Callable
     slopes(**parameters) -> (low, high, slope outside, slope inside).
     """
 
-    def encode(config: QuantConfig, x: Tensor, parameters: dict) -> tuple[Tensor, levels.Table]:
+    def encode(mode: ActivationMode, x: Tensor, parameters: dict) -> tuple[Tensor, levels.Table]:
         low, high, outside, inside = slopes(**parameters)
         return encode_interval(x, low, high), levels.slopes(outside, inside, x)
 
@@ -68,13 +71,13 @@ def two_slopes(slopes: Callable, *names: str, inplace: bool = False) -> Callable
 
 
 def _handler(encode: Callable, names: tuple[str, ...], inplace: bool) -> Callable:
-    def handler(config: QuantConfig, stock: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def handler(mode: ActivationMode, stock: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not covers(input):
             return stock(input, *args, **kwargs)
         parameters = dict(zip(names, args), **kwargs)
         changes_input = parameters.pop("inplace", inplace)
         order = memory_order(input)
-        codes, table = encode(config, input.detach().permute(order), parameters)
+        codes, table = encode(mode, input.detach().permute(order), parameters)
         return Elementwise.apply(input, codes, table, order, lambda x: stock(x, *args, **kwargs), changes_input)
 
     return handler

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,15 +17,17 @@ from torch import Tensor
 from s2a_cli.activations.attention import codes_of_softmax
 from s2a_cli.activations.autograd import covers, first_order
 from s2a_cli.activations.groups import Grouped, keep, slices
-from s2a_cli.config import QuantConfig
+
+if TYPE_CHECKING:
+    from s2a_cli.activations.mode import ActivationMode
 
 
 class MatMul(torch.autograd.Function):
     """run(a, b) of a [B, ..., M, K] and b [B, ..., K, N], whose leading dimensions are equal."""
 
     @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor, run: Callable, config: QuantConfig):
-        (ctx.left, *left), (ctx.right, *right) = _keep_matrix(a, config), _keep_matrix(b, config)
+    def forward(ctx, a: Tensor, b: Tensor, run: Callable, mode: ActivationMode):
+        (ctx.left, *left), (ctx.right, *right) = _keep_matrix(a, mode), _keep_matrix(b, mode)
         ctx.save_for_backward(*left, *right)
         return run(a, b)
 
@@ -39,27 +42,31 @@ class MatMul(torch.autograd.Function):
         return da, db, None, None
 
 
-def _keep_matrix(x: Tensor, config: QuantConfig) -> tuple[Grouped, Tensor, Tensor]:
-    return codes_of_softmax(x) or keep(x, config.attention, config.group)
+def _keep(x: Tensor, mode: ActivationMode, flat: bool = False) -> tuple[Grouped, Tensor, Tensor]:
+    return keep(x, mode.config.attention, mode.config.group, flat, mode.calibration.seed())
 
 
-def matmul(config, stock, input, other):
+def _keep_matrix(x: Tensor, mode: ActivationMode) -> tuple[Grouped, Tensor, Tensor]:
+    return codes_of_softmax(x) or _keep(x, mode)
+
+
+def matmul(mode, stock, input, other):
     def run(a: Tensor, b: Tensor) -> Tensor:
         return stock(a, b)
 
     if not (covers(input) and covers(other)) or input.dim() < 3 or input.shape[:-2] != other.shape[:-2]:
         return run(input, other)
-    return MatMul.apply(input, other, run, config)
+    return MatMul.apply(input, other, run, mode)
 
 
 class Gate(torch.autograd.Function):
     """run(x, gate), the product; gate broadcasts to x. A gate of x's shape is coded, a smaller one kept."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, gate: Tensor, run: Callable, config: QuantConfig):
-        ctx.x, *kept = keep(x, config.attention, config.group, flat=True)
+    def forward(ctx, x: Tensor, gate: Tensor, run: Callable, mode: ActivationMode):
+        ctx.x, *kept = _keep(x, mode, flat=True)
         if gate.shape == x.shape:
-            ctx.gate, *gate_kept = keep(gate, config.attention, config.group, flat=True)
+            ctx.gate, *gate_kept = _keep(gate, mode, flat=True)
         else:
             ctx.gate, gate_kept = None, [gate]
         ctx.size = gate.shape
@@ -79,13 +86,13 @@ class Gate(torch.autograd.Function):
         return dx, dgate, None, None
 
 
-def multiply(config, stock, input, other):
+def multiply(mode, stock, input, other):
     if not (covers(input) and covers(other)) or input.is_leaf or other.is_leaf or input.dim() != other.dim():
         return stock(input, other)
     x, gate = (input, other) if input.numel() >= other.numel() else (other, input)
     if x.dim() == 0 or x.shape[0] != gate.shape[0] or torch.broadcast_shapes(x.shape, gate.shape) != x.shape:
         return stock(input, other)
-    return Gate.apply(x, gate, stock, config)
+    return Gate.apply(x, gate, stock, mode)
 
 
 HANDLERS = {
