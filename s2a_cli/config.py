@@ -54,6 +54,8 @@ class QuantConfig:
     recompute: str = "none"  # none | block: keep only the input of each block, compute the block again in the backward pass
     input: int | None = None  # bits of that input: 1 to 8, 16 for bfloat16; null: as it is
     chunks: int = 1  # pieces of the batch in which each block runs; more of them: smaller temporaries
+    blocks: dict[int, Any] = field(default_factory=dict)  # settings of single blocks, by number from 0: {3: {norm: 8}}
+    budget_mib: float | None = None  # quant=auto: the peak that these settings are chosen for
 
 
 @dataclass
@@ -168,6 +170,7 @@ RULES = {  # a key, or a pattern that matches keys
     "quant.recompute": one_of("none", "block"),
     "quant.input": number("an integer from 1 to 8, or 16 for bfloat16", lambda value: 1 <= value <= 8 or value == 16),
     "quant.chunks": AT_LEAST_1,
+    "quant.budget_mib": POSITIVE,
     "dataset.domain": one_of(*DOMAINS),
     "dataset.test_domain": one_of(*DOMAINS),
     "dataset.shots": AT_LEAST_1,

@@ -32,7 +32,7 @@ def remember(config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> AbstractC
     A config that keeps what stock PyTorch keeps gives a context that changes nothing at all.
     """
     stock = not config.lossless and all(getattr(config, family) is None for family in FAMILIES)
-    if stock and config.recompute == "none" and config.chunks == 1:
+    if stock and config.recompute == "none" and config.chunks == 1 and not config.blocks:
         return nullcontext()
     return ActivationMode(config, blocks)
 

@@ -40,8 +40,11 @@ class Probe:
 class BlockRunner:
     """Stands in for the forward of block number `index` while the mode is active."""
 
-    def __init__(self, mode: ActivationMode, index: int, module: nn.Module):
+    def __init__(
+        self, mode: ActivationMode, index: int, module: nn.Module, config: QuantConfig, handlers: dict[Callable, Callable]
+    ):
         self.mode, self.index, self.module = mode, index, module
+        self.config, self.handlers = config, handlers  # those of this block
         self._probes: dict[bool, Probe] = {}  # by whether the input has a gradient
 
     @contextmanager
@@ -55,7 +58,7 @@ class BlockRunner:
 
     @functools.partial(torch.compiler.disable, recursive=False)  # compiled is what runs inside
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
-        config, others = self.mode.config, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        config, others = self.config, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         whole = any(other.dim() and other.shape[0] == len(x) for other in others)  # may hold a part for each sample
         size = len(x) if whole else -(-len(x) // config.chunks)
         run = functools.partial(self._run, self.inner, args, kwargs)
@@ -69,11 +72,11 @@ class BlockRunner:
                 return in_pieces(run, x, size)
         if config.recompute == "none" or probe.kept <= input_bytes(x[:1], config):
             return torch.cat([run(piece) for piece in x.split(size)]) if size < len(x) else run(x)
-        replay = Replay(run, self.mode, f"{self.index}.input", x.device, probe.unread)
+        replay = Replay(run, self, x.device, probe.unread)
         return Recompute.apply(x, replay, size, *probe.trained)
 
     def _run(self, inner: Callable[..., Tensor], args: tuple, kwargs: dict, x: Tensor, unread: int = 0) -> Tensor:
-        with self.mode.inside(self.index, unread):
+        with self.mode.inside(self, unread):
             return inner(x, *args, **kwargs)
 
     def _probe(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Probe:
@@ -107,10 +110,8 @@ def probe(mode: ActivationMode, module: nn.Module, run: Callable[[Tensor], Tenso
 class Replay:
     """Runs a block again as it ran the first time: the same random numbers, autocast and mode."""
 
-    def __init__(
-        self, run: Callable[..., Tensor], mode: ActivationMode, site: str, device: torch.device, unread: int
-    ):
-        self.run, self.mode, self.site, self.device, self.unread = run, mode, site, device, unread
+    def __init__(self, run: Callable[..., Tensor], block: BlockRunner, device: torch.device, unread: int):
+        self.run, self.block, self.device, self.unread = run, block, device, unread
         self.state = random_state(device)
         kind = device.type
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
@@ -121,7 +122,7 @@ class Replay:
         """Gives the block, to be called with gradients on the pieces in their first order."""
 
         def again(piece: Tensor) -> Tensor:
-            with torch.enable_grad(), self.autocast(), self.mode.again():
+            with torch.enable_grad(), self.autocast(), self.block.mode.again():
                 return self.run(piece, unread=self.unread)
 
         before = random_state(self.device)
@@ -161,14 +162,13 @@ class Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, replay: Replay, size: int, *trained: Tensor) -> Tensor:
-        config = replay.mode.config
+        config, calibration = replay.block.config, replay.block.mode.calibration
         ctx.replay, ctx.size, ctx.trained, ctx.dtype = replay, size, trained, x.dtype
         ctx.grouped, kept = None, [x]
         if config.input == 16:
             kept = [x.to(torch.bfloat16)]
         elif config.input is not None:
-            calibration = replay.mode.calibration
-            channels = functools.partial(calibration.channels, replay.site)
+            channels = functools.partial(calibration.channels, f"{replay.block.index}.input")
             ctx.grouped, *kept = keep(x, config.input, config.group, seed=calibration.seed(), calibrated=channels)
         ctx.save_for_backward(*kept)
         return in_pieces(replay.run, x, size)

@@ -46,9 +46,11 @@ class Calibration:
         self._draws += 1
         return (self._origin * 6364136223846793005 + self._draws * 1442695040888963407) % 2**62
 
-    def pointwise(self, site: str, function: Callable[..., Tensor], parameters: dict, x: Tensor) -> levels.Table:
+    def pointwise(
+        self, site: str, function: Callable[..., Tensor], parameters: dict, bits: int, x: Tensor
+    ) -> levels.Table:
         """The table of `function` for inputs like x."""
-        bits, ready = self.config.pointwise, self._ready.get(site)
+        ready = self._ready.get(site)
         if ready is not None and ready.levels.device == x.device and not isinstance(x, FakeTensor):
             return ready
         known = self._known(site, x, lambda: _histogram(x))

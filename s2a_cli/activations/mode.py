@@ -8,7 +8,8 @@ calls `stock`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,10 @@ class ActivationMode(TorchFunctionMode):
         super().__init__()
         self.config, self.calibration = config, Calibration(config)
         self.handlers = dict(_handlers(config))
-        self.runners = [BlockRunner(self, index, block) for index, block in enumerate(blocks)]
+        self.runners = []
+        for index, block in enumerate(blocks):
+            own = replace(config, **config.blocks.get(index, {}))
+            self.runners.append(BlockRunner(self, index, block, own, dict(_handlers(own))))
         self._is_active, self._scope, self._count = False, "", 0
         self.linears = self._unread = 0
 
@@ -79,17 +83,18 @@ class ActivationMode(TorchFunctionMode):
             super().__exit__(None, None, None)
 
     @contextmanager
-    def inside(self, block: int, unread: int = 0) -> Iterator[None]:
+    def inside(self, block: BlockRunner, unread: int = 0) -> Iterator[None]:
         """Operators called within belong to this block: `site` and `linears` count them from its first.
 
         unread: the linear layer of which only the gradient is wanted, counted from 1.
         """
-        before = self._scope, self._count
-        self._scope, self._count, self._unread, self.linears = f"{block}.", 0, unread, 0
+        before = self._scope, self._count, self.config, self.handlers
+        self._scope, self._count, self._unread, self.linears = f"{block.index}.", 0, unread, 0
+        self.config, self.handlers = block.config, block.handlers
         try:
             yield
         finally:
-            (self._scope, self._count), self._unread = before, 0
+            (self._scope, self._count, self.config, self.handlers), self._unread = before, 0
 
     def site(self) -> str:
         """A name for the call of an operator, the same in every step, piece of a batch and recomputation."""

@@ -50,7 +50,7 @@ def coded(function: Callable, *names: str, inplace: bool = False) -> Callable:
     """A handler that keeps codes of the derivative of `function`, whose further parameters are `names`."""
 
     def encode(mode: ActivationMode, x: Tensor, parameters: dict) -> tuple[Tensor, levels.Table]:
-        table = mode.calibration.pointwise(mode.site(), function, parameters, x)
+        table = mode.calibration.pointwise(mode.site(), function, parameters, mode.config.pointwise, x)
         seed = mode.calibration.seed() or 0
         return encode_levels(x, table.bins, table.low, table.high, table.bits, table.chances, seed), table
 
