@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2a_cli.activations import levels
 from s2a_cli.activations.autograd import covers, first_order
 from s2a_cli.activations.codes import byte_table, rows
 from s2a_cli.activations.groups import Grouped, keep, slices
@@ -84,9 +83,7 @@ class Unfused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, scale: float, mode: ActivationMode):
         ctx.scale, ctx.bits, ctx.group = scale, mode.config.softmax, mode.config.group
-        seed, kept, out = mode.calibration.seed(), [], None
-        table = levels.unit(ctx.bits, q, seed is not None)
-        ctx.levels = table.levels
+        site, kept, out = mode.site(), [], None
         ctx.parts = list(slices(len(q), math.prod(q.shape[1:-1]) * k.shape[-2]))
         for part in ctx.parts:
             scores = torch.matmul(q[part], k[part].mT).mul_(scale)
@@ -95,11 +92,12 @@ class Unfused(torch.autograd.Function):
                 scores = scores.masked_fill_(~bias, -math.inf) if mask.dtype == torch.bool else scores.add_(bias)
             p = torch.softmax(scores, -1, dtype=working_type(scores.dtype))
             del scores
-            kept += encode_groups(p, table.bins, table.low, ctx.group, ctx.bits, table.chances, seed or 0)
+            table, seed = mode.calibration.unit(site, p, ctx.bits), mode.calibration.seed() or 0
+            kept += encode_groups(p, table.bins, table.low, ctx.group, ctx.bits, table.chances, seed)
             piece = torch.matmul(p.to(v.dtype), v[part])
             out = piece.new_empty((len(q), *piece.shape[1:])) if out is None else out
             out[part] = piece
-            seed = mode.calibration.seed()
+        ctx.levels = table.levels
         ctx.save_for_backward(q, k, v, *kept)
         return out
 
@@ -168,7 +166,7 @@ class Softmax(torch.autograd.Function):
     def forward(ctx, z: Tensor, run, mode: ActivationMode):
         p = run(z)
         bits, group, seed = mode.config.softmax, mode.config.group, mode.calibration.seed()
-        table = levels.unit(bits, z, seed is not None)
+        table = mode.calibration.unit(mode.site(), p, bits)
         kept = encode_groups(p, table.bins, table.low, group, bits, table.chances, seed or 0)
         ctx.save_for_backward(*kept)
         ctx.grouped = Grouped(table, tuple(p.shape), tuple(range(p.dim())), p.shape[-1], group)

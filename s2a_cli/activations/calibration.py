@@ -1,7 +1,8 @@
 """What the codes of a run are fitted to: each layer's own inputs, seen once, in its first forward pass.
 
 - pointwise functions: the levels that are best for a histogram of the layer's inputs;
-- normalised activations and inputs of blocks: a shift and a factor for each channel. Residual streams of ViTs have
+- softmax maps: likewise, for probabilities divided by the largest of their group, weighted by its square;
+- normalised activations and inputs of blocks and layers: a shift and a factor for each channel. Residual streams of ViTs have
   channels a hundred times larger than the rest, and with means far from 0; a group that holds one would be coded as
   coarsely as that channel. Shifted and divided, all channels of a group are alike.
 
@@ -24,7 +25,6 @@ from s2a_cli.config import QuantConfig
 
 SAMPLE = 1 << 16  # elements of a layer's input that a histogram is made of
 ROWS = 1 << 18  # elements that the shifts and factors are made of
-FLOOR = 0.01  # weight of the fixed distribution beside the histogram: inputs may drift while training
 LEAST = 0.1  # of the median factor: a channel that was constant may change later
 
 
@@ -56,14 +56,27 @@ class Calibration:
         known = self._known(site, x, lambda: _histogram(x))
         if known is None:
             return levels.pointwise(function, parameters, bits, x, self.is_stochastic)
+        slope = functools.partial(function, **parameters)
+        return self._fit(site, known, functools.partial(levels.derivative_table, slope, bits), x)
+
+    def unit(self, site: str, p: Tensor, bits: int) -> levels.Table:
+        """The table of softmax maps like p [..., keys]."""
+        group, ready = self.config.group, self._ready.get(site)
+        if ready is not None and ready.levels.device == p.device and not isinstance(p, FakeTensor):
+            return ready
+        known = self._known(site, p, lambda: _shares(p, group))
+        if known is None:
+            return levels.unit(bits, p, self.is_stochastic)
+        return self._fit(site, known, functools.partial(levels.unit_table, bits), p)
+
+    def _fit(self, site: str, known: Tensor, make: Callable[..., levels.Table], like: Tensor) -> levels.Table:
+        """A table from a histogram over its bins, or from levels that were found before."""
         with torch.no_grad():
-            make = functools.partial(levels.derivative_table, functools.partial(function, **parameters), bits)
-            if known.numel() == 2**bits:
+            if site in self._found:
                 table = make(stochastic=self.is_stochastic, levels=known)
             else:
-                table = make(lambda centres: _mixed(known, centres), stochastic=self.is_stochastic)
-        self._found[site] = table.levels
-        self._ready[site] = table.to(x.device)
+                table = make(histogram=known, stochastic=self.is_stochastic)
+        self._found[site], self._ready[site] = table.levels, table.to(like.device)
         return self._ready[site]
 
     def channels(self, site: str, x: Tensor, change: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor | None:
@@ -118,9 +131,15 @@ def _histogram(x: Tensor) -> Tensor:
     return torch.histc(sample.cpu(), levels.POINTWISE_BINS, -levels.RANGE, levels.RANGE)
 
 
-def _mixed(histogram: Tensor, centres: Tensor) -> Tensor:
-    fixed = levels.pointwise_weights(centres)
-    return histogram.double() / histogram.sum() + FLOOR * fixed / fixed.sum()
+def _shares(p: Tensor, group: int) -> Tensor:
+    """The bins of a unit table, by the square of the scale of what lies in them, for a sample of p [..., keys]."""
+    rows = _rows(p).cpu()
+    group = min(group, rows.shape[1])
+    shares = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group)).view(len(rows), -1, group)
+    scale = shares.amax(-1, keepdim=True)
+    bins = (shares / scale).nan_to_num_(0, 0, 0).mul_(levels.GROUP_BINS).int().clamp_(0, levels.GROUP_BINS - 1)
+    weight = scale.nan_to_num_(0, 0, 0).square_().expand_as(shares)
+    return torch.bincount(bins.flatten(), weight.flatten(), levels.GROUP_BINS)
 
 
 def _rows(x: Tensor, elements: int = ROWS) -> Tensor:

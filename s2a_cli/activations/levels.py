@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 RANGE = 16.0  # pointwise inputs beyond +-RANGE share the outermost bins: f' is constant there
 POINTWISE_BINS = 1 << 14
 GROUP_BINS = 1 << 12
+FLOOR = 0.01  # weight of the fixed distribution beside a histogram
 _POINTS = 512  # distinct values the dynamic programme sees
 
 
@@ -165,15 +166,26 @@ def derivative_table(
     bits: int,
     weights: Callable[[Tensor], Tensor] = pointwise_weights,
     stochastic: bool = False,
+    histogram: Tensor | None = None,
     levels: Tensor | None = None,
 ) -> Table:
     """Levels of the derivative of an elementwise `function`, which is called once, on float64 inputs.
 
-    weights: density of the inputs at the centres of the bins, up to a factor. levels: those to use instead.
+    weights: density of the inputs at the centres of the bins, up to a factor. histogram: of inputs, over the bins, which
+    then count most. levels: those to use.
     """
     edges = torch.linspace(-RANGE, RANGE, POINTWISE_BINS + 1, dtype=torch.float64)
     values = function(edges).diff() / edges.diff()  # the mean of f' over each bin
-    return fit(values, weights((edges[1:] + edges[:-1]) / 2), bits, -RANGE, RANGE, stochastic, levels)
+    density = _mixed(weights((edges[1:] + edges[:-1]) / 2), histogram)
+    return fit(values, density, bits, -RANGE, RANGE, stochastic, levels)
+
+
+def _mixed(density: Tensor, histogram: Tensor | None) -> Tensor:
+    """The histogram with a little of the density, since inputs may drift while training."""
+    if histogram is None:
+        return density
+    total = histogram.double().sum().clamp_min(1e-300)
+    return histogram.double() / total + FLOOR * density / density.sum()
 
 
 def uniform_levels(function: Callable[[Tensor], Tensor], bits: int) -> Tensor:
@@ -202,10 +214,15 @@ def signed_table(bits: int, group: int, stochastic: bool = False) -> Table:
     return fit(u, weights, bits, -1.0, 1.0, stochastic)
 
 
-def unit_table(bits: int, stochastic: bool = False) -> Table:
-    """Levels for a value in [0, 1], a probability divided by the largest in its group: a density of 1 / (u + 0.01)."""
+def unit_table(
+    bits: int, stochastic: bool = False, histogram: Tensor | None = None, levels: Tensor | None = None
+) -> Table:
+    """Levels for a value in [0, 1], a probability divided by the largest in its group: a density of 1 / (u + 1e-4).
+
+    Most of a map is next to nothing, and its sum counts: levels made for larger values would round it with a bias.
+    """
     u = _centres(0)
-    return fit(u, 1 / (u + 0.01), bits, 0.0, 1.0, stochastic)
+    return fit(u, _mixed(1 / (u + 1e-4), histogram), bits, 0.0, 1.0, stochastic, levels)
 
 
 def slopes_table(outside: float, inside: float, dtype: torch.dtype) -> Table:
