@@ -23,11 +23,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from s2a_cli import memory
 from s2a_cli.activations import STOCK
 from s2a_cli.backbones import Backbone
 from s2a_cli.config import QuantConfig
 from s2a_cli.errors import UserError
+from s2a_cli.memory import saved_bytes
+from s2a_cli.memory.result import MIB
 from s2a_cli.progress import Progress
 from s2a_cli.steps import Step, train_mode
 
@@ -40,7 +41,9 @@ PIECES = (1, 8)  # of the batch, for coded blocks
 FINER = (4, 8, 16)  # for recomputed ones
 ROUNDS = 4  # of predicting an allocation and correcting what it may keep
 
-Peak = Callable[[QuantConfig], float]  # predicted, MiB
+IMAGES = 8  # that costs are measured on
+
+Peak = Callable[..., float]  # (quant) or (quant, micro_batch) -> predicted, MiB
 Key = tuple[int, str]  # the number of a block, and a family or "input"
 
 
@@ -61,7 +64,7 @@ class Costs:
     def spread(self, mib: float, choices: tuple[int, ...]) -> dict[Key, int] | None:
         """The bits with the least expected error that take at most `mib`; None where the fewest take more."""
         bits = dict.fromkeys(self.bytes, choices[0])
-        left = mib * memory.MIB - sum(self.bytes.values()) * choices[0]
+        left = mib * MIB - sum(self.bytes.values()) * choices[0]
         if left < 0:
             return None
         while True:
@@ -81,7 +84,7 @@ class Costs:
 class Choice:
     quant: QuantConfig
     peak_mib: float  # predicted
-    error: float  # of the gradient, expected
+    error: float  # of the gradient, relative, measured on the images that the costs were measured on
 
     def describe(self) -> str:
         """One line for people."""
@@ -95,8 +98,8 @@ class Choice:
             words.append("lossless savings" if quant.lossless else "stock PyTorch")
         if quant.chunks > 1:
             words.append(f"{quant.chunks} pieces of the batch")
-        error = f"expected relative error of the gradient {self.error:.3f}" if self.error else "the gradient is exact"
-        return f"quant=auto: {', '.join(words)}: predicted peak {self.peak_mib:,.0f} of {quant.budget_mib:g} MiB, {error}"
+        error = f"relative error of the gradient {self.error:.2g}" if self.error else "the gradient is exact"
+        return f"quant=auto: {', '.join(words)}: predicted peak {self.peak_mib:,.1f} of {quant.budget_mib:g} MiB, {error}"
 
 
 def _span(bits: Iterable[int]) -> str:
@@ -104,42 +107,84 @@ def _span(bits: Iterable[int]) -> str:
     return f"{low} bits" if low == high else f"{low} to {high} bits"
 
 
-def allocate(
-    config: DictConfig, backbone: Backbone, peak: Peak, batch: tuple[Tensor, Tensor], device: torch.device
-) -> Choice:
-    """The choice for a run. Raises UserError where nothing fits; the message has the smallest peak there is.
+class Gradient:
+    """The gradient of a run on some of its images, under other quant settings.
 
-    config: with quant.budget_mib. peak: predicts the step of this run with other quant settings. batch: some training
-    images and targets, on which the costs are measured.
+    batch: training images [B, 3, H, W] and targets, on any device.
     """
-    asked = OmegaConf.to_object(config.quant)
+
+    def __init__(self, config: DictConfig, backbone: Backbone, batch: tuple[Tensor, Tensor], device: torch.device):
+        self.config, self.backbone, self.device = config, backbone, device
+        self.images, self.targets = (tensor.to(device) for tensor in batch)
+        self.base = replace(STOCK, recompute="block", group=config.quant.group)  # exact, in little memory
+        train_mode(backbone.model)
+        self._exact = self._of(self.base)
+
+    def error(self, quant: QuantConfig) -> float:
+        """The relative error that these settings make."""
+        difference = torch.linalg.vector_norm(self._of(quant) - self._exact)
+        return (difference / torch.linalg.vector_norm(self._exact)).item()
+
+    def kept(self, quant: QuantConfig) -> int:
+        """Bytes kept of one image."""
+        return saved_bytes(lambda: self._step(quant).logits(self.backbone.model, self.images[:1]), self.backbone.model)
+
+    def _step(self, quant: QuantConfig) -> Step:
+        changed = OmegaConf.merge(self.config, {"quant": OmegaConf.structured(quant)})
+        return Step(changed, self.device, self.backbone.block_modules)
+
+    def _of(self, quant: QuantConfig) -> Tensor:
+        """All that trains, as one vector; under the same random numbers each time."""
+        step, trained = self._step(quant), [p for p in self.backbone.model.parameters() if p.requires_grad]
+        torch.manual_seed(self.config.seed)
+        loss = step.criterion(step.logits(self.backbone.model, self.images), self.targets)
+        found = torch.autograd.grad(loss, trained, allow_unused=True)
+        return torch.cat([g.flatten().double() for g in found if g is not None])
+
+
+def allocate(gradient: Gradient, peak: Peak) -> Choice:
+    """The choice for a run whose config has quant.budget_mib. Raises UserError where nothing fits, and says what would.
+
+    peak: predicts the step of the run with other quant settings.
+    """
+    asked: QuantConfig = OmegaConf.to_object(gradient.config.quant)
     for quant in (replace(asked, lossless=False), asked):
         if (found := peak(quant)) <= asked.budget_mib:
             return Choice(quant, found, 0.0)
-    costs = measure(config, backbone, batch, device, CODED, BITS)
-    for chunks in PIECES if costs.bytes else ():
-        choice = _fit(replace(asked, chunks=chunks), costs, BITS, peak)
+    codes = measure(gradient, CODED)
+    for chunks in PIECES if codes.bytes else ():
+        choice = _fit(replace(asked, chunks=chunks), codes, BITS, gradient, peak)
         if choice and choice.error <= TOLERANCE:
             return choice
     # What is coded outside of blocks, such as the last normalisation, takes little in 8 bits.
     asked = replace(asked, recompute="block", norm=8)
-    inputs = measure(config, backbone, batch, device, ("input",), INPUT_BITS)
+    inputs = measure(gradient, ("input",))
     for chunks in FINER:
-        choice = _fit(replace(asked, chunks=chunks), inputs, INPUT_BITS, peak)
+        choice = _fit(replace(asked, chunks=chunks), inputs, INPUT_BITS, gradient, peak)
         if choice and choice.error <= TOLERANCE:
             return choice
-    if choice:
-        return choice
-    smallest = peak(_applied(replace(asked, chunks=FINER[-1]), dict.fromkeys(inputs.bytes, INPUT_BITS[0])))
-    raise UserError(
-        f"quant.budget_mib={asked.budget_mib:g}: nothing fits; the smallest predicted peak of this run is {smallest:,.0f} MiB"
-    )
+    if not choice:
+        raise UserError(_what_would(gradient.config, asked, inputs, peak))
+    return choice
 
 
-def _fit(quant: QuantConfig, costs: Costs, choices: tuple[int, ...], peak: Peak) -> Choice | None:
+def _what_would(config: DictConfig, asked: QuantConfig, inputs: Costs, peak: Peak) -> str:
+    """That nothing fits, and what would: the largest micro-batch, a method without a backward pass through the backbone."""
+    least = _applied(replace(asked, chunks=FINER[-1]), dict.fromkeys(inputs.bytes, INPUT_BITS[0]))
+    said = f"quant.budget_mib={asked.budget_mib:g}: nothing fits; the smallest predicted peak of this run is {peak(least):,.1f} MiB"
+    size = config.optim.micro_batch or config.optim.batch_size
+    while size > 1:
+        size //= 2
+        if (found := peak(least, size)) <= asked.budget_mib:
+            return f"{said}; optim.micro_batch={size} would fit ({found:,.1f} MiB)"
+    return f"{said}, and {found:,.1f} MiB with one image at a time; method=side, a smaller backbone or backbone.weights=int8 need less"
+
+
+def _fit(
+    quant: QuantConfig, costs: Costs, choices: tuple[int, ...], gradient: Gradient, peak: Peak
+) -> Choice | None:
     """The bits with the least error whose predicted peak fits; None where even the fewest do not."""
-    most = dict.fromkeys(costs.bytes, choices[-1])
-    allowed = sum(costs.bytes[key] * bits for key, bits in most.items()) / memory.MIB
+    allowed = choices[-1] * sum(costs.bytes.values()) / MIB
     for _ in range(ROUNDS):
         bits = costs.spread(allowed, choices)
         if bits is None:
@@ -147,8 +192,8 @@ def _fit(quant: QuantConfig, costs: Costs, choices: tuple[int, ...], peak: Peak)
         applied = _applied(quant, bits)
         found = peak(applied)
         if found <= quant.budget_mib:
-            return Choice(applied, found, costs.expected(bits))
-        allowed = sum(costs.bytes[key] * count for key, count in bits.items()) / memory.MIB - (found - quant.budget_mib)
+            return Choice(applied, found, gradient.error(applied))
+        allowed = sum(costs.bytes[key] * count for key, count in bits.items()) / MIB - (found - quant.budget_mib)
     return None
 
 
@@ -159,61 +204,29 @@ def _applied(quant: QuantConfig, bits: dict[Key, int]) -> QuantConfig:
     return replace(quant, blocks=blocks)
 
 
-def measure(
-    config: DictConfig,
-    backbone: Backbone,
-    batch: tuple[Tensor, Tensor],
-    device: torch.device,
-    families: tuple[str, ...],
-    choices: tuple[int, ...],
-) -> Costs:
-    """Bytes a bit and error of each family in each block that has it."""
-    costs = Costs(bytes=_bytes(config, backbone, batch[0], families, device))
-    train_mode(backbone.model)
-    base = replace(STOCK, recompute="block", group=config.quant.group)
-    exact = _gradient(config, backbone, batch, device, base)
-    with Progress("measuring the gradient's sensitivity", len(costs.bytes), " codes") as progress:
-        for block, family in costs.bytes:
-            quant = replace(base, blocks={block: _alone(family, REFERENCE)})
-            error = torch.linalg.vector_norm(_gradient(config, backbone, batch, device, quant) - exact)
-            costs.error[block, family] = (error / torch.linalg.vector_norm(exact)).item()
-            progress.add(1)
+def measure(gradient: Gradient, families: tuple[str, ...]) -> Costs:
+    """Bytes a bit, and error, of each of these families in each block that has it."""
+    costs, config, blocks = Costs(), gradient.config, gradient.backbone.blocks
+    batch = config.optim.micro_batch or config.optim.batch_size
+    with Progress("measuring what codes cost", len(blocks) * len(families), " codes") as progress:
+        for index, block in enumerate(blocks):
+            for family in families:
+                if family == "input":
+                    per_image = math.prod(block.input.shape) / 8
+                else:
+                    per_image = (_kept(gradient, index, family, 8) - _kept(gradient, index, family, 4)) / 4
+                if per_image:
+                    costs.bytes[index, family] = batch * per_image
+                    coded = replace(gradient.base, blocks={index: _alone(family, REFERENCE)})
+                    costs.error[index, family] = gradient.error(coded)
+                progress.add(1)
     return costs
+
+
+def _kept(gradient: Gradient, block: int, family: str, bits: int) -> int:
+    return gradient.kept(replace(gradient.base, recompute="none", blocks={block: _alone(family, bits)}))
 
 
 def _alone(family: str, bits: int) -> dict[str, int]:
     """The settings of a block in which this family alone is coded; a map is no kept operand where attention is not coded."""
     return {"attention": 8, family: bits} if family == "softmax" else {family: bits}
-
-
-def _gradient(
-    config: DictConfig, backbone: Backbone, batch: tuple[Tensor, Tensor], device: torch.device, quant: QuantConfig
-) -> Tensor:
-    """The gradient of all that trains, as one vector, under the same random numbers each time."""
-    step = Step(OmegaConf.merge(config, {"quant": OmegaConf.structured(quant)}), device, backbone.block_modules)
-    images, targets = (tensor.to(device) for tensor in batch)
-    torch.manual_seed(config.seed)
-    trained = [p for p in backbone.model.parameters() if p.requires_grad]
-    found = torch.autograd.grad(step.criterion(step.logits(backbone.model, images), targets), trained, allow_unused=True)
-    return torch.cat([g.flatten().double() for g in found if g is not None])
-
-
-def _bytes(
-    config: DictConfig, backbone: Backbone, images: Tensor, families: tuple[str, ...], device: torch.device
-) -> dict[Key, float]:
-    """Bytes that one more bit of a family takes in a block, for a batch; nothing where the block has no such operator."""
-    batch = config.optim.micro_batch or config.optim.batch_size
-    if families == ("input",):
-        return {(index, "input"): batch * math.prod(block.input.shape) / 8 for index, block in enumerate(backbone.blocks)}
-
-    def kept(block: int, family: str, bits: int) -> int:
-        quant = replace(STOCK, group=config.quant.group, blocks={block: _alone(family, bits)})
-        step = Step(OmegaConf.merge(config, {"quant": OmegaConf.structured(quant)}), device, backbone.block_modules)
-        return memory.saved_bytes(lambda: step.logits(backbone.model, images[:1].to(device)), backbone.model)
-
-    found = {}
-    for block in range(len(backbone.blocks)):
-        for family in families:
-            if per_image := (kept(block, family, 8) - kept(block, family, 4)) / 4:
-                found[block, family] = batch * per_image
-    return found

@@ -259,6 +259,8 @@ def check(config: DictConfig) -> dict[str, str]:
         problems[micro] = f"{micro}={values[micro]}: expected at most {batch}={values[batch]}"
     if both(warmup, epochs) and values[warmup] >= values[epochs]:
         problems[warmup] = f"{warmup}={values[warmup]}: expected less than {epochs}={values[epochs]}"
+    if values.get("quant.name") == "auto" and values.get("quant.budget_mib") is None:
+        problems["quant.budget_mib"] = "quant=auto needs quant.budget_mib=N, the peak in MiB that a step may reach"
     if both("compile_budget") and not values.get("compile"):
         problems["compile_budget"] = f"compile_budget={values['compile_budget']} is the compiler's: set compile=true too"
     if both("quant.input") and values.get("quant.recompute") == "none":

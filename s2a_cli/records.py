@@ -65,6 +65,7 @@ class Result(TypedDict):
     status: str  # ok | oom | failed | interrupted
     error: str | None  # one line
     config: dict[str, Any]  # resolved
+    quant: dict[str, Any] | None  # what quant=auto chose, else null: it is in config
     accuracy: Accuracy
     parameters: Parameters
     memory: MemoryRecord | None

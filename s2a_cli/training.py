@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms import v2
 
-from s2a_cli import backbones, checkpoints, data, memory, records
+from s2a_cli import allocation, backbones, checkpoints, data, memory, records
 from s2a_cli.activations import STOCK
 from s2a_cli.backbones import Backbone
-from s2a_cli.config import show
+from s2a_cli.config import QuantConfig, show
 from s2a_cli.errors import RunError, UserError
 from s2a_cli.methods import METHODS
 from s2a_cli.progress import Progress
@@ -84,6 +84,7 @@ def _refuse_parts(config: DictConfig) -> None:
         ("optim.micro_batch", optim.micro_batch, None),
         ("quant.chunks", quant.chunks, 1),
         ("quant.recompute", quant.recompute, "none"),
+        ("quant.budget_mib", quant.budget_mib, None),
     ):
         if value != default:
             raise UserError(
@@ -120,12 +121,13 @@ def train(config: DictConfig) -> tuple[records.Result, Path]:
     if config.run_dir:
         records.make_run_dir(Path(config.run_dir))  # before anything is downloaded
     run = prepare(config)
+    chosen = _allocate(run) if config.quant.budget_mib else None
     identity = records.identity(config, run.splits.revision, run.weights)
     place = config.run_dir or f"runs/{run.splits.name}/{config.backbone.name}/{config.method.name}/{identity}"
     folder = records.make_run_dir(Path(place))
     for name in ("result.json", "metrics.jsonl", "traceback.txt", checkpoints.FILE):
         (folder / name).unlink(missing_ok=True)
-    result = _blank(run, identity)
+    result = _blank(run, config, identity) | {"quant": chosen}
     records.write_result(folder, result)
     try:
         records.atomic_write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
@@ -150,7 +152,25 @@ def train(config: DictConfig) -> tuple[records.Result, Path]:
     return result, folder
 
 
-def _blank(run: Run, identity: str) -> records.Result:
+def _allocate(run: Run) -> dict[str, Any]:
+    """Gives the run the quant settings that fit its budget, prints and returns them. Raises UserError where none do."""
+
+    def peak(quant: QuantConfig, micro_batch: int | None = run.config.optim.micro_batch) -> float:
+        changed = {"quant": OmegaConf.structured(quant), "optim": {"micro_batch": micro_batch}}
+        return predict_step(run.backbone, OmegaConf.merge(run.config, changed), len(run.splits.train)).peak_mib
+
+    loader = run.loader("train", train=True)
+    loader.epoch = 0
+    images, targets = next(iter(loader))
+    run.model.to(run.device)
+    few = images[: allocation.IMAGES], targets[: allocation.IMAGES]
+    choice = allocation.allocate(allocation.Gradient(run.config, run.backbone, few, run.device), peak)
+    print(choice.describe())
+    run.config = OmegaConf.merge(run.config, {"quant": OmegaConf.structured(choice.quant)})
+    return OmegaConf.to_container(run.config.quant)
+
+
+def _blank(run: Run, config: DictConfig, identity: str) -> records.Result:
     """A result as it stands if the process is killed."""
     splits = run.splits
     return {
@@ -158,7 +178,7 @@ def _blank(run: Run, identity: str) -> records.Result:
         "id": identity,
         "status": "failed",
         "error": "the run did not end",
-        "config": OmegaConf.to_container(run.config, resolve=True),
+        "config": OmegaConf.to_container(config, resolve=True),
         "accuracy": {"val_top1": None, "test_top1": None, "test_top5": None, "best_epoch": None},
         "parameters": run.backbone.count(),
         "memory": None,
