@@ -10,7 +10,11 @@ from s2a_cli.compose import CONF, compose, groups, recompose
 from s2a_cli.config import RunConfig, leaves, meanings
 from s2a_cli.errors import UserError
 
-NEEDS = {"quant=auto": ["quant.budget_mib=1000"], "backbone=timm": ["backbone.name=resnet34.a1_in1k"], "dataset=folder": ["dataset.root=photos"]}
+NEEDS = {
+    "backbone=timm": ["backbone.name=resnet34.a1_in1k"],
+    "dataset=folder": ["dataset.root=photos"],
+    "quant=auto": ["quant.budget_mib=1000"],
+}
 OPTIONS = [f"{group}={name}" for group, names in groups().items() if group != "experiment" for name in names]
 
 
