@@ -1,4 +1,4 @@
-"""What a run saves: its trainable tensors (not the backbone), as safetensors, written whole or not at all."""
+"""What a run saves: its trainable tensors (not the backbone) and its calibration, as safetensors, whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from s2a_cli.records import atomic_write
 from s2a_cli.steps import moving_norms
 
 FILE = "trainable.safetensors"
+CALIBRATION = "calibration."  # before the names of what the codes of a run were fitted to
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -30,9 +31,13 @@ def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def save(folder: Path, state: dict[str, Tensor], weights: str) -> None:
-    """Writes a state to a run's folder with the fingerprint of the backbone weights that it belongs to."""
-    atomic_write(folder / FILE, safetensors.torch.save(state, metadata={"weights": weights}))
+def save(folder: Path, state: dict[str, Tensor], calibration: dict[str, Tensor], weights: str) -> None:
+    """Writes a state to a run's folder with what its codes were fitted to.
+
+    weights: the fingerprint of the backbone weights that it belongs to.
+    """
+    tensors = state | {CALIBRATION + name: tensor for name, tensor in calibration.items()}
+    atomic_write(folder / FILE, safetensors.torch.save(tensors, metadata={"weights": weights}))
 
 
 def load(folder: Path, model: nn.Module, weights: str) -> None:
@@ -46,7 +51,7 @@ def load(folder: Path, model: nn.Module, weights: str) -> None:
     try:
         with safetensors.safe_open(path, "pt") as file:
             trained_on = (file.metadata() or {}).get("weights")
-            state = {name: file.get_tensor(name) for name in file.keys()}
+            state = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(CALIBRATION)}
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
     expected = trainable_state(model)

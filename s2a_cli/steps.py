@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from s2a_cli.activations import remember
+from s2a_cli.activations import ActivationMode, remember
 from s2a_cli.config import OptimConfig, RunConfig
 
 AUTOCAST = {"amp-bf16": torch.bfloat16, "amp-fp16": torch.float16}
@@ -65,6 +65,11 @@ class Step:
         self.memory = remember(OmegaConf.to_object(quant) if isinstance(quant, DictConfig) else quant, blocks)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp-fp16")
+
+    @property
+    def calibration(self) -> dict[str, Tensor]:
+        """What the codes of activations are fitted to so far; nothing without codes."""
+        return self.memory.calibration.state_dict() if isinstance(self.memory, ActivationMode) else {}
 
     def autocast(self):
         return torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()

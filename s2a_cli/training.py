@@ -231,7 +231,7 @@ def _fit(run: Run, folder: Path, result: records.Result, board: Any) -> None:
             scores = accuracy(run, validation)
             if (found := (scores["top1"], -scores["loss"])) > best:  # small validation splits tie often
                 best, best_state = found, checkpoints.trainable_state(run.model)
-                checkpoints.save(folder, best_state, run.weights)
+                checkpoints.save(folder, best_state, step.calibration, run.weights)
                 result["accuracy"].update(val_top1=scores["top1"], best_epoch=epoch)
             line = {
                 "epoch": epoch,

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 
 from s2a_cli import records, steps, training
@@ -173,6 +174,19 @@ def test_mixing_makes_soft_targets():
         assert soft.shape == (8, 8) and torch.allclose(soft.sum(1), torch.ones(8)) and not torch.equal(mixed, images)
     same, hard = training.mixing(compose([]).optim, 8)(images, targets)
     assert same is images and hard is targets
+
+
+def test_what_codes_are_fitted_to_is_saved_and_the_same_in_every_run(tmp_path):
+    saved = []
+    for name in ("1", "2"):
+        train(tmp_path / name, "method=bias", "quant=int4")
+        tensors = safetensors.torch.load_file(tmp_path / name / "trainable.safetensors")
+        saved.append({key: tensor for key, tensor in tensors.items() if key.startswith("calibration.")})
+    assert len(saved[0]) > 6 and saved[0].keys() == saved[1].keys()
+    for key, tensor in saved[0].items():
+        assert torch.equal(tensor, saved[1][key])
+    train(tmp_path / "fixed", "method=bias", "quant=int4", "quant.calibrate=false")
+    assert not [k for k in safetensors.torch.load_file(tmp_path / "fixed/trainable.safetensors") if k.startswith("calibration.0")]
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ def test_saved_tensors_restore_the_function(backbone, method, tmp_path):
         if p.requires_grad:
             p.data += 0.1 * torch.randn_like(p)
     weights = "0123456789ab"
-    checkpoints.save(tmp_path, checkpoints.trainable_state(made.model), weights)
+    checkpoints.save(tmp_path, checkpoints.trainable_state(made.model), {"0.1": torch.ones(3)}, weights)
     other = make(backbone, method)
     checkpoints.load(tmp_path, other.model, weights)
     images, _ = batch(made)
