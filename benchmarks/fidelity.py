@@ -252,9 +252,10 @@ def preset(name: str) -> QuantConfig:
 def shipped(state: State, groups: list[dict]) -> Iterator[Row]:
     """The presets, and combinations of bits around them."""
     chosen: dict[str, QuantConfig] = {f"quant={name}": preset(name) for name in presets()}
-    for bits in ((4, 4, 4), (5, 5, 5), (5, 4, 6), (5, 5, 6), (5, 6, 6), (6, 5, 6), (6, 6, 6)):
-        name = "pointwise {}, norm {}, attention {}".format(*bits)
-        chosen[name] = quant(**dict(zip(("pointwise", "norm", "attention"), bits)), chunks=1)
+    for bits in ((4, 4, 4), (5, 5, 5), (5, 4, 6), (5, 5, 6), (5, 6, 6), (6, 6, 6)):
+        for group in (64, 32):
+            name = "pointwise {}, norm {}, attention {}, groups of {}".format(*bits, group)
+            chosen[name] = quant(**dict(zip(("pointwise", "norm", "attention"), bits)), group=group)
     for name, config in chosen.items():
         if "Mobile" in state.name and not name.startswith("quant="):
             continue

@@ -18,6 +18,7 @@ IMAGE = X.reshape(3, 3, 10, 10)
 POOL = [3, 3], [2, 2], [1, 1], [1, 1], False
 GELU, SIGNED = levels.pointwise(F.gelu, {}, 3, X), levels.signed(4, 64, X)
 CODES, SCALES = encode_groups(X, SIGNED.bins, -1.0, 64, 4)
+STOCHASTIC, CHANNELS = levels.signed(4, 64, X, True), torch.stack([X.mean(0), X.std(0)])
 NORM = encode_norm(X, 100, 1e-5, True, SIGNED.bins, 64, 4)
 
 CALLS = {
@@ -28,6 +29,17 @@ CALLS = {
     "decode_groups": (decode_groups, (CODES, SCALES, SIGNED.levels, 100, 64, 4, 2, 7, torch.bfloat16)),
     "encode_norm": (encode_norm, (X, 100, 1e-5, True, SIGNED.bins, 64, 4)),
     "norm_backward": (norm_backward, (X, *NORM, SIGNED.levels, X[0], 100, 100, 100, True, 64, 4)),
+    "encode_levels-stochastic": (
+        encode_levels,
+        (X, GELU.bins, GELU.low, GELU.high, 3, torch.zeros_like(GELU.bins, dtype=torch.int16), 7),
+    ),
+    "encode_groups-all": (encode_groups, (X, STOCHASTIC.bins, -1.0, 64, 4, STOCHASTIC.chances, 7, CHANNELS)),
+    "decode_groups-channels": (decode_groups, (CODES, SCALES, SIGNED.levels, 100, 64, 4, 2, 7, X.dtype, CHANNELS)),
+    "encode_norm-all": (
+        encode_norm,
+        (X, 100, 1e-5, False, STOCHASTIC.bins, 64, 4, STOCHASTIC.chances, 7, CHANNELS),
+    ),
+    "norm_backward-channels": (norm_backward, (X, *NORM, SIGNED.levels, X[0], 100, 100, 100, True, 64, 4, CHANNELS)),
     "softmax_backward": (softmax_backward, (X, CODES, SCALES, SIGNED.levels, 64, 4)),
     "weight_gradient": (weight_gradient, (X[:, :7].clone(), CODES, SCALES, SIGNED.levels, 100, 64, 4)),
     "max_pool2d": (max_pool2d, (IMAGE, *POOL)),

@@ -250,3 +250,51 @@ def test_channels_last_keeps_its_layout():
             (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
             assert out.is_contiguous(memory_format=torch.channels_last)
             assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
+MASKS = {
+    "none": {},
+    "scale": {"scale": 0.3},
+    "causal": {"is_causal": True},
+    "bool": {"attn_mask": torch.rand(10, 10, generator=torch.Generator().manual_seed(1)) < 0.9},
+    "float": {"attn_mask": torch.randn(2, 1, 10, 10, generator=torch.Generator().manual_seed(1))},
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_unfused_attention_keeps_q_k_v_and_codes_of_the_map(name, monkeypatch):
+    """As the paper has it: stock's result to rounding, a sample at a time."""
+    monkeypatch.setattr("s2a_cli.activations.groups.TRANSIENT", 1)
+    q, k, v = (torch.randn(HEADS, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3))
+    cotangent = torch.randn(HEADS, generator=torch.Generator().manual_seed(4))
+    stock = F.scaled_dot_product_attention(q, k, v, **MASKS[name])
+    exact = torch.autograd.grad(stock, (q, k, v), cotangent)
+    for bits, tolerance in TOLERANCE.items():
+        kept = {}
+
+        def pack(x: Tensor) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        context = remember(QuantConfig(name="test", softmax=bits))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), context:
+            out = F.scaled_dot_product_attention(q, k, v, **MASKS[name])
+        assert torch.allclose(out, stock, rtol=1e-5, atol=1e-6)
+        assert sum(kept.values()) == 3 * 4 * q.numel() + 2 * grouped_size(30, 10, 64, bits)
+        for grad, right in zip(torch.autograd.grad(out, (q, k, v), cotangent), exact):
+            assert (grad - right).norm() < tolerance * right.norm()
+
+
+def test_unfused_attention_leaves_what_it_does_not_cover():
+    q = torch.randn(2, 4, 5, 8, requires_grad=True)
+    mask = torch.zeros(5, 5, requires_grad=True)
+    with remember(QuantConfig(name="test", softmax=4)):
+        for arguments in ({"attn_mask": mask}, {"dropout_p": 0.5}):
+            assert "Unfused" not in type(F.scaled_dot_product_attention(q, q, q, **arguments).grad_fn).__name__
+
+
+def test_codes_of_a_map_are_shared_under_hooks_of_others():
+    q = torch.randn(HEADS, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x), remember(config(4)):
+        out = unfused(q, q, q)
+    assert torch.autograd.grad(out.sum(), q)[0].isfinite().all()

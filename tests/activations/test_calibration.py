@@ -1,0 +1,187 @@
+"""Levels and channels fitted to a layer's own inputs: when, from what, and how they live on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from s2a_cli.activations import remember
+from s2a_cli.config import QuantConfig
+
+
+def config(**settings) -> QuantConfig:
+    return QuantConfig(name="test", **settings)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.second(F.gelu(self.first(self.norm(x))))
+
+
+def batch(seed: int, samples: int = 8) -> torch.Tensor:
+    x = torch.randn(samples, 5, 16, generator=torch.Generator().manual_seed(seed))
+    return x * torch.linspace(0.1, 3, 16) + torch.linspace(-2, 2, 16)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 16), Block(), Block())
+
+
+def gradient(model, memory, x) -> torch.Tensor:
+    model.zero_grad()
+    with memory:
+        out = model(x)
+    out.square().sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+FAMILIES = {"pointwise": 4, "norm": 4, "linear": 4}
+
+
+def test_the_first_batch_decides_and_later_ones_change_nothing(model):
+    memory = remember(config(**FAMILIES))
+    gradient(model, memory, batch(0))
+    first = memory.calibration.state_dict()
+    gradient(model, memory, 3 * batch(1) + 1)
+    second = memory.calibration.state_dict()
+    assert len(first) > 4 and first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    again = remember(config(**FAMILIES))
+    gradient(model, again, batch(0))
+    assert all(torch.equal(first[key], again.calibration.state_dict()[key]) for key in first)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_resumed_run_goes_on_as_it_was(model, rounding):
+    settings = config(**FAMILIES, rounding=rounding)
+    memory, resumed = remember(settings), remember(settings)
+    gradient(model, memory, batch(0))
+    resumed.calibration.load_state_dict(memory.calibration.state_dict())
+    for seed in (1, 2):
+        assert torch.equal(gradient(model, memory, batch(seed)), gradient(model, resumed, batch(seed)))
+
+
+def test_without_calibration_there_is_no_state(model):
+    memory = remember(config(**FAMILIES, calibrate=False))
+    gradient(model, memory, batch(0))
+    assert memory.calibration.state_dict().keys() == {"draws"}
+
+
+def test_pieces_and_recomputation_calibrate_the_same_sites(model):
+    plain = remember(config(**FAMILIES), model[1:])
+    gradient(model, plain, batch(0))
+    chunked = remember(config(**FAMILIES, chunks=4), model[1:])
+    gradient(model, chunked, batch(0))
+    first = remember(config(**FAMILIES), model[1:])
+    gradient(model, first, batch(0)[:2])  # the first of four pieces
+    found, expected = chunked.calibration.state_dict(), first.calibration.state_dict()
+    assert found.keys() == expected.keys() == plain.calibration.state_dict().keys()
+    inside = [site for site in found if "." in site]
+    assert inside and all(torch.allclose(found[site], expected[site], atol=1e-6) for site in inside)
+
+    again = remember(config(**FAMILIES, recompute="block"), model[1:])
+    gradient(model, again, batch(0))
+    found, expected = again.calibration.state_dict(), plain.calibration.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[site], expected[site], atol=1e-6) for site in expected)  # not from a probe
+
+
+def test_a_trace_leaves_nothing_behind(model):
+    memory = remember(config(**FAMILIES, softmax=4))
+    with FakeTensorMode():
+        x = torch.empty(2, 5, 16, requires_grad=True)
+        with memory:
+            F.gelu(F.layer_norm(x, (16,))).softmax(-1)
+    assert memory.calibration.state_dict().keys() == {"draws"}
+    assert torch.isfinite(gradient(model, memory, batch(0))).all()
+
+
+@pytest.mark.parametrize("function", [F.gelu, F.silu, F.softplus, torch.sigmoid, torch.tanh])
+def test_levels_of_the_layer_are_nearer_than_fixed_ones(function):
+    x = torch.randn(4, 4000, generator=torch.Generator().manual_seed(0)) * 0.4 + 1.5
+    x.requires_grad_()
+    exact = torch.autograd.grad(function(x).sum(), x)[0]
+    errors = []
+    for calibrate in (True, False):
+        with remember(config(pointwise=4, calibrate=calibrate)):
+            out = function(x)
+        errors.append(relative(torch.autograd.grad(out.sum(), x)[0], exact))
+    assert errors[0] < 0.8 * errors[1]
+
+
+def outliers() -> torch.Tensor:
+    """Like a residual stream: a few channels a hundred times larger than the rest."""
+    x = torch.randn(64, 192, generator=torch.Generator().manual_seed(0)) + 0.5
+    x[:, [7, 70, 150]] = 100 * x[:, [7, 70, 150]] - 40
+    return x
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "linear"])
+def test_outlier_channels_do_not_coarsen_the_others(name):
+    x, weight = outliers().requires_grad_(), torch.ones(192, requires_grad=True)
+    matrix = torch.randn(4, 192, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    run, of = {
+        "layer_norm": (lambda: F.layer_norm(x, (192,), weight), weight),
+        "rms_norm": (lambda: F.rms_norm(x, (192,), weight), weight),
+        "linear": (lambda: F.linear(x, matrix), matrix),
+    }[name]
+    out = run()
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    (exact,) = torch.autograd.grad(out, of, cotangent)
+    usual = [channel for channel in range(192) if channel not in (7, 70, 150)]
+    errors = []
+    for calibrate in (True, False):
+        with remember(config(norm=4, linear=4, calibrate=calibrate)):
+            out = run()
+        (grad,) = torch.autograd.grad(out, of, cotangent)
+        errors.append(relative(grad[..., usual], exact[..., usual]))
+    assert errors[0] < 0.12 and errors[0] < 0.5 * errors[1]
+
+
+def test_a_block_input_with_outlier_channels():
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.LayerNorm(192), nn.Linear(192, 192))
+    x = outliers()[:, None].requires_grad_()
+    exact = torch.autograd.grad(block(x).square().sum(), x)[0]
+    errors = []
+    for calibrate in (True, False):
+        with remember(config(recompute="block", input=6, calibrate=calibrate), [block]):
+            out = block(x)
+        errors.append(relative(torch.autograd.grad(out.square().sum(), x)[0], exact))
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_constant_and_diverged_first_batches_are_no_error():
+    for value in (0.0, 1e30, float("nan")):
+        x = torch.full((4, 5, 16), value, requires_grad=True)
+        memory = remember(config(**FAMILIES, softmax=4))
+        with memory:
+            F.gelu(F.layer_norm(x, (16,))).softmax(-1)
+        with memory:
+            later = batch(0).requires_grad_()
+            out = F.gelu(F.layer_norm(later, (16,))).softmax(-1)
+        assert torch.autograd.grad(out.square().sum(), later)[0].isfinite().all()
+
+
+def test_a_strided_input_is_sampled_all_over():
+    x = torch.randn(6, 40, 30, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    states = []
+    for seen in (x, x.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_()):
+        memory = remember(config(pointwise=3))
+        with memory:
+            F.gelu(seen)
+        states.append(memory.calibration.state_dict()["1"])
+    assert torch.equal(*states)

@@ -1,0 +1,78 @@
+"""What the codes need meanwhile: never as much as the tensor that they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from s2a_cli.activations import groups, levels, remember
+from s2a_cli.activations.norm import encode_norm
+from s2a_cli.activations.operators import decode_groups, encode_groups, encode_interval, encode_levels, multiply_levels
+from s2a_cli.config import QuantConfig
+
+X = torch.randn(4096, 1536, generator=torch.Generator().manual_seed(0))  # 24 chunks
+BYTES = X.numel() * X.element_size()
+
+
+def peak(run) -> int:
+    """Bytes allocated at once, within an operator too, beyond what there was; results included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        result = run()  # noqa: F841  alive until the count is done
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most
+
+
+def test_the_count_sees_what_operators_allocate():
+    assert peak(lambda: X * 2 + 1) == pytest.approx(2 * BYTES, rel=0.001)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("bits", [1, 4, 5, 8])
+def test_encoding(bits, stochastic):
+    gelu, signed = levels.pointwise(F.gelu, {}, bits, X, stochastic), levels.signed(bits, 64, X, stochastic)
+    channels = torch.stack([X.mean(0), X.std(0)])
+    assert peak(lambda: encode_levels(X, gelu.bins, gelu.low, gelu.high, bits, gelu.chances, 1)) < 0.6 * BYTES
+    for calibrated in (None, channels):
+        grouped = (64, bits, signed.chances, 1, calibrated)
+        assert peak(lambda: encode_groups(X, signed.bins, -1.0, *grouped)) < 0.7 * BYTES
+        assert peak(lambda: encode_norm(X, 1536, 1e-5, True, signed.bins, *grouped)) < 0.7 * BYTES
+    assert peak(lambda: encode_interval(X, 0.0, 6.0)) < 0.3 * BYTES
+
+
+@pytest.mark.parametrize("bits", [1, 4, 5, 8])
+def test_decoding_needs_little_beyond_its_result(bits):
+    gelu, signed = levels.pointwise(F.gelu, {}, bits, X), levels.signed(bits, 64, X)
+    codes = encode_levels(X, gelu.bins, gelu.low, gelu.high, bits)
+    assert peak(lambda: multiply_levels(X, codes, gelu.levels, bits)) < 1.3 * BYTES
+    kept = encode_groups(X, signed.bins, -1.0, 64, bits)
+    assert peak(lambda: decode_groups(*kept, signed.levels, 1536, 64, bits, 0, len(X), X.dtype)) < 1.3 * BYTES
+
+
+def test_calibration_looks_at_a_sample():
+    memory = remember(QuantConfig(name="test", pointwise=4, norm=4))
+    codes, x = BYTES // 8, X.clone().requires_grad_()
+
+    def run():
+        with memory:
+            return F.gelu(F.layer_norm(x, (1536,)))
+
+    assert peak(run) < 2 * BYTES + 2 * codes + 0.7 * BYTES  # two results, two codes, chunks
+
+
+def test_an_unfused_map_never_exists_whole(monkeypatch):
+    monkeypatch.setattr(groups, "TRANSIENT", 1 << 18)
+    q = torch.randn(64, 2, 256, 8, requires_grad=True)
+    whole = 64 * 2 * 256 * 256 * 4
+
+    def run():
+        with remember(QuantConfig(name="test", softmax=4)):
+            out = F.scaled_dot_product_attention(q, q, q)
+        return torch.autograd.grad(out.sum(), q)
+
+    assert peak(run) < 0.6 * whole
