@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from s2a_cli.activations.mode import ActivationMode
 
 
+LEAST = 1 << 20  # elements of a piece's input: smaller ones would save few MiB and cost much time
+
+
 @dataclass(frozen=True)
 class Probe:
     """What the graph of one sample shows of a block."""
@@ -60,7 +63,7 @@ class BlockRunner:
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
         config, others = self.config, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         whole = any(other.dim() and other.shape[0] == len(x) for other in others)  # may hold a part for each sample
-        size = len(x) if whole else -(-len(x) // config.chunks)
+        size = len(x) if whole else piece_size(x, config.chunks)
         run = functools.partial(self._run, self.inner, args, kwargs)
         if not torch.is_grad_enabled():
             return in_pieces(run, x, size)
@@ -201,6 +204,12 @@ def input_bytes(x: Tensor, config: QuantConfig) -> int:
     if config.input is None:
         return x.numel() * x.element_size()
     return 2 * x.numel() if config.input == 16 else grouped_size(x.numel() // x.shape[-1], x.shape[-1], config.group, config.input)
+
+
+def piece_size(x: Tensor, chunks: int) -> int:
+    """Samples in a piece: there are at most `chunks` pieces, and none but the last is small without need."""
+    least = -(-LEAST * len(x) // max(x.numel(), 1))
+    return min(len(x), max(-(-len(x) // chunks), least))
 
 
 def in_pieces(run: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from s2a_cli import backbones
-from s2a_cli.activations import STOCK, remember
+from s2a_cli.activations import STOCK, blocks, remember
 from s2a_cli.activations.blocks import leaves
 from s2a_cli.activations.codes import grouped_size
 from s2a_cli.config import BackboneConfig, QuantConfig
@@ -53,6 +53,11 @@ BACKBONES = {
     ),
     "resnet": BackboneConfig(name="resnet", timm="resnet18", pretrained=False, image_size=96),
 }
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(blocks, "LEAST", 1)
 
 
 def made(backbone: str, method: str, **kwargs) -> backbones.Backbone:
@@ -204,6 +209,12 @@ def test_evaluation_runs_in_pieces():
         with remember(quant(chunks=2), found.block_modules):
             torch.testing.assert_close(found.model(images), expected)
     assert sizes == [3, 2]
+
+
+def test_pieces_are_not_smaller_than_pays(monkeypatch):
+    monkeypatch.setattr(blocks, "LEAST", 1 << 20)
+    sizes = [blocks.piece_size(torch.empty(batch, 197, 768, device="meta"), 8) for batch in (64, 48, 16, 1, 0)]
+    assert sizes == [8, 7, 7, 1, 0]
 
 
 def test_the_modules_are_left_as_they_were():
