@@ -6,7 +6,7 @@ DATA: a folder with weights/vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensor
 weights/mobilenetv2_100.tf2_in1k_int8deq_same.safetensors, and the folders of class folders cifar10_subset/train,
 flowers5/train, dtd6_textures/train, pacs/sketch/train. About 15 minutes on one core; set OMP_NUM_THREADS=1 for the same
 bits. Prints and writes fidelity.md, fidelity.csv (a row a setting and state), fidelity_groups.csv (the presets, a row a
-parameter group) and, where matplotlib is installed, fidelity.png.
+parameter group) and, where matplotlib is installed, fidelity.png. With --only, the other tables stay as they are there.
 
 Two states. "start": pretrained weights, a random head of deviation 0.05, 64 photos, 16 of each of the four folders, with
 random labels. "trained": after 16 steps of AdamW (2e-3, 64 photos each) on cifar10_subset, the gradient of 64 photos that
@@ -23,7 +23,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import timm
@@ -342,6 +342,14 @@ def figure(rows: list[Row], path: Path) -> None:
     shown.savefig(path, dpi=120)
 
 
+def read_rows(path: Path) -> list[Row]:
+    if not path.is_file():
+        return []
+    numbers = {field.name for field in fields(Row)} - {"table", "setting", "state", "worst"}
+    with path.open(newline="") as file:
+        return [Row(**{k: (float(v) if v else None) if k in numbers else v for k, v in r.items()}) for r in csv.DictReader(file)]
+
+
 def write_csv(path: Path, rows: list[dict]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -355,7 +363,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--only", nargs="+", choices=("families", "grid", "bias", "presets"))
     arguments = parser.parse_args()
-    rows: list[Row] = []
+    chosen = arguments.only or ("presets", "grid", "families", "bias")
+    tables = {table for part in chosen for table in {"presets": ("preset",), "families": FAMILIES}.get(part, (part,))}
+    rows = [row for row in read_rows(arguments.out / "fidelity.csv") if row.table not in tables]
     groups: list[dict] = []
     start, trained, net = states(arguments.data)
     parts: dict[str, Callable[[State], Iterator[Row]]] = {
@@ -365,7 +375,7 @@ def main() -> None:
         "bias": means_of_draws,
     }
     for name, part in parts.items():
-        if name in (arguments.only or parts):
+        if name in chosen:
             for state in (start, trained, net) if name == "presets" else (start,) if name == "bias" else (start, trained):
                 rows += part(state)
     text = markdown(rows, "python benchmarks/fidelity.py DATA")

@@ -140,7 +140,7 @@ class AveragePool(torch.autograd.Function):
 
 
 def _handle_max(
-    config, stock, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+    mode, stock, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
 ):
     kernel = _pair(kernel_size)
     if not covers(input) or return_indices or input.dim() != 4 or math.prod(kernel) > 256:
@@ -149,7 +149,7 @@ def _handle_max(
 
 
 def _handle_average(
-    config,
+    mode,
     stock,
     input,
     kernel_size,
