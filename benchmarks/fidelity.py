@@ -4,7 +4,7 @@
 
 DATA: a folder with weights/vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors,
 weights/mobilenetv2_100.tf2_in1k_int8deq_same.safetensors, and the folders of class folders cifar10_subset/train,
-flowers5/train, dtd6_textures/train, pacs/sketch/train. About 15 minutes on one core; set OMP_NUM_THREADS=1 for the same
+flowers5/train, dtd6_textures/train, pacs/sketch/train. About 25 minutes on one core; set OMP_NUM_THREADS=1 for the same
 bits. Prints and writes fidelity.md, fidelity.csv (a row a setting and state), fidelity_groups.csv (the presets, a row a
 parameter group) and, where matplotlib is installed, fidelity.png. With --only, the other tables stay as they are there.
 
@@ -20,10 +20,9 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import timm
@@ -59,6 +58,7 @@ class State:
     blocks: list[nn.Module]
     images: Tensor  # [B, 3, 112, 112]
     labels: Tensor  # [B]
+    known: dict[bool, Gradients] = field(default_factory=dict)  # what exact() found
 
     def gradients(self, memory: AbstractContextManager, every: bool = False) -> Gradients:
         """Of the backbone's biases, or of all its parameters: {name: float64 [n]}."""
@@ -72,13 +72,10 @@ class State:
         self.model.zero_grad()
         return {name: grad for name, grad in found.items() if not is_head(name)}
 
-    @functools.cache
     def exact(self, every: bool = False) -> Gradients:
-        return self.gradients(nullcontext(), every)
-
-    @functools.cache
-    def stock_bytes(self) -> int:
-        return self.kept(nullcontext())
+        if every not in self.known:
+            self.known[every] = self.gradients(nullcontext(), every)
+        return self.known[every]
 
     def kept(self, memory: AbstractContextManager) -> int:
         """Bytes kept for the backward pass of bias tuning."""
@@ -88,8 +85,6 @@ class State:
                 return self.model(self.images)
 
         return saved_bytes(run, self.model)
-
-    __hash__ = object.__hash__
 
 
 @dataclass
@@ -167,7 +162,7 @@ def quant(**settings) -> QuantConfig:
 def measured(table: str, setting: str, state: State, memory: AbstractContextManager, bits: float | None, **kw) -> Row:
     result = compare(state.gradients(memory, **kw), state.exact(**kw))
     row = Row(table, setting, state.name, bits, None, *result)
-    print(f"{row.table}: {row.setting}, {row.state}: cosine {row.cosine:.5f}, worst {row.worst_cosine:.4f} {row.worst}", flush=True)
+    print(f"{table}: {setting}, {state.name}: {row.cosine:.5f}, worst {row.worst_cosine:.4f} {row.worst}", flush=True)
     return row
 
 
@@ -240,29 +235,27 @@ def grids(state: State) -> Iterator[Row]:
             yield measured("grid", setting, state, memory, bits + 16 / group)
 
 
-def presets() -> list[str]:
-    return [file.stem for file in sorted((CONF / "quant").glob("*.yaml")) if file.stem not in ("none", "auto")]
-
-
-def preset(name: str) -> QuantConfig:
-    words = ["backbone=vit_t", "method=bias", "dataset=cifar10", f"quant={name}"]
-    return OmegaConf.to_object(compose(words).quant)
+def presets() -> dict[str, QuantConfig]:
+    names = [file.stem for file in sorted((CONF / "quant").glob("*.yaml")) if file.stem not in ("none", "auto")]
+    words = ["backbone=vit_t", "method=bias", "dataset=cifar10"]
+    return {f"quant={name}": OmegaConf.to_object(compose([*words, f"quant={name}"]).quant) for name in names}
 
 
 def shipped(state: State, groups: list[dict]) -> Iterator[Row]:
     """The presets, and combinations of bits around them."""
-    chosen: dict[str, QuantConfig] = {f"quant={name}": preset(name) for name in presets()}
+    chosen = presets()
     for bits in ((4, 4, 4), (5, 5, 5), (5, 4, 6), (5, 5, 6), (5, 6, 6), (6, 6, 6)):
         for group in (64, 32):
             name = "pointwise {}, norm {}, attention {}, groups of {}".format(*bits, group)
             chosen[name] = quant(**dict(zip(("pointwise", "norm", "attention"), bits)), group=group)
+    stock = state.kept(nullcontext())
     for name, config in chosen.items():
         if "Mobile" in state.name and not name.startswith("quant="):
             continue
         torch.manual_seed(0)
         memory = remember(config, state.blocks)
         row = measured("preset", name, state, memory, average_bits(config))
-        row.kept = state.kept(memory) / state.stock_bytes()
+        row.kept = state.kept(memory) / stock
         if name.startswith("quant="):
             found, exact = state.gradients(memory), state.exact()
             for group in exact:
@@ -294,30 +287,45 @@ def means_of_draws(state: State) -> Iterator[Row]:
                 yield Row("bias", setting, few.name, None, None, *compare(mean, few.exact()))
 
 
+TITLES = {
+    "preset": "Presets and combinations of bits",
+    "grid": "Levels and layouts",
+    "bias": "Stochastic rounding's bias",
+}
+
+
 def markdown(rows: list[Row], command: str) -> str:
-    titles = {
-        "grid": "Levels and layouts",
-        "preset": "Presets and combinations of bits",
-        "bias": "Bias of stochastic rounding",
-        **{family: f"{family.capitalize()} alone" for family in FAMILIES},
-    }
-    titles["input"] = "Block input alone, recomputed"
-    lines = [f"# Fidelity of gradients\n\n`{command}`, torch {torch.__version__}. {__doc__.split(chr(10) * 2)[3]}\n"]
-    for table, title in titles.items():
-        own = [row for row in rows if row.table == table]
-        if not own:
-            continue
-        kept = "| kept, of stock " if table == "preset" else ""
-        lines.append(f"\n## {title}\n\n| setting | state | bits {kept}| cosine | relative error | worst group | of |")
-        lines.append(f"|---|---|---{'|---' if kept else ''}|---|---|---|---|")
-        for row in own:
-            bits = "" if row.bits is None else f"{row.bits:.2f}"
-            share = "" if not kept else f"| {row.kept:.1%} " if row.kept is not None else "| "
-            lines.append(
-                f"| {row.setting} | {row.state} | {bits} {share}| {row.cosine:.5f} | {row.error:.4f} "
-                f"| {row.worst_cosine:.4f} | {row.worst} |"
-            )
+    lines = [f"# Fidelity of gradients\n\n`{command}`, torch {torch.__version__}. {__doc__.split(chr(10) * 2)[3]}"]
+    for table, title in TITLES.items():
+        if own := [row for row in rows if row.table == table]:
+            lines += ["", f"## {title}", "", *listed(own, table == "preset")]
+    for family in FAMILIES:
+        if own := [row for row in rows if row.table == family]:
+            lines += ["", f"## {family} alone: cosine (worst group)", "", *crossed(own)]
     return "\n".join(lines) + "\n"
+
+
+def listed(rows: list[Row], shares: bool) -> Iterator[str]:
+    kept = "| kept, of stock " if shares else ""
+    yield f"| setting | state | bits {kept}| cosine | relative error | worst group | of |"
+    yield "|---|---|---|---|---|---|---|" + ("---|" if shares else "")
+    for row in rows:
+        bits = "" if row.bits is None else f"{row.bits:.2f}"
+        share = f"| {row.kept:.1%} " if shares else ""
+        yield (
+            f"| {row.setting} | {row.state} | {bits} {share}| {row.cosine:.5f} | {row.error:.4f} "
+            f"| {row.worst_cosine:.4f} | {row.worst} |"
+        )
+
+
+def crossed(rows: list[Row]) -> Iterator[str]:
+    """A row a number of bits, a column a kind of rounding and state."""
+    cells = {(*row.setting.split(" bits, "), row.state): f"{row.cosine:.5f} ({row.worst_cosine:.3f})" for row in rows}
+    columns = list(dict.fromkeys((kind, state) for _, kind, state in cells))
+    yield "| bits | " + " | ".join(f"{kind}, {state}" for kind, state in columns) + " |"
+    yield "|---|" + "---|" * len(columns)
+    for bits in dict.fromkeys(bits for bits, _, _ in cells):
+        yield f"| {bits} | " + " | ".join(cells[bits, kind, state] for kind, state in columns) + " |"
 
 
 def figure(rows: list[Row], path: Path) -> None:
@@ -347,7 +355,8 @@ def read_rows(path: Path) -> list[Row]:
         return []
     numbers = {field.name for field in fields(Row)} - {"table", "setting", "state", "worst"}
     with path.open(newline="") as file:
-        return [Row(**{k: (float(v) if v else None) if k in numbers else v for k, v in r.items()}) for r in csv.DictReader(file)]
+        table = list(csv.DictReader(file))
+    return [Row(**{k: (float(v) if v else None) if k in numbers else v for k, v in r.items()}) for r in table]
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -376,7 +385,7 @@ def main() -> None:
     }
     for name, part in parts.items():
         if name in chosen:
-            for state in (start, trained, net) if name == "presets" else (start,) if name == "bias" else (start, trained):
+            for state in {"presets": (start, trained, net), "bias": (start,)}.get(name, (start, trained)):
                 rows += part(state)
     text = markdown(rows, "python benchmarks/fidelity.py DATA")
     print(text)

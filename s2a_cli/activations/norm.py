@@ -156,9 +156,7 @@ class Normalise(torch.autograd.Function):
             ctx.calibrated = None
             if channels == width and x.shape[-1] == width:
                 ctx.calibrated = mode.calibration.channels(site, x, lambda rows: normalise(rows, eps, centre)[0])
-            kept = encode_norm(
-                x, width, eps, centre, table.bins, group, bits, table.chances, seed or 0, ctx.calibrated
-            )
+            kept = encode_norm(x, width, eps, centre, table.bins, group, bits, table.chances, seed or 0, ctx.calibrated)
             ctx.levels, ctx.layout = table.levels, (width, channels, centre, group, bits)
             ctx.save_for_backward(weight, *kept)
         else:

@@ -17,7 +17,9 @@ from s2a_cli.config import QuantConfig
 
 
 def config(bits: int | None, **families: int | bool | str | None) -> QuantConfig:
-    return QuantConfig(name="test", bits=bits, **{f: bits for f in ("pointwise", "norm", "attention", "softmax")} | families)
+    return QuantConfig(
+        name="test", bits=bits, **{f: bits for f in ("pointwise", "norm", "attention", "softmax")} | families
+    )
 
 
 def kept_bytes(context, run, *own: torch.Tensor) -> int:

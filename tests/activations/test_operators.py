@@ -269,13 +269,14 @@ def test_unfused_attention_keeps_q_k_v_and_codes_of_the_map(name, monkeypatch):
     cotangent = torch.randn(HEADS, generator=torch.Generator().manual_seed(4))
     stock = F.scaled_dot_product_attention(q, k, v, **MASKS[name])
     exact = torch.autograd.grad(stock, (q, k, v), cotangent)
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
     for bits, tolerance in TOLERANCE.items():
-        kept = {}
-
-        def pack(x: Tensor) -> Tensor:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
+        kept.clear()
         context = remember(QuantConfig(name="test", softmax=bits))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), context:
             out = F.scaled_dot_product_attention(q, k, v, **MASKS[name])
