@@ -244,10 +244,9 @@ def presets() -> dict[str, QuantConfig]:
 def shipped(state: State, groups: list[dict]) -> Iterator[Row]:
     """The presets, and combinations of bits around them."""
     chosen = presets()
-    for bits in ((4, 4, 4), (5, 5, 5), (5, 4, 6), (5, 5, 6), (5, 6, 6), (6, 6, 6)):
-        for group in (64, 32):
-            name = "pointwise {}, norm {}, attention {}, groups of {}".format(*bits, group)
-            chosen[name] = quant(**dict(zip(("pointwise", "norm", "attention"), bits)), group=group)
+    for *bits, group in ((4, 4, 4, 32), (5, 5, 5, 32), (5, 4, 6, 32), (5, 5, 6, 64), (5, 6, 6, 64), (6, 6, 6, 64)):
+        name = "pointwise {}, norm {}, attention {}, groups of {}".format(*bits, group)
+        chosen[name] = quant(**dict(zip(("pointwise", "norm", "attention"), bits)), group=group)
     stock = state.kept(nullcontext())
     for name, config in chosen.items():
         if "Mobile" in state.name and not name.startswith("quant="):
