@@ -62,9 +62,7 @@ class State:
 
     def gradients(self, memory: AbstractContextManager, every: bool = False) -> Gradients:
         """Of the backbone's biases, or of all its parameters: {name: float64 [n]}."""
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(every or name.endswith("bias") or is_head(name))
-        train_mode(self.model)  # BatchNorms stay on their statistics
+        tune(self.model, every)
         with memory:
             loss = F.cross_entropy(self.model(self.images), self.labels)
         loss.backward()
@@ -84,6 +82,7 @@ class State:
             with memory:
                 return self.model(self.images)
 
+        tune(self.model)
         return saved_bytes(run, self.model)
 
 
@@ -98,6 +97,13 @@ class Row:
     error: float
     worst_cosine: float
     worst: str
+
+
+def tune(model: nn.Module, every: bool = False) -> None:
+    """Biases and head train, or everything; BatchNorms stay on their statistics."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(every or name.endswith("bias") or is_head(name))
+    train_mode(model)
 
 
 def is_head(name: str) -> bool:
@@ -133,8 +139,7 @@ def states(data: Path) -> Iterator[State]:
     order = torch.randperm(600, generator=torch.Generator().manual_seed(0)).tolist()
     images, labels = photos([files[i] for i in order]), torch.tensor([i // 60 for i in order])
     trained = load(data, VIT, VIT, img_size=112)
-    for name, parameter in trained.named_parameters():
-        parameter.requires_grad_(name.endswith("bias") or is_head(name))
+    tune(trained)
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=2e-3)
     for step in range(16):
         part = slice(step % 8 * 64, step % 8 * 64 + 64)
@@ -169,21 +174,19 @@ def measured(table: str, setting: str, state: State, memory: AbstractContextMana
 def families(state: State) -> Iterator[Row]:
     """Each family alone, at each number of bits."""
     for family in FAMILIES:
-        blocks = state.blocks if family == "input" else ()
-        scale = 0 if family == "pointwise" else 16 / 50 if family == "softmax" else 16 / 64  # a map's row: 50 keys
+        scale = {"pointwise": 0, "softmax": 16 / 50}.get(family, 16 / 64)  # a map's row: 50 keys
         for bits in BITS:
             for calibrate, rounding in ((False, "nearest"), (True, "nearest"), (True, "stochastic")):
                 if not calibrate and family not in CALIBRATED:
                     continue
                 torch.manual_seed(0)
-                memory = remember(quant(**{family: bits}, calibrate=calibrate, rounding=rounding), blocks)
-                kind = rounding if rounding == "stochastic" else "calibrated" if calibrate else "fixed"
-                kind = "nearest" if family not in CALIBRATED and kind == "calibrated" else kind
+                memory = remember(quant(**{family: bits}, calibrate=calibrate, rounding=rounding), state.blocks)
+                fitted = "nearest" if family not in CALIBRATED else "calibrated" if calibrate else "fixed"
+                kind = rounding if rounding == "stochastic" else fitted
                 yield measured(family, f"{bits} bits, {kind}", state, memory, bits + scale, every=family == "linear")
 
 
 def with_table(table: levels.Table, bits: int) -> AbstractContextManager:
-    """Pointwise codes of a given table."""
     memory = remember(quant(pointwise=bits))
     memory.calibration.pointwise = lambda *args: table
     return memory
@@ -228,9 +231,7 @@ def grids(state: State) -> Iterator[Row]:
         ("input", 4, 192, "block input, a scale a token"),
     ):
         for calibrate in (False, True) if family in CALIBRATED else (False,):
-            memory = remember(
-                quant(**{family: bits}, group=group, calibrate=calibrate), state.blocks if family == "input" else ()
-            )
+            memory = remember(quant(**{family: bits}, group=group, calibrate=calibrate), state.blocks)
             setting = f"{name}, {bits} bits" + (", channels calibrated" if calibrate else "")
             yield measured("grid", setting, state, memory, bits + 16 / group)
 
@@ -253,7 +254,7 @@ def shipped(state: State, groups: list[dict]) -> Iterator[Row]:
             continue
         torch.manual_seed(0)
         memory = remember(config, state.blocks)
-        row = measured("preset", name, state, memory, average_bits(config))
+        row = measured("preset", name, state, memory, None if "Mobile" in state.name else average_bits(config))
         row.kept = state.kept(memory) / stock
         if name.startswith("quant="):
             found, exact = state.gradients(memory), state.exact()
