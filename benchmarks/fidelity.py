@@ -387,8 +387,7 @@ def main() -> None:
         if name in chosen:
             for state in {"presets": (start, trained, net), "bias": (start,)}.get(name, (start, trained)):
                 rows += part(state)
-    text = markdown(rows, "python benchmarks/fidelity.py DATA")
-    print(text)
+    print(text := markdown(rows, "python benchmarks/fidelity.py DATA"))
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "fidelity.md").write_text(text)
     write_csv(arguments.out / "fidelity.csv", [asdict(row) for row in rows])
