@@ -91,6 +91,8 @@ def environment(device: str) -> dict[str, Any]:
     import timm
     import torch
 
+    from s2a_cli.activations import kernels
+
     cuda = device.startswith("cuda")
     return {
         "s2a": __version__,
@@ -100,6 +102,7 @@ def environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "kernels": kernels.available() if cuda else "plain",
     }
 
 

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
+from s2a_cli.activations import kernels  # registers them
 from s2a_cli.activations.mode import ActivationMode
 from s2a_cli.config import QuantConfig
 
@@ -37,4 +38,4 @@ def remember(config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> AbstractC
     return ActivationMode(config, blocks)
 
 
-__all__ = ["STOCK", "ActivationMode", "remember"]
+__all__ = ["STOCK", "ActivationMode", "kernels", "remember"]

@@ -1,18 +1,21 @@
 """Custom operators that encode and decode: to a trace each is one node, and what it needs meanwhile is small chunks.
 
     s2a::encode_levels    x -> codes of the bins of a table
+    s2a::activate         x -> an activation function of x, and what encode_levels gives
     s2a::encode_interval  x -> 1 bit an element: low < x < high
     s2a::multiply_levels  gradient * level of each code
     s2a::encode_groups    x -> codes and scales, `group` elements of the last dimension a scale
     s2a::decode_groups    the rows start:stop of what encode_groups was given
 
 Optional arguments: `chances` of a table and a `seed` round stochastically; `channels` [2, width], float32, a shift and a
-factor: (x - shift) / factor is what is coded. These are the plain PyTorch implementations, for every device. The
-operators are not differentiable: the autograd functions of the operator families call them.
+factor: (x - shift) / factor is what is coded. These are the plain PyTorch implementations, for every device; `kernels`
+has a second one of most for CUDA. The operators are not differentiable: the autograd functions of the operator families
+call them.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -23,6 +26,13 @@ from s2a_cli.activations.codes import byte_table, chunk, elements, groups_of, lo
 
 _LIBRARY = torch.library.Library("s2a", "DEF")
 SCALE = torch.bfloat16  # of groups: the range of float32, so that nothing overflows
+PLAIN: dict[str, Callable] = {}  # {name of an operator: its plain implementation}
+ACTIVATIONS = {
+    "gelu": torch.ops.aten.gelu,
+    "gelu_tanh": functools.partial(torch.ops.aten.gelu, approximate="tanh"),
+    "silu": torch.ops.aten.silu,
+    "hardswish": torch.ops.aten.hardswish,
+}
 
 
 def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
@@ -30,6 +40,7 @@ def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
     def register(implementation: Callable) -> Callable:
         name = schema.split("(")[0]
+        PLAIN[name] = implementation
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"s2a::{name}", fake, lib=_LIBRARY)
@@ -89,6 +100,18 @@ def encode_levels(
     for start, piece in elements(x):
         pack_into(packed, start, assign(piece.float(), bins, low, high, up), bits, x.numel())
     return packed
+
+
+def _fake_activate(x, function, bins, low, high, bits):
+    return x.new_empty(x.shape), _fake_codes(x, bits)
+
+
+@operator(
+    "activate(Tensor x, str function, Tensor bins, float low, float high, int bits) -> (Tensor, Tensor)", _fake_activate
+)
+def activate(x: Tensor, function: str, bins: Tensor, low: float, high: float, bits: int) -> tuple[Tensor, Tensor]:
+    """The function of ACTIVATIONS by that name, contiguous, and the codes."""
+    return ACTIVATIONS[function](x).contiguous(), PLAIN["encode_levels"](x, bins, low, high, bits)
 
 
 def _fake_interval(x, low, high):

@@ -1,0 +1,100 @@
+"""What the kernels share. A program handles a tile [ROWS, COLS]: some rows of WIDTH elements, COLS a power of two >= WIDTH.
+
+An elementwise kernel reads its tensor as rows of COLS = WIDTH elements, the last of which may be short (EVEN: it is
+not, which lets the compiler use wide loads and stores). Elsewhere WIDTH is a multiple of 8, so that a row's codes
+begin a byte in every plane. Offsets within a tile are int32, that of a tile is int64.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place(pointer, first, stride: tl.constexpr, rest, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Pointers to COLS elements of each row from `first`, `stride` apart, and which of them there are: [ROWS, COLS].
+
+    rest: elements from the first on.
+    """
+    col = tl.arange(0, COLS)[None, :]
+    offset = tl.arange(0, ROWS)[:, None] * stride + col
+    return pointer + first * stride + offset, (col < stride) & (offset < rest)
+
+
+@triton.jit
+def bytes_left(rest, PLANE: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """Bytes of a plane that `rest` elements, the last of a tensor, take."""
+    if EVEN:  # the same number, of which the compiler knows divisors
+        return rest // WIDTH * (WIDTH * PLANE // 8)
+    return (rest * PLANE + 7) // 8
+
+
+@triton.jit
+def _store_plane(
+    packed, codes, first, rest, WIDTH: tl.constexpr, PLANE: tl.constexpr, LOW: tl.constexpr, EVEN: tl.constexpr
+):
+    """Stores the bits of codes from LOW on in one plane; returns where the next one begins."""
+    ROWS: tl.constexpr = codes.shape[0]
+    EACH: tl.constexpr = 8 // PLANE
+    BYTES: tl.constexpr = codes.shape[1] // EACH
+    part = tl.reshape((codes >> LOW) & ((1 << PLANE) - 1), [ROWS, BYTES, EACH])
+    data = tl.sum(part << (PLANE * tl.arange(0, EACH))[None, None, :], 2).to(tl.uint8)
+    left = bytes_left(rest, PLANE, WIDTH, EVEN)
+    where, valid = place(packed, first, WIDTH * PLANE // 8, left, ROWS, BYTES)
+    tl.store(where, data, valid)
+    return packed + (first * (WIDTH * PLANE // 8) + left)
+
+
+@triton.jit
+def store_codes(packed, codes, first, rest, WIDTH: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr):
+    """Packs int32 codes [ROWS, COLS], 0 where there is no element, as codes.py has it."""
+    for power in tl.static_range(4):
+        if BITS & (8 >> power):  # the planes are the binary digits of BITS, the largest first
+            packed = _store_plane(
+                packed, codes, first, rest, WIDTH, 8 >> power, BITS // (16 >> power) * (16 >> power), EVEN
+            )
+
+
+@triton.jit
+def _load_plane(
+    packed,
+    first,
+    rest,
+    WIDTH: tl.constexpr,
+    PLANE: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    EACH: tl.constexpr = 8 // PLANE
+    left = bytes_left(rest, PLANE, WIDTH, EVEN)
+    where, valid = place(packed, first, WIDTH * PLANE // 8, left, ROWS, COLS // EACH)
+    data = tl.load(where, valid, other=0).to(tl.int32)
+    part = (data[:, :, None] >> (PLANE * tl.arange(0, EACH))[None, None, :]) & ((1 << PLANE) - 1)
+    return tl.reshape(part, [ROWS, COLS]), packed + (first * (WIDTH * PLANE // 8) + left)
+
+
+@triton.jit
+def load_codes(
+    packed,
+    first,
+    rest,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """What `store_codes` packed: int32 [ROWS, COLS]."""
+    codes = tl.zeros([ROWS, COLS], tl.int32)
+    for power in tl.static_range(4):
+        if BITS & (8 >> power):
+            part, packed = _load_plane(packed, first, rest, WIDTH, 8 >> power, EVEN, ROWS, COLS)
+            codes |= part << (BITS // (16 >> power) * (16 >> power))
+    return codes
+
+
+@triton.jit
+def assign(x, bins, step, shift, BINS: tl.constexpr):
+    """Codes (int32) of float32 x, as operators.assign: the bins lie in the L1 cache, 4 or 16 KiB."""
+    index = tl.minimum(tl.maximum(x * step + shift, 0.0), BINS - 1.0).to(tl.int32) & (BINS - 1)  # NaN: any
+    return tl.load(bins + index).to(tl.int32)
