@@ -92,6 +92,7 @@ class Backbone:
         model.requires_grad_(False)
         self.head.requires_grad_(True)
         self.blocks, self._order = _trace(model, image.size)
+        self.stored = 0  # elements of weights that are kept as codes and so are no parameters, see frozen.py
         self._pretrained = [name for name in model.state_dict() if not name.startswith(f"{self.head_name}.")]
 
     @property
@@ -118,6 +119,10 @@ class Backbone:
             if module is not self.head and not name.startswith(f"{ADDED}.") and self._order.get(name, -1) >= start:
                 yield name, module
 
+    def runs(self, name: str) -> bool:
+        """Whether the forward of the module with this name is called, rather than its tensors read by its parent."""
+        return self._order[name] != self._order.get(name.rpartition(".")[0], 0)
+
     def add(self, name: str, module: nn.Module) -> None:
         """Adds a trainable module as `model.s2a.<name>`; it is saved and trained with the run."""
         if not hasattr(self.model, ADDED):
@@ -136,7 +141,7 @@ class Backbone:
         """Parameters: total, trainable (head apart), head, and trainable as percent of the backbone without its head."""
         head = sum(p.numel() for p in self.head.parameters())
         added = sum(p.numel() for p in getattr(self.model, ADDED, nn.Module()).parameters())
-        total = sum(p.numel() for p in self.model.parameters())
+        total = sum(p.numel() for p in self.model.parameters()) + self.stored
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad) - head
         return {"total": total, "trainable": trainable, "head": head, "percent": 100 * trainable / (total - head - added)}
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms import v2
 
-from s2a_cli import allocation, backbones, checkpoints, data, memory, records
+from s2a_cli import allocation, backbones, checkpoints, data, frozen, memory, records
 from s2a_cli.activations import STOCK
 from s2a_cli.backbones import Backbone
 from s2a_cli.config import QuantConfig, show
@@ -74,6 +74,7 @@ def prepare(config: DictConfig) -> Run:
     if moving_norms(backbone.model):
         _refuse_parts(config)
     backbone.model.to(weight_dtype(config.precision))
+    frozen.store(backbone, config.backbone.weights)
     return Run(config, splits, backbone, weights, device)
 
 

@@ -248,28 +248,28 @@ def pointwise(
     function: Callable[..., Tensor], parameters: dict, bits: int, like: Tensor, stochastic: bool = False
 ) -> Table:
     """The fixed table of an elementwise function with these keyword arguments, where `like` is."""
-    return _placed(_pointwise, (function, tuple(sorted(parameters.items())), bits, stochastic), like)
+    return placed(_pointwise, (function, tuple(sorted(parameters.items())), bits, stochastic), like)
 
 
 def slopes(outside: float, inside: float, like: Tensor) -> Table:
     """The table of a function with these two slopes, where `like` is."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return _placed(slopes_table, (outside, inside, dtype), like)
+    return placed(slopes_table, (outside, inside, dtype), like)
 
 
 def mask(p: float, like: Tensor) -> Table:
     """The table of a dropout mask, where `like` is."""
-    return _placed(mask_table, (p, like.dtype), like)
+    return placed(mask_table, (p, like.dtype), like)
 
 
 def signed(bits: int, group: int, like: Tensor, stochastic: bool = False) -> Table:
     """The table of normalised values in groups that share a scale, where `like` is."""
-    return _placed(signed_table, (bits, group, stochastic), like)
+    return placed(signed_table, (bits, group, stochastic), like)
 
 
 def unit(bits: int, like: Tensor, stochastic: bool = False) -> Table:
     """The table of softmax maps, where `like` is."""
-    return _placed(unit_table, (bits, stochastic), like)
+    return placed(unit_table, (bits, stochastic), like)
 
 
 def _pointwise(function: Callable[..., Tensor], parameters: tuple, bits: int, stochastic: bool) -> Table:
@@ -287,7 +287,8 @@ def _on(make: Callable[..., Table], arguments: tuple, device: torch.device) -> T
     return _made(make, arguments).to(device)
 
 
-def _placed(make: Callable[..., Table], arguments: tuple, like: Tensor) -> Table:
+def placed(make: Callable[..., Table], arguments: tuple, like: Tensor) -> Table:
+    """make(*arguments), made once, where `like` is."""
     if isinstance(like, FakeTensor):
         return _made(make, arguments).fake(like)
     return _on(make, arguments, like.device)
