@@ -1,0 +1,425 @@
+"""Memory, speed and gradients of ways to fine-tune a backbone, each beside full fine-tuning: ours and those to compare with.
+
+    python benchmarks/tiers.py backbone=vit_b batch=64 precision=fp32
+    python benchmarks/tiers.py backbone=vit_t batch=32 backbone.image_size=112 checkpoint=vit_tiny.safetensors data=photos
+
+Writes OUT/NAME.json, .md and, where matplotlib is installed, .png. Words with a key of `Options` are read here, others are
+settings of the runs. Without CUDA memory is predicted and says so, and speed is that of the CPU; with CUDA memory is
+measured, each row in a process of its own, beside the prediction. Speed: all rows in one process, one step each in an order
+drawn anew every round; medians. A row that can't run says why. OMP_NUM_THREADS sets the CPU's threads.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rows import BY_NAME, CLASSES, ROWS, Made, Row, gradients, predicted
+from tiers_report import figure, markdown
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from s2a_cli import memory, records
+from s2a_cli.compose import compose
+from s2a_cli.data import build_transform
+from s2a_cli.data.transforms import ImageConfig
+from s2a_cli.errors import UserError, nearest
+from s2a_cli.progress import Progress
+from s2a_cli.training import WARMUP_STEPS, choose_device
+
+MEASURED_STEPS = 3  # of memory, after the warm-up
+SUFFIXES = (".jpg", ".jpeg", ".png")
+Batch = tuple[Tensor, Tensor]  # images [B, 3, H, W], targets [B]
+Entry = dict[str, Any]  # a row of the result file
+
+
+@dataclass
+class Options:
+    batch: int = 64  # images a step, of memory
+    rows: str = "all"  # or names with commas between them; full is always there
+    predict: bool = True
+    gradients: bool = True
+    time: bool = True
+    time_batch: int | None = None  # images a step, of speed; null: batch on CUDA, at most 8 on a CPU
+    steps: int | None = None  # timed for each row; null: 20 on CUDA, 5 on a CPU
+    gradient_batch: int = 8  # images whose gradient is compared
+    checkpoint: str | None = None  # pretrained weights; null: random ones, unless the backbone ships with some
+    data: str | None = None  # a folder of class folders of photos for gradients; null: noise
+    out: str = "benchmarks/results"
+    name: str | None = None  # of the files; null: from backbone, image size, batch, precision and device
+    measure: str | None = None  # one row's memory on CUDA, printed as JSON: what each process of its own is told
+
+
+def parse(argv: list[str]) -> tuple[Options, list[str]]:
+    """Our options, and the words that are settings of the runs. Raises UserError for options that can't be read."""
+    hints, given, words = typing.get_type_hints(Options), {}, []
+    for word in argv:
+        key, equals, value = word.partition("=")
+        if not equals or key not in hints:
+            words.append(word)
+        elif hints[key] is bool:
+            if value not in ("true", "false"):
+                raise UserError(f"{word}: expected true or false")
+            given[key] = value == "true"
+        elif hints[key] in (int, int | None):
+            if not value.isdecimal() or int(value) < 1:
+                raise UserError(f"{word}: expected an integer of at least 1")
+            given[key] = int(value)
+        else:
+            given[key] = value
+    options = Options(**given)
+    words.append(f"optim.batch_size={options.batch}")
+    if options.checkpoint:
+        words.append(f"backbone.checkpoint={options.checkpoint}")
+    elif compose(words).backbone.checkpoint is None:
+        words.append("backbone.pretrained=false")
+    return options, words
+
+
+def chosen(names: str) -> list[Row]:
+    """Rows in the order of `ROWS`, full fine-tuning first."""
+    wanted = set(BY_NAME) if names == "all" else {"full", *names.split(",")}
+    for name in sorted(wanted - BY_NAME.keys()):
+        raise UserError(f"rows={names}: no row {name!r}{nearest(name, BY_NAME)}; there are {', '.join(BY_NAME)}")
+    return [row for row in ROWS if row.name in wanted]
+
+
+@contextmanager
+def problems(entry: Entry, what: str) -> Iterator[None]:
+    """What goes wrong inside is written into the row instead of stopping the run."""
+    try:
+        yield
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        entry["problems"][what] = first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"[:300]
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+# Memory
+
+
+def as_entry(found: memory.Memory) -> dict[str, Any]:
+    keys = ("kind", "kept_mib", "static_mib", "peak_mib", "reserved_mib")
+    values = {key: value for key, value in found.as_dict().items() if key in keys and value is not None}
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
+
+
+def predict_row(entry: Entry, words: list[str], batch: int) -> None:
+    with problems(entry, "memory"):
+        entry["predicted"] = as_entry(predicted(BY_NAME[entry["name"]], words, batch))
+        if entry["predicted"]["peak_mib"] is None:
+            entry["problems"]["peak"] = "not predicted: the compiler orders and fuses what it computes again"
+
+
+def measure_row(entry: Entry, argv: list[str]) -> None:
+    """Runs this file in a process of its own."""
+    with problems(entry, "measured"):
+        command = [sys.executable, __file__, *argv, f"measure={entry['name']}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if line.strip()]
+            raise UserError(said[-1].strip() if said else f"the process ended with code {done.returncode}")
+        entry["measured"] = json.loads(done.stdout.splitlines()[-1])
+
+
+def measured(row: Row, words: list[str], batch: int, device: torch.device, meter: memory.CudaMeter) -> dict[str, Any]:
+    """The memory of a row's steps as the meter counts it. Raises UserError when others use the device."""
+    if not memory.device_is_idle(device):
+        raise UserError(f"{device} is not idle: other processes hold memory on it, so nothing is measured")
+    made = Made(row, words, device)
+    made.compile()
+    optimizer, host = made.optimizer(), noise(made.backbone.image.size, batch)
+    for _ in range(WARMUP_STEPS + MEASURED_STEPS):
+        meter.step_begins()
+        images, targets = (tensor.to(device) for tensor in host)
+        made(made.model, optimizer, images, targets, after_forward=meter.after_forward)
+        del images, targets  # nothing of a step is alive when the next begins
+        meter.step_ends()
+    return as_entry(meter.memory)
+
+
+# Gradients
+
+
+def noise(size: int, count: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 3, size, size, generator=generator)
+    return images, torch.randint(CLASSES, (count,), generator=generator)
+
+
+def photos(folder: str, config: Any, image: ImageConfig, count: int) -> Batch:
+    """Evaluation's view of photos from all over a folder, shuffled, always the same; targets are their class folders."""
+    files = sorted(file for file in Path(folder).expanduser().rglob("*") if file.suffix.lower() in SUFFIXES)
+    if len(files) < count:
+        raise UserError(f"data={folder}: {len(files)} photos found, at least {count} are needed")
+    files = [files[i * len(files) // count] for i in range(count)]
+    random.Random(0).shuffle(files)
+    classes = sorted({file.parent.name for file in files})
+    view = build_transform(image, config.dataset, train=False)
+    images = torch.stack([view(Image.open(file).convert("RGB")) for file in files])
+    return images, torch.tensor([classes.index(file.parent.name) % CLASSES for file in files])
+
+
+def compare_gradients(entries: list[Entry], words: list[str], options: Options, device: torch.device) -> None:
+    """Of each row, against exact bias tuning's, over the parameters that both train; codes were fitted to other images."""
+    count, exact = 2 * options.gradient_batch, Made(BY_NAME["bias"], words, device)
+    image = exact.backbone.image
+    images, targets = photos(options.data, exact.config, image, count) if options.data else noise(image.size, count)
+    batches = list(zip(images.split(options.gradient_batch), targets.split(options.gradient_batch)))
+    reference, head = gradients(exact, batches), exact.backbone.head_name
+    del exact
+    with Progress("gradients", len(entries), " rows") as progress:
+        for entry in entries:
+            with problems(entry, "gradient"):
+                made = Made(BY_NAME[entry["name"]], words, device)
+                entry["parameters"] = made.backbone.count()
+                made.compile()
+                found = gradients(made, batches)
+                entry["gradient"] = compared(found, reference, head)
+            made = None
+            progress.add(1, row=entry["name"])
+
+
+def compared(found: dict[str, Tensor], exact: dict[str, Tensor], head: str) -> dict[str, Any]:
+    shared = [name for name in exact if name in found]
+    a, b = (torch.cat([grads[name] for name in shared]) for grads in (found, exact))
+    return {
+        "cosine": torch.nn.functional.cosine_similarity(a, b, 0).item(),
+        "error": ((a - b).norm() / b.norm()).item(),
+        "elements": a.numel(),
+        "head_only": all(name.startswith(f"{head}.") for name in shared),
+    }
+
+
+# Speed
+
+
+def time_rows(entries: list[Entry], words: list[str], options: Options, device: torch.device) -> None:
+    """Seconds of single steps; between two steps of a row every other row has one."""
+    cuda = device.type == "cuda"
+    batch, steps = time_batch(options, device), options.steps or (20 if cuda else 5)
+    ready: dict[str, Callable[[], float]] = {}
+    seconds: dict[str, list[float]] = {}
+    with Progress("speed", len(entries) * (steps + 1), " steps") as progress:
+        for entry in entries:
+            with problems(entry, "speed"):
+                if BY_NAME[entry["name"]].offload and not cuda:
+                    raise UserError("a CPU has no other memory to move what is kept to")
+                step = timer(Made(BY_NAME[entry["name"]], words, device), batch, device)
+                for _ in range(WARMUP_STEPS if cuda else 1):
+                    step()
+                ready[entry["name"]] = step
+            progress.add(1, row=entry["name"])
+        order, draw = list(entries), random.Random(0)
+        for _ in range(steps):
+            draw.shuffle(order)
+            for entry in order:
+                if entry["name"] in ready:
+                    with problems(entry, "speed"):
+                        seconds.setdefault(entry["name"], []).append(ready[entry["name"]]())
+                    if "speed" in entry["problems"]:
+                        del ready[entry["name"]]
+                progress.add(1, row=entry["name"])
+    for entry in entries:
+        if entry["name"] in ready:
+            entry["seconds"] = [round(value, 5) for value in seconds[entry["name"]]]
+            entry["images_per_second"] = batch / statistics.median(seconds[entry["name"]])
+
+
+def time_batch(options: Options, device: torch.device) -> int:
+    return options.time_batch or (options.batch if device.type == "cuda" else min(options.batch, 8))
+
+
+def timer(made: Made, batch: int, device: torch.device) -> Callable[[], float]:
+    """A function that takes one step and gives its seconds."""
+    made.compile()
+    optimizer = made.optimizer()
+    images, targets = (tensor.to(device) for tensor in noise(made.backbone.image.size, batch))
+
+    def step() -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        made(made.model, optimizer, images, targets)
+        synchronize(device)
+        return time.perf_counter() - start
+
+    return step
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# Kernels
+
+
+class Twins(TorchDispatchMode):
+    """Compares each operator that has a Triton kernel, on the arguments that a step gives it, with its plain twin.
+
+    worst: {operator: the largest difference}; of codes the share of bytes that differ, of floats relative to the largest.
+    """
+
+    def __init__(self, names: tuple[str, ...], plain: dict[str, Callable]):
+        super().__init__()
+        self.names, self.plain, self.worst = names, plain, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        space, _, name = func.name().split(".")[0].partition("::")
+        if space == "s2a" and name in self.names:
+            exact = self.plain[name](*args, **(kwargs or {}))
+            gaps = [gap(a, b) for a, b in zip(tree_leaves(found), tree_leaves(exact))]
+            self.worst[name] = max([self.worst.get(name, 0.0), *gaps])
+        return found
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    if a.dtype == torch.uint8:
+        return (a != b).double().mean().item()
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30)).item()
+
+
+def check_kernels(words: list[str], device: torch.device) -> dict[str, Any]:
+    """What runs the operators on this device, and how far the kernels are from their twins in a step of T2 and of T1."""
+    try:
+        from s2a_cli.activations import kernels
+        from s2a_cli.activations.operators import PLAIN
+    except ImportError:
+        return {"kernels": "plain"}
+    twins = Twins(kernels.OPERATORS, PLAIN)
+    for name in ("T1", "T2"):
+        made = Made(BY_NAME[name], words, device)
+        batch = [tensor.to(device) for tensor in noise(made.backbone.image.size, 2)]
+        with twins:
+            made(made.model, made.optimizer(), *batch)
+    return {"kernels": kernels.available(), "differences": twins.worst}
+
+
+# The result
+
+
+def with_ratios(entries: list[Entry]) -> None:
+    """How many times less memory, and more images a second, than full fine-tuning."""
+    full = entries[0]
+
+    def ratio(above: Any, below: Any) -> float | None:
+        return above / below if above and below else None
+
+    for entry in entries:
+        entry["ratios"] = {"images_per_second": ratio(entry["images_per_second"], full["images_per_second"])}
+        for kind in ("predicted", "measured"):
+            mine, whole = entry[kind] or {}, full[kind] or {}
+            for key in ("kept_mib", "peak_mib"):
+                entry["ratios"][f"{kind}_{key.removesuffix('_mib')}"] = ratio(whole.get(key), mine.get(key))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    cpu = [line.partition(":")[2].strip() for line in cpuinfo() if line.startswith("model name")]
+    versions = {}
+    for package in ("peft", "triton"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    machine = {"cpu": cpu[0] if cpu else platform.machine(), "cores": os.cpu_count(), "cuda": torch.version.cuda}
+    return records.environment(str(device)) | machine | versions
+
+
+def cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def blank(row: Row) -> Entry:
+    described = asdict(row) | {"change": row.change.__name__ if row.change else None, "words": list(row.words)}
+    found = dict.fromkeys(("predicted", "measured", "parameters", "gradient", "seconds", "images_per_second"))
+    return described | found | {"problems": {}}
+
+
+def benchmark(argv: list[str]) -> dict[str, Any]:
+    """The content of the result file. Raises UserError for settings that fit no row."""
+    options, words = parse(argv)
+    entries = [blank(row) for row in chosen(options.rows)]
+    config = compose(words)
+    cuda = config.device != "cpu" and torch.cuda.is_available()  # makes no context: the rows' own processes come first
+    with Progress("memory", len(entries), " rows") as progress:
+        for entry in entries:
+            if options.predict:
+                predict_row(entry, words, options.batch)
+            if cuda:
+                measure_row(entry, argv)
+            progress.add(1, row=entry["name"])
+    device = choose_device(config.device if cuda else "cpu")
+    if options.gradients:
+        compare_gradients(entries, words, options, device)
+    if options.time:
+        time_rows(entries, words, options, device)
+    with_ratios(entries)
+    made = Made(BY_NAME["linear"], words, torch.device("cpu"), meta=True)
+    return {
+        "benchmark": "tiers",
+        "command": " ".join(["python benchmarks/tiers.py", *argv]),
+        "date": datetime.date.today().isoformat(),
+        "backbone": config.backbone.name,
+        "timm": config.backbone.timm,
+        "image_size": made.backbone.image.size,
+        "precision": config.precision,
+        "optimizer": config.optim.name,
+        "attention": "fused where timm's is, but in rows that say unfused",
+        "batch": options.batch,
+        "time_batch": time_batch(options, device) if options.time else None,
+        "gradient_batch": options.gradient_batch if options.gradients else None,
+        "weights": Path(config.backbone.checkpoint).name if config.backbone.checkpoint else "random",
+        "images": f"photos of {Path(options.data).name}" if options.data else "noise",
+        "environment": environment(device),
+        "kernels": check_kernels(words, device) if cuda else None,
+        "rows": entries,
+    }
+
+
+def main(argv: list[str]) -> None:
+    options, words = parse(argv)
+    if options.measure:
+        device = choose_device("cuda")
+        meter = memory.CudaMeter(device, WARMUP_STEPS)
+        print(json.dumps(measured(BY_NAME[options.measure], words, options.batch, device, meter)))
+        return
+    result = benchmark(argv)
+    out = records.make_run_dir(Path(options.out))
+    device = "_cuda" if any(row["measured"] for row in result["rows"]) else ""
+    name = f"{result['backbone']}_{result['image_size']}px_b{result['batch']}_{result['precision']}{device}"
+    path = out / (options.name or name)
+    table = markdown(result)
+    print(table)
+    records.atomic_write(path.with_name(f"{path.name}.json"), json.dumps(result, indent=1) + "\n")
+    records.atomic_write(path.with_name(f"{path.name}.md"), table)
+    if options.time:
+        figure(result, path.with_name(f"{path.name}.png"))
+    print(f"{path}.json", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(str(error))
