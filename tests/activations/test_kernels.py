@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from s2a_cli.activations import levels
+from s2a_cli.activations import codes, levels
 from s2a_cli.activations.operators import ACTIVATIONS, PLAIN
 
 pytest.importorskip("triton")
@@ -22,6 +22,7 @@ if INTERPRETED or DEVICE == "cuda":
 
 here = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="run by test_under_the_interpreter")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = {dtype: torch.finfo(dtype).eps for dtype in TYPES}
 SHAPES = ((1,), (7,), (1024,), (3, 1000), (2, 5, 517))
 
 
@@ -54,9 +55,9 @@ def test_pointwise_codes_and_products_are_the_same_bits(bits):
         x.view(-1)[-1] = torch.inf
         table = levels.pointwise(function, {}, bits, x)
         arguments = x, table.bins, table.low, table.high, bits
-        codes = PLAIN["encode_levels"](*arguments)
-        assert same(launch.encode_levels(*arguments), codes)
-        arguments = grad, codes, table.levels, bits
+        packed = PLAIN["encode_levels"](*arguments)
+        assert same(launch.encode_levels(*arguments), packed)
+        arguments = grad, packed, table.levels, bits
         assert same(launch.multiply_levels(*arguments), PLAIN["multiply_levels"](*arguments))
 
 
@@ -106,3 +107,104 @@ def test_what_kernels_do_not_cover_is_plain():
         arguments = values, table.bins, table.low, table.high, 4, table.chances, seed
         assert same(launch.encode_levels(*arguments), PLAIN["encode_levels"](*arguments))
     assert same(launch.encode_interval(x, 0.0, 1.0), PLAIN["encode_interval"](x, 0.0, 1.0))
+
+
+WIDTHS = [(64, 64), (8, 32), (64, 32), (40, 16), (104, 128), (768, 64)]  # and the group
+UNCOVERED = [(49, 64), (197, 64), (1, 64), (72, 48)]
+
+
+def channelled(width: int) -> torch.Tensor:
+    """A shift and a factor for each channel."""
+    return torch.stack([normal(width), normal(width).abs() + 0.5])
+
+
+def unpacked(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    return codes.unpack(packed, 0, count, bits, count).int()
+
+
+@here
+@pytest.mark.parametrize("width, group", WIDTHS + UNCOVERED)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_groups_are_the_same_bits(width, group, calibrated):
+    channels = channelled(width) if calibrated else None
+    for rows, bits, dtype in zip((1, 5, 33, 64, 9, 3, 7, 11), range(1, 9), itertools.cycle(TYPES)):
+        x = normal(rows, width, dtype=dtype)
+        x[0, :8] = 0
+        x[-1, -1] = 100  # the last group may be short
+        table = levels.unit(bits, x) if bits == 3 and not calibrated else levels.signed(bits, min(group, width), x)
+        x = x.abs() if table.low == 0 else x
+        arguments = x, table.bins, table.low, group, bits, None, 0, channels
+        (found, found_scales), (expected, scales) = launch.encode_groups(*arguments), PLAIN["encode_groups"](*arguments)
+        assert same(found_scales, scales) and torch.equal(found_scales, scales)
+        assert same(found, expected)
+        for start, stop in ((0, rows), (rows // 2, rows)):
+            arguments = found, scales, table.levels, width, group, bits, start, stop, dtype, channels
+            values, plain = launch.decode_groups(*arguments), PLAIN["decode_groups"](*arguments)
+            assert values.dtype == dtype and values.shape == plain.shape
+            if calibrated:  # a sum, whose product may be rounded or not
+                torch.testing.assert_close(values.float(), plain.float(), rtol=2 * EPS[dtype], atol=1e-5)
+            else:
+                assert same(values, plain)
+
+
+@here
+@pytest.mark.parametrize("value", [0.0, 1e-40, 1e38, torch.inf])
+def test_groups_of_extreme_values(value):
+    x = torch.full((4, 64), value, device=DEVICE)
+    table = levels.signed(4, 64, x)
+    arguments = x, table.bins, table.low, 64, 4
+    (found, found_scales), (expected, scales) = launch.encode_groups(*arguments), PLAIN["encode_groups"](*arguments)
+    if not INTERPRETED or value != 1e-40:  # a denormal, which the interpreter rounds to 0
+        assert torch.equal(found_scales, scales)
+    if value != torch.inf:
+        assert same(found, expected)
+
+
+@here
+@pytest.mark.parametrize("width, group", WIDTHS + UNCOVERED)
+@pytest.mark.parametrize("centre, calibrated", [(True, True), (True, False), (False, True), (False, False)])
+def test_norms(width, group, centre, calibrated):
+    channels = channelled(width) if calibrated else None
+    for rows, bits, dtype in zip((1, 33, 64, 7), (4, 3, 8, 1), itertools.cycle(TYPES)):
+        x = normal(rows, width, dtype=dtype) + 0.5
+        table = levels.signed(bits, min(group, width), x)
+        arguments = x, width, 1e-5, centre, table.bins, group, bits, None, 0, channels
+        found, plain = launch.encode_norm(*arguments), PLAIN["encode_norm"](*arguments)
+        torch.testing.assert_close(found[2], plain[2], rtol=1e-5, atol=0)
+        # x^ differs in its last bits: so may a scale, and a code of a value at the border of two bins
+        torch.testing.assert_close(found[1].float(), plain[1].float(), rtol=2.0**-7, atol=1e-6)
+        differ = (unpacked(found[0], bits, x.numel()) - unpacked(plain[0], bits, x.numel())).abs()
+        assert differ.max() <= 1 and (differ > 0).sum() <= 2 + 0.01 * x.numel()
+
+        grad, weight = normal(rows, width, dtype=dtype).flip(0), normal(width)
+        for scale in (weight, None):
+            arguments = grad, *plain, table.levels, scale, width, width, width, centre, group, bits, channels
+            for name, mine, stock in zip(
+                ("x", "weight", "bias"), launch.norm_backward(*arguments), PLAIN["norm_backward"](*arguments)
+            ):
+                assert mine.dtype == stock.dtype and mine.shape == stock.shape
+                size = stock.float().abs().amax() + 1e-3
+                error = (mine.float() - stock.float()).abs().amax()
+                assert error <= 4 * EPS[dtype] * size + 1e-5, (name, rows, bits, dtype)
+
+
+@here
+def test_a_backward_pass_of_more_rows_than_programs(monkeypatch):
+    monkeypatch.setattr(launch, "PROGRAMS", 2)
+    monkeypatch.setattr(launch, "TILE", 128)
+    x, weight = normal(37, 64), normal(64)
+    table = levels.signed(4, 64, x)
+    kept = PLAIN["encode_norm"](x, 64, 1e-5, True, table.bins, 64, 4)
+    arguments = x.flip(0), *kept, table.levels, weight, 64, 64, 64, True, 64, 4
+    for mine, stock in zip(launch.norm_backward(*arguments), PLAIN["norm_backward"](*arguments)):
+        torch.testing.assert_close(mine, stock, rtol=1e-5, atol=1e-4)
+
+
+@here
+def test_group_norm_is_plain():
+    x = normal(4, 6, 16)
+    table = levels.signed(4, 64, x)
+    kept = PLAIN["encode_norm"](x, 48, 1e-5, True, table.bins, 64, 4)
+    arguments = x, *kept, table.levels, normal(6), 48, 3, 6, True, 64, 4
+    for mine, stock in zip(launch.norm_backward(*arguments), PLAIN["norm_backward"](*arguments)):
+        assert same(mine, stock)

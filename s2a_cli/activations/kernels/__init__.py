@@ -15,6 +15,7 @@ import torch
 from s2a_cli.activations.operators import PLAIN
 
 OPERATORS = ("activate", "encode_levels", "encode_interval", "multiply_levels")
+OPERATORS += ("encode_groups", "decode_groups", "encode_norm", "norm_backward")
 _LIBRARY = torch.library.Library("s2a", "IMPL", "CUDA")
 
 
