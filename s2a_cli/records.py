@@ -102,6 +102,7 @@ def environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "kernels": kernels.available() if cuda else "plain",  # what makes the codes
         "kernels": kernels.available() if cuda else "plain",
     }
 
