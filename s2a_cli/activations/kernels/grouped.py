@@ -144,9 +144,7 @@ def decode(
     own = tl.program_id(0).to(tl.int64) * ROWS
     first = own + start
     rest = (rows - first) * WIDTH
-    values = _decode_rows(
-        packed, scales, levels, channels, first, rest, CALIBRATED, WIDTH, GROUP, BITS, ROWS, COLS
-    )
+    values = _decode_rows(packed, scales, levels, channels, first, rest, CALIBRATED, WIDTH, GROUP, BITS, ROWS, COLS)
     where, valid = place(out, own, WIDTH, (stop - first) * WIDTH, ROWS, COLS)
     tl.store(where, values.to(out.dtype.element_ty), valid)
 

@@ -152,7 +152,19 @@ def _encode_rows(
     x, table = x.contiguous(), bins if channels is None else channels
     numbers = rows, eps, step, -low * step
     grouped.encode[triton.cdiv(rows, tiles["ROWS"]),](
-        x, packed, scales, rstd, bins, table, *numbers, norm, low < 0, channels is not None, bins.numel(), BITS=bits, **tiles
+        x,
+        packed,
+        scales,
+        rstd,
+        bins,
+        table,
+        *numbers,
+        norm,
+        low < 0,
+        channels is not None,
+        bins.numel(),
+        BITS=bits,
+        **tiles,
     )
     return packed
 
@@ -177,8 +189,17 @@ def decode_groups(
     each = width // tiles["WIDTH"]
     rows, start, stop = scales.shape[0] * each, start * each, stop * each
     grouped.decode[triton.cdiv(stop - start, tiles["ROWS"]),](
-        out, codes, scales, levels, levels if channels is None else channels, rows, start, stop, channels is not None,
-        BITS=bits, **tiles,
+        out,
+        codes,
+        scales,
+        levels,
+        levels if channels is None else channels,
+        rows,
+        start,
+        stop,
+        channels is not None,
+        BITS=bits,
+        **tiles,
     )
     return out
 
@@ -208,9 +229,21 @@ def norm_backward(
     sums = grad.new_empty((2, programs, width), dtype=torch.float32)
     unused = rstd
     grouped.norm_backward[programs,](
-        grad.contiguous(), out, sums, codes, scales, rstd, table,
-        unused if weight is None else weight.contiguous(), unused if calibrated is None else calibrated, rows,
-        centre, weight is not None, calibrated is not None, BITS=bits, **tiles,
+        grad.contiguous(),
+        out,
+        sums,
+        codes,
+        scales,
+        rstd,
+        table,
+        unused if weight is None else weight.contiguous(),
+        unused if calibrated is None else calibrated,
+        rows,
+        centre,
+        weight is not None,
+        calibrated is not None,
+        BITS=bits,
+        **tiles,
     )
     dweight, dbias = sums.sum(1).to(grad.dtype)
     return out, dweight, dbias
