@@ -40,7 +40,7 @@ def test_under_the_interpreter():
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="compiles without a device")
-@pytest.mark.parametrize("capability", [75, 90])
+@pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_without_a_device(capability):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import jit
@@ -68,7 +68,7 @@ def launch_all() -> None:
     """Every launcher with sizes that fill tiles and sizes that do not, in one plane and in three."""
     from s2a_cli.activations.kernels import launch
 
-    for dtype, bits, rows in ((torch.float32, 7, 3), (torch.bfloat16, 4, 1024)):
+    for dtype, bits, rows in ((torch.float32, 7, 1), (torch.float32, 7, 2), (torch.bfloat16, 4, 1024)):
         x, table = normal(rows, 200, dtype=dtype), bent(bits)
         codes = launch.encode_levels(x, table.bins, table.low, table.high, bits)
         launch.multiply_levels(x, codes, table.levels, bits)
@@ -78,7 +78,7 @@ def launch_all() -> None:
         table = table_of(bits, -1.0)
         for channels in (None, channelled(200)):
             codes, scales = launch.encode_groups(x, table.bins, -1.0, 64, bits, None, 0, channels)
-            launch.decode_groups(codes, scales, table.levels, 200, 64, bits, 1, rows, dtype, channels)
+            launch.decode_groups(codes, scales, table.levels, 200, 64, bits, rows // 2, rows, dtype, channels)
             kept = launch.encode_norm(x, 200, 1e-5, bits == 4, table.bins, 64, bits, None, 0, channels)
             launch.norm_backward(x, *kept, table.levels, None, 200, 200, 200, bits == 4, 64, bits, channels)
             launch.norm_backward(x, *kept, table.levels, x[0], 200, 200, 200, bits == 4, 64, bits, channels)

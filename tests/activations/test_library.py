@@ -10,7 +10,14 @@ from s2a_cli.activations import levels
 from s2a_cli.activations.attention import softmax_backward
 from s2a_cli.activations.conv import weight_gradient
 from s2a_cli.activations.norm import encode_norm, norm_backward
-from s2a_cli.activations.operators import decode_groups, encode_groups, encode_interval, encode_levels, multiply_levels
+from s2a_cli.activations.operators import (
+    activate,
+    decode_groups,
+    encode_groups,
+    encode_interval,
+    encode_levels,
+    multiply_levels,
+)
 from s2a_cli.activations.pooling import max_pool2d, max_pool2d_backward
 
 X = torch.randn(9, 100, generator=torch.Generator().manual_seed(0))
@@ -22,6 +29,7 @@ STOCHASTIC, CHANNELS = levels.signed(4, 64, X, True), torch.stack([X.mean(0), X.
 NORM = encode_norm(X, 100, 1e-5, True, SIGNED.bins, 64, 4)
 
 CALLS = {
+    "activate": (activate, (X, "gelu_tanh", GELU.bins, GELU.low, GELU.high, 3)),
     "encode_levels": (encode_levels, (X, GELU.bins, GELU.low, GELU.high, 3)),
     "encode_interval": (encode_interval, (X, 0.0, 6.0)),
     "multiply_levels": (multiply_levels, (X, encode_interval(X, 0.0, 6.0), torch.tensor([0.0, 1.0]), 1)),

@@ -20,8 +20,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def probe() -> None:
-    """Raises where kernels cannot be built or launched."""
-    encode_interval(torch.zeros(8, device="cuda"), 0.0, math.inf)
+    """Raises where kernels cannot be built or launched: also where Triton cannot round to bfloat16 (Turing, Triton 3.2)."""
+    encode_groups(torch.zeros(1, 64, device="cuda"), torch.zeros(16, dtype=torch.uint8, device="cuda"), -1.0, 64, 4)
 
 
 def _flat(total: int) -> tuple[tuple[int], dict]:
