@@ -190,6 +190,7 @@ def _partitioned(made: Made) -> Callable[..., Tensor]:
     What is kept between the two is the compiler's choice; in which order it runs the backward graph, and what it fuses
     there, is not known without compiling, so that the peak is not.
     """
+    import torch._inductor.lowering  # noqa: F401  the partition looks operators up there
     from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
