@@ -65,7 +65,7 @@ class Result(TypedDict):
     status: str  # ok | oom | failed | interrupted
     error: str | None  # one line
     config: dict[str, Any]  # resolved
-    quant: dict[str, Any] | None  # what quant=auto chose, else null: it is in config
+    allocation: dict[str, Any] | None  # the quant settings that quant=auto chose; null where config has them
     accuracy: Accuracy
     parameters: Parameters
     memory: MemoryRecord | None

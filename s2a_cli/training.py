@@ -128,7 +128,7 @@ def train(config: DictConfig) -> tuple[records.Result, Path]:
     folder = records.make_run_dir(Path(place))
     for name in ("result.json", "metrics.jsonl", "traceback.txt", checkpoints.FILE):
         (folder / name).unlink(missing_ok=True)
-    result = _blank(run, config, identity) | {"quant": chosen}
+    result = _blank(run, config, identity) | {"allocation": chosen}
     records.write_result(folder, result)
     try:
         records.atomic_write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))

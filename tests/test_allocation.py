@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from s2a_cli import allocation, backbones, training
-from s2a_cli.activations import STOCK
+from s2a_cli.activations import STOCK, blocks
 from s2a_cli.allocation import Costs, Gradient, allocate, measure
 from s2a_cli.compose import compose
 from s2a_cli.errors import UserError
@@ -20,6 +20,11 @@ from s2a_cli.methods import METHODS
 from s2a_cli.steps import train_mode
 
 TINY = ["backbone=vit_micro", "backbone.pretrained=false", "+backbone.kwargs.depth=2", "optim.batch_size=32"]
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(blocks, "LEAST", 1)
 
 
 def gradient_of(*words: str) -> Gradient:
@@ -101,9 +106,9 @@ def test_a_run_records_what_was_chosen(tmp_path, capsys):
     result, folder = training.train(compose([*words, f"run_dir={tmp_path}"]))
     assert "quant=auto: " in capsys.readouterr().out
     assert result["status"] == "ok" and result["memory"]["peak_mib"] <= 2.5
-    assert result["quant"]["name"] == "auto" and len(result["quant"]["blocks"]) == 2
-    assert result["config"]["quant"]["blocks"] == {} and json.loads((folder / "result.json").read_text())["quant"]
-    assert training.train(compose([*words, f"run_dir={tmp_path}"]))[0]["quant"] == result["quant"]
+    assert result["allocation"]["name"] == "auto" and len(result["allocation"]["blocks"]) == 2
+    assert result["config"]["quant"]["blocks"] == {} and json.loads((folder / "result.json").read_text())["allocation"]
+    assert training.train(compose([*words, f"run_dir={tmp_path}"]))[0]["allocation"] == result["allocation"]
 
 
 def test_a_budget_is_needed():

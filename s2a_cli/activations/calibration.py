@@ -50,23 +50,22 @@ class Calibration:
         self, site: str, function: Callable[..., Tensor], parameters: dict, bits: int, x: Tensor
     ) -> levels.Table:
         """The table of `function` for inputs like x."""
-        ready = self._ready.get(site)
-        if ready is not None and ready.levels.device == x.device and not isinstance(x, FakeTensor):
+        if ready := self._is_ready(site, x):
             return ready
         known = self._known(site, x, lambda: _histogram(x))
         if known is None:
-            return levels.pointwise(function, parameters, bits, x, self.is_stochastic)
+            return self._stand_in(site, levels.pointwise(function, parameters, bits, x, self.is_stochastic), x)
         slope = functools.partial(function, **parameters)
         return self._fit(site, known, functools.partial(levels.derivative_table, slope, bits), x)
 
     def unit(self, site: str, p: Tensor, bits: int) -> levels.Table:
         """The table of softmax maps like p [..., keys]."""
-        group, ready = self.config.group, self._ready.get(site)
-        if ready is not None and ready.levels.device == p.device and not isinstance(p, FakeTensor):
+        group = self.config.group
+        if ready := self._is_ready(site, p):
             return ready
         known = self._known(site, p, lambda: _shares(p, group))
         if known is None:
-            return levels.unit(bits, p, self.is_stochastic)
+            return self._stand_in(site, levels.unit(bits, p, self.is_stochastic), p)
         return self._fit(site, known, functools.partial(levels.unit_table, bits), p)
 
     def _fit(self, site: str, known: Tensor, make: Callable[..., levels.Table], like: Tensor) -> levels.Table:
@@ -84,17 +83,30 @@ class Calibration:
 
         change: gives what is coded from rows [n, width] of x, where that is not x itself.
         """
-        ready = self._ready.get(site)
-        if ready is not None and ready.device == x.device and not isinstance(x, FakeTensor):
+        if (ready := self._is_ready(site, x)) is not None:
             return ready
-        if isinstance(x, FakeTensor) and self.config.calibrate:
-            return x.new_empty((2, x.shape[-1]), dtype=torch.float32)
+        if isinstance(x, FakeTensor) and self.config.calibrate and not self._is_paused:
+            self._ready[site] = x.new_empty((2, x.shape[-1]), dtype=torch.float32)
+            return self._ready[site]
         known = self._known(site, x, lambda: _channels(change(_rows(x))))
         if known is None:
             return None
         self._found[site] = known
         self._ready[site] = known.to(x.device)
         return self._ready[site]
+
+    def _is_ready(self, site: str, x: Tensor) -> levels.Table | Tensor | None:
+        """What serves inputs like x at this site, if it was made before."""
+        ready = self._ready.get(site)
+        tensor = ready.levels if isinstance(ready, levels.Table) else ready
+        fits = tensor is not None and tensor.device == x.device and isinstance(tensor, FakeTensor) == isinstance(x, FakeTensor)
+        return ready if fits else None
+
+    def _stand_in(self, site: str, table: levels.Table, x: Tensor) -> levels.Table:
+        """A fixed table; for fake inputs in a tensor of the site's own, as a fitted one would be."""
+        if isinstance(x, FakeTensor) and self.config.calibrate and not self._is_paused:
+            self._ready[site] = table = table.fake(x)
+        return table
 
     def _known(self, site: str, x: Tensor, find: Callable[[], Tensor]) -> Tensor | None:
         """What was found at this site, now or before; None where nothing is to be."""

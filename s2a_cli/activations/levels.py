@@ -16,16 +16,18 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 RANGE = 16.0  # pointwise inputs beyond +-RANGE share the outermost bins: f' is constant there
 POINTWISE_BINS = 1 << 14
 GROUP_BINS = 1 << 12
 FLOOR = 0.01  # weight of the fixed distribution beside a histogram
+_FAKES: WeakKeyDictionary[FakeTensorMode, dict[tuple, Table]] = WeakKeyDictionary()  # tables of a trace
 _POINTS = 512  # distinct values the dynamic programme sees
 
 
@@ -289,6 +291,10 @@ def _on(make: Callable[..., Table], arguments: tuple, device: torch.device) -> T
 
 def placed(make: Callable[..., Table], arguments: tuple, like: Tensor) -> Table:
     """make(*arguments), made once, where `like` is."""
-    if isinstance(like, FakeTensor):
-        return _made(make, arguments).fake(like)
-    return _on(make, arguments, like.device)
+    if not isinstance(like, FakeTensor):
+        return _on(make, arguments, like.device)
+    known = _FAKES.setdefault(like.fake_mode, {})
+    if (make, arguments) not in known:
+        with _disable_current_modes():  # a prediction no more counts it than it counts the real one
+            known[make, arguments] = _made(make, arguments)._each(like.fake_mode.from_tensor)
+    return known[make, arguments]

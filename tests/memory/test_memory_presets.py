@@ -1,0 +1,41 @@
+"""Presets on real CPU tensors keep what is predicted, to the byte, and peak where it is predicted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from s2a_cli import backbones, frozen
+from s2a_cli.compose import compose
+from s2a_cli.memory import predict, track
+from s2a_cli.methods import METHODS
+from s2a_cli.steps import Step, make_optimizer, train_mode
+
+CASES = [
+    *(("bias", quant, "fp32") for quant in ("exact", "paper", "int4", "int5", "tiny")),
+    ("s2a", "int4", "fp32"),
+    ("side", "tiny", "fp32"),
+    ("bias", "tiny", "int8"),
+    ("s2a", "int4", "nf4"),
+]
+
+
+@pytest.mark.parametrize("method, quant, weights", CASES)
+def test_what_is_predicted_is_what_real_tensors_take(method, quant, weights):
+    config = compose([f"method={method}", f"quant={quant}", "backbone.pretrained=false", f"backbone.weights={weights}"])
+    torch.manual_seed(0)
+    backbone = backbones.build(config.backbone, 10)
+    METHODS[method](config.method).attach(backbone)
+    train_mode(backbone.model)
+    frozen.store(backbone, weights)
+    size = backbone.image.size
+    batch = torch.randn(16, 3, size, size), torch.arange(16) % 10
+
+    def counted(how):
+        step = Step(config, torch.device("cpu"), backbone.block_modules)
+        return how(backbone.model, batch, step, lambda model: make_optimizer(config.optim, model))
+
+    predicted, real = counted(predict), counted(track)
+    assert predicted.kept_mib == real.kept_mib
+    assert predicted.static_mib == real.static_mib
+    assert predicted.peak_mib == pytest.approx(real.peak_mib, rel=0.03)
