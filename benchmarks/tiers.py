@@ -241,7 +241,7 @@ def time_rows(entries: list[Entry], words: list[str], options: Options, device: 
                 progress.add(1, row=entry["name"])
     for entry in entries:
         if entry["name"] in ready:
-            entry["seconds"] = [round(value, 5) for value in seconds[entry["name"]]]
+            entry["seconds"] = [round(value, 7) for value in seconds[entry["name"]]]
             entry["images_per_second"] = batch / statistics.median(seconds[entry["name"]])
 
 
