@@ -1,8 +1,8 @@
 """The one place where operators are intercepted: a TorchFunctionMode with a table {function: handler}.
 
 A handler is called as handler(mode, stock, *args, **kwargs), where `stock` is the function that was called. It
-returns what `stock` would, bit for bit, and keeps less for the backward pass; for arguments that it does not cover it
-calls `stock`.
+returns what `stock` would, bit for bit (to rounding where a CUDA kernel makes output and codes in one pass), and keeps
+less for the backward pass; for arguments that it does not cover it calls `stock`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch import Tensor
 from s2a_cli.activations import levels
 from s2a_cli.activations.autograd import covers, first_order
 from s2a_cli.activations.codes import inverse, memory_order
-from s2a_cli.activations.operators import encode_interval, encode_levels, multiply_levels
+from s2a_cli.activations.operators import activate, encode_interval, encode_levels, multiply_levels
 
 if TYPE_CHECKING:
     from s2a_cli.activations.mode import ActivationMode
@@ -46,13 +46,29 @@ class Elementwise(torch.autograd.Function):
         return product.permute(inverse(ctx.order)), None, None, None, None, None
 
 
+Encoded = tuple[Tensor | None, Tensor, levels.Table]  # the function's output where it was made along the way, codes, table
+ONE_PASS = {  # functions that s2a::activate knows
+    (F.gelu, "none"): "gelu",
+    (F.gelu, "tanh"): "gelu_tanh",
+    (F.silu, "none"): "silu",
+    (F.hardswish, "none"): "hardswish",
+}
+
+
+def in_one_pass(x: Tensor) -> bool:
+    """Whether the function and its codes are made in one pass over x: where a kernel does it, equal to stock to rounding."""
+    return x.is_cuda
+
+
 def coded(function: Callable, *names: str, inplace: bool = False) -> Callable:
     """A handler that keeps codes of the derivative of `function`, whose further parameters are `names`."""
 
-    def encode(mode: ActivationMode, x: Tensor, parameters: dict) -> tuple[Tensor, levels.Table]:
+    def encode(mode: ActivationMode, x: Tensor, parameters: dict, inplace: bool) -> Encoded:
         table = mode.calibration.pointwise(mode.site(), function, parameters, mode.config.pointwise, x)
-        seed = mode.calibration.seed() or 0
-        return encode_levels(x, table.bins, table.low, table.high, table.bits, table.chances, seed), table
+        seed, known = mode.calibration.seed(), ONE_PASS.get((function, parameters.get("approximate", "none")))
+        if known and in_one_pass(x) and seed is None and not inplace:
+            return *activate(x, known, table.bins, table.low, table.high, table.bits), table
+        return None, encode_levels(x, table.bins, table.low, table.high, table.bits, table.chances, seed or 0), table
 
     return _handler(encode, names, inplace)
 
@@ -63,9 +79,9 @@ def two_slopes(slopes: Callable, *names: str, inplace: bool = False) -> Callable
     slopes(**parameters) -> (low, high, slope outside, slope inside).
     """
 
-    def encode(mode: ActivationMode, x: Tensor, parameters: dict) -> tuple[Tensor, levels.Table]:
+    def encode(mode: ActivationMode, x: Tensor, parameters: dict, inplace: bool) -> Encoded:
         low, high, outside, inside = slopes(**parameters)
-        return encode_interval(x, low, high), levels.slopes(outside, inside, x)
+        return None, encode_interval(x, low, high), levels.slopes(outside, inside, x)
 
     return _handler(encode, names, inplace)
 
@@ -77,8 +93,12 @@ def _handler(encode: Callable, names: tuple[str, ...], inplace: bool) -> Callabl
         parameters = dict(zip(names, args), **kwargs)
         changes_input = parameters.pop("inplace", inplace)
         order = memory_order(input)
-        codes, table = encode(mode, input.detach().permute(order), parameters)
-        return Elementwise.apply(input, codes, table, order, lambda x: stock(x, *args, **kwargs), changes_input)
+        out, codes, table = encode(mode, input.detach().permute(order), parameters, changes_input)
+
+        def run(x: Tensor) -> Tensor:
+            return stock(x, *args, **kwargs) if out is None else out.permute(inverse(order))
+
+        return Elementwise.apply(input, codes, table, order, run, changes_input)
 
     return handler
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s2a_cli.activations import ActivationMode, remember
+from s2a_cli.activations import ActivationMode, pointwise, remember
 from s2a_cli.config import QuantConfig
 
 
@@ -265,3 +265,19 @@ def test_bias_gradients_on_real_weights_and_photos():
         found = gradients(remember(settings, model.blocks))
         assert F.cosine_similarity(torch.cat(found), torch.cat(exact), 0) > total
         assert min(F.cosine_similarity(a, b, 0) for a, b in zip(found, exact)) > worst
+
+
+@pytest.mark.parametrize("function", [F.gelu, lambda x: F.gelu(x, approximate="tanh"), F.silu, F.hardswish])
+def test_output_and_codes_in_one_pass_are_those_of_two(monkeypatch, function):
+    torch.manual_seed(0)
+    x, found = torch.randn(6, 5, 8).transpose(0, 1), []
+    for in_one in (False, True):
+        monkeypatch.setattr(pointwise, "in_one_pass", lambda x, in_one=in_one: in_one)
+        leaf = x.detach().requires_grad_()
+        with remember(config(4)):
+            out = function(leaf)
+        out.backward(torch.ones_like(out))
+        found.append((out.detach(), leaf.grad))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+    torch.testing.assert_close(found[1][0], function(x))
