@@ -73,6 +73,8 @@ def figure(result: Result, path: Path) -> None:
         ((row[kind] or {}).get("peak_mib"), row["images_per_second"], row["ours"], row["name"]) for row in result["rows"]
     ]
     points = [point for point in points if point[0] and point[1]]
+    if not points:
+        return
     fig, ax = plt.subplots(figsize=(9, 6))
     for ours, colour, label in ((False, "tab:gray", "PyTorch, timm, peft"), (True, "tab:blue", "ours")):
         mine = [point for point in points if point[2] == ours]
