@@ -103,7 +103,6 @@ def environment(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "kernels": kernels.available() if cuda else "plain",  # what makes the codes
-        "kernels": kernels.available() if cuda else "plain",
     }
 
 
