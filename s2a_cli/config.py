@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -259,6 +259,7 @@ def check(config: DictConfig) -> dict[str, str]:
         problems[micro] = f"{micro}={values[micro]}: expected at most {batch}={values[batch]}"
     if both(warmup, epochs) and values[warmup] >= values[epochs]:
         problems[warmup] = f"{warmup}={values[warmup]}: expected less than {epochs}={values[epochs]}"
+    problems |= _check_blocks(values.get("quant.blocks") or {})
     if values.get("quant.name") == "auto" and values.get("quant.budget_mib") is None:
         problems["quant.budget_mib"] = "quant=auto needs quant.budget_mib=N, the peak in MiB that a step may reach"
     if both("compile_budget") and not values.get("compile"):
@@ -270,3 +271,20 @@ def check(config: DictConfig) -> dict[str, str]:
     if both("dataset.test_domain") and values.get("dataset.domain") is None:
         problems["dataset.test_domain"] = "dataset.test_domain is set without dataset.domain, the domain to train on"
     return problems
+
+
+def _check_blocks(blocks: dict[int, Any]) -> dict[str, str]:
+    """Problems of quant.blocks; whether the backbone has as many blocks is checked where it is made."""
+    own = [f.name for f in fields(QuantConfig) if f.name not in ("name", "bits", "calibrate", "rounding", "blocks", "budget_mib")]
+    for number, settings in blocks.items():
+        if not isinstance(settings, dict):
+            return {"quant.blocks": f"quant.blocks={show(blocks)}: expected settings for each number, such as {{3: {{norm: 8}}}}"}
+        for name, value in settings.items():
+            key = f"quant.blocks.{number}.{name}"
+            if name not in own:
+                return {key: f"{key}: expected one of {', '.join(own)}{nearest(str(name), own)}"}
+            rule, kinds = RULES.get(f"quant.{name}"), members(QuantConfig, name)
+            if type(value) not in kinds or (rule and value is not None and not rule.test(value)):
+                accepted = rule.accepted if rule else "true or false"
+                return {key: f"{key}={show(value)}: expected {accepted}" + (", or null" if type(None) in kinds else "")}
+    return {}

@@ -73,6 +73,8 @@ def prepare(config: DictConfig) -> Run:
     METHODS[config.method.name](config.method).attach(backbone)
     if moving_norms(backbone.model):
         _refuse_parts(config)
+    if odd := [number for number in config.quant.blocks if not 0 <= number < len(backbone.blocks)]:
+        raise UserError(f"quant.blocks: there is no block {odd[0]}; this backbone has those from 0 to {len(backbone.blocks) - 1}")
     backbone.model.to(weight_dtype(config.precision))
     frozen.store(backbone, config.backbone.weights)
     return Run(config, splits, backbone, weights, device)

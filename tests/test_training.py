@@ -217,6 +217,11 @@ def test_parts_of_a_batch_with_moving_statistics_are_refused(word):
         training.prepare(compose([*QUICK[:2], *words, "method=full"]))
 
 
+def test_a_block_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="quant.blocks: there is no block 99; this backbone has those from 0 to"):
+        training.prepare(compose([*QUICK, "quant.blocks={99: {norm: 8}}"]))
+
+
 def test_what_an_earlier_run_left_does_not_stay(tmp_path, monkeypatch):
     train(tmp_path)
 
