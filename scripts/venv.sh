@@ -8,12 +8,12 @@ stamp=$venv/s2a-stamp
 find_python() {
     local name
     for name in python3.13 python3.12 python3.11 python3 python; do
-        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' >/dev/null 2>&1; then
             command -v "$name"
             return
         fi
     done
-    echo "s2a: no Python >= 3.11 on PATH; install Python 3.11, 3.12 or 3.13 and try again" >&2
+    echo "s2a: no Python >= 3.11.4 on PATH; install Python 3.11.4 or later, 3.12 or 3.13 and try again" >&2
     return 1
 }
 
