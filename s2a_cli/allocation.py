@@ -3,7 +3,7 @@
 In the order of speed, the first of these that fits is taken:
 
 1. stock PyTorch, then the lossless savings alone;
-2. codes: bits for each block and family of operators, if the gradient's expected error stays below `TOLERANCE`;
+2. codes: bits for each block and family of operators, if the gradient's error, measured, is at most `TOLERANCE`;
 3. blocks computed again from inputs of 8 bits, in more and more pieces; then from fewer bits, block by block.
 
 How much a code costs is measured on images of the run (the S2A paper's "gradient-informed precision allocation"): the
@@ -40,7 +40,6 @@ CODED = ("pointwise", "norm", "attention", "softmax")  # families of operators
 PIECES = (1, 8)  # of the batch, for coded blocks
 FINER = (4, 8, 16)  # for recomputed ones
 ROUNDS = 4  # of predicting an allocation and correcting what it may keep
-
 IMAGES = 8  # that costs are measured on
 
 Peak = Callable[..., float]  # (quant) or (quant, micro_batch) -> predicted, MiB

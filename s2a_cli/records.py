@@ -155,4 +155,7 @@ def read_result(folder: Path) -> Result:
         raise UserError(f"{path}: can't be read ({error})") from None
     if not isinstance(result, dict) or result.get("schema") != SCHEMA:
         raise UserError(f"{path}: not a result of schema {SCHEMA}")
+    for quant in (result["config"]["quant"], result.get("allocation") or {}):
+        if "blocks" in quant:  # JSON has no integer keys
+            quant["blocks"] = {int(number): settings for number, settings in quant["blocks"].items()}
     return result

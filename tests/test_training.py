@@ -217,6 +217,13 @@ def test_parts_of_a_batch_with_moving_statistics_are_refused(word):
         training.prepare(compose([*QUICK[:2], *words, "method=full"]))
 
 
+def test_a_run_with_settings_of_single_blocks_tests_the_same_again(tmp_path):
+    result = train(tmp_path, "quant.blocks={1: {recompute: block, input: 8}}", "optim.epochs=1")
+    stored = records.read_result(tmp_path)
+    assert stored["config"] == result["config"] and stored["config"]["quant"]["blocks"][1]["input"] == 8
+    assert training.evaluate(recompose(stored["config"], []), tmp_path)["top1"] == result["accuracy"]["test_top1"]
+
+
 def test_a_block_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="quant.blocks: there is no block 99; this backbone has those from 0 to"):
         training.prepare(compose([*QUICK, "quant.blocks={99: {norm: 8}}"]))
