@@ -1,18 +1,14 @@
-"""The command line: `s2a VERB key=value ...`. A verb is one entry in VERBS; only verbs that need torch import it."""
+"""The command line: `s2a VERB key=value ...`: flags, help and errors. The verbs are in verbs.py."""
 
 from __future__ import annotations
 
-import ast
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 from s2a_cli import __version__
 from s2a_cli.errors import RunError, UserError, nearest
+from s2a_cli.verbs import VERBS, Verb, composed
 
 FLAGS = {  # flag -> its value and meaning
     "--help": ("", "this, or the help of a verb"),
@@ -21,189 +17,6 @@ FLAGS = {  # flag -> its value and meaning
     "--version": ("", "versions of s2a and of what it stands on"),
     "--completion": ("bash|zsh|fish", 'print shell completion: eval "$(s2a --completion bash)"; fish: ... | source'),
     "--complete": ("", ""),  # what the shells call
-}
-KINDS = {kind + "s": kind for kind in ("backbone", "method", "quant", "dataset", "experiment")}  # what `ls` lists
-
-
-@dataclass(frozen=True)
-class Verb:
-    """`run` takes the words behind the verb and returns the exit code; `config` makes of them what `--cfg job` prints.
-
-    `words` are completed as they stand; a verb with a config completes its settings as well.
-    """
-
-    run: Callable[[list[str]], int]
-    usage: str
-    about: str
-    examples: tuple[str, str, str]
-    words: tuple[str, ...] = ()
-    config: Callable[[list[str]], Any] | None = None
-
-
-def _compose(words: list[str]) -> Any:
-    from s2a_cli.compose import compose
-
-    return compose(words)
-
-
-def train(words: list[str]) -> int:
-    config = _compose(words)
-    from s2a_cli import tables, training
-
-    result, folder = training.train(config)
-    print(tables.render(tables.table(tables.frame([result]))))
-    print(f"\nrun: {folder}")
-    status, error = result["status"], result["error"]
-    if status != "ok":
-        print(f"s2a: {status}" + (f": {error}" if error != status else ""), file=sys.stderr)
-    return {"ok": 0, "interrupted": 130}.get(status, 1)
-
-
-def _finished(words: list[str]) -> tuple[Path, list[str]]:
-    """The folder behind `run=`, and the other words."""
-    folders = [word.removeprefix("run=") for word in words if word.startswith("run=")]
-    if len(folders) != 1 or not folders[0]:
-        raise UserError("run=DIR is needed once: the folder of a finished run, which `s2a train` prints")
-    return Path(folders[0]), [word for word in words if not word.startswith("run=")]
-
-
-def _recompose(words: list[str]) -> Any:
-    from s2a_cli import records
-
-    folder, overrides = _finished(words)
-    stored = records.read_result(folder)["config"]
-    from s2a_cli.compose import recompose
-
-    return recompose(stored, overrides)
-
-
-def evaluate(words: list[str]) -> int:
-    config = _recompose(words)
-    from s2a_cli import records, training
-
-    folder, _ = _finished(words)
-    scores = training.evaluate(config, folder)
-    result = records.read_result(folder)
-    if result["status"] != "ok":
-        print(f"the run ended as {result['status']}: there is no recorded figure to compare with")
-        print(*(f"test_{name}: {value} %" for name, value in scores.items() if name != "loss" and value is not None), sep="\n")
-        return 0
-    recorded, equal = result["accuracy"], True
-    for name in ("top1", "top5"):
-        now, then = scores[name], recorded[f"test_{name}"]
-        if now is not None or then is not None:
-            equal &= now == then
-            print(f"test_{name}: {now} %, recorded {then} %: {'equal' if now == then else 'NOT EQUAL'}")
-    return 0 if equal else 1
-
-
-def ls(words: list[str]) -> int:
-    if odd := [word for word in words if word not in KINDS]:
-        raise UserError(f"ls {odd[0]}: expected one of {', '.join(KINDS)}{nearest(odd[0], KINDS)}")
-    from s2a_cli.compose import CONF, groups
-
-    options = groups()
-    for kind in words or KINDS:
-        group = KINDS[kind]
-        if len(words) != 1:
-            print(f"{kind} ({group}=NAME)")
-        for name in options.get(group, []):
-            about = _docstring(name) if kind == "methods" else _comment(CONF / group / f"{name}.yaml")
-            print(f"  {name:<16} {about}")
-    return 0
-
-
-def _comment(path: Path) -> str:
-    """The leading comment lines of a config file, Hydra's own `# @package` apart."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        if not line.startswith("# @"):
-            lines.append(line.lstrip("# "))
-    return "  ".join(lines)
-
-
-def _docstring(method: str) -> str:
-    """The first line of a method's docstring, read without an import of torch."""
-    body = ast.parse((Path(__file__).parent / "methods" / f"{method}.py").read_text(encoding="utf-8")).body
-    assigned = {ast.unparse(node.targets[0]): ast.unparse(node.value) for node in body if isinstance(node, ast.Assign)}
-    found = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == assigned["METHOD"])
-    return (ast.get_docstring(found) or "").split("\n")[0]
-
-
-def validate(words: list[str]) -> int:
-    from omegaconf import OmegaConf
-
-    config = _compose(words)
-    keys = ("optim.lr", "optim.epochs", "optim.batch_size", "precision", "seed")
-    chosen = [f"{group}={config[group].name}" for group in ("backbone", "method", "quant", "dataset", "optim")]
-    print("ok:", *chosen, *(f"{key}={OmegaConf.select(config, key)}" for key in keys))
-    return 0
-
-
-def table(words: list[str]) -> int:
-    from s2a_cli import tables
-
-    formats = [word.removeprefix("format=") for word in words if word.startswith("format=")]
-    folders = [word for word in words if not word.startswith("format=")]
-    if odd := [word for word in folders if "=" in word and not Path(word).exists()]:
-        raise UserError(f"{odd[0]}: expected folders and format={'|'.join(tables.FORMATS)}")
-    if not folders and not Path("runs").is_dir():
-        raise UserError("no runs/ in this folder; name the folders that hold runs, or make a run with: s2a train")
-    print(tables.render(tables.table(tables.load(folders or ["runs"])), *formats[-1:]))
-    return 0
-
-
-VERBS = {
-    "train": Verb(
-        train,
-        "s2a train [key=value ...]",
-        "train one run and print its table",
-        (
-            "s2a train",
-            "s2a train backbone=vit_b method=s2a dataset=folder dataset.root=photos",
-            "s2a train dataset=cifar10 backbone=vit_t method.prompt.rank=4 method.blocks=last:6 quant=int8 seed=1",
-        ),
-        config=_compose,
-    ),
-    "eval": Verb(
-        evaluate,
-        "s2a eval run=DIR [key=value ...]",
-        "test a finished run again from its saved tensors; device, workers, dataset.root ... can change",
-        (
-            "s2a eval run=runs/digits/vit_micro/s2a/0123456789ab",
-            "s2a eval run=runs/pets/vit_t/s2a/0123456789ab device=cpu",
-            "s2a eval run=runs/pets/vit_t/s2a/0123456789ab dataset.root=/data/pets workers=2",
-        ),
-        words=("run=",),
-        config=_recompose,
-    ),
-    "ls": Verb(
-        ls,
-        f"s2a ls [{'|'.join(KINDS)}]",
-        "what there is, a line each",
-        ("s2a ls", "s2a ls backbones", "s2a ls methods datasets"),
-        words=tuple(KINDS),
-    ),
-    "validate": Verb(
-        validate,
-        "s2a validate [key=value ...]",
-        "check a config and report all its errors; train nothing",
-        (
-            "s2a validate",
-            "s2a validate backbone=swin_t method=bias quant.norm=8",
-            "s2a validate experiment=small_gpu dataset.root=photos",
-        ),
-        config=_compose,
-    ),
-    "table": Verb(
-        table,
-        "s2a table [DIR ...] [format=terminal|md|csv|latex]",
-        "tables of the runs below folders, runs/ by default",
-        ("s2a table", "s2a table runs/pets runs/dtd format=md", "s2a table format=csv > runs.csv"),
-        words=("format=terminal", "format=md", "format=csv", "format=latex"),
-    ),
 }
 
 
@@ -305,7 +118,7 @@ def _help() -> str:
 def _verb_help(verb: Verb, words: list[str]) -> None:
     """Examples first; then, for a verb with a config, every key with its default, as composed with `words`."""
     print(*verb.examples, "", f"{verb.usage}: {verb.about}", sep="\n", flush=True)
-    if verb.config is not _compose:
+    if verb.config is not composed:
         return
     from omegaconf import OmegaConf
 

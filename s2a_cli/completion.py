@@ -6,10 +6,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from s2a_cli.cli import FLAGS, VERBS
+from s2a_cli.cli import FLAGS
 from s2a_cli.compose import CONF, composable, hydra_on
 from s2a_cli.config import RunConfig, rule_of
 from s2a_cli.errors import UserError, nearest
+from s2a_cli.verbs import VERBS
 
 SCRIPTS = {
     "bash": r"""

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 
 import s2a_cli
-from s2a_cli import cli
-from s2a_cli.cli import KINDS, VERBS, main
+from s2a_cli import verbs
+from s2a_cli.cli import main
 from s2a_cli.compose import compose, groups
 from s2a_cli.errors import RunError, UserError
+from s2a_cli.verbs import KINDS, VERBS
 
 
 def run(*words, **kwargs):
@@ -47,7 +48,7 @@ def test_help_of_a_verb_opens_with_three_examples_that_can_be_copied(name, capsy
     for line in lines[:3]:
         words = shlex.split(line.split(">")[0])
         assert words[:2] == ["s2a", name]
-        if VERBS[name].config is cli._compose:
+        if VERBS[name].config is verbs.composed:
             compose(words[2:])
 
 
