@@ -1,18 +1,22 @@
-"""What a run saves: its trainable tensors (not the backbone) and its calibration, as safetensors, whole or not at all."""
+"""What a run saves, whole or not at all: its trainable tensors (not the backbone) and its calibration, as safetensors; and,
+while it goes on, the state from which it can go on exactly as if it had not been broken off."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from s2a_cli.errors import UserError
-from s2a_cli.records import atomic_write
+from s2a_cli.records import atomic_file, atomic_write
 from s2a_cli.steps import moving_norms
 
 FILE = "trainable.safetensors"
+STATE = "state.pt"
 CALIBRATION = "calibration."  # before the names of what the codes of a run were fitted to
 
 
@@ -61,3 +65,21 @@ def load(folder: Path, model: nn.Module, weights: str) -> None:
     if trained_on != weights:
         raise UserError(f"{path}: trained on backbone weights {trained_on}, but the config's have the fingerprint {weights}")
     restore(model, state)
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Writes the state of an unfinished run: tensors, numbers, texts, and dicts and lists of these."""
+    with atomic_file(folder / STATE) as file:
+        torch.save(state, file)
+
+
+def load_state(folder: Path) -> dict[str, Any] | None:
+    """The state in a run's folder, None where there is none. Raises UserError when it is damaged."""
+    path = Path(folder) / STATE
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickle and torch raise kinds of their own for a damaged file
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path}: damaged ({reason}); remove it, or start again with --force") from None

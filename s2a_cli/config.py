@@ -105,8 +105,11 @@ class RunConfig:
     compile: bool = False  # torch.compile: minutes at the start, faster steps
     compile_budget: float | None = None  # with compile, the compiler's activation_memory_budget: 0 recomputes all, 1 nothing
     workers: int | None = None  # processes that load images; null chooses
+    test: bool = True  # false: leave the test split alone; for a search
     tensorboard: bool = False  # also write TensorBoard files to the run's folder
     run_dir: str | None = None  # null: runs/<dataset>/<backbone>/<method>/<id>
+    save_minutes: float = 5.0  # between the states from which a broken run goes on; one is saved after each epoch anyway
+    save_steps: int | None = None  # also after this many steps
 
 
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet
@@ -199,6 +202,8 @@ RULES = {  # a key, or a pattern that matches keys
     "precision": one_of("fp32", "amp-bf16", "amp-fp16", "bf16"),
     "device": pattern("auto, cpu, cuda, cuda:N or mps", r"auto|cpu|mps|cuda(:\d+)?"),
     "workers": NOT_NEGATIVE,
+    "save_minutes": POSITIVE,
+    "save_steps": AT_LEAST_1,
 }
 
 

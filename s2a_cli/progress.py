@@ -17,14 +17,14 @@ class Progress:
     elsewhere with the rate and the time left, instead of the lines in between.
     """
 
-    def __init__(self, title: str, total: int | None, unit: str, done: int = 0):
-        self.title, self.total, self.unit, self.done = title, total, unit, done
+    def __init__(self, title: str, total: int | None, unit: str, done: int = 0, quiet: bool = False):
+        self.title, self.total, self.unit, self.done, self.quiet = title, total, unit, done, quiet
         self._first = done  # what an earlier attempt had done does not count for the rate
         self._bar = None
 
     def __enter__(self) -> Progress:
         self._start = self._spoke = time.monotonic()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.quiet:
             scale = self.unit == "B"
             self._bar = tqdm(
                 total=self.total, initial=self.done, desc=self.title, unit=self.unit, unit_scale=scale, dynamic_ncols=True
@@ -51,6 +51,8 @@ class Progress:
 
     def _say(self, line: str) -> None:
         self._spoke = time.monotonic()
+        if self.quiet:
+            return
         print(line, file=sys.stderr, flush=True)
 
     def line(self, seconds: float) -> str:

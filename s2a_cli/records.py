@@ -8,18 +8,23 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import IO, Any, TypedDict
 
-from omegaconf import DictConfig, OmegaConf
+from filelock import FileLock, Timeout
 
 from s2a_cli import __version__
 from s2a_cli.errors import UserError
 
 SCHEMA = 1
+LOCK = ".lock"  # in a run's folder, held by the process that is at it
 
 # Settings that do not change what a run computes: where it runs, where its files lie, what it logs.
-NOT_IDENTITY = ("device", "workers", "tensorboard", "run_dir", "dataset.root", "dataset.download", "backbone.checkpoint")
+NOT_IDENTITY = (
+    *("device", "workers", "tensorboard", "run_dir", "save_minutes", "save_steps"),
+    *("dataset.root", "dataset.download", "backbone.checkpoint"),
+)
 
 
 class Accuracy(TypedDict):
@@ -62,7 +67,7 @@ class Data(TypedDict):
 class Result(TypedDict):
     schema: int
     id: str  # 12 hex digits, see identity()
-    status: str  # ok | oom | failed | interrupted
+    status: str  # ok | oom | failed | interrupted; the last also while the run is going on
     error: str | None  # one line
     config: dict[str, Any]  # resolved
     allocation: dict[str, Any] | None  # the quant settings that quant=auto chose; null where config has them
@@ -75,15 +80,18 @@ class Result(TypedDict):
     environment: dict[str, Any]
 
 
-def identity(config: DictConfig, revision: str, weights: str) -> str:
-    """12 hex digits: SHA-256 of the resolved config less NOT_IDENTITY, the data's revision, the weights and the schema."""
-    kept = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+def content(config: dict[str, Any], revision: str, weights: str) -> str:
+    """All that decides what a run computes, as JSON: its resolved config less NOT_IDENTITY, data, weights, schema."""
+    kept = json.loads(json.dumps(config))
     for key in NOT_IDENTITY:
         parent, _, name = key.rpartition(".")
-        node = OmegaConf.select(kept, parent) if parent else kept
-        node.pop(name, None)
-    content = {"config": OmegaConf.to_container(kept), "data": revision, "weights": weights, "schema": SCHEMA}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        (kept[parent] if parent else kept).pop(name, None)
+    return json.dumps({"config": kept, "data": revision, "weights": weights, "schema": SCHEMA}, sort_keys=True)
+
+
+def identity(content: str) -> str:
+    """12 hex digits: the SHA-256 of a run's `content`."""
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -106,13 +114,14 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def atomic_write(path: Path, data: bytes | str) -> None:
-    """Writes a file whole or not at all: a temporary file in the same folder, moved into place."""
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes its place under `path` whole, at the end, or not at all."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -121,6 +130,12 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         with contextlib.suppress(FileNotFoundError):  # moved already
             os.unlink(temporary)
         raise
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Writes a file whole or not at all: a temporary file in the same folder, moved into place."""
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def _umask() -> int:
@@ -138,6 +153,25 @@ def make_run_dir(path: Path) -> Path:
     except OSError as error:
         raise UserError(f"run_dir={path}: can't be written to ({error.strerror}); set run_dir= to a folder that can") from None
     return path
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keeps other processes from running what this folder is for. Freed by the system when the process is killed.
+
+    Raises UserError when another process has it.
+    """
+    held = FileLock(folder / LOCK)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: another process is at this run; wait for it, or set run_dir= to another folder") from None
+    try:
+        for litter in folder.glob(".*.????????"):  # temporary files of a process that was killed inside a write
+            litter.unlink(missing_ok=True)
+        yield
+    finally:
+        held.release()
 
 
 def write_result(folder: Path, result: Result) -> None:

@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from s2a_cli.activations import ActivationMode, remember
 from s2a_cli.config import OptimConfig, RunConfig
+from s2a_cli.distributed import add_gradients
 
 AUTOCAST = {"amp-bf16": torch.bfloat16, "amp-fp16": torch.float16}
 
@@ -54,7 +55,8 @@ class Step:
 
     blocks: the modules of the backbone that quant.recompute and quant.chunks are about.
     Call: step(model, optimizer, images [B, 3, H, W] normalised fp32, targets [B] or [B, classes]) -> mean loss (detached
-    scalar). `after_forward` is called after each forward pass, when all that is kept for the backward pass is alive.
+    scalar). `after_forward` is called after each forward pass, when all that is kept for the backward pass is alive. Where
+    several processes share a batch, `of` is its number of images, and the losses returned add up to its mean loss.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, blocks: Iterable[nn.Module] = ()):
@@ -71,6 +73,11 @@ class Step:
         """What the codes of activations are fitted to so far; nothing without codes."""
         return self.memory.calibration.state_dict() if isinstance(self.memory, ActivationMode) else {}
 
+    @calibration.setter
+    def calibration(self, state: dict[str, Tensor]) -> None:
+        if isinstance(self.memory, ActivationMode):
+            self.memory.calibration.load_state_dict(state)
+
     def autocast(self):
         return torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
 
@@ -86,14 +93,16 @@ class Step:
         images: Tensor,
         targets: Tensor,
         after_forward: Callable[[], None] = lambda: None,
+        of: int | None = None,
     ) -> Tensor:
-        total = torch.zeros((), device=images.device)
+        total, of = torch.zeros((), device=images.device), of or len(images)
         size = self.optim.micro_batch or len(images)
         for part, target in zip(images.split(size), targets.split(size)):
-            loss = self.criterion(self.logits(model, part), target) * (len(part) / len(images))
+            loss = self.criterion(self.logits(model, part), target) * (len(part) / of)
             after_forward()
             self.scaler.scale(loss).backward()
             total += loss.detach()
+        add_gradients(model)
         if self.optim.clip_grad:
             self.scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), self.optim.clip_grad)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
+import errno
 import os
 import re
-import statistics
 import sys
-import time
 import traceback
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +14,18 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from torchvision.transforms import v2
+from torch import nn
 
-from s2a_cli import allocation, backbones, checkpoints, data, frozen, memory, records
+from s2a_cli import allocation, backbones, checkpoints, data, distributed, frozen, memory, records
 from s2a_cli.activations import STOCK
 from s2a_cli.backbones import Backbone
 from s2a_cli.config import QuantConfig, show
 from s2a_cli.errors import RunError, UserError
+from s2a_cli.fitting import Fit, accuracy
 from s2a_cli.methods import METHODS
-from s2a_cli.progress import Progress
 from s2a_cli.steps import Step, make_optimizer, moving_norms, train_mode, weight_dtype
 
-WARMUP_STEPS = 3  # left out of throughput and of measured memory
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk; what failed can go on when there is space
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 
 
@@ -44,6 +38,11 @@ class Run:
     backbone: Backbone
     weights: str  # fingerprint of the pretrained tensors
     device: torch.device
+    content: str  # see records.content
+
+    @property
+    def identity(self) -> str:
+        return records.identity(self.content)
 
     @property
     def model(self) -> nn.Module:
@@ -59,6 +58,7 @@ class Run:
             train=train,
             workers=config.workers,
             pin_memory=self.device.type == "cuda",
+            part=distributed.part(),
         )
 
 
@@ -77,7 +77,8 @@ def prepare(config: DictConfig) -> Run:
         raise UserError(f"quant.blocks: there is no block {odd[0]}; this backbone has those from 0 to {len(backbone.blocks) - 1}")
     backbone.model.to(weight_dtype(config.precision))
     frozen.store(backbone, config.backbone.weights)
-    return Run(config, splits, backbone, weights, device)
+    content = records.content(OmegaConf.to_container(config, resolve=True), splits.revision, weights)
+    return Run(config, splits, backbone, weights, device, content)
 
 
 def _refuse_parts(config: DictConfig) -> None:
@@ -115,48 +116,87 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def train(config: DictConfig) -> tuple[records.Result, Path]:
+def train(config: DictConfig, anew: bool = False) -> tuple[records.Result, Path]:
     """Trains one run and returns its record and its folder.
 
-    Out of memory and Ctrl-C end in a record with that status, tensors of the best epoch so far saved. Any other failure is
-    recorded as `failed` and raised. What an earlier run left in the folder is removed first.
+    Where the folder holds the state of the same run, broken off, it goes on from there, unless it is to start `anew`;
+    what another run left in it is removed. Out of memory and Ctrl-C end in a record with that status, as does a full disk,
+    with `interrupted`. Any other failure is recorded as `failed` and raised. Raises UserError when another process is at
+    the same run.
     """
-    if config.run_dir:
-        records.make_run_dir(Path(config.run_dir))  # before anything is downloaded
-    run = prepare(config)
-    chosen = _allocate(run) if config.quant.budget_mib else None
-    identity = records.identity(config, run.splits.revision, run.weights)
-    place = config.run_dir or f"runs/{run.splits.name}/{config.backbone.name}/{config.method.name}/{identity}"
-    folder = records.make_run_dir(Path(place))
-    for name in ("result.json", "metrics.jsonl", "traceback.txt", checkpoints.FILE):
-        (folder / name).unlink(missing_ok=True)
-    result = _blank(run, config, identity) | {"allocation": chosen}
-    records.write_result(folder, result)
+    with ExitStack() as stack:
+        config.device = stack.enter_context(distributed.joined(config.device))
+        if config.run_dir:
+            records.make_run_dir(Path(config.run_dir))  # before anything is downloaded
+        run = prepare(config)
+        folder = Path(config.run_dir or f"runs/{run.splits.name}/{config.backbone.name}/{config.method.name}/{run.identity}")
+        if distributed.is_first():
+            stack.enter_context(records.claimed(records.make_run_dir(folder)))
+        return _train(run, folder, _begin(run, folder, anew)), folder
+
+
+def _begin(run: Run, folder: Path, anew: bool) -> dict[str, Any] | None:
+    """The state from which to go on; None after the folder was cleared for a run from the start."""
+    distributed.wait()  # the first process has the folder
+    state = None if anew else checkpoints.load_state(folder)
+    if state and state["content"] == run.content:
+        return state
+    distributed.wait()  # all have looked
+    if distributed.is_first():
+        for name in (checkpoints.STATE, "result.json", "metrics.jsonl", "traceback.txt", checkpoints.FILE):
+            (folder / name).unlink(missing_ok=True)
+    return None
+
+
+def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> records.Result:
+    config = run.config
+    result = _blank(run)
+    if config.quant.budget_mib:
+        result["allocation"] = state["allocation"] if state else distributed.from_first(lambda: _allocate(run))
+        run.config = OmegaConf.merge(config, {"quant": result["allocation"]})
+    write = records.write_result if distributed.is_first() else lambda folder, result: None
+    write(folder, result)
     try:
-        records.atomic_write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
         with ExitStack() as stack:
-            board = _tensorboard(folder, stack) if config.tensorboard else None
+            if distributed.is_first():
+                records.atomic_write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+            board = _tensorboard(folder, stack) if config.tensorboard and distributed.is_first() else None
             result["memory"] = None if config.compile else predict(run)  # the compiler decides what it keeps
             run.model.to(run.device)
             if config.compile:
                 _compile(run.model, config.compile_budget)
-            _fit(run, folder, result, board)
+            if state:
+                print(f"going on in {folder}: epoch {state['sofar']['epoch']}, step {state['sofar']['step'] + 1}")
+            Fit(run, folder, result, board)(state)
         result["status"], result["error"] = "ok", None
     except KeyboardInterrupt:
-        result["status"], result["error"] = "interrupted", "interrupted"
+        result["error"] = "interrupted"
+    except OSError as error:
+        result["error"] = f"{error.strerror}: {error.filename}" if error.filename else _first_line(error)
+        if error.errno not in FULL:
+            _failed(folder, result, error)
+            raise
     except Exception as error:
-        out_of_memory = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
-        result["status"], result["error"] = "oom" if out_of_memory else "failed", _first_line(error)
-        if not out_of_memory:
-            records.atomic_write(folder / "traceback.txt", traceback.format_exc())
+        _failed(folder, result, error)
+        if result["status"] == "failed":
             raise
     finally:
-        records.write_result(folder, result)
-    return result, folder
+        write(folder, result)
+    if result["status"] == "ok" and distributed.is_first():
+        (folder / checkpoints.STATE).unlink(missing_ok=True)
+    return result
+
+
+def _failed(folder: Path, result: records.Result, error: Exception) -> None:
+    """Notes in the result how a run failed; with a traceback beside it, unless memory ran out."""
+    out_of_memory = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
+    result["status"], result["error"] = "oom" if out_of_memory else "failed", _first_line(error)
+    if not out_of_memory and distributed.is_first():
+        records.atomic_write(folder / "traceback.txt", traceback.format_exc())
 
 
 def _allocate(run: Run) -> dict[str, Any]:
-    """Gives the run the quant settings that fit its budget, prints and returns them. Raises UserError where none do."""
+    """The quant settings that fit the run's budget, printed as well. Raises UserError where none do."""
 
     def peak(quant: QuantConfig, micro_batch: int | None = run.config.optim.micro_batch) -> float:
         changed = {"quant": OmegaConf.structured(quant), "optim": {"micro_batch": micro_batch}}
@@ -169,19 +209,19 @@ def _allocate(run: Run) -> dict[str, Any]:
     few = images[: allocation.IMAGES], targets[: allocation.IMAGES]
     choice = allocation.allocate(allocation.Gradient(run.config, run.backbone, few, run.device), peak)
     print(choice.describe())
-    run.config = OmegaConf.merge(run.config, {"quant": OmegaConf.structured(choice.quant)})
-    return OmegaConf.to_container(run.config.quant)
+    return OmegaConf.to_container(OmegaConf.structured(choice.quant))
 
 
-def _blank(run: Run, config: DictConfig, identity: str) -> records.Result:
+def _blank(run: Run) -> records.Result:
     """A result as it stands if the process is killed."""
     splits = run.splits
     return {
         "schema": records.SCHEMA,
-        "id": identity,
-        "status": "failed",
+        "id": run.identity,
+        "status": "interrupted",
         "error": "the run did not end",
-        "config": OmegaConf.to_container(config, resolve=True),
+        "config": OmegaConf.to_container(run.config, resolve=True),
+        "allocation": None,
         "accuracy": {"val_top1": None, "test_top1": None, "test_top5": None, "best_epoch": None},
         "parameters": run.backbone.count(),
         "memory": None,
@@ -195,86 +235,14 @@ def _blank(run: Run, config: DictConfig, identity: str) -> records.Result:
             "test": len(splits.test),
         },
         "weights": run.weights,
-        "environment": records.environment(str(run.device)),
+        "environment": records.environment(str(run.device)) | {"processes": distributed.part()[1]},
     }
-
-
-def _fit(run: Run, folder: Path, result: records.Result, board: Any) -> None:
-    """Trains, keeps the tensors of the epoch with the best validation accuracy, tests these once."""
-    config, optim = run.config, run.config.optim
-    step, optimizer = Step(config, run.device, run.backbone.block_modules), make_optimizer(optim, run.model)
-    loader, validation = run.loader("train", train=True), run.loader("val")
-    schedule = LambdaLR(optimizer, lr_factor(optim, len(loader)))
-    mix = mixing(optim, len(run.splits.classes))
-    meter = _meter(run.device)
-    rates: list[float] = []
-    lines: list[str] = []
-    best, best_state = (-1.0, 0.0), {}
-    with Progress("training", optim.epochs * len(run.splits.train), " images") as progress:
-        for epoch in range(1, optim.epochs + 1):
-            train_mode(run.model)
-            loader.epoch, begun, losses, seen = epoch, time.perf_counter(), 0.0, 0
-            for index, (images, targets) in enumerate(loader):
-                torch.manual_seed(data.mix(config.seed, epoch, index))  # dropout and mixing: f(seed, epoch, step)
-                started, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
-                if meter:
-                    meter.step_begins()
-                images, targets = mix(images.to(run.device), targets.to(run.device))
-                loss = step(run.model, optimizer, images, targets, *([meter.after_forward] if meter else []))
-                loss, count = loss.item(), len(images)  # item() synchronises
-                if meter:
-                    meter.step_ends()
-                del images, targets  # nothing of a step is alive when the next begins
-                schedule.step()
-                if not math.isfinite(loss):
-                    raise RunError(f"the loss is {loss} in epoch {epoch}, step {index + 1}: lower optim.lr={optim.lr:g}")
-                rates.append(count / (time.perf_counter() - started))
-                losses, seen = losses + loss * count, seen + count
-                progress.add(count, epoch=f"{epoch}/{optim.epochs}", loss=f"{losses / seen:.3f}")
-            scores = accuracy(run, validation)
-            if (found := (scores["top1"], -scores["loss"])) > best:  # small validation splits tie often
-                best, best_state = found, checkpoints.trainable_state(run.model)
-                checkpoints.save(folder, best_state, step.calibration, run.weights)
-                result["accuracy"].update(val_top1=scores["top1"], best_epoch=epoch)
-            line = {
-                "epoch": epoch,
-                "train_loss": losses / seen,
-                "val_loss": scores["loss"],
-                "val_top1": scores["top1"],
-                "lr": rate,
-                "seconds": time.perf_counter() - begun,
-            }
-            lines.append(json.dumps(line) + "\n")
-            records.atomic_write(folder / "metrics.jsonl", "".join(lines))
-            progress.note(
-                f"epoch {epoch}/{optim.epochs}: loss {line['train_loss']:.3f}, val top-1 {line['val_top1']:.2f} %"
-            )
-            for key in line.keys() - {"epoch"} if board else ():
-                board.add_scalar(key, line[key], epoch)
-    if rates[WARMUP_STEPS:]:
-        result["throughput"]["train_images_per_second"] = statistics.median(rates[WARMUP_STEPS:])
-    if meter and meter.memory:
-        full = {k: v for k, v in (result["memory"] or {}).items() if k.startswith("full_")}
-        result["memory"] = meter.memory.as_dict() | full
-    checkpoints.restore(run.model, best_state)
-    scores = accuracy(run, run.loader("test"))
-    result["accuracy"].update(test_top1=scores["top1"], test_top5=scores["top5"])
 
 
 def _compile(model: nn.Module, budget: float | None) -> None:
     """Compiles the model in place. budget: the share of activations that the compiler may keep, null: as many as it likes."""
     torch._functorch.config.activation_memory_budget = 1.0 if budget is None else budget
     model.compile()
-
-
-def _meter(device: torch.device) -> memory.CudaMeter | None:
-    """What measures the memory of steps; None where nothing can be measured, and the prediction stands."""
-    if device.type != "cuda":
-        return None
-    if memory.device_is_idle(device):
-        return memory.CudaMeter(device, WARMUP_STEPS)
-    print(f"s2a: other processes hold memory on {device}: the peak in the result stays the predicted one", file=sys.stderr)
-    return None
 
 
 def _first_line(error: BaseException) -> str:
@@ -287,44 +255,6 @@ def _tensorboard(folder: Path, stack: ExitStack) -> Any:
     except ImportError:
         raise UserError("tensorboard=true needs a package that is not here: pip install tensorboard") from None
     return stack.enter_context(SummaryWriter(str(folder)))
-
-
-def lr_factor(optim: DictConfig, steps_per_epoch: int) -> Callable[[int], float]:
-    """step -> share of the learning rate: linear warm-up, then constant or a cosine to zero."""
-    total, warmup = optim.epochs * steps_per_epoch, optim.warmup_epochs * steps_per_epoch
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if optim.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-    return factor
-
-
-def mixing(optim: DictConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """mixup and cutmix on a batch; with both, one of them at random. Without, the batch as it is."""
-    kinds = [kind(alpha=a, num_classes=classes) for kind, a in ((v2.MixUp, optim.mixup), (v2.CutMix, optim.cutmix)) if a]
-    return v2.RandomChoice(kinds) if kinds else lambda images, targets: (images, targets)
-
-
-@torch.no_grad()
-def accuracy(run: Run, loader: data.Loader) -> dict[str, float | None]:
-    """Mean loss, top-1 and top-5 in % over a split; top-5 is None with fewer than six classes."""
-    run.model.eval()
-    step = Step(run.config, run.device, run.backbone.block_modules)
-    loss = top1 = top5 = count = 0
-    five = len(run.splits.classes) > 5
-    for images, targets in loader:
-        images, targets = images.to(run.device), targets.to(run.device)
-        logits = step.logits(run.model, images)
-        loss += nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-        top1 += (logits.argmax(1) == targets).sum().item()
-        if five:
-            top5 += (logits.topk(5).indices == targets[:, None]).sum().item()
-        count += len(images)
-    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count if five else None}
 
 
 def predict(run: Run) -> dict[str, Any] | None:

@@ -8,8 +8,9 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
+from omegaconf import OmegaConf
 
-from s2a_cli import records, steps, training
+from s2a_cli import fitting, records, steps, training
 from s2a_cli.compose import compose, recompose
 from s2a_cli.errors import RunError, UserError
 
@@ -48,7 +49,7 @@ def test_a_run_leaves_its_record(tmp_path):
     assert result.keys() == records.Result.__annotations__.keys()
     assert result["memory"].keys() == records.MemoryRecord.__annotations__.keys()
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.yaml", "metrics.jsonl", "result.json", "trainable.safetensors",
+        ".lock", "config.yaml", "metrics.jsonl", "result.json", "trainable.safetensors",
     }  # fmt: skip
 
 
@@ -159,20 +160,20 @@ def test_low_precision_trains_and_tests_the_same_again(tmp_path, precision):
 
 
 def test_learning_rate_rises_and_falls():
-    factor = training.lr_factor(compose(["optim.epochs=10", "optim.warmup_epochs=2"]).optim, 5)
+    factor = fitting.lr_factor(compose(["optim.epochs=10", "optim.warmup_epochs=2"]).optim, 5)
     rates = [factor(step) for step in range(50)]
     assert rates[:10] == sorted(rates[:10]) and rates[0] > 0 and rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.01
-    constant = training.lr_factor(compose(["optim.schedule=constant", "optim.warmup_epochs=0"]).optim, 5)
+    constant = fitting.lr_factor(compose(["optim.schedule=constant", "optim.warmup_epochs=0"]).optim, 5)
     assert {constant(step) for step in range(50)} == {1.0}
 
 
 def test_mixing_makes_soft_targets():
     images, targets = torch.randn(8, 3, 4, 4), torch.arange(8)
     for words in (["optim.mixup=0.4"], ["optim.cutmix=1.0"], ["optim.mixup=0.4", "optim.cutmix=1.0"]):
-        mixed, soft = training.mixing(compose(words).optim, 8)(images, targets)
+        mixed, soft = fitting.mixing(compose(words).optim, 8)(images, targets)
         assert soft.shape == (8, 8) and torch.allclose(soft.sum(1), torch.ones(8)) and not torch.equal(mixed, images)
-    same, hard = training.mixing(compose([]).optim, 8)(images, targets)
+    same, hard = fitting.mixing(compose([]).optim, 8)(images, targets)
     assert same is images and hard is targets
 
 
@@ -232,10 +233,10 @@ def test_a_block_that_is_not_there_is_refused():
 def test_what_an_earlier_run_left_does_not_stay(tmp_path, monkeypatch):
     train(tmp_path)
 
-    def fails(run, *args):
+    def fails(self, state):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_fit", fails)
+    monkeypatch.setattr(training.Fit, "__call__", fails)
     result = train(tmp_path, "seed=1")
     assert result["status"] == "interrupted" and not (tmp_path / "trainable.safetensors").exists()
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -260,9 +261,12 @@ def test_identity_leaves_out_where_a_run_lives():
     base = compose(QUICK)
     same = compose([*QUICK, "workers=3", "run_dir=/elsewhere", "tensorboard=true", "dataset.root=/data"])
     other = compose([*QUICK, "method.prompt.rank=4"])
-    identity = [records.identity(c, "revision", "weights") for c in (base, same, other)]
-    assert identity[0] == identity[1] != identity[2]
-    assert records.identity(base, "other", "weights") != identity[0] != records.identity(base, "revision", "other")
+
+    def identity(config, revision="revision", weights="weights"):
+        return records.identity(records.content(OmegaConf.to_container(config), revision, weights))
+
+    assert identity(base) == identity(same) != identity(other)
+    assert identity(base, "other") != identity(base) != identity(base, weights="other")
 
 
 @pytest.mark.slow

@@ -19,14 +19,15 @@ class Loader:
     """Iterates over one split in batches (images [B, 3, H, W] float32, labels [B] int64), once an epoch.
 
     Set `epoch` before each pass: the order is a function of (seed, epoch), each image's augmentation of (seed, epoch,
-    index). Torch's global generators are left as they were. Worker processes live as long as the loader.
+    index); and `skip` to leave out the first batches of a pass. Of `world` processes that share each batch, this one gets
+    part `rank`. Torch's global generators are left as they were. Worker processes live as long as the loader.
     Raises UserError, naming the file, when an image cannot be read; that ends it.
     """
 
-    def __init__(self, split, transform, batch_size, *, seed, epoch, train, workers, pin_memory):
+    def __init__(self, split, transform, batch_size, *, seed, epoch, train, workers, pin_memory, part):
         if batch_size < 1:
             raise UserError(f"batch size {batch_size} is not positive")
-        self._batches = _Batches(len(split), batch_size, seed, epoch, train)
+        self._batches = _Batches(len(split), batch_size, seed, epoch, train, part)
         workers = default_workers(split) if workers is None else workers
         self._loader = DataLoader(
             _Samples(split, transform, seed),
@@ -46,6 +47,18 @@ class Loader:
     @epoch.setter
     def epoch(self, epoch: int) -> None:
         self._batches.epoch = epoch
+
+    @property
+    def skip(self) -> int:
+        return self._batches.skip
+
+    @skip.setter
+    def skip(self, batches: int) -> None:
+        self._batches.skip = batches
+
+    def size(self, batch: int) -> int:
+        """Images in a batch, over all processes."""
+        return min(self._batches.batch_size, self._batches.length - batch * self._batches.batch_size)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -68,13 +81,16 @@ def loader(
     train: bool = False,
     workers: int | None = None,
     pin_memory: bool = False,
+    part: tuple[int, int] = (0, 1),
 ) -> Loader:
     """A `Loader` of `split`. With `train` it shuffles, and leaves out a last batch of one image, useless to BatchNorm.
 
     `workers=None` chooses: none for images in memory, else one process for every two cores, at most eight.
+    part: (rank, world) of the processes that share each batch; a last training batch with fewer images than processes is
+    left out.
     """
     return Loader(
-        split, transform, batch_size, seed=seed, epoch=epoch, train=train, workers=workers, pin_memory=pin_memory
+        split, transform, batch_size, seed=seed, epoch=epoch, train=train, workers=workers, pin_memory=pin_memory, part=part
     )
 
 
@@ -88,24 +104,25 @@ def default_workers(split: Images) -> int:
 class _Batches:
     """The batch sampler: lists of (epoch, index), so that workers that outlive an epoch learn which one it is."""
 
-    def __init__(self, length: int, batch_size: int, seed: int, epoch: int, train: bool):
+    def __init__(self, length: int, batch_size: int, seed: int, epoch: int, train: bool, part: tuple[int, int]):
         self.length, self.batch_size, self.seed, self.epoch, self.train = length, batch_size, seed, epoch, train
+        self.rank, self.world = part
+        self.skip = 0  # batches
 
     def __len__(self) -> int:
         full, rest = divmod(self.length, self.batch_size)
-        return full + (rest > 0) - self._drops_last(full, rest)
-
-    def _drops_last(self, full: int, rest: int) -> bool:
-        return self.train and rest == 1 and full > 0
+        least = max(2, self.world) if self.train and full else 1  # images of a last batch
+        return full + (rest >= least)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = self.epoch, range(self.length)
         if self.train:
             generator = torch.Generator().manual_seed(mix(self.seed, epoch))
             order = torch.randperm(self.length, generator=generator).tolist()
-        for batch in range(len(self)):
+        for batch in range(self.skip, len(self)):
             start = batch * self.batch_size
-            yield [(epoch, index) for index in order[start : start + self.batch_size]]
+            if mine := order[start : start + self.batch_size][self.rank :: self.world]:
+                yield [(epoch, index) for index in mine]
 
 
 class _Samples(Dataset):

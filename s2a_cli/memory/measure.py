@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from s2a_cli.memory.result import MIB, Memory
@@ -17,6 +19,16 @@ def device_is_idle(device: torch.device) -> bool:
     """
     free, total = torch.cuda.mem_get_info(device)
     return total - free - torch.cuda.memory_reserved(device) < CONTEXT_MIB * MIB
+
+
+def meter(device: torch.device, warmup: int = 3) -> CudaMeter | None:
+    """What measures the memory of steps; None where nothing can be measured, and the prediction stands."""
+    if device.type != "cuda":
+        return None
+    if device_is_idle(device):
+        return CudaMeter(device, warmup)
+    print(f"s2a: other processes hold memory on {device}: the peak in the result stays the predicted one", file=sys.stderr)
+    return None
 
 
 class CudaMeter:

@@ -1,0 +1,93 @@
+"""One run on several devices: the processes of `torchrun --nproc-per-node=N -m s2a_cli train ...`.
+
+Each process takes its part of every batch (`optim.batch_size` is that of all together) and their gradients are added up
+before the update, so that the result is that of one process, to rounding. Only the trainable tensors' gradients travel: for
+bias tuning of ViT-B 0.4 MB a step. The first process alone writes files and speaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def part() -> tuple[int, int]:
+    """(rank, number of processes) of this process: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first() -> bool:
+    return part()[0] == 0
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Joins the processes that torchrun started, if it did. Yields the device of this one.
+
+    All processes but the first are silent on stdout; what goes wrong is told by each.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        yield device
+        return
+    on_cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda else device
+    if on_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_cuda else "gloo")
+    try:
+        with contextlib.ExitStack() as stack:
+            if not is_first():
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns in the first process, in all of them; what it raises, too."""
+    if part()[1] == 1:
+        return make()
+    made: list[Any] = [None, None]
+    if is_first():
+        try:
+            made[0] = make()
+        except BaseException as error:
+            made[1] = error
+    dist.broadcast_object_list(made)
+    if made[1] is not None:
+        raise made[1]
+    return made[0]
+
+
+def wait() -> None:
+    """Until all processes have come here."""
+    if part()[1] > 1:
+        dist.barrier()
+
+
+def add_gradients(model: nn.Module) -> None:
+    """Adds up the gradients of all processes, in place."""
+    if part()[1] == 1:
+        return
+    for parameter in model.parameters():
+        if parameter.grad is not None:  # the same ones everywhere: every process has images in every step
+            dist.all_reduce(parameter.grad)
+
+
+def total(*values: float) -> list[float]:
+    """Each value, summed over all processes; float64."""
+    if part()[1] == 1:
+        return list(values)
+    device = f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu"
+    summed: Tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(summed)
+    return summed.tolist()

@@ -1,0 +1,264 @@
+"""The training loop of one run. It can be broken off between any two steps, and goes on exactly as if it had not been.
+
+All randomness is a function of (seed, epoch, step) or (seed, epoch, image), so that a state is no more than tensors, a place
+and the figures so far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchvision.transforms import v2
+
+from s2a_cli import checkpoints, data, distributed, memory, records
+from s2a_cli.errors import RunError
+from s2a_cli.progress import Progress
+from s2a_cli.steps import Step, make_optimizer, train_mode
+
+if TYPE_CHECKING:
+    from s2a_cli.training import Run
+
+WARMUP_STEPS = 3  # left out of throughput and of measured memory
+
+
+@dataclass
+class Sofar:
+    """Where a run is: the next step is `step` (from 0) of `epoch` (from 1), and what came out before it."""
+
+    epoch: int = 1
+    step: int = 0
+    loss: float = 0.0  # summed over the images of this epoch
+    images: int = 0  # of this epoch
+    seconds: float = 0.0  # of this epoch
+    lr: float = 0.0  # of the last step
+    rates: list[float] = field(default_factory=list)  # images a second, of each step
+    lines: list[str] = field(default_factory=list)  # of metrics.jsonl
+    best: list[float] = field(default_factory=lambda: [-1.0, 0.0])  # validation top-1 and -loss: small splits tie often
+
+
+class Fit:
+    """Trains a run, keeps the tensors of the epoch with the best validation accuracy, tests these once.
+
+    board: a SummaryWriter, or None. Call it with the run's state, if there is one: `Fit(...)(checkpoints.load_state(folder))`.
+    Fills in `accuracy`, `throughput` and, on CUDA, `memory` of the result.
+    """
+
+    def __init__(self, run: Run, folder: Path, result: records.Result, board: Any = None):
+        self.run, self.folder, self.result, self.board = run, folder, result, board
+        self.optim = run.config.optim
+        self.step = Step(run.config, run.device, run.backbone.block_modules)
+        self.optimizer = make_optimizer(self.optim, run.model)
+        self.loader, self.validation = run.loader("train", train=True), run.loader("val")
+        self.schedule = LambdaLR(self.optimizer, lr_factor(self.optim, len(self.loader)))
+        self.mix = mixing(self.optim, len(run.splits.classes))
+        self.meter = memory.meter(run.device, WARMUP_STEPS)
+        self.sofar = Sofar()
+
+    def __call__(self, state: dict[str, Any] | None) -> None:
+        if state:
+            self._restore(state)
+        images = self.optim.epochs * len(self.run.splits.train)
+        done = (self.sofar.epoch - 1) * len(self.run.splits.train) + self.sofar.images
+        with Progress("training", images, " images", done, quiet=not distributed.is_first()) as progress, stopping() as asked:
+            while self.sofar.epoch <= self.optim.epochs:
+                self._epoch(progress, asked)
+        result, rates, meter = self.result, self.sofar.rates[WARMUP_STEPS:], self.meter
+        if rates:
+            result["throughput"]["train_images_per_second"] = statistics.median(rates)
+        if meter and meter.memory:
+            full = {k: v for k, v in (result["memory"] or {}).items() if k.startswith("full_")}
+            result["memory"] = meter.memory.as_dict() | full
+        if self.run.config.test:
+            distributed.wait()  # the first one may still be writing
+            checkpoints.load(self.folder, self.run.model, self.run.weights)
+            scores = accuracy(self.run, self.run.loader("test"))
+            result["accuracy"].update(test_top1=scores["top1"], test_top5=scores["top5"])
+
+    def _epoch(self, progress: Progress, asked: Callable[[], bool]) -> None:
+        """The rest of an epoch: its steps, validation, a line of metrics, a state. Ends early when it is asked to stop."""
+        config, at, epoch = self.run.config, self.sofar, self.sofar.epoch
+        train_mode(self.run.model)
+        self.loader.epoch, self.loader.skip = epoch, at.step
+        begun, saved = time.perf_counter() - at.seconds, time.monotonic()
+        for images, targets in guarded(self.loader, asked):
+            torch.manual_seed(data.mix(config.seed, epoch, at.step))  # dropout and mixing: f(seed, epoch, step)
+            stop = self._train(images, targets, asked)
+            del images, targets  # nothing of a step is alive when the next begins
+            progress.add(self.loader.size(at.step - 1), epoch=f"{epoch}/{self.optim.epochs}", loss=f"{at.loss / at.images:.3f}")
+            at.seconds = time.perf_counter() - begun
+            due = config.save_steps and at.step % config.save_steps == 0
+            if stop or due or time.monotonic() - saved > 60 * config.save_minutes:
+                self._save()
+                saved = time.monotonic()
+            if stop:
+                raise KeyboardInterrupt
+        try:
+            scores = accuracy(self.run, self.validation, asked)
+        except KeyboardInterrupt:
+            self._save()
+            raise
+        if (found := [scores["top1"], -scores["loss"]]) > at.best:
+            at.best = found
+            self.result["accuracy"].update(val_top1=scores["top1"], best_epoch=epoch)
+            if distributed.is_first():
+                state = checkpoints.trainable_state(self.run.model)
+                checkpoints.save(self.folder, state, self.step.calibration, self.run.weights)
+        line = {
+            "epoch": epoch,
+            "train_loss": at.loss / at.images,
+            "val_loss": scores["loss"],
+            "val_top1": scores["top1"],
+            "lr": at.lr,
+            "seconds": time.perf_counter() - begun,
+        }
+        self.sofar = Sofar(epoch + 1, rates=at.rates, lines=[*at.lines, json.dumps(line) + "\n"], best=at.best)
+        if distributed.is_first():
+            records.atomic_write(self.folder / "metrics.jsonl", "".join(self.sofar.lines))
+        self._save()
+        progress.note(f"epoch {epoch}/{self.optim.epochs}: loss {line['train_loss']:.3f}, val top-1 {line['val_top1']:.2f} %")
+        for key in line.keys() - {"epoch"} if self.board else ():
+            self.board.add_scalar(key, line[key], epoch)
+
+    def _train(self, images: Tensor, targets: Tensor, asked: Callable[[], bool]) -> bool:
+        """One step, measured. Returns whether to stop behind it, in all processes or in none."""
+        at, device, meter = self.sofar, self.run.device, self.meter
+        count, started, at.lr = self.loader.size(at.step), time.perf_counter(), self.optimizer.param_groups[0]["lr"]
+        if meter:
+            meter.step_begins()
+        images, targets = self.mix(images.to(device), targets.to(device))
+        after = [meter.after_forward] if meter else []
+        loss = self.step(self.run.model, self.optimizer, images, targets, *after, of=count)
+        loss, stops = distributed.total(loss.item(), asked())  # item() synchronises
+        if meter:
+            meter.step_ends()
+        self.schedule.step()
+        if at.epoch == 1 and at.step == 0:
+            self.step.calibration = distributed.from_first(lambda: self.step.calibration)
+        if not math.isfinite(loss):
+            raise RunError(f"the loss is {loss} in epoch {at.epoch}, step {at.step + 1}: lower optim.lr={self.optim.lr:g}")
+        at.rates.append(count / (time.perf_counter() - started))
+        at.loss, at.images, at.step = at.loss + loss * count, at.images + count, at.step + 1
+        return stops > 0
+
+    def _save(self) -> None:
+        if distributed.is_first():
+            kept = {
+                "content": self.run.content,
+                "allocation": self.result["allocation"],
+                "accuracy": self.result["accuracy"],
+                "sofar": vars(self.sofar),
+                "model": checkpoints.trainable_state(self.run.model),
+                "calibration": self.step.calibration,
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": self.step.scaler.state_dict(),
+            }
+            checkpoints.save_state(self.folder, kept)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        checkpoints.restore(self.run.model, state["model"])
+        self.step.calibration = state["calibration"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step.scaler.load_state_dict(state["scaler"])
+        self.result["accuracy"] = state["accuracy"]
+        self.sofar = Sofar(**state["sofar"])
+        if distributed.is_first():
+            records.atomic_write(self.folder / "metrics.jsonl", "".join(self.sofar.lines))
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Makes Ctrl-C and SIGTERM wait for the end of a step; yields what tells that one came. A second one ends it at once."""
+    came = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if came.is_set():
+            raise KeyboardInterrupt
+        came.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def guarded(loader: data.Loader, asked: Callable[[], bool]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches. Raises KeyboardInterrupt when the next one does not come because of a Ctrl-C."""
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError:  # Ctrl-C reaches the processes that load images, too
+            if asked():
+                raise KeyboardInterrupt from None
+            raise
+        yield batch
+        del batch
+
+
+def lr_factor(optim: DictConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    """step -> share of the learning rate: linear warm-up, then constant or a cosine to zero."""
+    total, warmup = optim.epochs * steps_per_epoch, optim.warmup_epochs * steps_per_epoch
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if optim.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    return factor
+
+
+def mixing(optim: DictConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """mixup and cutmix on a batch; with both, one of them at random. Without, the batch as it is."""
+    kinds = [kind(alpha=a, num_classes=classes) for kind, a in ((v2.MixUp, optim.mixup), (v2.CutMix, optim.cutmix)) if a]
+    return v2.RandomChoice(kinds) if kinds else lambda images, targets: (images, targets)
+
+
+@torch.no_grad()
+def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: False) -> dict[str, float | None]:
+    """Mean loss, top-1 and top-5 in % over a split; top-5 is None with fewer than six classes.
+
+    Raises KeyboardInterrupt when it is asked to stop.
+    """
+    run.model.eval()
+    step = Step(run.config, run.device, run.backbone.block_modules)
+    loss = top1 = top5 = count = 0
+    five = len(run.splits.classes) > 5
+    alone = distributed.part()[1] == 1  # with others there is no stop before the sums that they wait for
+    for images, targets in guarded(loader, asked):
+        images, targets = images.to(run.device), targets.to(run.device)
+        logits = step.logits(run.model, images)
+        loss += nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        top1 += (logits.argmax(1) == targets).sum().item()
+        if five:
+            top5 += (logits.topk(5).indices == targets[:, None]).sum().item()
+        count += len(images)
+        if alone and asked():
+            raise KeyboardInterrupt
+    loss, top1, top5, count = distributed.total(loss, top1, top5, count)
+    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count if five else None}

@@ -1,0 +1,203 @@
+"""A run that was broken off goes on exactly as if it had not been: the same tensors and figures, byte for byte."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from s2a_cli import checkpoints, fitting, records, training
+from s2a_cli.compose import compose
+from s2a_cli.errors import UserError
+
+QUICK = [
+    *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=bias", "device=cpu", "workers=0"),
+    *("optim.epochs=2", "optim.batch_size=20", "save_steps=1"),  # 4 steps an epoch
+]
+COUPLED = ["optim.mixup=0.2", "backbone.kwargs.drop_path_rate=0.2", "quant.rounding=stochastic", "optim.clip_grad=1"]
+
+
+class Killed(BaseException):
+    """Nothing in the runner catches it, as nothing catches a kill -9."""
+
+
+@pytest.fixture(autouse=True)
+def without_prediction(monkeypatch):
+    monkeypatch.setattr(training, "predict", lambda run: None)
+
+
+def train(folder, *words, anew=False):
+    return training.train(compose([*QUICK, f"run_dir={folder}", *words]), anew)[0]
+
+
+def outcome(folder):
+    """All that must be equal: tensors, figures, and the metrics of epochs apart from times."""
+    result = json.loads((folder / "result.json").read_text())
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [{key: value for key, value in line.items() if key != "seconds"} for line in metrics]
+    tensors = (folder / checkpoints.FILE).read_bytes()
+    return result["status"], result["id"], result["accuracy"], lines, tensors
+
+
+def breaks_at(monkeypatch, step, how=Killed):
+    """The process is gone after so many steps of this life."""
+    train_one, count = fitting.Fit._train, [0]
+
+    def one(self, *args):
+        stops = train_one(self, *args)
+        count[0] += 1
+        if count[0] == step:
+            if how is Killed:
+                raise Killed
+            signal.raise_signal(how)
+            return True
+        return stops
+
+    monkeypatch.setattr(fitting.Fit, "_train", one)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["quant=int4", *COUPLED],
+        ["method=full", "quant=none", "optim.name=sgd", "optim.cutmix=1.0"],
+        ["method=s2a", "quant=tiny", "precision=amp-fp16", "optim.micro_batch=7"],
+    ],
+    ids=["coded", "full", "fp16"],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, words):
+    train(tmp_path / "whole", *words)
+    with monkeypatch.context() as patch:
+        for step in (2, 3, 2):  # in the first epoch, in the second, and once more there
+            breaks_at(patch, step)
+            with pytest.raises(Killed):
+                train(tmp_path / "broken", *words)
+            patch.undo()
+            patch.setattr(training, "predict", lambda run: None)
+        assert records.read_result(tmp_path / "broken")["status"] == "interrupted"
+    train(tmp_path / "broken", *words)
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+    assert not (tmp_path / "broken" / checkpoints.STATE).exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_waits_for_the_end_of_a_step_and_saves(tmp_path, monkeypatch, how):
+    train(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        breaks_at(patch, 3, how)
+        result = train(tmp_path / "broken", "save_steps=null")
+    assert (result["status"], result["error"]) == ("interrupted", "interrupted")
+    assert checkpoints.load_state(tmp_path / "broken")["sofar"]["step"] == 3
+    train(tmp_path / "broken")
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), Killed()], ids=["full disk", "kill"])
+def test_whatever_write_breaks_the_old_file_stays_whole(tmp_path, monkeypatch, error):
+    train(tmp_path / "whole", "optim.epochs=1", "save_steps=2")
+    real, calls = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda *args: (calls.append(args), real(*args)))
+    train(tmp_path / "counted", "optim.epochs=1", "save_steps=2")
+    assert {os.path.basename(target) for _, target in calls} >= {"result.json", "state.pt", "metrics.jsonl", checkpoints.FILE}
+    for number in range(1, len(calls) + 1):
+        folder, count = tmp_path / f"broken {number}", [0]
+
+        def breaks(source, target, number=number, count=count):
+            count[0] += 1
+            if count[0] == number or (count[0] > number and isinstance(error, OSError)):  # a disk stays full
+                raise error
+            real(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", breaks)
+            with pytest.raises(type(error)):
+                train(folder, "optim.epochs=1", "save_steps=2")
+        assert not list(folder.glob(".*.????????")), "litter"
+        if (folder / "result.json").exists():
+            assert records.read_result(folder)["status"] == "interrupted"
+        train(folder, "optim.epochs=1", "save_steps=2")
+        assert outcome(folder) == outcome(tmp_path / "whole")
+
+
+def test_temporary_files_of_a_process_killed_inside_a_write_are_removed(tmp_path):
+    (tmp_path / ".state.pt.abcdefgh").write_bytes(b"half")
+    train(tmp_path, "optim.epochs=1")
+    assert not list(tmp_path.glob(".state*"))
+
+
+def test_a_state_of_another_run_or_one_that_is_not_wanted_is_not_used(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        breaks_at(patch, 3)
+        with pytest.raises(Killed):
+            train(tmp_path)
+    state = (tmp_path / checkpoints.STATE).read_bytes()
+    seen = []
+    monkeypatch.setattr(fitting.Fit, "__call__", lambda self, state: seen.append(state))
+    train(tmp_path, "seed=1")
+    (tmp_path / checkpoints.STATE).write_bytes(state)
+    train(tmp_path, anew=True)
+    (tmp_path / checkpoints.STATE).write_bytes(state)
+    train(tmp_path, "workers=1", "save_minutes=9")  # neither changes what a run computes
+    assert seen[:2] == [None, None] and seen[2]["sofar"]["step"] == 2
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    (tmp_path / checkpoints.STATE).write_bytes(b"PK not a checkpoint")
+    with pytest.raises(UserError, match="state.pt: damaged .*--force"):
+        train(tmp_path)
+
+
+def test_two_processes_are_not_at_the_same_run(tmp_path):
+    with records.claimed(tmp_path), pytest.raises(UserError, match="another process is at this run"):
+        train(tmp_path)
+    with records.claimed(tmp_path):
+        pass
+
+
+def test_a_part_of_a_batch_and_skipped_batches_have_the_images_that_they_should(tmp_path):
+    run = training.prepare(compose(QUICK))
+
+    def images(part, skip=0):
+        loader = training.data.loader(
+            run.splits.train, training.data.build_transform(run.backbone.image, run.config.dataset, True), 9,
+            seed=3, train=True, workers=0, part=part,
+        )  # fmt: skip
+        loader.epoch, loader.skip = 2, skip
+        return [images for images, _ in loader]
+
+    whole, halves = images((0, 1)), [images((rank, 2)) for rank in (0, 1)]
+    assert all((a == b).all() for a, b in zip(images((0, 1), 3), whole[3:], strict=True))
+    for batch, first, second in zip(whole, *halves, strict=True):
+        assert (batch[0::2] == first).all() and (batch[1::2] == second).all()
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(tmp_path):
+    words = [*QUICK, *COUPLED, "optim.epochs=4", "quant=int4"]
+
+    def start(folder):
+        command = [sys.executable, "-m", "s2a_cli", "train", *words, f"run_dir={folder}"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    whole = start(tmp_path / "whole")
+    assert whole.wait() == 0
+    chance, killed = random.Random(0), 0
+    for _ in range(4):
+        process = start(tmp_path / "broken")
+        while process.poll() is None and not (tmp_path / "broken" / checkpoints.STATE).exists():
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed
+    process = start(tmp_path / "broken")
+    said = process.communicate()[0]
+    assert process.returncode == 0 and "going on in" in said
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
