@@ -48,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     flags, words = _split(argv)
+    verb_flags = VERBS[words[0]].flags if words and words[0] in VERBS else {}
+    for name in flags.keys() - FLAGS.keys() - verb_flags.keys():
+        accepted = [*(flag for flag, (_, about) in FLAGS.items() if about), *verb_flags]
+        raise UserError(f"{name}: no such flag; accepted: {', '.join(accepted)}{nearest(name, accepted)}")
     if "--complete" in flags:
         from s2a_cli.completion import complete
 
@@ -74,7 +78,7 @@ def _dispatch(argv: list[str]) -> int:
 
         print(OmegaConf.to_yaml(verb.config(words[1:])), end="")
     else:
-        return VERBS[words[0]].run(words[1:])
+        return VERBS[words[0]].run([*words[1:], *(name for name in flags if name in verb_flags)])
     return 0
 
 
@@ -87,10 +91,7 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
         name = "--help" if name == "-h" else name
         if not word.startswith("-"):
             words.append(word)
-        elif name not in FLAGS:
-            accepted = [flag for flag, (_, about) in FLAGS.items() if about]
-            raise UserError(f"{name}: no such flag; accepted: {', '.join(accepted)}{nearest(name, accepted)}")
-        elif FLAGS[name][0] and not value:
+        elif FLAGS.get(name, ("",))[0] and not value:
             if not rest:
                 raise UserError(f"{name}: expected {name} {FLAGS[name][0]}")
             flags[name] = rest.pop(0)
@@ -118,6 +119,8 @@ def _help() -> str:
 def _verb_help(verb: Verb, words: list[str]) -> None:
     """Examples first; then, for a verb with a config, every key with its default, as composed with `words`."""
     print(*verb.examples, "", f"{verb.usage}: {verb.about}", sep="\n", flush=True)
+    if verb.flags:
+        print("", *(f"  {flag:<16} {about}" for flag, about in verb.flags.items()), sep="\n")
     if verb.config is not composed:
         return
     from omegaconf import OmegaConf

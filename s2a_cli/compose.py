@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError, OmegaConfBaseException
 
-from s2a_cli.config import Rule, RunConfig, check, leaves, members, rule_of, show
+from s2a_cli.config import Rule, RunConfig, SweepConfig, check, leaves, members, rule_of, show
 from s2a_cli.errors import UserError, nearest
 
 PACKAGE = Path(__file__).parent
@@ -41,7 +41,27 @@ def compose(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
     words = _readable(overrides, conf, problems)
     if "experiment" in problems:  # whatever else is said about a config without it would be guesswork
         raise UserError("\n".join(problems.values()))
-    return _judged(_load(words, conf, problems), problems)
+    for word in words:
+        if word.lstrip("+").startswith("sweep"):
+            problems[word] = f"{word.lstrip('+')}: a setting of s2a sweep; this is one run"
+    loaded = _load(words, conf, problems)
+    loaded.pop("sweep", None)  # what an experiment brings along for a sweep
+    return _judged(loaded, problems)
+
+
+def compose_sweep(overrides: list[str]) -> SweepConfig:
+    """How to go through a grid, from the words and the experiment named in them. Raises UserError as `compose` does."""
+    problems: Problems = {}
+    loaded = _load(_readable(overrides, CONF, problems), CONF, problems)
+    typed = OmegaConf.structured(SweepConfig)
+    _fit(loaded.get("sweep") or OmegaConf.create(), typed, "sweep.", problems)
+    for key, value in leaves(typed, "sweep."):
+        rule = rule_of(key)
+        if rule and value is not None and not rule.test(value):
+            problems[key] = rule.problem(key, value, optional=True)
+    if problems:
+        raise UserError("\n".join(problems.values()))
+    return OmegaConf.to_object(typed)
 
 
 def recompose(stored: dict[str, Any], overrides: list[str]) -> DictConfig:

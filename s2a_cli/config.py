@@ -112,6 +112,19 @@ class RunConfig:
     save_steps: int | None = None  # also after this many steps
 
 
+@dataclass
+class SweepConfig:
+    """How `s2a sweep` goes through a grid. An experiment can bring the grid and its exclusions along."""
+
+    grid: dict[str, Any] = field(default_factory=dict)  # key -> its values, as on the command line, where they can be replaced
+    exclude: list[dict[str, Any]] = field(default_factory=list)  # [{method: linear, quant: [int4, tiny], why: a reason}]
+    dir: str = "runs"  # the runs lie in DIR/<dataset>/<backbone>/<method>/<id>
+    workers: int | None = None  # runs at a time; null: one for each GPU, or one
+    pack: bool = False  # as many runs on a GPU as fit by their predicted peaks; measured peaks are then not taken
+    launcher: str = "local"  # local | slurm | ray
+    slurm: dict[str, Any] = field(default_factory=dict)  # of submitit: {partition: gpu, timeout_min: 240, gpus_per_node: 1}
+
+
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet
 
 
@@ -202,6 +215,8 @@ RULES = {  # a key, or a pattern that matches keys
     "precision": one_of("fp32", "amp-bf16", "amp-fp16", "bf16"),
     "device": pattern("auto, cpu, cuda, cuda:N or mps", r"auto|cpu|mps|cuda(:\d+)?"),
     "workers": NOT_NEGATIVE,
+    "sweep.workers": AT_LEAST_1,
+    "sweep.launcher": one_of("local", "slurm", "ray"),
     "save_minutes": POSITIVE,
     "save_steps": AT_LEAST_1,
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import signal
 import statistics
 import threading
@@ -26,6 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms import v2
 
 from s2a_cli import checkpoints, data, distributed, memory, records
+from s2a_cli.engines import PARENT
 from s2a_cli.errors import RunError
 from s2a_cli.progress import Progress
 from s2a_cli.steps import Step, make_optimizer, train_mode
@@ -184,8 +186,14 @@ class Fit:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Makes Ctrl-C and SIGTERM wait for the end of a step; yields what tells that one came. A second one ends it at once."""
-    came = threading.Event()
+    """Makes Ctrl-C and SIGTERM wait for the end of a step; yields what tells that one came. A second one ends it at once.
+
+    The end of the sweep that started this process counts as one: nobody would know that it goes on.
+    """
+    came, parent = threading.Event(), os.environ.get(PARENT)
+
+    def asked() -> bool:
+        return came.is_set() or (parent is not None and os.getppid() != int(parent))
 
     def stop(number: int, frame: FrameType | None) -> None:
         if came.is_set():
@@ -193,11 +201,11 @@ def stopping() -> Iterator[Callable[[], bool]]:
         came.set()
 
     if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
+        yield asked
         return
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield came.is_set
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

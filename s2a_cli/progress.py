@@ -63,7 +63,8 @@ class Progress:
     def _pace(self, seconds: float) -> str:
         rate = (self.done - self._first) / max(seconds, 1e-9)
         left = f", {duration((self.total - self.done) / rate)} left" if self.total and rate else ""
-        return f"{self._amount(rate)}/s{left}"
+        each, unit = (rate, "s") if self.unit == "B" or rate >= 1 else (60 * rate, "min") if rate >= 1 / 60 else (3600 * rate, "h")
+        return f"{self._amount(each)}/{unit}{left}"
 
     def _amount(self, value: float) -> str:
         return size(value) if self.unit == "B" else f"{value:.0f} {self.unit.strip()}"

@@ -155,17 +155,21 @@ def make_run_dir(path: Path) -> Path:
     return path
 
 
+class Busy(UserError):
+    """Another process is at a run."""
+
+
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Keeps other processes from running what this folder is for. Freed by the system when the process is killed.
 
-    Raises UserError when another process has it.
+    Raises Busy when another process has it.
     """
     held = FileLock(folder / LOCK)
     try:
         held.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"{folder}: another process is at this run; wait for it, or set run_dir= to another folder") from None
+        raise Busy(f"{folder}: another process is at this run; wait for it, or set run_dir= to another folder") from None
     try:
         for litter in folder.glob(".*.????????"):  # temporary files of a process that was killed inside a write
             litter.unlink(missing_ok=True)

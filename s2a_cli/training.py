@@ -69,6 +69,16 @@ def prepare(config: DictConfig) -> Run:
     torch.manual_seed(config.seed)
     backbone = backbones.build(config.backbone, len(splits.classes))
     weights = backbone.fingerprint()
+    attach(config, backbone)
+    processes = distributed.part()[1]
+    if (least := min(config.optim.batch_size, len(splits.train))) < processes:
+        raise UserError(f"a batch of {least} images can't be shared by {processes} processes; start fewer, or raise optim.batch_size")
+    content = records.content(OmegaConf.to_container(config, resolve=True), splits.revision, weights)
+    return Run(config, splits, backbone, weights, device, content)
+
+
+def attach(config: DictConfig, backbone: Backbone) -> None:
+    """Makes a backbone, which may be on the meta device, what a config trains. Raises UserError for what does not fit it."""
     torch.manual_seed(config.seed)  # the method's initial values do not depend on how the backbone drew its own
     METHODS[config.method.name](config.method).attach(backbone)
     if moving_norms(backbone.model):
@@ -77,8 +87,6 @@ def prepare(config: DictConfig) -> Run:
         raise UserError(f"quant.blocks: there is no block {odd[0]}; this backbone has those from 0 to {len(backbone.blocks) - 1}")
     backbone.model.to(weight_dtype(config.precision))
     frozen.store(backbone, config.backbone.weights)
-    content = records.content(OmegaConf.to_container(config, resolve=True), splits.revision, weights)
-    return Run(config, splits, backbone, weights, device, content)
 
 
 def _refuse_parts(config: DictConfig) -> None:
@@ -95,6 +103,8 @@ def _refuse_parts(config: DictConfig) -> None:
                 f"{key}={value} changes the result here: method={config.method.name} trains BatchNorms, whose statistics"
                 f" are those of one forward pass of the batch; set it to {show(default)}"
             )
+    if distributed.part()[1] > 1:
+        raise UserError(f"method={config.method.name} trains BatchNorms, whose statistics are those of a whole batch: use one process")
 
 
 def choose_device(name: str) -> torch.device:
@@ -269,6 +279,20 @@ def predict(run: Run) -> dict[str, Any] | None:
         print(f"s2a: the memory of this run can't be predicted: {_first_line(error)}", file=sys.stderr)
         return None
     return mine.against(full).as_dict()
+
+
+def predicted_peak(config: DictConfig, classes: int, images: int) -> float | None:
+    """The predicted peak in MiB of a run's step, without its data or weights; None where it can't be predicted."""
+    if config.compile or config.quant.budget_mib:
+        return None
+    backbone = backbones.build(config.backbone, classes, meta=True)
+    try:
+        attach(config, backbone)
+        return predict_step(backbone, config, images).peak_mib
+    except UserError:
+        raise
+    except Exception:  # a model of timm whose forward pass reads values can't run without data
+        return None
 
 
 def predict_step(backbone: Backbone, config: DictConfig, images: int) -> memory.Memory:

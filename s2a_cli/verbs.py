@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ KINDS = {kind + "s": kind for kind in ("backbone", "method", "quant", "dataset",
 class Verb:
     """`run` takes the words behind the verb and returns the exit code; `config` makes of them what `--cfg job` prints.
 
-    `words` are completed as they stand; a verb with a config completes its settings as well.
+    `words` are completed as they stand; a verb with a config completes its settings as well. `flags` {--flag: meaning} are
+    handed on to `run` among the words.
     """
 
     run: Callable[[list[str]], int]
@@ -27,6 +28,7 @@ class Verb:
     examples: tuple[str, str, str]
     words: tuple[str, ...] = ()
     config: Callable[[list[str]], Any] | None = None
+    flags: dict[str, str] = field(default_factory=dict)
 
 
 def composed(words: list[str]) -> Any:
@@ -36,16 +38,22 @@ def composed(words: list[str]) -> Any:
 
 
 def train(words: list[str]) -> int:
-    config = composed(words)
+    config = composed([word for word in words if not word.startswith("--")])
     from s2a_cli import tables, training
 
-    result, folder = training.train(config)
+    result, folder = training.train(config, anew="--force" in words)
     print(tables.render(tables.table(tables.frame([result]))))
     print(f"\nrun: {folder}")
     status, error = result["status"], result["error"]
     if status != "ok":
         print(f"s2a: {status}" + (f": {error}" if error != status else ""), file=sys.stderr)
     return {"ok": 0, "interrupted": 130}.get(status, 1)
+
+
+def sweep(words: list[str]) -> int:
+    from s2a_cli import sweeps
+
+    return sweeps.sweep(words)
 
 
 def _finished(words: list[str]) -> tuple[Path, list[str]]:
@@ -148,13 +156,31 @@ VERBS = {
     "train": Verb(
         train,
         "s2a train [key=value ...]",
-        "train one run and print its table",
+        "train one run and print its table; one that was broken off goes on",
         (
             "s2a train",
             "s2a train backbone=vit_b method=s2a dataset=folder dataset.root=photos",
             "s2a train dataset=cifar10 backbone=vit_t method.prompt.rank=4 method.blocks=last:6 quant=int8 seed=1",
         ),
         config=composed,
+        flags={"--force": "from the start, even if the run was broken off and could go on"},
+    ),
+    "sweep": Verb(
+        sweep,
+        "s2a sweep [key=value,value ...] [sweep.KEY=value ...]",
+        "a grid of runs, each in a process of its own; finished ones are skipped, broken ones go on",
+        (
+            "s2a sweep method=linear,bias,s2a seed=range(0,3)",
+            "s2a sweep backbone=vit_b,swin_b method=glob(*) quant=none,int4 dataset=cifar100,pets --dry-run",
+            "s2a sweep experiment=photos_112 dataset.root=photos method=bias,s2a optim.lr=2e-3,4e-3 sweep.workers=2",
+        ),
+        config=composed,
+        flags={
+            "--dry-run": "print the runs, their predicted peaks and what is already there",
+            "--retry-failed": "also those that failed before",
+            "--force": "also those that are finished",
+            "--fail-fast": "begin no more runs after the first that fails",
+        },
     ),
     "eval": Verb(
         evaluate,
