@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from s2a_cli import __version__
 from s2a_cli.errors import RunError, UserError, nearest
-from s2a_cli.verbs import VERBS, Verb, composed
+from s2a_cli.verbs import VERBS, Verb, composed, first_of_grid
 
 FLAGS = {  # flag -> its value and meaning
     "--help": ("", "this, or the help of a verb"),
@@ -121,12 +121,17 @@ def _verb_help(verb: Verb, words: list[str]) -> None:
     print(*verb.examples, "", f"{verb.usage}: {verb.about}", sep="\n", flush=True)
     if verb.flags:
         print("", *(f"  {flag:<16} {about}" for flag, about in verb.flags.items()), sep="\n")
-    if verb.config is not composed:
-        return
     from omegaconf import OmegaConf
 
     from s2a_cli.compose import compose, groups
-    from s2a_cli.config import leaves, meanings, show
+    from s2a_cli.config import SweepConfig, leaves, meanings, show
+
+    if verb.config is first_of_grid:
+        print("\nSettings of the sweep; all others, with several values, are those of s2a train --help:")
+        for key, value in leaves(OmegaConf.structured(SweepConfig), "sweep."):
+            print(f"  {f'{key}={show(value)}':<28} {meanings(SweepConfig)[key.removeprefix('sweep.')]}")
+    if verb.config is not composed:
+        return
 
     print("\nGroups (s2a ls tells more):")
     for group, options in groups().items():

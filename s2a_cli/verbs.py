@@ -47,7 +47,14 @@ def train(words: list[str]) -> int:
     status, error = result["status"], result["error"]
     if status != "ok":
         print(f"s2a: {status}" + (f": {error}" if error != status else ""), file=sys.stderr)
-    return {"ok": 0, "interrupted": 130}.get(status, 1)
+    return 0 if status == "ok" else 130 if error == "interrupted" else 1
+
+
+def first_of_grid(words: list[str]) -> Any:
+    """The config of the first run of a grid."""
+    from s2a_cli.grid import expand
+
+    return composed(expand([word for word in words if not word.startswith("sweep.")])[0])
 
 
 def sweep(words: list[str]) -> int:
@@ -170,11 +177,11 @@ VERBS = {
         "s2a sweep [key=value,value ...] [sweep.KEY=value ...]",
         "a grid of runs, each in a process of its own; finished ones are skipped, broken ones go on",
         (
-            "s2a sweep method=linear,bias,s2a seed=range(0,3)",
-            "s2a sweep backbone=vit_b,swin_b method=glob(*) quant=none,int4 dataset=cifar100,pets --dry-run",
+            "s2a sweep method=linear,bias,s2a 'seed=range(0,3)'",
+            "s2a sweep backbone=vit_b,swin_b 'method=glob(*)' quant=none,int4 dataset=cifar100,pets --dry-run",
             "s2a sweep experiment=photos_112 dataset.root=photos method=bias,s2a optim.lr=2e-3,4e-3 sweep.workers=2",
         ),
-        config=composed,
+        config=first_of_grid,
         flags={
             "--dry-run": "print the runs, their predicted peaks and what is already there",
             "--retry-failed": "also those that failed before",

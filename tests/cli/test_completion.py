@@ -8,12 +8,13 @@ import sys
 import pytest
 
 from s2a_cli.completion import SCRIPTS, complete, script
+from s2a_cli.verbs import VERBS
 
 
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("s2a ", ["train", "eval", "ls", "validate", "table"]),
+        ("s2a ", list(VERBS)),
         ("s2a t", ["train", "table"]),
         ("scripts/s2a va", ["validate"]),
         ("s2a train --d", ["--debug"]),
