@@ -1,0 +1,83 @@
+"""Runs as processes of this machine, each with a GPU of its own where there are some."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from s2a_cli.engines import PARENT
+
+CONTEXT_MIB = 1024  # of a process on a GPU beside what it allocates: the CUDA context and libraries; for packing
+
+
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that this process may use, for CUDA_VISIBLE_DEVICES."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named[:count] if named else [str(index) for index in range(count)]
+
+
+def gpu_mib() -> float:
+    """Memory of the smallest GPU."""
+    import torch
+
+    return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / 2**20
+
+
+class Process:
+    """A run as a process of this machine."""
+
+    def __init__(self, words: list[str], log: Path, environment: dict[str, str]):
+        command = [sys.executable, "-m", "s2a_cli", "train", *words]
+        with open(log, "ab") as file:
+            file.write(f"$ s2a {shlex.join(command[3:])}\n".encode())
+            file.flush()
+            # a group of its own: a Ctrl-C is for the sweep, which passes it on once
+            self._process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+            )
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def stop(self) -> None:
+        if self.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+
+
+class Local:
+    """`workers` slots. With GPUs slot i has GPU i % len(gpus) alone; packed, a GPU takes what fits into `pack_mib`."""
+
+    def __init__(self, workers: int, gpus: list[str], pack_mib: float | None = None):
+        self.workers, self.gpus, self.pack_mib = workers, gpus, pack_mib
+        shared = gpus and (pack_mib or workers > len(gpus))
+        self.note = "s2a: several runs share a GPU: the peaks in their results are predicted, and their speeds are no figures" if shared else ""
+
+    def free(self, running: dict[int, float | None], peak_mib: float | None) -> int | None:
+        if self.pack_mib is None:
+            return next((slot for slot in range(self.workers) if slot not in running), None)
+        for gpu in range(len(self.gpus)):
+            here = [peak for slot, peak in running.items() if slot % len(self.gpus) == gpu]
+            room = self.pack_mib - sum((peak or self.pack_mib) + CONTEXT_MIB for peak in here)
+            if not here or (peak_mib or self.pack_mib) + CONTEXT_MIB <= room:
+                slots = range(gpu, (len(running) + 1) * len(self.gpus), len(self.gpus))
+                return next(slot for slot in slots if slot not in running)
+        return None
+
+    def start(self, words: list[str], log: Path, slot: int) -> Process:
+        environment = os.environ | {PARENT: str(os.getpid())}
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+        elif self.workers > 1:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.workers)))
+        return Process(words, log, environment)
+
+    def close(self) -> None:
+        pass
