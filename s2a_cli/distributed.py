@@ -26,15 +26,13 @@ def part() -> tuple[int, int]:
 
 
 def is_first() -> bool:
+    """Whether this is the process that writes files."""
     return part()[0] == 0
 
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Joins the processes that torchrun started, if it did. Yields the device of this one.
-
-    All processes but the first are silent on stdout; what goes wrong is told by each.
-    """
+    """Joins the processes that torchrun started, if it did, until the end of the context. Yields the device of this one."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield device
         return
@@ -44,12 +42,14 @@ def joined(device: str) -> Iterator[str]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
-        with contextlib.ExitStack() as stack:
-            if not is_first():
-                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            yield device
+        yield device
     finally:
         dist.destroy_process_group()
+
+
+def silenced() -> contextlib.AbstractContextManager[Any]:
+    """Keeps all processes but the first from writing to stdout; what goes wrong is told by each, on stderr."""
+    return contextlib.redirect_stdout(io.StringIO()) if os.environ.get("RANK", "0") != "0" else contextlib.nullcontext()
 
 
 def from_first(make: Callable[[], T]) -> T:

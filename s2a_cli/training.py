@@ -126,11 +126,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def train(config: DictConfig, anew: bool = False) -> tuple[records.Result, Path]:
+def train(config: DictConfig, anew: bool = False, once: bool = False) -> tuple[records.Result, Path]:
     """Trains one run and returns its record and its folder.
 
     Where the folder holds the state of the same run, broken off, it goes on from there, unless it is to start `anew`;
-    what another run left in it is removed. Out of memory and Ctrl-C end in a record with that status, as does a full disk,
+    what another run left in it is removed. With `once` a run that is finished is left as it is. Out of memory and Ctrl-C end in a record with that status, as does a full disk,
     with `interrupted`. Any other failure is recorded as `failed` and raised. Raises UserError when another process is at
     the same run.
     """
@@ -142,6 +142,8 @@ def train(config: DictConfig, anew: bool = False) -> tuple[records.Result, Path]
         folder = Path(config.run_dir or f"runs/{run.splits.name}/{config.backbone.name}/{config.method.name}/{run.identity}")
         if distributed.is_first():
             stack.enter_context(records.claimed(records.make_run_dir(folder)))
+        if once and (found := distributed.from_first(lambda: records.finished(folder, run.content))):
+            return found, folder
         return _train(run, folder, _begin(run, folder, anew)), folder
 
 
@@ -299,6 +301,7 @@ def predict_step(backbone: Backbone, config: DictConfig, images: int) -> memory.
     """The predicted memory of one training step of a config, of at most `images` images."""
     train_mode(backbone.model)
     count, size = min(config.optim.batch_size, images), backbone.image.size
+    count = -(-count // distributed.part()[1])  # images of the first process
     batch = torch.empty(count, 3, size, size), torch.empty(count, dtype=torch.int64)
     step = Step(config, torch.device("cpu"), backbone.block_modules)
     return memory.predict(backbone.model, batch, step, lambda model: make_optimizer(config.optim, model))

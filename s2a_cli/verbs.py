@@ -40,10 +40,12 @@ def composed(words: list[str]) -> Any:
 def train(words: list[str]) -> int:
     config = composed([word for word in words if not word.startswith("--")])
     from s2a_cli import tables, training
+    from s2a_cli.distributed import silenced
 
-    result, folder = training.train(config, anew="--force" in words)
-    print(tables.render(tables.table(tables.frame([result]))))
-    print(f"\nrun: {folder}")
+    with silenced():
+        result, folder = training.train(config, anew="--force" in words, once="--once" in words)
+        print(tables.render(tables.table(tables.frame([result]))))
+        print(f"\nrun: {folder}")
     status, error = result["status"], result["error"]
     if status != "ok":
         print(f"s2a: {status}" + (f": {error}" if error != status else ""), file=sys.stderr)
@@ -170,7 +172,10 @@ VERBS = {
             "s2a train dataset=cifar10 backbone=vit_t method.prompt.rank=4 method.blocks=last:6 quant=int8 seed=1",
         ),
         config=composed,
-        flags={"--force": "from the start, even if the run was broken off and could go on"},
+        flags={
+            "--force": "from the start, even if the run was broken off and could go on",
+            "--once": "not at all if the run is finished",
+        },
     ),
     "sweep": Verb(
         sweep,
