@@ -1,0 +1,83 @@
+"""One run in two processes gives what it gives in one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+
+from s2a_cli import checkpoints
+
+pytestmark = pytest.mark.slow
+
+WORDS = [
+    *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=s2a", "device=cpu", "workers=0"),
+    *("optim.epochs=3", "optim.batch_size=27", "optim.name=sgd", "optim.lr=0.05", "optim.clip_grad=1"),
+]  # 80 images: a last batch of 26, whose halves are even, and batches whose halves are not
+
+
+def start(folder, *words, processes=2):
+    command = [sys.executable, "-m", "s2a_cli", "train", *WORDS, *words, f"run_dir={folder}"]
+    if processes > 1:
+        command[1:2] = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", "-m"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def outcome(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lines, safetensors.torch.load_file(folder / checkpoints.FILE)
+
+
+def agree(one, two):
+    for first, second in zip(one[0], two[0], strict=True):
+        for key in first.keys() - {"seconds"}:
+            assert first[key] == pytest.approx(second[key], rel=1e-4), key
+    assert one[1].keys() == two[1].keys()
+    for name, tensor in one[1].items():
+        torch.testing.assert_close(two[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    words = ["quant=tiny", "quant.input=null"]  # recomputed from whole inputs: nothing is coded
+    finish(start(tmp_path / "one", *words, processes=1))
+    said = finish(start(tmp_path / "two", *words))
+    assert said.count("top-1 %") == 1, "one table, of the first process"
+    agree(outcome(tmp_path / "one"), outcome(tmp_path / "two"))
+    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert result["environment"]["processes"] == 2
+    alone = json.loads((tmp_path / "one" / "result.json").read_text())
+    assert result["id"] == alone["id"] and result["memory"]["kept_mib"] < alone["memory"]["kept_mib"]
+
+
+def test_codes_are_those_of_the_first_process_and_a_broken_run_goes_on(tmp_path):
+    words = ["quant=int4", "optim.epochs=6"]
+    finish(start(tmp_path / "whole", *words))
+    process = start(tmp_path / "broken", *words)
+    while process.poll() is None and not (tmp_path / "broken" / checkpoints.STATE).exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it on
+    process.communicate(timeout=60)
+    result = json.loads((tmp_path / "broken" / "result.json").read_text())
+    assert result["status"] == "interrupted" or process.returncode == 0
+    finish(start(tmp_path / "broken", *words))
+    whole, broken = outcome(tmp_path / "whole"), outcome(tmp_path / "broken")
+    agree(whole, broken)
+    assert any(name.startswith(checkpoints.CALIBRATION) for name in broken[1])
+
+
+def test_a_batch_that_is_too_small_to_share_is_refused(tmp_path):
+    process = start(tmp_path, "optim.batch_size=1", "quant=none")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "a batch of 1 images can't be shared by 2 processes" in err
