@@ -6,9 +6,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from s2a_cli.cli import main
-from s2a_cli.compose import CONF, compose, groups, recompose
+from s2a_cli.compose import CONF, compose, compose_sweep, groups, recompose
 from s2a_cli.config import RunConfig, leaves, meanings
 from s2a_cli.errors import UserError
+from s2a_cli.grid import expand
 
 NEEDS = {
     "backbone=timm": ["backbone.name=resnet34.a1_in1k"],
@@ -38,8 +39,17 @@ def test_every_option_composes(option):
 def test_every_experiment_opens_with_a_command_that_composes(name):
     package, command, about = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()[:3]
     words = shlex.split(command.removeprefix("# "))
-    assert package == "# @package _global_" and words[:2] == ["s2a", "train"] and f"experiment={name}" in words
+    assert package == "# @package _global_" and f"experiment={name}" in words
     assert about.startswith("# ") and about.endswith(".")
+    words = [word for word in words if not word.startswith("--")]
+    if words[:2] == ["s2a", "sweep"]:
+        settings = compose_sweep(words[2:])
+        assert settings.grid, "a sweep's experiment brings its grid along"
+        grid = expand([*words[2:], *(f"{key}={values}" for key, values in settings.grid.items())])
+        assert len({tuple(member) for member in grid}) > 1
+        for member in grid[:: max(1, len(grid) // 20)]:
+            compose(member)
+    assert words[:2] in (["s2a", "train"], ["s2a", "sweep"])
     compose(words[2:])
 
 
