@@ -11,10 +11,11 @@ from typing import Any
 
 import pandas as pd
 
-from s2a_cli.errors import UserError, nearest
+from s2a_cli.errors import UserError
 from s2a_cli.records import NOT_IDENTITY, SCHEMA
+from s2a_cli.render import Sheet, cell, checked, mib, number
+from s2a_cli.render import render as render_sheets
 
-FORMATS = ("terminal", "md", "csv", "latex")
 # Runs that differ in these alone share a row. method.lr and lr_scale but make the default of optim.lr.
 SHARED = {f"config.{key}" for key in (*NOT_IDENTITY, "seed", "method.lr", "backbone.lr_scale", "dataset.name")}
 BASE = ["dataset", "backbone", "method", "quant"]
@@ -35,6 +36,7 @@ NOTES = (
     "top-1: %, test, mean ± standard deviation over n runs. trainable: M and % of the backbone, head apart.",
     "peak: MiB, memory of a training step. x: full fine-tuning's peak / this peak. images/s: training, images loaded.",
 )
+RIGHT = {"top-1 %", "n", "trainable M", "%", "peak MiB", "x", "images/s", "mean of top-1 %"}
 PREDICTED_FULL = "*: measured, against full fine-tuning's predicted peak; to measure that, run method=full quant=none."
 
 
@@ -43,6 +45,16 @@ def load(folders: Iterable[str | Path]) -> pd.DataFrame:
 
     Files that can't be read are named on stderr and left out. Raises UserError when a folder or every run is missing.
     """
+    found, odd = read(folders)
+    if odd:
+        print(f"s2a: {len(odd)} of {len(odd) + len(found)} results can't be read, left out:", *odd, sep="\n  ", file=sys.stderr)
+    if found.empty:
+        raise UserError(f"no finished runs below {', '.join(map(str, folders))}; make one with: s2a train")
+    return found
+
+
+def read(folders: Iterable[str | Path]) -> tuple[pd.DataFrame, list[str]]:
+    """As `load`, and a line for each file that can't be read. Raises UserError when a folder is missing."""
     folders = [Path(folder) for folder in folders]
     for folder in folders:
         if not folder.is_dir():
@@ -54,17 +66,13 @@ def load(folders: Iterable[str | Path]) -> pd.DataFrame:
             with open(path, encoding="utf-8") as file:
                 result = json.load(file)
             if result["schema"] != SCHEMA:
-                raise ValueError(f"schema {result['schema']}, expected {SCHEMA}")
+                raise ValueError(f"schema {result['schema']}, expected {SCHEMA}; train this run again")
             results.append(flat(result) | {"path": path})
         except KeyError as error:
             odd.append(f"{path}: no {error} in it")
         except (OSError, ValueError, TypeError, AttributeError) as error:
             odd.append(f"{path}: {error}")
-    if odd:
-        print(f"s2a: {len(odd)} of {len(paths)} results can't be read, left out:", *odd, sep="\n  ", file=sys.stderr)
-    if not results:
-        raise UserError(f"no finished runs below {', '.join(map(str, folders))}; make one with: s2a train")
-    return pd.DataFrame(results)
+    return pd.DataFrame(results), odd
 
 
 def frame(results: Iterable[dict[str, Any]]) -> pd.DataFrame:
@@ -91,9 +99,21 @@ def flat(result: dict[str, Any]) -> dict[str, Any]:
 
     walk(result, "")
     for key in ("id", "status", *NAMES):
-        if key not in columns:
+        if columns.get(key) is None:
             raise KeyError(key)
-    return columns
+    return {key: value for key, value in columns.items() if key not in BASE}  # an early record had a key "quant"
+
+
+def unique(frame: pd.DataFrame) -> pd.DataFrame:
+    """Each run once, a copy is not another run; the columns of BASE under these names; no column of NUMBERS missing."""
+    optional = [*NUMBERS.values(), *SAME_STEP[2:], "memory.kind", "memory.full_finetune_kind"]
+    frame = frame.reindex(columns=list(dict.fromkeys([*frame, *optional])))
+    return frame.drop_duplicates(["id", "status", "memory.kind"]).rename(columns=NAMES).reset_index(drop=True)
+
+
+def settings_of(frame: pd.DataFrame) -> list[str]:
+    """The columns that decide what a run computes, seeds apart."""
+    return [c for c in frame if (c.startswith("config.") and c not in SHARED) or c in ("data.revision", "weights")]
 
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -104,15 +124,13 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     x_full_against (measured | predicted), images_per_s. Measured and predicted peaks never share a row; a measured
     peak and a speed are left empty when the runs of a row come from several devices.
     """
-    optional = [*NUMBERS.values(), *SAME_STEP[2:], "memory.kind", "memory.full_finetune_kind"]
-    frame = frame.reindex(columns=list(dict.fromkeys([*frame, *optional])))
-    frame = frame.drop_duplicates(["id", "status", "memory.kind"]).rename(columns=NAMES)  # a copy is not another run
-    settings = [c for c in frame if (c.startswith("config.") and c not in SHARED) or c in ("data.revision", "weights")]
+    frame = unique(frame)
+    settings = settings_of(frame)
     ok = frame["status"] == "ok"
-    setting = pd.Series(map("\x1f".join, _text(frame[BASE + settings]).itertuples(index=False)), frame.index)
+    setting = pd.Series(map("\x1f".join, text_of(frame[BASE + settings]).itertuples(index=False)), frame.index)
     kinds = frame["memory.kind"].astype(object).where(ok).map(KINDS)
     frame["memory"] = kinds.where(kinds.notna(), kinds.groupby(setting).transform("first"))  # failed runs join others
-    row = setting + "\x1f" + _text(frame["memory"])
+    row = setting + "\x1f" + text_of(frame["memory"])
 
     groups = frame.groupby(row, sort=False)
     rows = groups[[*BASE, *settings, "memory", "environment.device", "memory.full_finetune_kind"]].first()
@@ -129,13 +147,13 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     rows = _against_full(rows.reset_index(drop=True), settings).rename(columns={"top1": "top1_mean"})
 
     extra = _distinguishing(rows, settings)
-    rows = rows.sort_values(BASE + extra, key=_text, ignore_index=True)
+    rows = rows.sort_values(BASE + extra, key=text_of, ignore_index=True)
     columns = [*BASE, *extra, "n", "status", "top1_mean", "top1_std", "trainable", "percent", "peak_mib", "memory"]
     rows = rows[[*columns, "x_full", "x_full_against", "images_per_s"]]
     return rows.rename(columns={name: name.removeprefix("config.") for name in extra})
 
 
-def _text(values: pd.DataFrame | pd.Series) -> pd.DataFrame | pd.Series:
+def text_of(values: pd.DataFrame | pd.Series) -> pd.DataFrame | pd.Series:
     """Every value as text; a missing one, whatever pandas holds for it, as an empty text."""
     return values.map(lambda value: "" if pd.isna(value) else str(value))
 
@@ -170,13 +188,13 @@ def _distinguishing(rows: pd.DataFrame, settings: list[str]) -> list[str]:
         found = [c for c in columns if rows[c].nunique(dropna=False) > 1]
         if not found:
             return []
-        counts = _text(rows[found]).groupby([rows[c] for c in within], sort=False).nunique()
+        counts = text_of(rows[found]).groupby([rows[c] for c in within], sort=False).nunique()
         return [c for c in found if (counts[c] > 1).any()]
 
     own = [c for c in settings if c.startswith(("config.method.", "config.quant.")) or c == "config.optim.lr"]
     shown = differ([c for c in settings if c not in own], ["dataset", "backbone"]) + differ(own, BASE)
     families = [c for c in shown if c.startswith("config.quant.") and c != "config.quant.bits"]
-    follow = [c for c in families if _text(rows[c]).equals(_text(rows["config.quant.bits"]))]  # the bits of all
+    follow = [c for c in families if text_of(rows[c]).equals(text_of(rows["config.quant.bits"]))]  # the bits of all
     shown = [c for c in shown if c not in follow]
     return sorted(shown, key=settings.index)
 
@@ -189,73 +207,45 @@ def pivot(rows: pd.DataFrame) -> pd.DataFrame | None:
     index = [c for c in BASE if c != "dataset"]
     if rows.duplicated([*index, "dataset"]).any():  # several settings of a method on one dataset
         index += list(rows.columns[len(BASE) : rows.columns.get_loc("n")]) + ["memory"]
-    text = rows.assign(text=_top1(rows), **{c: rows[c].map(_cell) for c in index})
+    text = rows.assign(text=_top1(rows), **{c: rows[c].map(cell) for c in index})
     wide = text.pivot_table(index=index, columns="dataset", values="text", aggfunc="first", sort=True)
     mean = text.pivot_table(index=index, columns="dataset", values="top1_mean", aggfunc="first", dropna=False)
     mean = mean.reindex(index=wide.index, columns=datasets).mean(axis=1, skipna=False)
-    wide["mean"] = mean.map(lambda value: _number(value, 2))
+    wide["mean"] = mean.map(lambda value: number(value, 2))
     return wide.fillna("–").reset_index().rename_axis(columns=None)
-
-
-def _cell(value: Any) -> str:
-    return "–" if pd.isna(value) else f"{value:.10g}" if isinstance(value, float) else str(value)
-
-
-def _number(value: float, digits: int, suffix: str = "") -> str:
-    return "–" if pd.isna(value) else f"{value:,.{digits}f}{suffix}"
 
 
 def _top1(rows: pd.DataFrame) -> list[str]:
     pairs = zip(rows["top1_mean"], rows["top1_std"], strict=True)
-    return [_number(mean, 2) + ("" if pd.isna(std) else f" ± {std:.2f}") for mean, std in pairs]
+    return [number(mean, 2) + ("" if pd.isna(std) else f" ± {std:.2f}") for mean, std in pairs]
 
 
 def readable(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of `table` as text, units in the header."""
     extra = list(rows.columns[len(BASE) : rows.columns.get_loc("n")])
-    text = rows[BASE + extra].map(_cell)
+    text = rows[BASE + extra].map(cell)
     text["top-1 %"] = _top1(rows)
     text["n"] = rows["n"].astype(str)
-    text["trainable M"] = [_number(value / 1e6, 3) for value in rows["trainable"]]
-    text["%"] = [_number(value, 2) for value in rows["percent"]]
-    text["peak MiB"] = [_number(value, 1 if value < 100 else 0) for value in rows["peak_mib"]]
+    text["trainable M"] = [number(value / 1e6, 3) for value in rows["trainable"]]
+    text["%"] = [number(value, 2) for value in rows["percent"]]
+    text["peak MiB"] = [mib(value) for value in rows["peak_mib"]]
     text["memory"] = rows["memory"].fillna("–")
     same = rows["memory"] == rows["x_full_against"]
-    text["x"] = [_number(x, 2, "" if plain else "*") for x, plain in zip(rows["x_full"], same, strict=True)]
-    text["images/s"] = [_number(value, 1 if value < 100 else 0) for value in rows["images_per_s"]]
+    text["x"] = [number(x, 2, "" if plain else "*") for x, plain in zip(rows["x_full"], same, strict=True)]
+    text["images/s"] = [mib(value) for value in rows["images_per_s"]]
     if (rows["status"] != "ok").any():
         text["status"] = rows["status"]
     return text
 
 
-def render(rows: pd.DataFrame, format: str = "terminal") -> str:
+def render(rows: pd.DataFrame, format: str = "terminal", notes: Iterable[str] = ()) -> str:
     """The rows of `table` in one of FORMATS, with the method x dataset table behind where there are several datasets.
 
-    csv holds the plain numbers of `table`. Raises UserError for another format.
+    csv holds the plain numbers of `table`. `notes` are lines under it. Raises UserError for another format.
     """
-    if format not in FORMATS:
-        raise UserError(f"format={format}: expected one of {', '.join(FORMATS)}{nearest(format, FORMATS)}")
-    if format == "csv":
+    if checked(format) == "csv":
         return rows.to_csv(index=False).rstrip("\n")
     text, wide = readable(rows), pivot(rows)
-    notes = list(NOTES) + ([PREDICTED_FULL] if text["x"].str.endswith("*").any() else [])
-    tables = [text] if wide is None else [text, wide.rename(columns={"mean": "mean of top-1 %"})]
-    if format == "latex":
-        return "\n\n".join([*map(_latex, tables), "\n".join(f"% {note}" for note in notes)])
-    style = {"md": "github", "terminal": "simple"}[format]
-    look = {"index": False, "tablefmt": style, "disable_numparse": True}
-    printed = [text.to_markdown(**look, colalign=_alignment(text)) for text in tables]
-    return "\n\n".join([*printed, "\n".join(notes) if format == "terminal" else "  \n".join(notes)])
-
-
-def _alignment(text: pd.DataFrame) -> list[str]:
-    numeric = ("top-1 %", "n", "trainable M", "%", "peak MiB", "x", "images/s", "mean of top-1 %")
-    return ["right" if column in numeric else "left" for column in text]
-
-
-def _latex(text: pd.DataFrame) -> str:
-    """A booktabs tabular, texts escaped."""
-    latex = text.to_latex(index=False, escape=True, column_format="".join(a[0] for a in _alignment(text)))
-    for plain, command in {"±": r"$\pm$", "–": "--"}.items():
-        latex = latex.replace(plain, command)
-    return latex.rstrip("\n")
+    under = [*NOTES, *([PREDICTED_FULL] if text["x"].str.endswith("*").any() else []), *notes]
+    texts = [text] if wide is None else [text, wide.rename(columns={"mean": "mean of top-1 %"})]
+    return render_sheets([Sheet(text, RIGHT) for text in texts], under, format)

@@ -149,12 +149,12 @@ def validate(words: list[str]) -> int:
 
 
 def table(words: list[str]) -> int:
-    from s2a_cli import tables
+    from s2a_cli import render, tables
 
     formats = [word.removeprefix("format=") for word in words if word.startswith("format=")]
     folders = [word for word in words if not word.startswith("format=")]
     if odd := [word for word in folders if "=" in word and not Path(word).exists()]:
-        raise UserError(f"{odd[0]}: expected folders and format={'|'.join(tables.FORMATS)}")
+        raise UserError(f"{odd[0]}: expected folders and format={'|'.join(render.FORMATS)}")
     if not folders and not Path("runs").is_dir():
         raise UserError("no runs/ in this folder; name the folders that hold runs, or make a run with: s2a train")
     print(tables.render(tables.table(tables.load(folders or ["runs"])), *formats[-1:]))

@@ -1,0 +1,105 @@
+"""Tables of text in the formats that people read or paste: terminal, Markdown, LaTeX, HTML."""
+
+from __future__ import annotations
+
+import html
+import re
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from s2a_cli.errors import UserError, nearest
+
+FORMATS = ("terminal", "md", "csv", "latex", "html")
+ESCAPED = {character: f"\\{character}" for character in "&%$#_{}"}
+ESCAPED |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}"}
+ESCAPED |= {"±": r"$\pm$", "–": "--", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "≈": r"$\approx$", "†": r"\dag{}", "−": "$-$"}
+STYLE = """<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color-scheme: light dark }
+table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .7rem; border-bottom: 1px solid #8885 }
+.right { text-align: right; font-variant-numeric: tabular-nums }
+</style>"""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of texts; `bold` holds the (line, column) places of the best; columns in `right` are aligned to the right."""
+
+    text: pd.DataFrame
+    right: set[str]
+    bold: set[tuple[int, str]] = field(default_factory=set)
+    title: str = ""
+
+
+def checked(format: str) -> str:
+    if format not in FORMATS:
+        raise UserError(f"format={format}: expected one of {', '.join(FORMATS)}{nearest(format, FORMATS)}")
+    return format
+
+
+def number(value: float, digits: int, suffix: str = "") -> str:
+    return "–" if pd.isna(value) else f"{value:,.{digits}f}{suffix}"
+
+
+def mib(value: float) -> str:
+    return number(value, 1 if value < 100 else 0)
+
+
+def cell(value: object) -> str:
+    return "–" if pd.isna(value) else f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def render(sheets: list[Sheet], notes: list[str], format: str) -> str:
+    """The sheets with the notes under them, in one of FORMATS but csv, which holds numbers and not texts."""
+    if format == "latex":
+        return "\n\n".join([*map(_latex, sheets), "\n".join(f"% {note}" for note in notes)])
+    if format == "html":
+        said = "".join(f"<p>{html.escape(note)}</p>\n" for note in notes)
+        return f"<!doctype html>\n<meta charset=utf-8>\n<title>s2a</title>\n{STYLE}\n" + "\n".join(map(_html, sheets)) + f"\n{said}"
+    style = {"md": "github", "terminal": "simple"}[format]
+    printed = []
+    for sheet in sheets:
+        text = _marked(sheet, "**{}**" if format == "md" else "*{}")
+        if format == "md":
+            text = text.map(lambda value: value.replace("|", "\\|"))
+        align = ["right" if column in sheet.right else "left" for column in text]
+        table = text.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)
+        printed.append(f"{sheet.title}\n\n{table}" if sheet.title else table)
+    return "\n\n".join([*printed, "\n".join(notes) if format == "terminal" else "  \n".join(notes)])
+
+
+def _marked(sheet: Sheet, mark: str) -> pd.DataFrame:
+    text = sheet.text.astype(object)
+    for line, column in sheet.bold:
+        text.iat[line, text.columns.get_loc(column)] = mark.format(text.iat[line, text.columns.get_loc(column)])
+    return text
+
+
+def _tex(text: str) -> str:
+    return "".join(ESCAPED.get(character, character) for character in text)
+
+
+def _latex(sheet: Sheet) -> str:
+    """A booktabs tabular, texts escaped; the document needs \\usepackage{booktabs}."""
+    text = sheet.text.map(_tex).rename(columns=_tex)
+    text = _marked(Sheet(text, set(), {(line, _tex(column)) for line, column in sheet.bold}), r"\textbf{{{}}}")
+    align = "".join("r" if column in sheet.right else "l" for column in sheet.text)
+    title = f"% {sheet.title}\n" if sheet.title else ""
+    return title + text.to_latex(index=False, escape=False, column_format=align).rstrip("\n")
+
+
+def _html(sheet: Sheet) -> str:
+    def line(tag: str, values: list[str]) -> str:
+        pairs = zip(values, sheet.text, strict=True)
+        cells = (f"<{tag}{' class=right' if column in sheet.right else ''}>{value}</{tag}>" for value, column in pairs)
+        return f"<tr>{''.join(cells)}</tr>"
+
+    escaped = Sheet(sheet.text.map(html.escape), sheet.right, sheet.bold)
+    body = [line("td", list(row)) for row in _marked(escaped, "<b>{}</b>").itertuples(index=False)]
+    title = f"<h2>{html.escape(sheet.title)}</h2>\n" if sheet.title else ""
+    return f"{title}<table>\n<thead>{line('th', [html.escape(c) for c in sheet.text])}</thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody></table>"
+
+
+def natural(label: str) -> tuple:
+    """Sorts 8 before 16, and texts by their letters."""
+    return tuple((0, float(part), "") if part.isdigit() else (1, 0.0, part) for part in re.split(r"(\d+)", label) if part)
