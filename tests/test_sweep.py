@@ -1,0 +1,207 @@
+"""Grids: what is run, left out, skipped and tried again, and what is said about it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from s2a_cli import records, sweeps
+from s2a_cli.cli import main
+from s2a_cli.engines.local import Local
+from s2a_cli.errors import UserError
+from s2a_cli.grid import expand
+
+TINY = ["dataset.shots=4", "optim.epochs=1", "optim.batch_size=16", "device=cpu", "workers=0"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+class Fake:
+    """An engine whose runs end at once, as `ends` says: {a word of the run: status, exit code}."""
+
+    note = ""
+
+    def __init__(self, planned, ends=None, workers=1):
+        self.members = {str(member.folder): member for member in planned.members}
+        self.ends, self.workers, self.started = ends or {}, workers, []
+
+    def free(self, running, peak_mib):
+        return next((slot for slot in range(self.workers) if slot not in running), None)
+
+    def start(self, words, log, slot):
+        member = self.members[str(log.parent)]
+        self.started.append(member.name)
+        status, code = next((end for word, end in self.ends.items() if word in words), ("ok", 0))
+        content = json.loads(member.content)
+        result = {
+            "schema": records.SCHEMA, "status": status, "error": None if code == 0 else "it broke", "memory": None,
+            "config": OmegaConf.to_container(member.config), "allocation": None, "accuracy": {"test_top1": 50.0},
+            "data": {"revision": content["data"]}, "weights": content["weights"],
+        }  # fmt: skip
+        records.write_result(log.parent, result)
+        log.write_text(f"$ s2a train\nabout to\ns2a: {status}: it broke\n")
+
+        class Job:
+            def poll(self):
+                return code
+
+            def stop(self):
+                pass
+
+        return Job()
+
+    def close(self):
+        pass
+
+
+def go(words, ends=None, **flags):
+    planned = sweeps.plan([*TINY, *words])
+    engine = Fake(planned, ends)
+    summary = sweeps.Sweep(planned, engine, **flags)()
+    return engine.started, summary
+
+
+def test_a_grid_in_hydras_grammar():
+    grid = expand(["method=bias,s2a", "seed=range(0,2)", "quant=glob([int4,int8])", "dataset.scale=[0.5,1],null", "backbone=vit_b"])
+    assert len(grid) == 2 * 2 * 2 * 2 and grid[0] == ["method=bias", "seed=0", "quant=int4", "dataset.scale=[0.5,1]", "backbone=vit_b"]
+    assert [member[1] for member in grid[:9]] == ["seed=0"] * 4 + ["seed=1"] * 4 + ["seed=0"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["seed=range(3,0)"], "seed=range.*no values"),
+        (["method=glob(x*)"], "matches nothing; there are bias, full"),
+        (["optim.lr=glob(*)"], "glob.. is for backbone"),
+        (["optim.lr=interval(0,1)"], "no end of values; give some"),
+        (["method=bais,s3a"], "method=bais: expected one of"),
+        (["optim.lrr=1,2"], "optim.lrr: no such setting.*'optim.lr'"),
+        (["sweep.wrokers=2"], "sweep.wrokers: no such setting.*'workers'"),
+        (["sweep.workers=0"], "sweep.workers=0: expected an integer of at least 1"),
+        (["sweep.exclude=[{methd: bias}]"], "sweep.exclude: methd: no such setting.*'method'"),
+        (["dataset=folder", "dataset.root=nowhere", "seed=0,1"], "nowhere"),
+        (["method=linear", "quant=int4,tiny"], "method=linear keeps nothing that quant= could code"),
+    ],
+)
+def test_a_grid_that_can_not_be_is_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        sweeps.plan([*TINY, *words])
+
+
+def test_a_part_of_a_grid_that_makes_no_sense_is_left_out_with_its_reason(capsys):
+    words = ["method=linear,bias", "quant=none,int4", "optim.micro_batch=null,99", "seed=0,0"]
+    words.append("sweep.exclude=[{method: bias, quant: [none], why: known already}]")
+    planned = sweeps.plan([*TINY, *words])
+    assert {member.config.method.name + " " + member.config.quant.name for member in planned.members} == {"linear none", "bias int4"}
+    said = "\n".join(sweeps.left_out(planned))
+    assert "method=linear keeps nothing" in said and "known already" in said and "optim.micro_batch=99" in said
+    assert sum(map(len, planned.excluded.values())) == 2 + 1 + 3 and not planned.repeated, "what stands twice counts once"
+
+
+def test_the_same_run_twice_is_one():
+    planned = sweeps.plan([*TINY, "quant=int4", "quant.bits=4,5", "quant.norm=4", "seed=1", "workers=0,1"])
+    assert len(planned.members) == 2 and planned.repeated == 2
+
+
+def test_what_is_finished_is_skipped_and_what_failed_waits_to_be_asked_for():
+    words = ["method=bias,prompt", "seed=0,1"]
+    bad = {"seed=1": ("failed", 1)}
+    started, summary = go(words, bad)
+    assert len(started) == 4 and len(summary.done) == 2 and len(summary.failed) == 2
+    text = summary.text()
+    assert "2 done, 0 skipped" in text and "2 failed" in text and "failed: it broke" in text and "log.txt" in text
+    started, summary = go(words, bad)
+    assert not started and len(summary.skipped) == 2 and len(summary.failed) == 2 and "--retry-failed" in summary.text()
+    started, summary = go(words, retry=True)
+    assert len(started) == 2 and all("seed=1" in name for name in started) and len(summary.done) == 2 and not summary.failed
+    started, _ = go(words, force=True)
+    assert len(started) == 4
+
+
+def test_a_run_that_is_killed_or_says_nothing_fails_alone_and_goes_on_the_next_time():
+    ends = {"seed=0": ("interrupted", -9), "seed=1": ("oom", 1)}
+    started, summary = go(["seed=0,1,2"], ends)
+    assert len(started) == 3 and len(summary.done) == 1
+    assert {line for _, line in summary.failed} == {"killed by signal 9", "oom: it broke"}
+    started, summary = go(["seed=0,1,2"])
+    assert len(started) == 1 and "seed=0" in started[0], "oom is a result; only the killed one goes on"
+
+
+def test_after_the_first_failure_no_more_are_begun():
+    started, summary = go(["seed=0,1,2,3"], {"seed=1": ("failed", 1)}, fail_fast=True)
+    assert len(started) == 2 and len(summary.left) == 2 and "2 left" in summary.text()
+
+
+def test_a_record_of_another_run_in_the_folder_does_not_count():
+    planned = sweeps.plan([*TINY, "seed=0,1"])
+    go(["seed=0,1"])
+    one, two = (member.folder / "result.json" for member in planned.members)
+    two.write_bytes(one.read_bytes())
+    one.write_text("{half")
+    assert [member.state() for member in planned.members] == ["new", "new"]
+
+
+def test_a_run_of_another_process_is_waited_for():
+    planned = sweeps.plan([*TINY, "seed=0,1"])
+    member = records.make_run_dir(planned.members[0].folder)
+    engine = Fake(planned)
+    with records.claimed(member):
+        sweep = sweeps.Sweep(planned, engine)
+        assert [m.state() for m in planned.members] == ["busy", "new"]
+        assert len(sweep.busy) == 1 and len(sweep.todo) == 1
+    summary = sweep()
+    assert len(summary.done) == 2 and len(engine.started) == 2, "freed without a result: it is taken up"
+
+
+def test_a_gpu_takes_what_fits():
+    local = Local(4, ["0", "1"], pack_mib=10_000)
+    assert local.free({}, 7_000) == 0
+    assert local.free({0: 7_000}, 900) == 1, "an idle one first"
+    assert local.free({0: 7_000, 1: 9_000}, 900) == 2, "then GPU 0 again: 7000 + 900 and two contexts"
+    assert local.free({0: 7_000, 1: 9_000}, 1_000) is None
+    assert local.free({0: None, 1: None}, 10) is None, "a run whose peak is not known has a GPU alone"
+    apart = Local(2, ["3", "5"])
+    assert (apart.free({}, None), apart.free({0: None}, None), apart.free({0: 1, 1: 1}, 1)) == (0, 1, None)
+
+
+def test_a_dry_run_predicts_and_runs_nothing(capsys, tmp_path):
+    assert main(["sweep", *TINY, "method=linear,bias", "quant=none,int4", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "predicted peak MiB" in said and "3 runs: 3 new" in said and "left out: method=linear quant=int4" in said
+    assert not (tmp_path / "runs").exists()
+    peaks = {line.split("  ")[0]: float(line.split()[3]) for line in said.splitlines() if line.startswith("method=bias")}
+    assert peaks["method=bias quant=int4"] < peaks["method=bias quant=none"]
+
+
+def test_a_setting_of_a_sweep_is_none_of_a_run(capsys):
+    assert main(["train", "sweep.workers=2"]) == 2
+    assert "sweep.workers=2: a setting of s2a sweep" in capsys.readouterr().err
+    assert main(["sweep", "--dryrun"]) == 2
+    assert "did you mean '--dry-run'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_as_a_user_runs_it(tmp_path):
+    words = [*TINY, "method=bias", "optim.name=sgd", "optim.lr=0.01,1e30", "optim.warmup_epochs=0", "quant=none"]
+
+    def sweep(*more):
+        command = [sys.executable, "-m", "s2a_cli", "sweep", *words, *more]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+
+    first = sweep("sweep.workers=2")
+    assert first.returncode == 1, first.stderr
+    assert "1 done, 0 skipped (finished before), 1 failed" in first.stdout and "lower optim.lr" in first.stdout
+    assert "done: optim.lr=0.01: top-1" in first.stderr
+    log = next(line.strip() for line in first.stdout.splitlines() if line.endswith("log.txt"))
+    assert "$ s2a train" in (tmp_path / log).read_text()
+    second = sweep()
+    assert second.returncode == 1 and "0 done, 1 skipped (finished before), 1 failed" in second.stdout
+    table = subprocess.run([sys.executable, "-m", "s2a_cli", "table"], capture_output=True, text=True, cwd=tmp_path)
+    assert table.returncode == 0 and "digits" in table.stdout
