@@ -21,7 +21,7 @@ FLAGS = {  # flag -> its value and meaning
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 a failed run, 2 bad input, 130 Ctrl-C, 141 a closed pipe."""
+    """Runs one command and returns its exit code: 0, 1 a failed run, 2 bad input, 75 busy, 130 Ctrl-C, 141 a closed pipe."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         code = _dispatch(argv)
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"s2a: {lines[0]}", file=sys.stderr)
         else:
             print(f"s2a: {type(error).__name__}: {lines[0]} (--debug shows the traceback)", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return error.code if isinstance(error, UserError) else 1
 
 
 def _dispatch(argv: list[str]) -> int:

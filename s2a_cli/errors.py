@@ -7,6 +7,8 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Bad input. The message is one line: what was wrong, and what would be right."""
 
+    code = 2  # that the process exits with
+
 
 def nearest(word: str, accepted: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the accepted word closest to `word`, or an empty string."""

@@ -158,16 +158,18 @@ def make_run_dir(path: Path) -> Path:
 class Busy(UserError):
     """Another process is at a run."""
 
+    code = 75  # EX_TEMPFAIL: the input is not at fault, later it may go
+
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, wait: float = 0) -> Iterator[None]:
     """Keeps other processes from running what this folder is for. Freed by the system when the process is killed.
 
-    Raises Busy when another process has it.
+    Raises Busy when another process has it, and still has it after `wait` seconds.
     """
     held = FileLock(folder / LOCK)
     try:
-        held.acquire(timeout=0)
+        held.acquire(timeout=wait)
     except Timeout:
         raise Busy(f"{folder}: another process is at this run; wait for it, or set run_dir= to another folder") from None
     try:
@@ -197,3 +199,18 @@ def read_result(folder: Path) -> Result:
         if "blocks" in quant:  # JSON has no integer keys
             quant["blocks"] = {int(number): settings for number, settings in quant["blocks"].items()}
     return result
+
+
+def finished(folder: Path, content: str) -> Result | None:
+    """The record of a run that is done: `content` is what it computes. None while it is not."""
+    try:
+        result = read_result(folder)
+    except UserError:  # no record, or one that is damaged or of another schema: as if there were none
+        return None
+    same = content_of(result) == content
+    return result if same and result["status"] == "ok" else None
+
+
+def content_of(result: Result) -> str:
+    """The `content` of the run that a record is of."""
+    return content(result["config"], result["data"]["revision"], result["weights"])

@@ -59,8 +59,8 @@ class Member:
             return "busy"
         except UserError:  # no record, or one that is damaged or of another schema: as if there were none
             return "new"
-        found = records.content(result["config"], result["data"]["revision"], result["weights"])
-        return "new" if found != self.content else "done" if result["status"] == "ok" else result["status"]
+        same = records.content_of(result) == self.content
+        return "new" if not same else "done" if result["status"] == "ok" else result["status"]
 
 
 @dataclass
@@ -254,7 +254,7 @@ class Sweep:
                 return
             member = self.todo.pop(0)
             records.make_run_dir(member.folder)
-            words = [*member.command, *(["--force"] if self.force else [])]
+            words = [*member.command, "--force" if self.force else "--once"]  # another sweep may have finished it by now
             self.jobs[slot] = member, self.engine.start(words, member.folder / LOG, slot), time.monotonic()
 
     def _collect(self, progress: Progress) -> None:
@@ -264,11 +264,11 @@ class Sweep:
                 continue
             del self.jobs[slot]
             state, took = member.state(), duration(time.monotonic() - since)
-            if state == "busy":  # another sweep was a moment faster
+            if state == "busy" or code == records.Busy.code:  # another sweep was a moment faster
                 self.busy.append(member)
                 continue
             progress.add(1, running=str(len(self.jobs)))
-            if code == 0 and state == "done":
+            if state == "done" and (code == 0 or not self.force):
                 self.summary.done.append(member)
                 progress.note(f"done: {member.name}: {_figures(member)}, {took}")
                 continue

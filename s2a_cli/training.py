@@ -26,6 +26,7 @@ from s2a_cli.methods import METHODS
 from s2a_cli.steps import Step, make_optimizer, moving_norms, train_mode, weight_dtype
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk; what failed can go on when there is space
+LOOKING = 1.0  # seconds; a sweep that looks at a run has its folder for a moment
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 
 
@@ -141,7 +142,7 @@ def train(config: DictConfig, anew: bool = False, once: bool = False) -> tuple[r
         run = prepare(config)
         folder = Path(config.run_dir or f"runs/{run.splits.name}/{config.backbone.name}/{config.method.name}/{run.identity}")
         if distributed.is_first():
-            stack.enter_context(records.claimed(records.make_run_dir(folder)))
+            stack.enter_context(records.claimed(records.make_run_dir(folder), wait=LOOKING))
         if once and (found := distributed.from_first(lambda: records.finished(folder, run.content))):
             return found, folder
         return _train(run, folder, _begin(run, folder, anew)), folder

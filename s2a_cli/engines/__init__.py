@@ -35,6 +35,16 @@ def engine(settings: SweepConfig, devices: list[str]) -> Engine:
     """The engine that the settings name. devices: the `device` of each run. Raises UserError when it is not there."""
     from s2a_cli.engines.local import Local, gpu_mib, visible_gpus
 
+    if settings.launcher != "local" and settings.pack:
+        raise UserError(f"sweep.pack=true is for the GPUs of this machine, not for sweep.launcher={settings.launcher}")
+    if settings.launcher == "slurm":
+        from s2a_cli.engines.slurm import Slurm
+
+        return Slurm(settings.workers, settings.slurm)
+    if settings.launcher == "ray":
+        from s2a_cli.engines.ray import Ray
+
+        return Ray(settings.workers)
     gpus = visible_gpus() if any(device in ("auto", "cuda") for device in devices) else []
     if settings.pack and not gpus:
         raise UserError("sweep.pack=true puts several runs on a GPU, and there is none here; set sweep.workers=N instead")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from s2a_cli.engines import PARENT
 
+POLL = 0.2  # seconds
 CONTEXT_MIB = 1024  # of a process on a GPU beside what it allocates: the CUDA context and libraries; for packing
 
 
@@ -31,20 +32,35 @@ def gpu_mib() -> float:
 
 
 class Process:
-    """A run as a process of this machine."""
+    """A run as a process of this machine, in a working folder: null is the present one."""
 
-    def __init__(self, words: list[str], log: Path, environment: dict[str, str]):
+    def __init__(self, words: list[str], log: Path, environment: dict[str, str], folder: str | None = None):
         command = [sys.executable, "-m", "s2a_cli", "train", *words]
         with open(log, "ab") as file:
             file.write(f"$ s2a {shlex.join(command[3:])}\n".encode())
             file.flush()
             # a group of its own: a Ctrl-C is for the sweep, which passes it on once
             self._process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                cwd=folder,
+                start_new_session=True,
             )
 
     def poll(self) -> int | None:
         return self._process.poll()
+
+    def ended(self) -> bool:
+        """As `poll() is not None`, but also within a signal that came in the middle of a poll, which holds a lock."""
+        return self._process.returncode is not None or bool(
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        )
+
+    def wait(self) -> int:
+        return self._process.wait()
 
     def stop(self) -> None:
         if self.poll() is None:
@@ -62,10 +78,11 @@ class Local:
     def free(self, running: dict[int, float | None], peak_mib: float | None) -> int | None:
         if self.pack_mib is None:
             return next((slot for slot in range(self.workers) if slot not in running), None)
-        for gpu in range(len(self.gpus)):
-            here = [peak for slot, peak in running.items() if slot % len(self.gpus) == gpu]
-            room = self.pack_mib - sum((peak or self.pack_mib) + CONTEXT_MIB for peak in here)
-            if not here or (peak_mib or self.pack_mib) + CONTEXT_MIB <= room:
+        here = {gpu: [peak for slot, peak in running.items() if slot % len(self.gpus) == gpu] for gpu in range(len(self.gpus))}
+        taken = {gpu: sum((peak or self.pack_mib) + CONTEXT_MIB for peak in peaks) for gpu, peaks in here.items()}
+        for gpu in sorted(taken, key=taken.get):
+            room = self.pack_mib - taken[gpu]
+            if not here[gpu] or (peak_mib or self.pack_mib) + CONTEXT_MIB <= room:
                 slots = range(gpu, (len(running) + 1) * len(self.gpus), len(self.gpus))
                 return next(slot for slot in slots if slot not in running)
         return None

@@ -1,0 +1,85 @@
+"""Runs as tasks of a Ray cluster: the one that RAY_ADDRESS names or that this machine belongs to, else one of this machine alone."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from s2a_cli.engines import PARENT
+from s2a_cli.engines.local import POLL, Process
+from s2a_cli.engines.remote import INTERRUPTED, LOST, Again, Queue, note, settle
+from s2a_cli.errors import UserError
+
+
+class Ray(Queue):
+    """One task a run, with a GPU where the cluster has some, else with a core. Raises UserError when Ray is not installed."""
+
+    def __init__(self, workers: int | None):
+        super().__init__(workers)
+        try:
+            import ray
+        except ImportError:
+            raise UserError("sweep.launcher=ray needs a package that is not here: pip install 's2a[ray]'") from None
+        options = {"logging_level": "error", "log_to_driver": False}
+        try:
+            ray.init(address="auto", **options)
+            where = "the Ray cluster at " + ray.get_runtime_context().gcs_address
+        except ConnectionError:
+            ray.init(include_dashboard=False, **options)
+            where = "a Ray cluster of this machine alone; RAY_ADDRESS names another"
+        gpus = ray.cluster_resources().get("GPU", 0)
+        self.note = f"s2a: on {where}; {gpus:g} GPUs, {ray.cluster_resources().get('CPU', 0):g} cores"
+        self._attend = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1, max_retries=0)(attend)
+
+    def start(self, words: list[str], log: Path, slot: int) -> Again:
+        return Again(words, lambda words: Task(self._attend, words, log.absolute()))
+
+    def close(self) -> None:
+        import ray
+
+        ray.shutdown()
+
+
+class Task:
+    """One attempt at a run, on whatever machine of the cluster."""
+
+    def __init__(self, remote: object, words: list[str], log: Path):
+        self._log = log
+        self._reference = remote.remote(words, log, os.getcwd(), dict(os.environ))
+
+    def poll(self) -> int | None:
+        import ray
+
+        if not ray.wait([self._reference], timeout=0)[0]:
+            return None
+        try:
+            return ray.get(self._reference)
+        except ray.exceptions.TaskCancelledError:
+            return INTERRUPTED
+        except ray.exceptions.RayTaskError as error:
+            note(self._log, str(error).strip().splitlines()[-1])
+            return 1
+        except ray.exceptions.RayError as error:
+            note(self._log, f"lost its Ray worker: {type(error).__name__}")
+            return LOST
+
+    def stop(self) -> None:
+        import ray
+
+        ray.cancel(self._reference)
+
+
+def attend(words: list[str], log: Path, folder: str, environment: dict[str, str]) -> int:
+    """On a worker: runs `s2a train` as a process beside this one and returns its exit code.
+
+    environment: of the sweep; what the worker itself has set goes first. A cancelled task is a KeyboardInterrupt here.
+    """
+    settle(log.parent)
+    process = Process(words, log, environment | os.environ | {PARENT: str(os.getpid())}, folder)
+    while (code := process.poll()) is None:
+        try:
+            time.sleep(POLL)
+        except KeyboardInterrupt:
+            process.stop()
+    return code
