@@ -135,7 +135,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     groups = frame.groupby(row, sort=False)
     rows = groups[[*BASE, *settings, "memory", "environment.device", "memory.full_finetune_kind"]].first()
     rows["n"] = ok.groupby(row, sort=False).sum()
-    rows["status"] = groups["status"].agg(_status)
+    rows["status"] = groups["status"].agg(status_of)
     numbers = frame[list(NUMBERS.values())].apply(pd.to_numeric).where(ok)
     finished = numbers.groupby(row, sort=False)
     for name, column in NUMBERS.items():
@@ -158,7 +158,7 @@ def text_of(values: pd.DataFrame | pd.Series) -> pd.DataFrame | pd.Series:
     return values.map(lambda value: "" if pd.isna(value) else str(value))
 
 
-def _status(status: pd.Series) -> str:
+def status_of(status: pd.Series) -> str:
     """ok, or how many runs ended how: "2 ok, 1 oom"."""
     counts = status.value_counts().sort_index(key=lambda index: index != "ok")
     return "ok" if list(counts.index) == ["ok"] else ", ".join(f"{n} {name}" for name, n in counts.items())
@@ -175,6 +175,13 @@ def _against_full(rows: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     rows["x_full"] = measured.where(use, rows["full_peak_mib"]) / rows["peak_mib"]
     rows["x_full_against"] = rows["memory.full_finetune_kind"].map(KINDS).mask(use, "measured")
     return rows
+
+
+def times_less(runs: pd.DataFrame) -> pd.Series:
+    """Of each run: full fine-tuning's peak / its peak, the former of the same kind wherever there is one."""
+    runs = runs.rename(columns={column: name for name, column in NUMBERS.items()})
+    runs = runs.assign(memory=runs["memory.kind"].map(KINDS))
+    return _against_full(runs, settings_of(runs))["x_full"]
 
 
 def _distinguishing(rows: pd.DataFrame, settings: list[str]) -> list[str]:

@@ -148,16 +148,39 @@ def validate(words: list[str]) -> int:
     return 0
 
 
-def table(words: list[str]) -> int:
-    from s2a_cli import render, tables
+TABLE = ("rows", "cols", "value", "format", "against", "groups", "reference", "figure")  # the words of `table`; others choose runs
 
-    formats = [word.removeprefix("format=") for word in words if word.startswith("format=")]
-    folders = [word for word in words if not word.startswith("format=")]
-    if odd := [word for word in folders if "=" in word and not Path(word).exists()]:
-        raise UserError(f"{odd[0]}: expected folders and format={'|'.join(render.FORMATS)}")
+
+def _runs(words: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Options, what runs must have (dataset=pets), and the folders that hold runs."""
+    folders = [word for word in words if "=" not in word or Path(word).exists()]
+    pairs = dict(word.split("=", 1) for word in words if word not in folders)
     if not folders and not Path("runs").is_dir():
         raise UserError("no runs/ in this folder; name the folders that hold runs, or make a run with: s2a train")
-    print(tables.render(tables.table(tables.load(folders or ["runs"])), *formats[-1:]))
+    options = {key: value for key, value in pairs.items() if key in names}
+    return options, {key: value for key, value in pairs.items() if key not in names}, folders or ["runs"]
+
+
+def table(words: list[str]) -> int:
+    from s2a_cli import grids, render, sheets, tables
+
+    options, wanted, folders = _runs(words, TABLE)
+    render.checked(options.get("format", "terminal"))
+    frame = grids.keep(tables.load(folders), wanted, TABLE)
+    print(sheets.show(frame, options))
+    if "figure" in options:
+        from s2a_cli import figures
+
+        figures.save(frame, Path(options["figure"]))
+    return 0
+
+
+def report(words: list[str]) -> int:
+    from s2a_cli import report as page
+
+    options, wanted, folders = _runs(words, ("out",))
+    out = Path(options.get("out", "report.html"))
+    print(page.write(folders, wanted, out))
     return 0
 
 
@@ -226,9 +249,24 @@ VERBS = {
     ),
     "table": Verb(
         table,
-        "s2a table [DIR ...] [format=terminal|md|csv|latex]",
-        "tables of the runs below folders, runs/ by default",
-        ("s2a table", "s2a table runs/pets runs/dtd format=md", "s2a table format=csv > runs.csv"),
-        words=("format=terminal", "format=md", "format=csv", "format=latex"),
+        "s2a table [DIR ...] [rows=KEYS] [cols=KEYS] [value=NAME] [against=published] [reference=ROW] [groups=vtab] [figure=FILE.svg]"
+        " [format=terminal|md|csv|latex|html] [key=value ...]",
+        "tables of the runs below folders, runs/ by default; key=value keeps the runs that have it",
+        (
+            "s2a table",
+            "s2a table runs rows=method cols=dataset value=test_top1 against=published format=md",
+            "s2a table runs rows=quant cols=dataset reference=none method=bias",
+        ),
+        words=(
+            *(f"{word}=" for word in TABLE if word != "format"),
+            *("format=terminal", "format=md", "format=csv", "format=latex", "format=html"),
+        ),
+    ),
+    "report": Verb(
+        report,
+        "s2a report [DIR ...] [out=report.html] [key=value ...]",
+        "one self-contained page of the runs below folders: tables, figures, learning curves, memory, failures",
+        ("s2a report", "s2a report runs/pets runs/dtd out=pets_dtd.html", "s2a report runs backbone=vit_t"),
+        words=("out=",),
     ),
 }

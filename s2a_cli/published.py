@@ -1,0 +1,118 @@
+"""Published figures beside ours. They lie in published.csv, one a line; a file of the same columns adds others.
+
+Ours and theirs are matched by backbone, data set and method under the names below. What differs between the settings of
+our runs and the published protocol is listed with each line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from s2a_cli import grids
+from s2a_cli.errors import UserError
+from s2a_cli.grids import Grid
+from s2a_cli.render import Sheet, number
+
+SHIPPED = Path(__file__).parent / "published.csv"
+COLUMNS = ["source", "protocol", "backbone", "dataset", "method", "metric", "value", "unit", "note"]
+BACKBONES = {"vit_b": "vit_b16_in21k", "swin_b": "swin_b_in21k", "convnext_b": "convnext_b_in21k", "resnet50": "resnet50_in1k"}
+METHODS = {"bias": "bitfit"}
+METRICS = {"test_top1": ("top1", "%"), "trainable": ("trainable_params", "M")}
+WEIGHTS = {  # published backbone: timm's model with these weights
+    "vit_b16_in21k": "vit_base_patch16_224.orig_in21k",
+    "swin_b_in21k": "swin_base_patch4_window7_224.ms_in22k",
+    "convnext_b_in21k": "convnext_base.fb_in22k",
+}
+VTAB_IMAGES = 1000  # training images of every VTAB-1k task, validation included
+PROTOCOLS = {  # protocol: our settings that reproduce it
+    "VTAB-1k": {"config.backbone.image_size": 224, "config.optim.epochs": 100},
+    "FGVC": {"config.backbone.image_size": 224, "config.optim.epochs": 100},
+}
+SAME = {"config.quant.name": "none", "config.precision": "fp32"}  # what no source quantises or says otherwise
+
+
+def load(path: str) -> pd.DataFrame:
+    """The shipped figures (`published`), or those and a user's file. Raises UserError for one that does not fit."""
+    shipped = pd.read_csv(SHIPPED)
+    if path == "published":
+        return shipped
+    try:
+        added = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"against={path}: can't be read ({error}); expected published or a .csv file") from None
+    if missing := [c for c in COLUMNS if c not in added]:
+        raise UserError(f"against={path}: no column {', '.join(missing)}; expected {', '.join(COLUMNS)}")
+    odd = pd.to_numeric(added["value"], errors="coerce").isna()
+    if odd.any():
+        raise UserError(f"against={path}: line {int(odd.idxmax()) + 2}: value={added['value'][odd.idxmax()]}: expected a number")
+    return pd.concat([added[COLUMNS], shipped], ignore_index=True)
+
+
+def compare(grid: Grid, published: pd.DataFrame) -> tuple[Sheet | None, list[str]]:
+    """A line for each cell with a published figure: ours, theirs, the difference, what differs in the settings.
+
+    None where no figure fits. Raises UserError for a value that no source has.
+    """
+    name = next(k for k, v in grids.VALUES.items() if v is grid.value)
+    if name not in METRICS:
+        raise UserError(f"value={name}: published figures are there for {', '.join(METRICS)}")
+    metric, unit = METRICS[name]
+    published = published[(published["metric"] == metric) & (published["unit"] == unit)]
+    records, sources = [], []
+    runs = grid.runs[grid.runs["value"].notna()]
+    keys = list(dict.fromkeys([*grid.rows, *grid.cols, "backbone", "dataset", "method"]))
+    for labels, cell in sorted(runs.groupby(keys), key=lambda item: grids._order(item[0])):
+        ours = dict(zip(keys, labels, strict=True))
+        for line in published[_fits(published, ours, cell)].itertuples():
+            if line.source not in sources:
+                sources.append(line.source)
+            records.append(
+                ours
+                | {
+                    "ours": number(cell["value"].mean(), grid.value.digits),
+                    "n": str(len(cell)),
+                    "published": number(line.value, grid.value.digits),
+                    "difference": f"{cell['value'].mean() - line.value:+.{grid.value.digits}f}",
+                    "protocol": f"{line.protocol} [{sources.index(line.source) + 1}]",
+                    "ours differs in": "; ".join(_differs(cell, line)) or "nothing that is recorded",
+                }
+            )
+    if not records:
+        there = sorted({f"{b}, {d}, {m}" for b, d, m in zip(runs["backbone"], runs["dataset"], runs["method"], strict=True)})
+        return None, [f"No published figure fits: {grids._some(there)}."]
+    text = pd.DataFrame(records)
+    notes = [f"{grid.value.title}: ours less published. A difference in the settings makes it no reproduction."]
+    cited = [f"[{number_of}] {source}" for number_of, source in enumerate(sources, 1)]
+    return Sheet(text, {"ours", "n", "published", "difference"}, title="Against published figures"), notes + cited
+
+
+def _fits(published: pd.DataFrame, ours: dict[str, str], runs: pd.DataFrame) -> pd.Series:
+    """VTAB-1k's figures are for 1,000 training images: a whole data set of the same name is another task."""
+    backbone, dataset, method = ours["backbone"], ours["dataset"], ours["method"]
+    images = (pd.to_numeric(runs["data.train"]) + pd.to_numeric(runs["data.val"])).unique()
+    names = [dataset]
+    if list(images) == [VTAB_IMAGES]:
+        names = [dataset if dataset.startswith("vtab_") else f"vtab_{dataset}"]
+    return (
+        published["backbone"].isin([backbone, BACKBONES.get(backbone)])
+        & published["dataset"].isin(names)
+        & published["method"].isin([method, METHODS.get(method)])
+    )
+
+
+def _differs(runs: pd.DataFrame, line) -> list[str]:
+    """Settings of our runs that are not the published ones."""
+    wanted = SAME | PROTOCOLS.get(line.protocol, {})
+    wanted |= {"config.backbone.timm": WEIGHTS[line.backbone]} if line.backbone in WEIGHTS else {}
+    said = []
+    for column, right in wanted.items():
+        values = [grids.label(value) for value in runs["quant" if column == "config.quant.name" else column].unique()]
+        if column.endswith("image_size"):
+            values = [str(right) if value == "null" else value for value in values]  # timm's own size of these models
+        if values != [str(right)]:
+            said.append(f"{column.removeprefix('config.')} {', '.join(values)} (published: {right})")
+    if line.protocol == "VTAB-1k" and not str(runs["dataset"].iloc[0]).startswith("vtab_"):
+        said.append("training images: 1,000, not the benchmark's own")
+    return said
