@@ -19,7 +19,7 @@ from s2a_cli import records
 from s2a_cli.engines import PARENT
 from s2a_cli.engines.local import POLL, Process
 from s2a_cli.engines.remote import INTERRUPTED, LOST, Again, Queue, note, resumed, settle
-from s2a_cli.errors import UserError
+from s2a_cli.errors import UserError, nearest
 
 FOLDER, JOB = "slurm", "job.json"  # in a run's folder: submitit's files, and the job that was submitted last
 REQUEUES = 20  # after as many time limits a run is told as lost
@@ -30,8 +30,8 @@ UNKNOWN = 600.0  # seconds after which a job that SLURM does not know is one tha
 
 
 class Slurm(Queue):
-    """One job a run. settings: of submitit's AutoExecutor; those of SLURM alone need no prefix; `cluster: local` imitates
-    SLURM on this machine. Raises UserError when submitit or SLURM is not there, and for settings that submitit does not have.
+    """One job a run. settings: of submitit's AutoExecutor; those of SLURM alone without their prefix; `cluster: local`
+    imitates SLURM on this machine. Raises UserError when submitit or SLURM is not there, and for settings that submitit does not have.
     """
 
     note = ""
@@ -56,11 +56,12 @@ class Slurm(Queue):
             executor = self._submitit.AutoExecutor(folder, cluster=self._cluster, **requeues)
         except RuntimeError as error:
             raise UserError(f"sweep.launcher=slurm: {error}; sweep.slurm.cluster=local imitates it on this machine") from None
-        shared = executor._valid_parameters()
-        named = {key if key in shared or key.startswith("slurm_") else f"slurm_{key}": v for key, v in self._settings.items()}
+        shared, own = executor._valid_parameters(), self._submitit.SlurmExecutor._valid_parameters()
+        for key in self._settings.keys() - shared - own:
+            raise UserError(f"sweep.slurm.{key}: no such setting of submitit's{nearest(key, shared | own)}")
         try:
-            executor.update_parameters(**named)
-        except (NameError, ValueError, AssertionError) as error:
+            executor.update_parameters(**{key if key in shared else f"slurm_{key}": v for key, v in self._settings.items()})
+        except Exception as error:  # submitit has several ways to refuse a value
             raise UserError(f"sweep.slurm: {str(error).splitlines()[0]}") from None
         return executor
 

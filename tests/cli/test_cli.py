@@ -68,7 +68,7 @@ def test_help_of_train_lists_every_setting_as_composed(capsys):
         (["trian"], f"s2a: trian: no such verb; accepted: {', '.join(VERBS)} (did you mean 'train'?)"),
         (
             ["train", "--degub"],
-            "s2a: --degub: no such flag; accepted: --help, --cfg, --debug, --version, --completion"
+            "s2a: --degub: no such flag; accepted: --help, --cfg, --debug, --version, --completion, --force, --once"
             " (did you mean '--debug'?)",
         ),
         (

@@ -1,0 +1,225 @@
+"""Sweeps beyond one machine: submitit's local imitation of SLURM and a local Ray cluster, with workers that are lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from s2a_cli import checkpoints, records
+from s2a_cli.config import SweepConfig
+from s2a_cli.engines import engine, remote
+from s2a_cli.errors import UserError
+
+QUICK = [
+    *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=bias", "device=cpu", "workers=0"),
+    *("optim.epochs=12", "optim.batch_size=20", "save_steps=1", "seed=0,1"),
+]
+ENGINES = {
+    "slurm": ["sweep.launcher=slurm", "sweep.slurm={cluster: local, timeout_min: 10}"],
+    "ray": ["sweep.launcher=ray"],
+    "local": [],
+}
+
+
+def sweep(folder: Path, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "s2a_cli", "sweep", *QUICK, f"sweep.dir={folder}", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder.parent)
+
+
+def outcomes(folder: Path) -> dict[str, tuple]:
+    """{run: all that must be equal}."""
+    found = {}
+    for path in folder.glob("*/*/*/*/result.json"):
+        result = json.loads(path.read_text())
+        found[path.parent.name] = result["status"], result["accuracy"], (path.parent / checkpoints.FILE).read_bytes()
+    return found
+
+
+def trainings(folder: Path) -> list[int]:
+    """The processes that train a run of this folder, without those that only bear its name in their words."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if words[1:4] == ["-m", "s2a_cli", "train"] and any(word.startswith(f"run_dir={folder}") for word in words):
+            found.append(int(path.parent.name))
+    return found
+
+
+def parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def until(condition, seconds: float = 120):
+    """What the condition returns, as soon as it is true."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
+    return found
+
+
+def trained(log: Path) -> int:
+    """How often a run came to its end."""
+    return log.read_text().count("epoch 12/12")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed sweep."""
+    folder = tmp_path_factory.mktemp("whole") / "runs"
+    said = sweep(folder).communicate()[0]
+    assert "2 done" in said, said
+    return outcomes(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("victim", ["run", "worker"])
+@pytest.mark.parametrize("launcher", ["slurm", "ray"])
+def test_a_run_whose_process_or_worker_is_killed_goes_on(tmp_path, whole, launcher, victim):
+    pytest.importorskip({"slurm": "submitit", "ray": "ray"}[launcher], reason="pip install 's2a[slurm,ray]'")
+    folder = tmp_path / "runs"
+    process = sweep(folder, *ENGINES[launcher])
+    until(lambda: list(folder.glob(f"*/*/*/*/{checkpoints.STATE}")))
+    run = trainings(folder)[0]
+    os.kill(run if victim == "run" else parent(run), signal.SIGKILL)
+    said = process.communicate(timeout=240)[0]
+    logs = [path.read_text() for path in folder.glob("*/*/*/*/log.txt")]
+    assert process.returncode == 0 and "2 done" in said, said
+    assert outcomes(folder) == whole
+    assert sum("going on in" in log for log in logs) >= 1, logs
+    assert all(trained(log) == 1 for log in folder.glob("*/*/*/*/log.txt"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_a_job_that_runs_out_of_time_is_requeued_and_goes_on(tmp_path, whole):
+    pytest.importorskip("submitit", reason="pip install 's2a[slurm]'")
+    folder = tmp_path / "runs"
+    process = sweep(folder, *ENGINES["slurm"])
+    until(lambda: list(folder.glob(f"*/*/*/*/{checkpoints.STATE}")))
+    os.kill(parent(trainings(folder)[0]), signal.SIGUSR2)  # what SLURM sends before the end
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 0 and "2 done" in said, said
+    assert outcomes(folder) == whole
+    logs = [path.read_text() for path in folder.glob("*/*/*/*/log.txt")]
+    assert sorted(log.count("going on in") for log in logs) == [0, 1]
+    assert sorted(log.count("$ s2a train") for log in logs) == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_jobs_outlive_their_sweep_and_the_next_one_finds_them(tmp_path, whole):
+    pytest.importorskip("submitit", reason="pip install 's2a[slurm]'")
+    folder = tmp_path / "runs"
+    process = sweep(folder, *ENGINES["slurm"])
+    until(lambda: len(list(folder.glob("*/*/*/*/slurm/job.json"))) == 2)  # submitted; no run has its folder yet
+    process.kill()
+    process.communicate()
+    jobs = {path: path.read_text() for path in folder.glob("*/*/*/*/slurm/job.json")}
+    process = sweep(folder, *ENGINES["slurm"])
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 0 and "0 failed" in said, said
+    assert {path: path.read_text() for path in jobs} == jobs, "a job was submitted twice"
+    assert outcomes(folder) == whole
+    assert all(path.read_text().count("$ s2a train") == 1 for path in folder.glob("*/*/*/*/log.txt"))
+
+
+class Attempt:
+    """A job that ends at once."""
+
+    def __init__(self, code):
+        self.code, self.stopped = code, False
+
+    def poll(self):
+        return self.code
+
+    def stop(self):
+        self.stopped = True
+
+
+@pytest.mark.parametrize(
+    ("codes", "end"),
+    [
+        ([0], 0),
+        ([1], 1),  # it failed: another attempt would as well
+        ([2], 2),
+        ([-9, 0], 0),
+        ([remote.LOST, remote.INTERRUPTED, 0], 0),
+        ([-9, -9, -9, 0], -9),
+    ],
+)
+def test_what_is_lost_is_tried_again_twice_and_never_from_the_start(codes, end):
+    left, seen = list(codes), []
+
+    def start(words):
+        seen.append(words)
+        return Attempt(left.pop(0))
+
+    job = remote.Again(["seed=1", "--force"], start)
+    code = next(code for _ in range(9) if (code := job.poll()) is not None)
+    assert code == end
+    assert seen == [["seed=1", "--force"], *[["seed=1", "--once"]] * (len(seen) - 1)] and len(seen) == min(3, len(codes))
+
+
+def test_what_was_stopped_is_not_tried_again():
+    job = remote.Again([], lambda words: Attempt(remote.INTERRUPTED))
+    job.stop()
+    assert job.poll() == remote.INTERRUPTED
+
+
+def test_slots_of_a_queue():
+    assert remote.Queue(None).free({0: None, 1: None, 3: None}, None) == 2
+    assert remote.Queue(2).free({0: None}, 99.0) == 1 and remote.Queue(2).free({0: None, 1: None}, None) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"partitoin": "gpu"}, "sweep.slurm.partitoin: no such setting of submitit.*did you mean 'partition'"),
+        ({"timeout_min": "long"}, "sweep.slurm: .*timeout_min.*int"),
+        ({"cluster": "lokal"}, "sweep.slurm.cluster=lokal: expected slurm, or local"),
+    ],
+)
+def test_settings_of_slurm_are_checked_before_anything_runs(settings, said):
+    pytest.importorskip("submitit", reason="pip install 's2a[slurm]'")
+    with pytest.raises(UserError, match=said):
+        engine(SweepConfig(launcher="slurm", slurm={"cluster": "local"} | settings), ["cpu"])
+
+
+def test_without_slurm_it_says_so(monkeypatch):
+    pytest.importorskip("submitit", reason="pip install 's2a[slurm]'")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="srun.*sweep.slurm.cluster=local"):
+        engine(SweepConfig(launcher="slurm"), ["cpu"])
+
+
+@pytest.mark.parametrize(("launcher", "package"), [("slurm", "submitit"), ("ray", "ray")])
+def test_a_missing_package_is_named(monkeypatch, launcher, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"pip install 's2a\[{launcher}\]'"):
+        engine(SweepConfig(launcher=launcher), ["cpu"])
+
+
+def test_runs_are_packed_on_gpus_of_this_machine_alone():
+    with pytest.raises(UserError, match="sweep.pack=true"):
+        engine(SweepConfig(launcher="slurm", pack=True), ["cpu"])
+
+
+def test_a_run_waits_until_the_last_attempt_has_let_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "SAVING", 0.1)
+    with records.claimed(tmp_path):
+        began = time.monotonic()
+        remote.settle(tmp_path)
+    assert time.monotonic() - began >= 0.1
