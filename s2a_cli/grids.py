@@ -271,7 +271,7 @@ def _cells(runs: pd.DataFrame, keys: list[str], hidden: Hidden) -> pd.DataFrame:
     cells["kind"] = counted["kind"].agg(lambda kinds: " + ".join(sorted(set(kinds.dropna())))).reindex(cells.index)
     cells["mixed"] = hidden.mixed(keys).reindex(cells.index, fill_value=False) if hidden.settings else False
     cells["mark"] = ""
-    return cells
+    return cells.sort_index()  # looked up by label
 
 
 def _means(datasets: list[str], groups: str | None) -> tuple[list[Mean], list[str]]:

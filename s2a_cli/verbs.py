@@ -171,7 +171,7 @@ def table(words: list[str]) -> int:
     if "figure" in options:
         from s2a_cli import figures
 
-        figures.save(frame, Path(options["figure"]))
+        figures.save(tables.table(frame), Path(options["figure"]))
     return 0
 
 
