@@ -70,7 +70,10 @@ def load(folder: Path, model: nn.Module, weights: str) -> None:
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Writes the state of an unfinished run: tensors, numbers, texts, and dicts and lists of these."""
     with atomic_file(folder / STATE) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # of torch's writer, about a write that failed: the disk is full
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:

@@ -185,10 +185,10 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> records.Resu
     except KeyboardInterrupt:
         result["error"] = "interrupted"
     except OSError as error:
-        result["error"] = f"{error.strerror}: {error.filename}" if error.filename else _first_line(error)
         if error.errno not in FULL:
             _failed(folder, result, error)
             raise
+        result["error"] = f"{error.strerror} below {folder}: make room and start the same line again"
     except Exception as error:
         _failed(folder, result, error)
         if result["status"] == "failed":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import random
@@ -12,6 +14,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from s2a_cli import checkpoints, fitting, records, training
 from s2a_cli.compose import compose
@@ -124,6 +127,18 @@ def test_whatever_write_breaks_the_old_file_stays_whole(tmp_path, monkeypatch, e
             assert records.read_result(folder)["status"] == "interrupted"
         train(folder, "optim.epochs=1", "save_steps=2")
         assert outcome(folder) == outcome(tmp_path / "whole")
+
+
+def test_a_disk_that_is_full_while_a_state_is_written_says_so(tmp_path, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints.save_state(tmp_path, {"a": torch.ones(3)})
+    monkeypatch.setattr(checkpoints, "atomic_file", lambda path: contextlib.nullcontext(Full()))
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save_state(tmp_path, {"a": torch.zeros(10_000)})
+    assert checkpoints.load_state(tmp_path)["a"].sum() == 3
 
 
 def test_temporary_files_of_a_process_killed_inside_a_write_are_removed(tmp_path):

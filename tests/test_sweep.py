@@ -205,3 +205,31 @@ def test_a_sweep_as_a_user_runs_it(tmp_path):
     assert second.returncode == 1 and "0 done, 1 skipped (finished before), 1 failed" in second.stdout
     table = subprocess.run([sys.executable, "-m", "s2a_cli", "table"], capture_output=True, text=True, cwd=tmp_path)
     assert table.returncode == 0 and "digits" in table.stdout
+
+
+@pytest.mark.slow
+def test_a_full_disk_breaks_nothing_and_the_same_line_goes_on_when_there_is_space(tmp_path, capfd):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system can't be mounted here: {mounted.stderr.decode().strip()}")
+
+    def sweep(folder):
+        code = main(["sweep", *TINY, "method=bias", "optim.epochs=2", f"sweep.dir={folder}"])
+        return code, capfd.readouterr().out
+
+    try:
+        code, said = sweep(disk)
+        assert code == 1 and "No space left on device" in said and "make room" in said
+        (record,) = disk.rglob("result.json")
+        assert json.loads(record.read_text())["status"] == "interrupted"
+        assert not list(disk.rglob(".*.????????"))
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        code, said = sweep(disk)
+        assert code == 0 and "1 done" in said
+        sweep(tmp_path / "runs")
+        (tensors,) = disk.rglob("trainable.safetensors")
+        assert tensors.read_bytes() == (tmp_path / "runs" / tensors.relative_to(disk)).read_bytes()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
