@@ -7,6 +7,7 @@ has to be done is read from the folders alone, so that a sweep can be started ag
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections import Counter
@@ -290,9 +291,10 @@ class Sweep:
 
 def _figures(member: Member) -> str:
     result = records.read_result(member.folder)
-    top1, memory = result["accuracy"]["test_top1"], result["memory"]
+    accuracy, memory = result["accuracy"], result["memory"]
     peak = f", peak {memory['peak_mib']:,.0f} MiB {memory['kind'].split('-')[0]}" if memory else ""
-    return ("no test" if top1 is None else f"top-1 {top1:.2f} %") + peak
+    tested = accuracy["test_top1"] is not None
+    return (f"top-1 {accuracy['test_top1']:.2f} %" if tested else f"val top-1 {accuracy['val_top1']:.2f} %, not tested") + peak
 
 
 def _last_line(member: Member) -> str:
@@ -350,6 +352,7 @@ def sweep(words: list[str]) -> int:
     on = engine(settings, [member.config.device for member in planned.members])
     if on.note:
         print(on.note, file=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs save where they are
     run = Sweep(planned, on, force="--force" in flags, retry="--retry-failed" in flags, fail_fast="--fail-fast" in flags)
     try:
         summary = run()

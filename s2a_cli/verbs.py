@@ -65,6 +65,12 @@ def sweep(words: list[str]) -> int:
     return sweeps.sweep(words)
 
 
+def search(words: list[str]) -> int:
+    from s2a_cli import search
+
+    return search.search(words)
+
+
 def _finished(words: list[str]) -> tuple[Path, list[str]]:
     """The folder behind `run=`, and the other words."""
     folders = [word.removeprefix("run=") for word in words if word.startswith("run=")]
@@ -216,6 +222,17 @@ VERBS = {
             "--force": "also those that are finished",
             "--fail-fast": "begin no more runs after the first that fails",
         },
+    ),
+    "search": Verb(
+        search,
+        "s2a search [key=interval(LOW,HIGH) ...] [search.trials=N] [search.name=NAME] [sweep.KEY=value ...]",
+        "look for the settings with the best validation accuracy; the same line again goes on",
+        (
+            "s2a search method=bias 'optim.lr=tag(log,interval(1e-3,1e-1))' optim.epochs=2 search.trials=10",
+            "s2a search 'optim.lr=tag(log,interval(1e-4,1e-2))' 'optim.weight_decay=choice(0,1e-4)' 'method.prompt.rank=range(2,17,2)'",
+            "s2a search experiment=photos_112 dataset.root=photos quant=int4,tiny 'optim.mixup=interval(0,1)' search.trials=30",
+        ),
+        words=("search.trials=", "search.name=", "sweep.workers=", "sweep.dir="),
     ),
     "eval": Verb(
         evaluate,
