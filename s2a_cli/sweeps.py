@@ -359,4 +359,8 @@ def sweep(words: list[str]) -> int:
     finally:
         on.close()
         print(run.summary.text())
+    if settings.report:
+        from s2a_cli import report
+
+        print(report.write([settings.dir], {}, Path(settings.report)))
     return 1 if summary.failed else 0
