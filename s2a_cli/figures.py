@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import matplotlib
+import matplotlib.ticker
 
 matplotlib.use("Agg")
 import pandas as pd
@@ -14,6 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
 from s2a_cli.errors import UserError
+from s2a_cli.render import natural
 
 # Readable on white and on black (after Okabe & Ito); line and marker by quant where there are several.
 COLORS = ("#3b8fd0", "#e0702f", "#27a074", "#c263a0", "#b8941c", "#7c7cf0", "#d6504c", "#4aa8b8", "#8a8a8a", "#9b6a3c")
@@ -39,7 +41,7 @@ def panels(rows: pd.DataFrame, cost: str) -> list[tuple[str, pd.DataFrame]]:
     """(title, points) for each backbone and data set that has at least two finished settings; the fullest first."""
     points = rows[rows["top1_mean"].notna() & rows[cost].notna() & (rows["n"] > 0)]
     found = [(" · ".join(names), group) for names, group in points.groupby(["backbone", "dataset"]) if len(group) > 1]
-    return sorted(found, key=lambda panel: -len(panel[1]))
+    return sorted(found, key=lambda panel: (-len(panel[1]), natural(panel[0])))
 
 
 def pareto(rows: pd.DataFrame, cost: str) -> tuple[plt.Figure | None, str]:
@@ -68,11 +70,14 @@ def pareto(rows: pd.DataFrame, cost: str) -> tuple[plt.Figure | None, str]:
                 )  # fmt: skip
         axis.set_title(title)
         low, high = group[cost].min() * scale, group[cost].max() * scale
-        if low > 0 and high / low > 8:
+        if low > 0 and high / low > 4:
             axis.set_xscale("log")
         elif high > 8 * max(low, 1e-6):
             axis.set_xscale("symlog", linthresh=max(high / 1e3, 1e-3))
+        if axis.get_xscale() == "log":
+            axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
         axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axis.set(xlabel=AXES[cost], ylabel="test top-1 %")
     handles = [Line2D([], [], color=c, marker="o", ls="", label=name) for name, c in color.items()]
     handles += [Line2D([], [], color="#808080", marker=m, ls="", label=name) for name, m in marker.items()] if len(marker) > 1 else []
@@ -82,7 +87,8 @@ def pareto(rows: pd.DataFrame, cost: str) -> tuple[plt.Figure | None, str]:
         handles += [Line2D([], [], color="#808080", marker="o", mfc="none", ls="--", label="predicted")] if "predicted" in kinds else []
     _legend(figure, handles)
     left = f" The {PANELS} of {len(found)} panels with the most settings." if len(found) > PANELS else ""
-    return figure, f"Lines: the frontier, no other setting is better at less. Bars: standard deviation over seeds.{left}"
+    said = "Lines: the frontier, no other setting is better at less. Bars: standard deviation over seeds."
+    return figure, f"{said} In what else the points differ, the table of settings says.{left}"
 
 
 def curves(found: list[tuple[str, list[tuple[str, pd.DataFrame]]]]) -> plt.Figure:

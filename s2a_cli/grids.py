@@ -39,7 +39,7 @@ VALUES = {
     "x": Value("x_full", "full fine-tuning's peak / this peak", 1, 2, False),
     "images_per_s": Value("throughput.train_images_per_second", "training images/s, loaded", 1, 1),
 }
-MEMORY = ("peak", "kept", "x")
+MEASURABLE = ("memory.peak_mib", "memory.kept_mib", "x_full")  # columns that are measured or predicted
 VTAB = {
     "natural": ("cifar100", "caltech101", "dtd", "flowers102", "pets", "svhn", "sun397"),
     "specialized": ("camelyon", "eurosat", "resisc45", "retinopathy"),
@@ -168,7 +168,7 @@ def make(frame: pd.DataFrame, rows: list[str], cols: list[str], value: str = "te
     runs["x_full"] = tables.times_less(runs)
     runs["value"] = pd.to_numeric(runs[chosen.column]).where(runs["status"] == "ok") * chosen.scale
     notes = []
-    if value in MEMORY:  # a measured and a predicted figure are not averaged
+    if chosen.column in MEASURABLE:  # a measured and a predicted figure are not averaged
         several = runs[runs["value"].notna()].groupby([*rows, *cols])["kind"].transform("nunique").reindex(runs.index, fill_value=0) > 1
         runs.loc[several & (runs["kind"] == "predicted"), "value"] = None
         if several.any():
@@ -240,7 +240,7 @@ class Hidden:
         said = []
         for column in self.keys:
             if not self.by_design(column):
-                said.append(f"{column.removeprefix('config.')}: {self._who(self.texts[column], keys)}")
+                said.append(f"{'memory' if column == 'kind' else column.removeprefix('config.')}: {self._who(self.texts[column], keys)}")
         cells = self.counted.groupby([self.counted[key] for key in keys])
         if "config.seed" in self.counted and "seed" not in keys:
             seeds = cells["config.seed"].agg(lambda seeds: " ".join(map(label, sorted(set(seeds)))))
@@ -333,6 +333,9 @@ def _mark(grid: Grid, hidden: Hidden) -> None:
     def series(lines: list[tuple[str, ...]], values: Iterable[float]) -> pd.Series:
         return pd.Series(list(values), index=pd.Index(lines, tupleize_cols=False), dtype=float)
 
+    if grid.value.column in MEASURABLE and grid.cells["kind"].dropna().nunique() > 1:
+        grid.notes.append("No best: measured and predicted figures do not compete.")
+        return
     for lines in tasks.values():
         for column in grid.columns():
             pairs = grid.pairs

@@ -42,7 +42,7 @@ def number(value: float, digits: int, suffix: str = "") -> str:
 
 
 def mib(value: float) -> str:
-    return number(value, 1 if value < 100 else 0)
+    return number(value, 1 if pd.isna(value) or value < 100 else 0)
 
 
 def cell(value: object) -> str:

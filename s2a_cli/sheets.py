@@ -13,9 +13,9 @@ from s2a_cli.render import Sheet, cell, checked, mib, number, render
 ARROWS = {1: " ↑", -1: " ↓"}
 TESTED = (
     "Paired t-test over {over}, two-sided at 5 %, corrected for the number of rows (Holm); the noise of seeds, not that of the "
-    "choice of test images. ≈: not told apart from the {best}. {few}"
+    "choice of test images. ≈: not told apart from the {best}.{few}"
 )
-FEW = f"?: fewer than {LEAST} pairs, nothing can be told."
+FEW = f" ?: fewer than {LEAST} pairs, nothing can be told."
 PREDICTED = "~: predicted, not measured."
 
 
@@ -26,7 +26,7 @@ def _figure(grid: Grid, line: tuple[str, ...], column: tuple[str, ...], counts: 
     found = grid.cells.loc[at]
     if not found["n"]:
         return found["state"] if found["state"] != "ok" else "–"
-    predicted = "~" if grid.value.column.startswith(("memory.", "x_full")) and found["kind"] == "predicted" else ""
+    predicted = "~" if grid.value.column in grids.MEASURABLE and found["kind"] == "predicted" else ""
     text = predicted + number(found["mean"], grid.value.digits)
     if pd.notna(found["std"]) and grid.value.noisy:
         text += f" ± {found['std']:.{grid.value.digits}f}"
@@ -168,7 +168,7 @@ def against_reference(grid: Grid, reference: str) -> tuple[Sheet, list[str]]:
     notes = [
         f"{grid.value.title}{ARROWS[grid.value.better]}: mean of the runs that pair; in brackets the mean difference to "
         f"{reference} ± its standard error, and the number of pairs (same {', '.join(_agreed(grid))}).",
-        TESTED.format(over="seeds and data sets", best="reference", few=FEW if few else "").strip(),
+        TESTED.format(over="seeds and data sets", best="reference", few=FEW if few else ""),
     ]
     return Sheet(text, set(text.columns) - set(grid.rows), title=f"Against {reference}"), [*notes, *grid.notes]
 
