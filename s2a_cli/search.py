@@ -1,7 +1,8 @@
 """Search over settings for the best validation accuracy; the test split is left alone.
 
-Every trial is a run as those of a sweep are: a process of its own, known by what it computes. Optuna proposes the settings
-(a tree-structured Parzen estimator, Bergstra et al. 2011) and keeps the trials in a file, so that a search goes on where it was.
+Every trial is a run as those of a sweep are: a process of its own, known by what it computes. Optuna proposes the
+settings (a tree-structured Parzen estimator, Bergstra et al. 2011) and keeps the trials in a file, so that a search goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from s2a_cli.errors import RunError, UserError, nearest
 from s2a_cli.grid import expand, parsed
 from s2a_cli.sweeps import Known, Plan, Sweep
 
-KEYS = {"search.trials": "finished trials to reach", "search.name": "of the study; null: after the settings and their ranges"}
+KEYS = {
+    "search.trials": "finished trials to reach",
+    "search.name": "of the study; null: after the settings and their ranges",
+}
 FAILURES = 5  # in a row, at which a search gives up
 ENOUGH = 10  # trials from which on the importance of settings is told
 SHOWN = 5
@@ -57,10 +61,16 @@ def _distribution(word: str) -> Any:
         if odd := value.tags - {"log"}:
             raise UserError(f"{word}: tag {min(odd)!r} is not known; there is tag(log,interval(1e-4,1e-2))")
         if not value.start < value.end or (log and value.start <= 0):
-            raise UserError(f"{word}: expected interval(LOW,HIGH) with LOW below HIGH{' and above 0, for log' if log else ''}")
+            raise UserError(
+                f"{word}: expected interval(LOW,HIGH) with LOW below HIGH{' and above 0, for log' if log else ''}"
+            )
         return (IntDistribution if isinstance(value.start, int) else FloatDistribution)(value.start, value.end, log=log)
     values = [one.partition("=")[2] for (one,) in expand([word])]
-    if isinstance(value, RangeSweep) and not value.shuffle and all(isinstance(x, int) for x in (value.start, value.stop, value.step)):
+    if (
+        isinstance(value, RangeSweep)
+        and not value.shuffle
+        and all(isinstance(x, int) for x in (value.start, value.stop, value.step))
+    ):
         low, high = sorted((int(values[0]), int(values[-1])))
         return IntDistribution(low, high, step=abs(value.step))
     return CategoricalDistribution(values)
@@ -129,7 +139,9 @@ def finished(study: Any) -> list[Any]:
     """The trials of a study that have a value, the best first."""
     from optuna.trial import TrialState
 
-    return sorted((trial for trial in study.trials if trial.state == TrialState.COMPLETE), key=lambda trial: -trial.value)
+    return sorted(
+        (trial for trial in study.trials if trial.state == TrialState.COMPLETE), key=lambda trial: -trial.value
+    )
 
 
 def open_study(folder: Path, name: str, space: Space) -> Any:
@@ -139,15 +151,21 @@ def open_study(folder: Path, name: str, space: Space) -> Any:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = records.make_run_dir(folder) / f"{name}.db"
     try:
-        study = optuna.create_study(storage=f"sqlite:///{path}", study_name=name, direction="maximize", load_if_exists=True)
+        study = optuna.create_study(
+            storage=f"sqlite:///{path}", study_name=name, direction="maximize", load_if_exists=True
+        )
     except Exception as error:  # what the database says about a file that is not one
-        raise UserError(f"{path}: can't be used as a study ({str(error).splitlines()[0]}); remove it, or set search.name=") from None
+        raise UserError(
+            f"{path}: can't be used as a study ({str(error).splitlines()[0]}); remove it, or set search.name="
+        ) from None
     there = study.user_attrs.get("space")
     if there is None:
         study.set_user_attr("space", space.text())
     elif there != space.text():
         changed = min(set(json.loads(there)) ^ set(json.loads(space.text())))
-        raise UserError(f"{path}: a search over something else ({changed} is in one of them only); set search.name= to another name")
+        raise UserError(
+            f"{path}: a search over something else ({changed} is in one of them only); set search.name= to another name"
+        )
     return study
 
 
@@ -179,7 +197,9 @@ def read(words: list[str]) -> tuple[Space, int, str | None, SweepConfig]:
     if name is not None and not name.replace("-", "").replace("_", "").isalnum():
         raise UserError(f"search.name={name}: expected letters, digits, - and _")
     if not ranges:
-        raise UserError("nothing to search: give a setting a range, such as optim.lr=tag(log,interval(1e-4,1e-2)) or quant=none,int4")
+        raise UserError(
+            "nothing to search: give a setting a range: optim.lr=tag(log,interval(1e-4,1e-2)) or quant=none,int4"
+        )
     settings = compose_sweep([*(word for word in fixed if word.startswith("experiment=")), *sweep])
     return Space(ranges, fixed), int(trials), name, settings
 
@@ -192,11 +212,15 @@ def search(words: list[str]) -> int:
     except ImportError:
         raise UserError("s2a search needs a package that is not here: pip install 's2a[optuna]'") from None
     space.distributions()
-    config = compose([*space.fixed, *(expand([word])[0][0] for word in space.ranges.values() if "interval(" not in word)])
+    config = compose(
+        [*space.fixed, *(expand([word])[0][0] for word in space.ranges.values() if "interval(" not in word)]
+    )
     if not len(data.load(config.dataset).val):
         raise UserError(f"dataset={config.dataset.name}: no image is left for validation, by which a search chooses")
     called = hashlib.sha256(space.text().encode()).hexdigest()[:8]
-    study = open_study(Path(settings.dir) / "search", name or f"{config.dataset.name}-{config.method.name}-{called}", space)
+    study = open_study(
+        Path(settings.dir) / "search", name or f"{config.dataset.name}-{config.method.name}-{called}", space
+    )
     if done := finished(study):
         print(f"s2a: going on with {len(done)} finished trials of {study.study_name}", file=sys.stderr)
     on = engine(settings, [config.device])
@@ -215,10 +239,17 @@ def overview(study: Any, space: Space) -> str:
     best = finished(study)
     if not best:
         return "no trial is finished"
-    rows = [[trial.number, *(_short(trial.params[key]) for key in space.ranges), f"{trial.value:.2f}"] for trial in best[:SHOWN]]
+    rows = [
+        [trial.number, *(_short(trial.params[key]) for key in space.ranges), f"{trial.value:.2f}"]
+        for trial in best[:SHOWN]
+    ]
     failed = sum(trial.state.name == "FAIL" for trial in study.trials)
     lines = [tabulate(rows, ["trial", *space.ranges, "val top-1 %"], disable_numparse=True), ""]
-    lines.append(f"best {len(rows)} of {len(best)} finished trials" + (f"; {failed} failed" if failed else "") + ", by validation top-1")
+    lines.append(
+        f"best {len(rows)} of {len(best)} finished trials"
+        + (f"; {failed} failed" if failed else "")
+        + ", by validation top-1"
+    )
     if len(best) >= ENOUGH and (shares := _importance(study)):
         lines.append("importance (fANOVA): " + ", ".join(f"{key} {100 * share:.0f} %" for key, share in shares.items()))
     return "\n".join([*lines, "", f"s2a train {shlex.join([*space.words(best[0].params), 'test=true'])}"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import signal
 import sqlite3
@@ -22,7 +23,15 @@ from s2a_cli.compose import compose
 optuna = pytest.importorskip("optuna", reason="pip install 's2a[optuna]'")
 from s2a_cli import search  # noqa: E402
 
-TINY = ["dataset=digits", "dataset.shots=4", "backbone=vit_micro", "optim.batch_size=16", "device=cpu", "workers=0", "optim.epochs=1"]
+TINY = [
+    "dataset=digits",
+    "dataset.shots=4",
+    "backbone=vit_micro",
+    "optim.batch_size=16",
+    "device=cpu",
+    "workers=0",
+    "optim.epochs=1",
+]
 LR = "optim.lr=tag(log,interval(1e-4,1e-1))"
 
 
@@ -119,13 +128,16 @@ def test_the_space_in_hydras_grammar():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["optim.lr=1e-3"], "nothing to search: give a setting a range, such as optim.lr=tag(log,interval(1e-4,1e-2))"),
+        (["optim.lr=1e-3"], "nothing to search: give a setting a range: optim.lr=tag(log,interval(1e-4,1e-2))"),
         ([LR, "search.trails=3"], "search.trails: no such setting; accepted: search.trials, search.name"),
         ([LR, "search.trials=0"], "search.trials=0: expected an integer of at least 1"),
         ([LR, "search.name=../x"], "search.name=../x: expected letters, digits, - and _"),
         ([LR, "test=true"], "test=true: a search leaves the test split alone"),
         (["optim.lr=interval(1,0.1)"], "optim.lr=interval(1,0.1): expected interval(LOW,HIGH) with LOW below HIGH"),
-        (["optim.lr=tag(log,interval(0,1))"], "optim.lr=tag(log,interval(0,1)): expected interval(LOW,HIGH) with LOW below HIGH and"),
+        (
+            ["optim.lr=tag(log,interval(0,1))"],
+            "optim.lr=tag(log,interval(0,1)): expected interval(LOW,HIGH) with LOW below HIGH and",
+        ),
         (["optim.lr=tag(lin,interval(0,1))"], "optim.lr=tag(lin,interval(0,1)): tag 'lin' is not known"),
         (["optim.lrr=interval(0,1)"], "optim.lrr: no such setting"),
         (["method.rank=range(1,4)", "method=prompt", "dataset=pest"], "dataset=pest: expected one of"),
@@ -146,7 +158,8 @@ def test_it_finds_the_best_by_validation_and_prints_the_line_that_trains_it(on, 
     assert line[:2] == ["s2a", "train"] and line[-1] == "test=true"
     assert f"optim.lr={best[2]['optim.lr']}" in line and f"quant={best[2]['quant']}" in line
     assert best[3] > 85 and compose(line[2:]).test
-    assert "best 5 of 11 finished trials" in said and "importance (fANOVA): optim.lr 9" in said
+    assert "best 5 of 11 finished trials" in said
+    assert int(re.search(r"importance \(fANOVA\): optim.lr (\d+) %", said)[1]) > 50
 
 
 def test_the_same_line_again_goes_on_as_if_it_had_not_been_broken_off(on, capsys, tmp_path):
@@ -167,7 +180,9 @@ def test_the_same_line_again_goes_on_as_if_it_had_not_been_broken_off(on, capsys
 def test_a_failed_trial_is_replaced(on, capsys):
     engine = on(Peak(fails=(2, 3)))
     assert main(["search", *TINY, LR, "search.trials=3"]) == 0
-    assert [trial[1] for trial in told()] == ["COMPLETE", "FAIL", "FAIL", "COMPLETE", "COMPLETE"] and len(engine.started) == 5
+    assert [trial[1] for trial in told()] == ["COMPLETE", "FAIL", "FAIL", "COMPLETE", "COMPLETE"] and len(
+        engine.started
+    ) == 5
     assert "best 3 of 3 finished trials; 2 failed" in capsys.readouterr().out
 
 
@@ -175,7 +190,11 @@ def test_a_search_in_which_all_fails_ends(on, capsys):
     engine = on(Peak(fails=range(99)))
     assert main(["search", *TINY, LR, "search.trials=3"]) == 1
     said = capsys.readouterr()
-    assert "5 trials in a row failed; the last: it broke" in said.err and "no trial is finished" in said.out and len(engine.started) == 5
+    assert (
+        "5 trials in a row failed; the last: it broke" in said.err
+        and "no trial is finished" in said.out
+        and len(engine.started) == 5
+    )
 
 
 def test_several_trials_at_once(on):

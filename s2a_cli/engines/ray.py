@@ -1,4 +1,4 @@
-"""Runs as tasks of a Ray cluster: the one that RAY_ADDRESS names or that this machine belongs to, else one of this machine alone."""
+"""Runs as tasks of a Ray cluster: that of RAY_ADDRESS or of this machine, else one of this machine alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from s2a_cli.errors import UserError
 
 
 class Ray(Queue):
-    """One task a run, with a GPU where the cluster has some, else with a core. Raises UserError when Ray is not installed."""
+    """One task a run, with a GPU where the cluster has some, else with a core.
+
+    Raises UserError when Ray is not installed.
+    """
 
     def __init__(self, workers: int | None):
         super().__init__(workers)

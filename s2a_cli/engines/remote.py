@@ -1,7 +1,7 @@
 """What engines beyond one machine share: they have queues of their own, and a run's worker can be lost under it.
 
-The folders of the runs must lie on storage that all machines see, with file locks (NFS 4, Lustre with flock): results are
-read from there, and the locks keep a run from being done twice.
+The folders of the runs must lie on storage that all machines see, with file locks (NFS 4, Lustre with flock): results
+are read from there, and the locks keep a run from being done twice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Queue:
 
 
 class Again:
-    """A run that is started again when it was killed or its worker was lost, up to RETRIES times; it goes on where it was."""
+    """A run that goes on in a new attempt when it was killed or its worker was lost, up to RETRIES times."""
 
     def __init__(self, words: list[str], start: Callable[[list[str]], Job]):
         self._words, self._start, self._retries, self._stopped = words, start, RETRIES, False

@@ -30,8 +30,10 @@ UNKNOWN = 600.0  # seconds after which a job that SLURM does not know is one tha
 
 
 class Slurm(Queue):
-    """One job a run. settings: of submitit's AutoExecutor; those of SLURM alone without their prefix; `cluster: local`
-    imitates SLURM on this machine. Raises UserError when submitit or SLURM is not there, and for settings that submitit does not have.
+    """One job a run. settings: of submitit's AutoExecutor, those of SLURM alone without their prefix; `cluster: local`
+    imitates SLURM on this machine.
+
+    Raises UserError when submitit or SLURM is not there, and for settings that submitit does not have.
     """
 
     note = ""
@@ -46,7 +48,9 @@ class Slurm(Queue):
         self._cluster = settings.pop("cluster", "slurm")
         self._submitit, self._settings = submitit, settings
         if self._cluster not in ("slurm", "local"):
-            raise UserError(f"sweep.slurm.cluster={self._cluster}: expected slurm, or local to imitate it on this machine")
+            raise UserError(
+                f"sweep.slurm.cluster={self._cluster}: expected slurm, or local to imitate it on this machine"
+            )
         with tempfile.TemporaryDirectory() as nowhere:
             self._executor(Path(nowhere))  # to know now what can't be
 
@@ -55,12 +59,16 @@ class Slurm(Queue):
         try:
             executor = self._submitit.AutoExecutor(folder, cluster=self._cluster, **requeues)
         except RuntimeError as error:
-            raise UserError(f"sweep.launcher=slurm: {error}; sweep.slurm.cluster=local imitates it on this machine") from None
+            raise UserError(
+                f"sweep.launcher=slurm: {error}; sweep.slurm.cluster=local imitates it on this machine"
+            ) from None
         shared, own = executor._valid_parameters(), self._submitit.SlurmExecutor._valid_parameters()
         for key in self._settings.keys() - shared - own:
             raise UserError(f"sweep.slurm.{key}: no such setting of submitit's{nearest(key, shared | own)}")
         try:
-            executor.update_parameters(**{key if key in shared else f"slurm_{key}": v for key, v in self._settings.items()})
+            executor.update_parameters(
+                **{key if key in shared else f"slurm_{key}": v for key, v in self._settings.items()}
+            )
         except Exception as error:  # submitit has several ways to refuse a value
             raise UserError(f"sweep.slurm: {str(error).splitlines()[0]}") from None
         return executor
@@ -131,7 +139,10 @@ class Submitted:
         self._ended = self._ended or time.monotonic()
         if time.monotonic() - self._ended < LATE:
             return None
-        note(self._log, f"SLURM job {self._job.job_id} ended as {self.state()}; its own output is in {self._job.paths.folder}")
+        note(
+            self._log,
+            f"SLURM job {self._job.job_id} ended as {self.state()}; its own output is in {self._job.paths.folder}",
+        )
         return LOST
 
     def stop(self) -> None:
@@ -147,7 +158,9 @@ class Attempt:
 
     def __call__(self) -> int:
         settle(self.log.parent)
-        before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # inherited: SLURM's warning reaches all processes of a job
+        before = signal.signal(
+            signal.SIGUSR2, signal.SIG_IGN
+        )  # inherited: SLURM's warning reaches all processes of a job
         self._process = Process(self.words, self.log, os.environ | {PARENT: str(os.getpid())}, self.folder)
         signal.signal(signal.SIGUSR2, before)
         try:
