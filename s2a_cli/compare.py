@@ -41,7 +41,9 @@ def _p(gaps: pd.Series) -> float:
         return math.nan
     if spread < 1e-9 * max(1.0, abs(mean)):  # all the same: no t; the sign test then
         return 1.0 if abs(mean) < 1e-9 else min(1.0, 2 * 0.5**n)
-    from scipy.special import stdtr  # Student's distribution; as scipy.stats.ttest_1samp, which takes a second to import
+    from scipy.special import (
+        stdtr,
+    )  # Student's distribution; as scipy.stats.ttest_1samp, which takes a second to import
 
     return 2 * float(stdtr(n - 1, -abs(mean) / (spread / math.sqrt(n))))
 
@@ -58,7 +60,7 @@ def holm(ps: Iterable[float]) -> list[float]:
 
 
 def verdict(p: float) -> str:
-    """"" for a difference, "≈" for none that can be told from noise, "?" where too few pairs were there to tell."""
+    """ "" for a difference, "≈" for none that can be told from noise, "?" where too few pairs were there to tell."""
     return "?" if math.isnan(p) else "≈" if p >= LEVEL else ""
 
 

@@ -25,7 +25,13 @@ PANELS = 12
 AXES = {"peak_mib": "peak MiB", "trainable": "trainable M, head apart"}
 STYLE = {
     **{key: INK for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.color": "#808080"},
+    **{
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "grid.color": "#808080",
+    },
     **{"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "s2a", "axes.titlesize": 9.5, "legend.frameon": False},
     **{"figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none"},
 }
@@ -62,7 +68,16 @@ def pareto(rows: pd.DataFrame, cost: str) -> tuple[plt.Figure | None, str]:
         for kind, part in group.groupby(group["memory"].fillna("predicted") if cost == "peak_mib" else group["n"] * 0):
             measured = kind != "predicted"
             edge = frontier(part, cost)
-            axis.step(edge[cost] * scale, edge["top1_mean"], where="post", color="#808080", lw=1.2, ls="-" if measured else "--", zorder=1)
+            along = [*edge[cost] * scale, group[cost].max() * scale]  # on to the right: dearer settings are below it
+            axis.step(
+                along,
+                [*edge["top1_mean"], edge["top1_mean"].max()],
+                where="post",
+                color="#808080",
+                lw=1.2,
+                ls="-" if measured else "--",
+                zorder=1,
+            )
             for row in part.itertuples():
                 axis.errorbar(
                     getattr(row, cost) * scale, row.top1_mean, yerr=row.top1_std if row.n > 1 else None, fmt=marker[row.quant], ms=6,
@@ -72,19 +87,27 @@ def pareto(rows: pd.DataFrame, cost: str) -> tuple[plt.Figure | None, str]:
         low, high = group[cost].min() * scale, group[cost].max() * scale
         if low > 0 and high / low > 4:
             axis.set_xscale("log")
-        elif high > 8 * max(low, 1e-6):
-            axis.set_xscale("symlog", linthresh=max(high / 1e3, 1e-3))
+        elif low == 0 and high > 0:  # the linear probe trains nothing beside the head
+            axis.set_xscale("symlog", linthresh=group.loc[group[cost] > 0, cost].min() * scale, linscale=0.5)
         if axis.get_xscale() == "log":
             axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
         axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
         axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axis.set(xlabel=AXES[cost], ylabel="test top-1 %")
     handles = [Line2D([], [], color=c, marker="o", ls="", label=name) for name, c in color.items()]
-    handles += [Line2D([], [], color="#808080", marker=m, ls="", label=name) for name, m in marker.items()] if len(marker) > 1 else []
+    handles += (
+        [Line2D([], [], color="#808080", marker=m, ls="", label=name) for name, m in marker.items()]
+        if len(marker) > 1
+        else []
+    )
     if cost == "peak_mib":
         kinds = set(points["memory"])
         handles += [Line2D([], [], color="#808080", marker="o", label="measured")] if "measured" in kinds else []
-        handles += [Line2D([], [], color="#808080", marker="o", mfc="none", ls="--", label="predicted")] if "predicted" in kinds else []
+        handles += (
+            [Line2D([], [], color="#808080", marker="o", mfc="none", ls="--", label="predicted")]
+            if "predicted" in kinds
+            else []
+        )
     _legend(figure, handles)
     left = f" The {PANELS} of {len(found)} panels with the most settings." if len(found) > PANELS else ""
     said = "Lines: the frontier, no other setting is better at less. Bars: standard deviation over seeds."
@@ -98,7 +121,14 @@ def curves(found: list[tuple[str, list[tuple[str, pd.DataFrame]]]]) -> plt.Figur
     dashes = {name: ("-", "--", ":", "-.")[place // len(COLORS) % 4] for place, name in enumerate(color)}
     for axis, (title, lines) in zip(axes, found, strict=False):
         for name, points in lines:
-            axis.plot(points["epoch"], points["val_top1"], color=color[name], ls=dashes[name], lw=1.4, marker="." if len(points) < 3 else "")
+            axis.plot(
+                points["epoch"],
+                points["val_top1"],
+                color=color[name],
+                ls=dashes[name],
+                lw=1.4,
+                marker="." if len(points) < 3 else "",
+            )
         axis.set_title(title)
         axis.set(xlabel="epoch", ylabel="validation top-1 %")
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=6))
@@ -109,10 +139,12 @@ def curves(found: list[tuple[str, list[tuple[str, pd.DataFrame]]]]) -> plt.Figur
 def svg(figure: plt.Figure, name: str) -> str:
     """The figure as an <svg> element that takes the colour of the text around it; `name` keeps its ids apart from others'."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
     found = text.getvalue()
-    found = re.sub(r"<metadata>.*?</metadata>", "", found[found.index("<svg") :], flags=re.S).replace(INK, "currentColor")
+    found = re.sub(r"<metadata>.*?</metadata>", "", found[found.index("<svg") :], flags=re.S).replace(
+        INK, "currentColor"
+    )
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", found)
 
 
@@ -143,7 +175,9 @@ def _styles(names: pd.Series, choices: str | tuple[str, ...]) -> dict[str, str]:
 def _canvas(count: int) -> tuple[plt.Figure, list[plt.Axes]]:
     columns = min(3, count)
     lines = -(-count // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(max(4.6, 3.6 * columns), 3.0 * lines), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(max(4.6, 3.6 * columns), 3.0 * lines), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat[count:]:
         axis.remove()
     return figure, list(axes.flat)[:count]

@@ -52,7 +52,11 @@ GROUPS = {  # groups=NAME
         "drawn": tuple(f"domainnet-{d}" for d in ("clipart", "infograph", "painting", "quickdraw", "sketch")),
     },
 }
-OWN = ("config.method.", "config.quant.", "config.optim.lr")  # differ from method to method and from quant to quant by design
+OWN = (
+    "config.method.",
+    "config.quant.",
+    "config.optim.lr",
+)  # differ from method to method and from quant to quant by design
 SMOOTH = 1e-9
 
 
@@ -108,7 +112,11 @@ def column_of(frame: pd.DataFrame, word: str, key: str) -> str:
     for column in (key, f"config.{key}"):
         if column in frame and key:
             return column
-    accepted = [*tables.BASE, "seed", *(c.removeprefix("config.") for c in frame if c.startswith(("config.", "environment.")))]
+    accepted = [
+        *tables.BASE,
+        "seed",
+        *(c.removeprefix("config.") for c in frame if c.startswith(("config.", "environment."))),
+    ]
     raise UserError(f"{word}={key}: no such key in these results; accepted: dataset, backbone, method, quant, seed and dotted keys"
                     f" such as optim.batch_size{nearest(key, accepted)}")  # fmt: skip
 
@@ -148,11 +156,15 @@ def parse_groups(text: str) -> dict[str, tuple[str, ...]]:
         return GROUPS[text]
     parts = [part.partition(":") for part in text.split("/")]
     if not all(name and members.strip(",") for name, _, members in parts):
-        raise UserError(f"groups={text}: expected {', '.join(GROUPS)} or NAME:DATASET,DATASET/NAME:DATASET{nearest(text, GROUPS)}")
+        raise UserError(
+            f"groups={text}: expected {', '.join(GROUPS)} or NAME:DATASET,DATASET/NAME:DATASET{nearest(text, GROUPS)}"
+        )
     return {name: tuple(filter(None, members.split(","))) for name, _, members in parts}
 
 
-def make(frame: pd.DataFrame, rows: list[str], cols: list[str], value: str = "test_top1", groups: str | None = None) -> Grid:
+def make(
+    frame: pd.DataFrame, rows: list[str], cols: list[str], value: str = "test_top1", groups: str | None = None
+) -> Grid:
     """The grid of the runs in `frame` (see tables.load). Raises UserError for a wrong key, value or group."""
     runs, chosen = tables.unique(frame), value_of(value)
     columns = {key: column_of(runs, word, key) for word, keys in (("rows", rows), ("cols", cols)) for key in keys}
@@ -169,7 +181,13 @@ def make(frame: pd.DataFrame, rows: list[str], cols: list[str], value: str = "te
     runs["value"] = pd.to_numeric(runs[chosen.column]).where(runs["status"] == "ok") * chosen.scale
     notes = []
     if chosen.column in MEASURABLE:  # a measured and a predicted figure are not averaged
-        several = runs[runs["value"].notna()].groupby([*rows, *cols])["kind"].transform("nunique").reindex(runs.index, fill_value=0) > 1
+        several = (
+            runs[runs["value"].notna()]
+            .groupby([*rows, *cols])["kind"]
+            .transform("nunique")
+            .reindex(runs.index, fill_value=0)
+            > 1
+        )
         runs.loc[several & (runs["kind"] == "predicted"), "value"] = None
         if several.any():
             notes.append("Where a cell has measured and predicted runs, the measured ones are shown.")
@@ -195,7 +213,11 @@ class Hidden:
         found = [c for c in dict.fromkeys(settings) if c not in shown]
         self.texts = self.counted[found].map(label)
         self.keys = [c for c in found if self.texts[c].nunique() > 1]
-        follow = [c for c in self.keys if c.startswith("config.quant.") and "config.quant.name" not in shown and "quant" in self.keys]
+        follow = [
+            c
+            for c in self.keys
+            if c.startswith("config.quant.") and "config.quant.name" not in shown and "quant" in self.keys
+        ]
         self.keys = [c for c in self.keys if c not in follow]  # the name says it
         self.settings = [c for c in self.keys if not c.startswith("environment.") and c != "kind"]
 
@@ -217,7 +239,9 @@ class Hidden:
             return self.follows(column, "method", "quant", "backbone")
         if column.startswith("config.dataset.") or column == "data.revision":
             return self.follows(column, "dataset")
-        if column == "weights" or (column.startswith("config.backbone.") and column.split(".")[2] not in ("image_size", "weights")):
+        if column == "weights" or (
+            column.startswith("config.backbone.") and column.split(".")[2] not in ("image_size", "weights")
+        ):
             return self.follows(column, "backbone")
         return False
 
@@ -240,13 +264,17 @@ class Hidden:
         said = []
         for column in self.keys:
             if not self.by_design(column):
-                said.append(f"{'memory' if column == 'kind' else column.removeprefix('config.')}: {self._who(self.texts[column], keys)}")
+                said.append(
+                    f"{'memory' if column == 'kind' else column.removeprefix('config.')}: {self._who(self.texts[column], keys)}"
+                )
         cells = self.counted.groupby([self.counted[key] for key in keys])
         if "config.seed" in self.counted and "seed" not in keys:
             seeds = cells["config.seed"].agg(lambda seeds: " ".join(map(label, sorted(set(seeds)))))
             if seeds.nunique() > 1:
                 counts = seeds.value_counts()
-                said.append("seeds: " + "; ".join(f"{which} in {n} cell{'s'[: n > 1]}" for which, n in counts[:4].items()))
+                said.append(
+                    "seeds: " + "; ".join(f"{which} in {n} cell{'s'[: n > 1]}" for which, n in counts[:4].items())
+                )
         return ["Not shown, and not the same everywhere: " + ". ".join(said) + "."] if said else []
 
     def _who(self, texts: pd.Series, keys: list[str]) -> str:
@@ -305,7 +333,9 @@ def pairs_of(grid: Grid, hidden: Hidden) -> pd.DataFrame:
     """A line a pair, a column a row of the grid; the index holds what pairs agree in and the grid's column."""
     counted = grid.runs[grid.runs["value"].notna()]
     agree = [counted[c].map(label).rename(f"_{c}") for c in hidden.pairing(grid.contender)]
-    values = counted["value"].groupby([*agree, *(counted[k] for k in grid.cols), *(counted[k] for k in grid.rows)]).mean()
+    values = (
+        counted["value"].groupby([*agree, *(counted[k] for k in grid.cols), *(counted[k] for k in grid.rows)]).mean()
+    )
     wide = values.unstack(grid.rows)
     wide.columns = [c if isinstance(c, tuple) else (c,) for c in wide.columns]
     return wide

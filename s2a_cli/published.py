@@ -17,7 +17,12 @@ from s2a_cli.render import Sheet, number
 
 SHIPPED = Path(__file__).parent / "published.csv"
 COLUMNS = ["source", "protocol", "backbone", "dataset", "method", "metric", "value", "unit", "note"]
-BACKBONES = {"vit_b": "vit_b16_in21k", "swin_b": "swin_b_in21k", "convnext_b": "convnext_b_in21k", "resnet50": "resnet50_in1k"}
+BACKBONES = {
+    "vit_b": "vit_b16_in21k",
+    "swin_b": "swin_b_in21k",
+    "convnext_b": "convnext_b_in21k",
+    "resnet50": "resnet50_in1k",
+}
 METHODS = {"bias": "bitfit"}
 METRICS = {"test_top1": ("top1", "%"), "trainable": ("trainable_params", "M")}
 WEIGHTS = {  # published backbone: timm's model with these weights
@@ -46,7 +51,9 @@ def load(path: str) -> pd.DataFrame:
         raise UserError(f"against={path}: no column {', '.join(missing)}; expected {', '.join(COLUMNS)}")
     odd = pd.to_numeric(added["value"], errors="coerce").isna()
     if odd.any():
-        raise UserError(f"against={path}: line {int(odd.idxmax()) + 2}: value={added['value'][odd.idxmax()]}: expected a number")
+        raise UserError(
+            f"against={path}: line {int(odd.idxmax()) + 2}: value={added['value'][odd.idxmax()]}: expected a number"
+        )
     return pd.concat([added[COLUMNS], shipped], ignore_index=True)
 
 
@@ -80,7 +87,9 @@ def compare(grid: Grid, published: pd.DataFrame) -> tuple[Sheet | None, list[str
                 }
             )
     if not records:
-        there = sorted({f"{b}, {d}, {m}" for b, d, m in zip(runs["backbone"], runs["dataset"], runs["method"], strict=True)})
+        there = sorted(
+            {f"{b}, {d}, {m}" for b, d, m in zip(runs["backbone"], runs["dataset"], runs["method"], strict=True)}
+        )
         return None, [f"No published figure fits: {grids._some(there)}."]
     text = pd.DataFrame(records)
     notes = [f"{grid.value.title}: ours less published. A difference in the settings makes it no reproduction."]

@@ -12,8 +12,22 @@ from s2a_cli.errors import UserError, nearest
 
 FORMATS = ("terminal", "md", "csv", "latex", "html")
 ESCAPED = {character: f"\\{character}" for character in "&%$#_{}"}
-ESCAPED |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}"}
-ESCAPED |= {"±": r"$\pm$", "–": "--", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "≈": r"$\approx$", "†": r"\dag{}", "−": "$-$"}
+ESCAPED |= {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+}
+ESCAPED |= {
+    "±": r"$\pm$",
+    "–": "--",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "≈": r"$\approx$",
+    "†": r"\dag{}",
+    "−": "$-$",
+}
 STYLE = """<style>
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color-scheme: light dark }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .7rem; border-bottom: 1px solid #8885 }
@@ -55,7 +69,11 @@ def render(sheets: list[Sheet], notes: list[str], format: str) -> str:
         return "\n\n".join([*map(_latex, sheets), "\n".join(f"% {note}" for note in notes)])
     if format == "html":
         said = "".join(f"<p>{html.escape(note)}</p>\n" for note in notes)
-        return f"<!doctype html>\n<meta charset=utf-8>\n<title>s2a</title>\n{STYLE}\n" + "\n".join(map(_html, sheets)) + f"\n{said}"
+        return (
+            f"<!doctype html>\n<meta charset=utf-8>\n<title>s2a</title>\n{STYLE}\n"
+            + "\n".join(map(_html, sheets))
+            + f"\n{said}"
+        )
     style = {"md": "github", "terminal": "simple"}[format]
     printed = []
     for sheet in sheets:
@@ -97,9 +115,15 @@ def _html(sheet: Sheet) -> str:
     escaped = Sheet(sheet.text.map(html.escape), sheet.right, sheet.bold)
     body = [line("td", list(row)) for row in _marked(escaped, "<b>{}</b>").itertuples(index=False)]
     title = f"<h2>{html.escape(sheet.title)}</h2>\n" if sheet.title else ""
-    return f"{title}<table>\n<thead>{line('th', [html.escape(c) for c in sheet.text])}</thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody></table>"
+    return (
+        f"{title}<table>\n<thead>{line('th', [html.escape(c) for c in sheet.text])}</thead>\n<tbody>\n"
+        + "\n".join(body)
+        + "\n</tbody></table>"
+    )
 
 
 def natural(label: str) -> tuple:
     """Sorts 8 before 16, and texts by their letters."""
-    return tuple((0, float(part), "") if part.isdigit() else (1, 0.0, part) for part in re.split(r"(\d+)", label) if part)
+    return tuple(
+        (0, float(part), "") if part.isdigit() else (1, 0.0, part) for part in re.split(r"(\d+)", label) if part
+    )

@@ -37,7 +37,9 @@ def write(folders: list[str], wanted: dict[str, str], out: Path) -> str:
 def html(frame: pd.DataFrame, odd: list[str], beside: Path) -> str:
     """The page of the runs in `frame` (see tables.load); links to run folders are relative to `beside`."""
     runs, rows = tables.unique(frame), tables.table(frame)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     with figures.plt.rc_context(figures.STYLE):
         drawn = [_pareto(rows, "peak_mib"), _pareto(rows, "trainable")]
         curves, curves_said = _curves(runs)
@@ -117,12 +119,26 @@ def _metrics(path: str) -> pd.DataFrame | None:
 
 def _bars(runs: pd.DataFrame) -> list[dict[str, Any]]:
     """Static, kept and transient MiB of a step for each setting whose memory is known, beside full fine-tuning's peak."""
-    known = runs[(runs["status"] == "ok") & runs["memory.peak_mib"].notna()].reindex(columns=list(dict.fromkeys([*runs, *_KNOWN])))
+    known = runs[(runs["status"] == "ok") & runs["memory.peak_mib"].notna()].reindex(
+        columns=list(dict.fromkeys([*runs, *_KNOWN]))
+    )
     known = known.assign(kind=known["memory.kind"].map(tables.KINDS))
-    by = ["backbone", "config.backbone.image_size", "config.optim.batch_size", "config.precision", "method", "quant", "kind"]
+    by = [
+        "backbone",
+        "config.backbone.image_size",
+        "config.optim.batch_size",
+        "config.precision",
+        "method",
+        "quant",
+        "kind",
+    ]
     bars = []
     for names, group in list(known.groupby(by, dropna=False))[:BARS]:
-        mean = group[["memory.peak_mib", "memory.static_mib", "memory.kept_mib", "memory.full_finetune_peak_mib"]].apply(pd.to_numeric).mean()
+        mean = (
+            group[["memory.peak_mib", "memory.static_mib", "memory.kept_mib", "memory.full_finetune_peak_mib"]]
+            .apply(pd.to_numeric)
+            .mean()
+        )
         peak, static, kept, full = mean.fillna(0)
         backbone, size, batch, precision, method, quant, kind = (grids.label(name) for name in names)
         widest = max(peak, full)
@@ -152,9 +168,9 @@ def _runs(runs: pd.DataFrame, beside: Path) -> list[list[str]]:
     """A line a run: data set, backbone, method, quant, seed, status, top-1, peak, memory, images/s, folder."""
     lines = []
     columns = [*tables.BASE, "config.seed", "status", "accuracy.test_top1", "memory.peak_mib", "memory.kind"]
-    for *names, seed, status, top1, peak, kind, speed, path in (
-        runs.reindex(columns=[*columns, "throughput.train_images_per_second", "path"]).itertuples(index=False, name=None)
-    ):
+    for *names, seed, status, top1, peak, kind, speed, path in runs.reindex(
+        columns=[*columns, "throughput.train_images_per_second", "path"]
+    ).itertuples(index=False, name=None):
         figures_of = [number(top1, 2), mib(peak), tables.KINDS.get(kind, "–"), mib(speed)]
         lines.append([*names, grids.label(seed), status, *figures_of, _folder(path, beside)])
     return lines

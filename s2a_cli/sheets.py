@@ -100,7 +100,9 @@ def _notes(grid: Grid, counts: bool, extras: bool, text: pd.DataFrame) -> list[s
     notes = [f"{grid.value.title}{ARROWS[grid.value.better]}: mean"]
     notes[0] += " ± standard deviation" if grid.value.noisy else ""
     ns = sorted(set(grid.cells.loc[grid.cells["n"] > 0, "n"]))
-    notes[0] += " over the (n) runs of a cell." if counts else f" over n = {ns[0] if ns else 0} run{'s'[: ns != [1]]} a cell."
+    notes[0] += (
+        " over the (n) runs of a cell." if counts else f" over n = {ns[0] if ns else 0} run{'s'[: ns != [1]]} a cell."
+    )
     marks = {*grid.cells["mark"], *grid.marks.values()} - {""}
     if marks:
         notes.append(("Bold (* in the terminal): best" + _among(grid) + "."))
@@ -109,12 +111,16 @@ def _notes(grid: Grid, counts: bool, extras: bool, text: pd.DataFrame) -> list[s
         few = any("?" in mark for mark in marks)
         notes.append(TESTED.format(over=over, best="best", few=FEW if few else "") + f" Pairs: {_pairs(grid)}.")
     if grid.cells["mixed"].any():
-        notes.append("†: a mean over unlike runs: what differs is named below; add it to rows=, or keep one with key=value.")
+        notes.append(
+            "†: a mean over unlike runs: what differs is named below; add it to rows=, or keep one with key=value."
+        )
     if extras:
         notes.append("trainable: head apart. peak: memory of a training step.")
     if text.map(lambda value: isinstance(value, str) and value.startswith("~")).any(axis=None):
         notes.append(PREDICTED)
-    if incomplete := [line for line in grid.lines() if any(pd.isna(grids.mean_of(grid, line, mean)) for mean in grid.means)]:
+    if incomplete := [
+        line for line in grid.lines() if any(pd.isna(grids.mean_of(grid, line, mean)) for mean in grid.means)
+    ]:
         names = [f"{' / '.join(line)} lacks {grids._some(_lacking(grid, line, grid.means[-1]))}" for line in incomplete]
         notes.append(f"–: no mean where a data set is missing: {grids._some(names)}.")
     return [*map(str.strip, notes), *grid.notes]
@@ -130,7 +136,9 @@ def _pairs(grid: Grid) -> str:
         return f"at most {len(grid.pairs)}"
     counts = grid.pairs.notna().sum(axis=1).ge(2).groupby(level=grid.cols).sum()
     low, high = int(counts.min()), int(counts.max())
-    return f"{low if low == high else f'{low} to {high}'} a column" + (f", {int(counts.sum())} in the mean" if grid.means else "")
+    return f"{low if low == high else f'{low} to {high}'} a column" + (
+        f", {int(counts.sum())} in the mean" if grid.means else ""
+    )
 
 
 def _lacking(grid: Grid, line: tuple[str, ...], mean: Mean) -> list[str]:
@@ -142,10 +150,14 @@ def against_reference(grid: Grid, reference: str) -> tuple[Sheet, list[str]]:
 
     reference: the row's label, its keys joined by commas, without a backbone or data set. Raises UserError for no such row.
     """
-    named = {line: ",".join(x for k, x in zip(grid.rows, line, strict=True) if k in grid.contender) for line in grid.lines()}
+    named = {
+        line: ",".join(x for k, x in zip(grid.rows, line, strict=True) if k in grid.contender) for line in grid.lines()
+    }
     if reference not in named.values():
         there = sorted(set(named.values()))
-        raise UserError(f"reference={reference}: no such row; expected one of {', '.join(there)}{nearest(reference, there)}")
+        raise UserError(
+            f"reference={reference}: no such row; expected one of {', '.join(there)}{nearest(reference, there)}"
+        )
     scopes = [(" / ".join(column), list(zip(grid.cols, column, strict=True))) for column in grid.columns() if column]
     scopes += [("all pairs", [])] if len(scopes) != 1 else []
     records = [dict(zip(grid.rows, line, strict=True)) for line in grid.lines()]
@@ -156,7 +168,9 @@ def against_reference(grid: Grid, reference: str) -> tuple[Sheet, list[str]]:
             pairs = grids.within(pairs, key, [name])
         found = []
         for line, name in named.items():
-            base = next(other for other, label in named.items() if label == reference and grid.task(other) == grid.task(line))
+            base = next(
+                other for other, label in named.items() if label == reference and grid.task(other) == grid.task(line)
+            )
             found.append(None if name == reference else difference(_of(pairs, line), _of(pairs, base)))
         ps = iter(holm(d.p for d in found if d))
         for record, line, d in zip(records, named, found, strict=True):
@@ -192,7 +206,9 @@ def csv(grid: Grid) -> str:
     """One line a cell, numbers and not texts."""
     cells = grid.cells.reset_index().rename(columns={"state": "status", "kind": "memory", "mixed": "unlike_runs"})
     cells.insert(len(grid.rows) + len(grid.cols), "value", next(k for k, v in grids.VALUES.items() if v is grid.value))
-    order = sorted(range(len(cells)), key=lambda i: grids._order(tuple(map(cell, cells.iloc[i][grid.rows + grid.cols]))))
+    order = sorted(
+        range(len(cells)), key=lambda i: grids._order(tuple(map(cell, cells.iloc[i][grid.rows + grid.cols])))
+    )
     return cells.iloc[order].to_csv(index=False).rstrip("\n")
 
 
@@ -201,8 +217,13 @@ def show(frame: pd.DataFrame, options: dict[str, str]) -> str:
     format = checked(options.get("format", "terminal"))
     if not set(options) & {"rows", "cols", "value", "groups", "against", "reference"}:
         rows = tables.table(frame)
-        return tables.render(rows, format, grids.Hidden.of_environment(frame).notes(["method", "quant", "dataset", "backbone"]))
-    keys = {word: [key for key in options.get(word, default).split(",") if key] for word, default in _default(frame, options).items()}
+        return tables.render(
+            rows, format, grids.Hidden.of_environment(frame).notes(["method", "quant", "dataset", "backbone"])
+        )
+    keys = {
+        word: [key for key in options.get(word, default).split(",") if key]
+        for word, default in _default(frame, options).items()
+    }
     if not keys["rows"]:
         raise UserError("rows=: expected keys such as rows=method,quant")
     grid = grids.make(frame, keys["rows"], keys["cols"], options.get("value", "test_top1"), options.get("groups"))

@@ -47,7 +47,12 @@ def load(folders: Iterable[str | Path]) -> pd.DataFrame:
     """
     found, odd = read(folders)
     if odd:
-        print(f"s2a: {len(odd)} of {len(odd) + len(found)} results can't be read, left out:", *odd, sep="\n  ", file=sys.stderr)
+        print(
+            f"s2a: {len(odd)} of {len(odd) + len(found)} results can't be read, left out:",
+            *odd,
+            sep="\n  ",
+            file=sys.stderr,
+        )
     if found.empty:
         raise UserError(f"no finished runs below {', '.join(map(str, folders))}; make one with: s2a train")
     return found

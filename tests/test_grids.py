@@ -52,13 +52,18 @@ def test_a_difference_within_noise_is_no_win(three_seeds):
 
 
 def test_too_few_pairs_are_said(make_result):
-    text = shown([make_result(method=m, seed=s, top1=t + s) for m, t in (("a", 80), ("b", 95)) for s in (0, 1)], rows="method")
+    text = shown(
+        [make_result(method=m, seed=s, top1=t + s) for m, t in (("a", 80), ("b", 95)) for s in (0, 1)], rows="method"
+    )
     assert "*95.50 ± 0.71 ?" in text and "fewer than 3 pairs" in text
 
 
 def test_only_runs_of_the_same_seed_and_settings_pair(make_result):
     runs = [make_result(method="a", seed=s, top1=90.0 + s) for s in range(3)]
-    assert grid_of([*runs, *(make_result(method="b", seed=s + 3, top1=80.0 + s) for s in range(3))]).cells["mark"].max() == "best?"
+    assert (
+        grid_of([*runs, *(make_result(method="b", seed=s + 3, top1=80.0 + s) for s in range(3))]).cells["mark"].max()
+        == "best?"
+    )
     other = [make_result(method="b", seed=s, top1=80.0 + s / 7, optim__batch_size=8) for s in range(3)]
     assert grid_of([*runs, *other]).cells["mark"].max() == "best?", "another batch size"
 
@@ -142,7 +147,11 @@ def test_only_failed_runs_are_a_table(make_result):
 
 
 def test_memory_is_marked_as_predicted_and_kinds_are_not_averaged(make_result):
-    runs = [make_result(peak=100.0), make_result(seed=1, kind="measured-cuda", peak=140.0), make_result(method="bias", peak=90.0)]
+    runs = [
+        make_result(peak=100.0),
+        make_result(seed=1, kind="measured-cuda", peak=140.0),
+        make_result(method="bias", peak=90.0),
+    ]
     text = shown(runs, rows="method", value="peak")
     assert " 140.0\n" in text and " ~90.0" in text and "the measured ones are shown" in text
     assert "do not compete" in text and "memory: measured (method=s2a); predicted (method=bias)" in text
@@ -150,7 +159,9 @@ def test_memory_is_marked_as_predicted_and_kinds_are_not_averaged(make_result):
 
 
 def test_data_sets_in_rows_compete_along_the_row(make_result):
-    runs = [make_result(dataset=d, method=m, top1=t) for d in ("pets", "dtd") for m, t in (("bias", 80.0), ("s2a", 90.0))]
+    runs = [
+        make_result(dataset=d, method=m, top1=t) for d in ("pets", "dtd") for m, t in (("bias", 80.0), ("s2a", 90.0))
+    ]
     sheet = sheets.sheet(grid_of(runs, rows="dataset", cols="method"))[0]
     assert list(sheet.text) == ["dataset", "bias", "s2a"] and list(sheet.text["dataset"]) == ["dtd", "pets", "mean"]
     assert sheet.bold == {(0, "s2a"), (1, "s2a"), (2, "s2a")}
@@ -204,7 +215,9 @@ def test_published_figures_beside_ours(make_result):
 
 def test_users_add_published_figures(make_result, tmp_path):
     path = tmp_path / "mine.csv"
-    line = dict(zip(published.COLUMNS, ["My paper", "mine", "vit_t", "pets", "s2a", "top1", 91.5, "%", ""], strict=True))
+    line = dict(
+        zip(published.COLUMNS, ["My paper", "mine", "vit_t", "pets", "s2a", "top1", 91.5, "%", ""], strict=True)
+    )
     pd.DataFrame([line]).to_csv(path, index=False)
     text = shown([make_result()], rows="method", against=str(path))
     assert "91.50" in text and "-1.50" in text and "[1] My paper" in text
@@ -220,7 +233,9 @@ def test_csv_has_numbers(three_seeds):
 
 
 def test_html_escapes(make_result):
-    text = shown([make_result(dataset="<script>"), make_result(dataset="a", method="b&c")], rows="method", format="html")
+    text = shown(
+        [make_result(dataset="<script>"), make_result(dataset="a", method="b&c")], rows="method", format="html"
+    )
     assert "<script>" not in text and "&lt;script&gt;" in text and "b&amp;c" in text
 
 
@@ -233,9 +248,15 @@ def test_markdown_has_a_bold_best(three_seeds):
 @pytest.mark.slow
 def test_latex_compiles(three_seeds, make_result, tmp_path):
     odd = make_result(dataset="a_b&c%", method="x^y~z#{}\\", top1=12.0)
-    body = shown([*three_seeds, odd], rows="method", format="latex") + "\n\n" + shown([*three_seeds, odd], format="latex")
+    body = (
+        shown([*three_seeds, odd], rows="method", format="latex") + "\n\n" + shown([*three_seeds, odd], format="latex")
+    )
     body += "\n\n" + shown([vit_b(make_result)], rows="method", against="published", format="latex")
-    (tmp_path / "t.tex").write_text(f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}\n{body}\n\\end{{document}}")
-    done = subprocess.run(["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    (tmp_path / "t.tex").write_text(
+        f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}\n{body}\n\\end{{document}}"
+    )
+    done = subprocess.run(
+        ["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stdout[-2000:]
     assert "\\textbf{" in body and (tmp_path / "t.pdf").stat().st_size > 1000

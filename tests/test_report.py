@@ -14,7 +14,14 @@ from s2a_cli.cli import main
 from s2a_cli.errors import UserError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-HEADLESS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+HEADLESS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+]
 HEADLESS += ["--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--window-size=1280,3000"]
 CLICKS = """
 <script>
@@ -36,7 +43,9 @@ def runs(write_result, tmp_path):
     for dataset in ("pets", "dtd"):
         for method, peak in (("s2a", 90.0), ("bias", 1100.0), ("linear", 9.5)):
             for seed in range(3):
-                folder = write_result(f"{dataset}/{method}/{seed}", dataset=dataset, method=method, seed=seed, top1=80 + seed, peak=peak)
+                folder = write_result(
+                    f"{dataset}/{method}/{seed}", dataset=dataset, method=method, seed=seed, top1=80 + seed, peak=peak
+                )
                 lines = [json.dumps({"epoch": e, "val_top1": 50.0 + e}) for e in range(1, 5)]
                 (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"epoch": 5, "val_t']))
     write_result("measured", method="bias", kind="measured-cuda", peak=950.0, seed=7)
@@ -102,7 +111,12 @@ def test_the_frontier_holds_what_nothing_beats():
 
 
 def test_measured_and_predicted_have_frontiers_of_their_own(make_result):
-    kinds = [("s2a", "predicted", 50.0), ("bias", "predicted", 80.0), ("full", "measured-cuda", 90.0), ("linear", "measured-cuda", 40.0)]
+    kinds = [
+        ("s2a", "predicted", 50.0),
+        ("bias", "predicted", 80.0),
+        ("full", "measured-cuda", 90.0),
+        ("linear", "measured-cuda", 40.0),
+    ]
     rows = tables.table(tables.frame([make_result(method=m, kind=k, peak=p, top1=60 + p / 10) for m, k, p in kinds]))
     figure, _ = figures.pareto(rows, "peak_mib")
     lines = {line.get_linestyle() for line in figure.axes[0].lines}
