@@ -25,15 +25,19 @@ PANELS = 12
 AXES = {"peak_mib": "peak MiB", "trainable": "trainable M, head apart"}
 STYLE = {
     **{key: INK for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
-    **{
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        "grid.color": "#808080",
-    },
-    **{"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "s2a", "axes.titlesize": 9.5, "legend.frameon": False},
-    **{"figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none"},
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.color": "#808080",
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "s2a",
+    "axes.titlesize": 9.5,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
 }
 
 
@@ -142,7 +146,7 @@ def svg(figure: plt.Figure, name: str) -> str:
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
     found = text.getvalue()
-    found = re.sub(r"<metadata>.*?</metadata>", "", found[found.index("<svg") :], flags=re.S).replace(
+    found = re.sub(r"<metadata>.*?</metadata>", "", found[found.index("<svg") :], flags=re.DOTALL).replace(
         INK, "currentColor"
     )
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", found)

@@ -43,7 +43,9 @@ MEASURABLE = ("memory.peak_mib", "memory.kept_mib", "x_full")  # columns that ar
 VTAB = {
     "natural": ("cifar100", "caltech101", "dtd", "flowers102", "pets", "svhn", "sun397"),
     "specialized": ("camelyon", "eurosat", "resisc45", "retinopathy"),
-    "structured": tuple("clevr_count clevr_dist dmlab kitti dsprites_loc dsprites_ori norb_azi norb_ele".split()),
+    "structured": tuple(
+        ["clevr_count", "clevr_dist", "dmlab", "kitti", "dsprites_loc", "dsprites_ori", "norb_azi", "norb_ele"]
+    ),
 }
 GROUPS = {  # groups=NAME
     "vtab": {name: tuple(f"vtab_{task}" for task in tasks) for name, tasks in VTAB.items()},
@@ -145,9 +147,9 @@ def keep(frame: pd.DataFrame, wanted: dict[str, str], words: Iterable[str] = ())
 
 
 def label(value: object) -> str:
-    if isinstance(value, float) and value == value:
+    if isinstance(value, float) and pd.notna(value):
         return f"{value:.10g}"
-    return "null" if value is None or value != value else str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if pd.isna(value) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def parse_groups(text: str) -> dict[str, tuple[str, ...]]:

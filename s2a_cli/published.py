@@ -6,6 +6,7 @@ our runs and the published protocol is listed with each line.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +32,11 @@ WEIGHTS = {  # published backbone: timm's model with these weights
     "convnext_b_in21k": "convnext_base.fb_in22k",
 }
 VTAB_IMAGES = 1000  # training images of every VTAB-1k task, validation included
+EVERY = frozenset(task for tasks in grids.VTAB.values() for task in tasks)
+VTAB_MEANS = {
+    frozenset(tasks): {1: f"vtab_{name}"} for name, tasks in grids.VTAB.items()
+}  # tasks: {groups: data set there}
+VTAB_MEANS[EVERY] = {1: "vtab_mean19", len(grids.VTAB): "vtab_group_mean"}
 PROTOCOLS = {  # protocol: our settings that reproduce it
     "VTAB-1k": {"config.backbone.image_size": 224, "config.optim.epochs": 100},
     "FGVC": {"config.backbone.image_size": 224, "config.optim.epochs": 100},
@@ -68,25 +74,23 @@ def compare(grid: Grid, published: pd.DataFrame) -> tuple[Sheet | None, list[str
     metric, unit = METRICS[name]
     published = published[(published["metric"] == metric) & (published["unit"] == unit)]
     records, sources = [], []
-    runs = grid.runs[grid.runs["value"].notna()]
-    keys = list(dict.fromkeys([*grid.rows, *grid.cols, "backbone", "dataset", "method"]))
-    for labels, cell in sorted(runs.groupby(keys), key=lambda item: grids._order(item[0])):
-        ours = dict(zip(keys, labels, strict=True))
-        for line in published[_fits(published, ours, cell)].itertuples():
+    for ours, value, runs in [*_cells(grid), *_vtab_means(grid)]:
+        for line in published[_fits(published, ours, runs)].itertuples():
             if line.source not in sources:
                 sources.append(line.source)
             records.append(
                 ours
                 | {
-                    "ours": number(cell["value"].mean(), grid.value.digits),
-                    "n": str(len(cell)),
+                    "ours": number(value, grid.value.digits),
+                    "n": str(len(runs)),
                     "published": number(line.value, grid.value.digits),
-                    "difference": f"{cell['value'].mean() - line.value:+.{grid.value.digits}f}",
+                    "difference": f"{value - line.value:+.{grid.value.digits}f}",
                     "protocol": f"{line.protocol} [{sources.index(line.source) + 1}]",
-                    "ours differs in": "; ".join(_differs(cell, line)) or "nothing that is recorded",
+                    "ours differs in": "; ".join(_differs(runs, line)) or "nothing that is recorded",
                 }
             )
     if not records:
+        runs = grid.runs
         there = sorted(
             {f"{b}, {d}, {m}" for b, d, m in zip(runs["backbone"], runs["dataset"], runs["method"], strict=True)}
         )
@@ -95,6 +99,28 @@ def compare(grid: Grid, published: pd.DataFrame) -> tuple[Sheet | None, list[str
     notes = [f"{grid.value.title}: ours less published. A difference in the settings makes it no reproduction."]
     cited = [f"[{number_of}] {source}" for number_of, source in enumerate(sources, 1)]
     return Sheet(text, {"ours", "n", "published", "difference"}, title="Against published figures"), notes + cited
+
+
+def _cells(grid: Grid) -> Iterator[tuple[dict[str, str], float, pd.DataFrame]]:
+    """(labels, our figure, its runs) of each cell, of a single backbone, data set and method."""
+    runs = grid.runs[grid.runs["value"].notna()]
+    keys = list(dict.fromkeys([*grid.rows, *grid.cols, "backbone", "dataset", "method"]))
+    for labels, cell in sorted(runs.groupby(keys), key=lambda item: grids._order(item[0])):
+        yield dict(zip(keys, labels, strict=True)), cell["value"].mean(), cell
+
+
+def _vtab_means(grid: Grid) -> Iterator[tuple[dict[str, str], float, pd.DataFrame]]:
+    """The same for the means over VTAB-1k's groups, where all of their tasks are there."""
+    for mean in grid.means:
+        name = VTAB_MEANS.get(frozenset(task.removeprefix("vtab_") for task in mean.datasets), {}).get(len(mean.groups))
+        for line in grid.lines() if name else []:
+            runs = grid.runs[grid.runs["value"].notna() & grid.runs["dataset"].isin(mean.datasets)]
+            for key, label in zip(grid.rows, line, strict=True):
+                runs = runs[runs[key] == label]
+            value = grids.mean_of(grid, line, mean)
+            if pd.notna(value) and runs["backbone"].nunique() == runs["method"].nunique() == 1:
+                labels = dict(zip(grid.rows, line, strict=True)) | {"dataset": name}
+                yield labels | {key: runs[key].iloc[0] for key in ("backbone", "method")}, value, runs
 
 
 def _fits(published: pd.DataFrame, ours: dict[str, str], runs: pd.DataFrame) -> pd.Series:

@@ -105,7 +105,7 @@ def _notes(grid: Grid, counts: bool, extras: bool, text: pd.DataFrame) -> list[s
     )
     marks = {*grid.cells["mark"], *grid.marks.values()} - {""}
     if marks:
-        notes.append(("Bold (* in the terminal): best" + _among(grid) + "."))
+        notes.append("Bold (* in the terminal): best" + _among(grid) + ".")
     if grid.value.noisy and marks:
         over = "seeds" + (" and data sets" if grid.means else "")
         few = any("?" in mark for mark in marks)

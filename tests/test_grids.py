@@ -213,6 +213,17 @@ def test_published_figures_beside_ours(make_result):
     assert "No published figure fits" in shown([vit_b(make_result, images=50_000)], rows="method", against="published")
 
 
+def test_published_means_of_vtab(make_result):
+    runs = [vit_b(make_result) for _ in published.EVERY]
+    for run, task in zip(runs, sorted(published.EVERY), strict=True):
+        run["data"]["name"], run["id"] = f"vtab_{task}", task
+    text = shown(runs, rows="method", groups="vtab", against="published")
+    assert "vtab_natural" in text and "vtab_mean19" in text and "vtab_group_mean" in text
+    assert "+10.95" in text, "73 everywhere, less 62.05"
+    assert "vtab_structured" in shown(runs[:-1], rows="method", groups="vtab", against="published").split("Against")[1]
+    assert "vtab_mean19" not in shown(runs[:-1], rows="method", groups="vtab", against="published")
+
+
 def test_users_add_published_figures(make_result, tmp_path):
     path = tmp_path / "mine.csv"
     line = dict(
