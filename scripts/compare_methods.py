@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from s2a_cli import records, tables
 from s2a_cli.compose import compose
 from s2a_cli.training import train
@@ -25,13 +23,7 @@ METHODS = {"full": [1e-4, 2e-4, 4e-4, 8e-4], "linear": RATES, "bias": RATES, "pr
 
 
 def run(folder: Path, words: list[str]) -> records.Result:
-    config = compose([*words, f"run_dir={folder}"])
-    if (folder / "result.json").is_file():
-        result = records.read_result(folder)
-        if result["status"] == "ok" and result["config"] == OmegaConf.to_container(config):
-            return result
-    print(f"\n{folder}", flush=True)
-    result, _ = train(config)
+    result, _ = train(compose([*words, f"run_dir={folder}"]), once=True)
     if result["status"] != "ok":
         raise SystemExit(f"{folder}: {result['status']}: {result['error']}")
     return result
