@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import signal
 import sys
 import warnings
 from dataclasses import dataclass
@@ -224,6 +225,7 @@ def search(words: list[str]) -> int:
     if done := finished(study):
         print(f"s2a: going on with {len(done)} finished trials of {study.study_name}", file=sys.stderr)
     on = engine(settings, [config.device])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs save where they are
     try:
         Search(study, space, settings, on)(trials)
     finally:
