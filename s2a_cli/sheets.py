@@ -33,6 +33,14 @@ def _figure(grid: Grid, line: tuple[str, ...], column: tuple[str, ...], counts: 
     return text + (f" ({found['n']})" if counts else "") + ("†" if found["mixed"] else "") + _suffix(found["mark"])
 
 
+def _tilde(grid: Grid, line: tuple[str, ...]) -> str:
+    """What stands before a row's means: "~" where a predicted figure is among its cells."""
+    if grid.value.column not in grids.MEASURABLE:
+        return ""
+    row = grid.cells.loc[line if len(line) > 1 else line[0], "kind"]
+    return "~" if "predicted" in ([row] if isinstance(row, str) else list(row)) else ""
+
+
 def _suffix(mark: str) -> str:
     mark = mark.removeprefix("best")
     return f" {mark}" if mark else ""
@@ -77,7 +85,9 @@ def sheet(grid: Grid) -> tuple[Sheet, list[str]]:
                 bold.add((number_of, title))
         for mean in grid.means:
             mark = grid.marks.get((line, mean.title), "")
-            record[mean.title] = number(grids.mean_of(grid, line, mean), grid.value.digits) + _suffix(mark)
+            record[mean.title] = (
+                _tilde(grid, line) + number(grids.mean_of(grid, line, mean), grid.value.digits) + _suffix(mark)
+            )
             if mark.startswith("best"):
                 bold.add((number_of, mean.title))
         records.append(record | (_extras(grid, line) if extras else {}))
@@ -174,16 +184,19 @@ def against_reference(grid: Grid, reference: str) -> tuple[Sheet, list[str]]:
             found.append(None if name == reference else difference(_of(pairs, line), _of(pairs, base)))
         ps = iter(holm(d.p for d in found if d))
         for record, line, d in zip(records, named, found, strict=True):
-            mean = number(_of(pairs, line).mean(), grid.value.digits)
-            mark = verdict(next(ps)) if d else ""
+            mean = _tilde(grid, line) + number(_of(pairs, line).mean(), grid.value.digits)
+            mark = verdict(next(ps)) if d and grid.value.noisy else ""
             few |= mark == "?"
             record[title] = f"{mean}" if d is None else _difference(grid, mean, d, mark)
     text = pd.DataFrame(records)
+    agreed = f"± its standard error, and the number of pairs (same {', '.join(_agreed(grid))})."
     notes = [
-        f"{grid.value.title}{ARROWS[grid.value.better]}: mean of the runs that pair; in brackets the mean difference to "
-        f"{reference} ± its standard error, and the number of pairs (same {', '.join(_agreed(grid))}).",
-        TESTED.format(over="seeds and data sets", best="reference", few=FEW if few else ""),
+        f"{grid.value.title}{ARROWS[grid.value.better]}: mean of the runs that pair; in brackets the mean difference to {reference} {agreed}"
     ]
+    if grid.value.noisy:
+        notes.append(TESTED.format(over="seeds and data sets", best="reference", few=FEW if few else ""))
+    if any(_tilde(grid, line) for line in grid.lines()):
+        notes.append(PREDICTED)
     return Sheet(text, set(text.columns) - set(grid.rows), title=f"Against {reference}"), [*notes, *grid.notes]
 
 

@@ -173,11 +173,12 @@ def table(words: list[str]) -> int:
     options, wanted, folders = _runs(words, TABLE)
     render.checked(options.get("format", "terminal"))
     frame = grids.keep(tables.load(folders), wanted, TABLE)
-    print(sheets.show(frame, options))
+    shown = sheets.show(frame, options)
     if "figure" in options:
         from s2a_cli import figures
 
         figures.save(tables.table(frame), Path(options["figure"]))
+    print(shown)
     return 0
 
 

@@ -158,6 +158,21 @@ def test_memory_is_marked_as_predicted_and_kinds_are_not_averaged(make_result):
     assert "*~90.0" in shown([make_result(), make_result(method="bias", peak=90.0)], rows="method", value="peak")
 
 
+def test_predicted_figures_are_never_shown_bare(make_result):
+    runs = [
+        make_result(dataset=d, method=m, seed=s, peak=p)
+        for d in ("pets", "dtd")
+        for m, p in (("a", 90.0), ("b", 80.0))
+        for s in range(3)
+    ]
+    grid = grid_of(runs, value="peak")
+    assert sheets.sheet(grid)[0].text.set_index("method").loc["a"].tolist() == ["~90.0", "~90.0", "~90.0"]
+    sheet, notes = sheets.against_reference(grid, "b")
+    assert (
+        sheet.text.set_index("method").loc["a", "all pairs"] == "~90.0 (+10.0 ± 0.0, 6)" and sheets.PREDICTED in notes
+    )
+
+
 def test_data_sets_in_rows_compete_along_the_row(make_result):
     runs = [
         make_result(dataset=d, method=m, top1=t) for d in ("pets", "dtd") for m, t in (("bias", 80.0), ("s2a", 90.0))
