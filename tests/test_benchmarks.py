@@ -10,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import kernel_check  # noqa: E402
 import rows  # noqa: E402
 import tiers  # noqa: E402
 import tiers_report  # noqa: E402
@@ -247,7 +248,7 @@ def test_operators_are_compared_with_their_twins():
         return PLAIN["multiply_levels"](x, *args) * 1.5
 
     made = rows.Made(rows.BY_NAME["T2"], SHALLOW, CPU)
-    twins = tiers.Twins(("encode_levels", "multiply_levels"), PLAIN | {"multiply_levels": wrong})
+    twins = kernel_check.Twins(("encode_levels", "multiply_levels"), PLAIN | {"multiply_levels": wrong})
     with twins:
         made(made.model, made.optimizer(), *tiers.noise(16, 2))
     assert twins.worst == {"encode_levels": 0.0, "multiply_levels": pytest.approx(1 / 3)}
