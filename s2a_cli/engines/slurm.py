@@ -108,7 +108,8 @@ class Submitted:
         self._job, self._log = job, log
         self._code: int | None = None
         self._next = 0.0  # when to look again
-        self._ended: float | None = None  # since when it is over without a word
+        self._ended: float | None = None  # since when it is over, and it is not known why
+        self._stopped = False
 
     def state(self) -> str:
         return self._job.state
@@ -131,21 +132,24 @@ class Submitted:
     def _look(self) -> int | None:
         if not self.over():
             return None
+        code = INTERRUPTED
         if self._job.paths.result_pickle.exists():
             if error := self._job.exception():
                 note(self._log, str(error).strip().splitlines()[-1])
                 return 1
-            return self._job.result()
+            code = self._job.result()
+        if code != INTERRUPTED or self._stopped:
+            return code
         self._ended = self._ended or time.monotonic()
         if time.monotonic() - self._ended < LATE:
             return None
-        note(
-            self._log,
-            f"SLURM job {self._job.job_id} ended as {self.state()}; its own output is in {self._job.paths.folder}",
-        )
-        return LOST
+        self._job.get_info(mode="force")
+        own = f"its own output is in {self._job.paths.folder}"
+        note(self._log, f"SLURM job {self._job.job_id} ended as {self.state()}; {own}")
+        return 1 if self.state().startswith("CANCELLED") else LOST  # by hand: it is not wanted any more
 
     def stop(self) -> None:
+        self._stopped = True
         self._job.cancel(check=False)
 
 
