@@ -20,7 +20,7 @@ from s2a_cli.verbs import VERBS
         ("s2a train --d", ["--debug"]),
         ("s2a --debug tr", ["train"]),
         ("s2a ls da", ["datasets"]),
-        ("s2a table fo", ["format=terminal", "format=md", "format=csv", "format=latex"]),
+        ("s2a table fo", ["format=terminal", "format=md", "format=csv", "format=latex", "format=html"]),
         ("s2a table runs/", []),
         ("s2a eval run=runs/", []),
         ("s2a nothing ", []),
