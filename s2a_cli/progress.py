@@ -13,7 +13,7 @@ SECONDS_BETWEEN_LINES = 15.0
 class Progress:
     """`with Progress("real.zip", total, "B") as progress: progress.add(n)`; unit "B" counts bytes.
 
-    `add(n, loss="0.1")` shows a state behind the bar. `note(line)` says something that stays: above the bar on a terminal,
+    `add(n, loss="0.1")` shows a state behind the bar. `note(line, n)` says something that stays: above the bar on a terminal,
     elsewhere with the rate and the time left, instead of the lines in between.
     """
 
@@ -43,9 +43,11 @@ class Progress:
         elif time.monotonic() - self._spoke >= SECONDS_BETWEEN_LINES:
             self._say(self.line(time.monotonic() - self._start))
 
-    def note(self, line: str) -> None:
+    def note(self, line: str, amount: int = 0) -> None:
+        self.done += amount
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
+            self._bar.update(amount)
         else:
             self._say(f"{line}, {self._pace(time.monotonic() - self._start)}")
 

@@ -268,14 +268,13 @@ class Sweep:
             if state == "busy" or code == records.Busy.code:  # another sweep was a moment faster
                 self.busy.append(member)
                 continue
-            progress.add(1, running=str(len(self.jobs)))
             if state == "done" and (code == 0 or not self.force):
                 self.summary.done.append(member)
-                progress.note(f"done: {member.name}: {_figures(member)}, {took}")
+                progress.note(f"done: {member.name}: {_figures(member)}, {took}", 1)
                 continue
             line = _last_line(member) if code > 0 else f"killed by signal {-code}"
             self.summary.failed.append((member, line))
-            progress.note(f"failed: {member.name}: {line}")
+            progress.note(f"failed: {member.name}: {line}", 1)
             if self.fail_fast:
                 self.summary.left, self.todo = self.todo, []
 
