@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from s2a_cli.activations import levels
 from s2a_cli.config import QuantConfig
+from s2a_cli.memory.hollow import is_hollow
 
 SAMPLE = 1 << 16  # elements of a layer's input that a histogram is made of
 ROWS = 1 << 18  # elements that the shifts and factors are made of
@@ -36,6 +37,7 @@ class Calibration:
         self.is_stochastic = config.rounding == "stochastic"
         self._found: dict[str, Tensor] = {}  # as in a checkpoint: levels [2**bits] or channels [2, width], on the CPU
         self._ready: dict[str, levels.Table | Tensor] = {}  # made of these, where they are used
+        self._traced: dict[str, levels.Table | Tensor] = {}  # their stand-ins in a prediction or a trace
         self._is_paused = False
         self._draws, self._origin = 0, torch.initial_seed()
 
@@ -85,9 +87,9 @@ class Calibration:
         """
         if (ready := self._is_ready(site, x)) is not None:
             return ready
-        if isinstance(x, FakeTensor) and self.config.calibrate and not self._is_paused:
-            self._ready[site] = x.new_empty((2, x.shape[-1]), dtype=torch.float32)
-            return self._ready[site]
+        if is_hollow(x) and self.config.calibrate and not self._is_paused:
+            self._traced[site] = x.new_empty((2, x.shape[-1]), dtype=torch.float32)
+            return self._traced[site]
         known = self._known(site, x, lambda: _channels(change(_rows(x))))
         if known is None:
             return None
@@ -97,20 +99,20 @@ class Calibration:
 
     def _is_ready(self, site: str, x: Tensor) -> levels.Table | Tensor | None:
         """What serves inputs like x at this site, if it was made before."""
-        ready = self._ready.get(site)
+        ready = (self._traced if is_hollow(x) else self._ready).get(site)
         tensor = ready.levels if isinstance(ready, levels.Table) else ready
         fits = tensor is not None and tensor.device == x.device and isinstance(tensor, FakeTensor) == isinstance(x, FakeTensor)
         return ready if fits else None
 
     def _stand_in(self, site: str, table: levels.Table, x: Tensor) -> levels.Table:
-        """A fixed table; for fake inputs in a tensor of the site's own, as a fitted one would be."""
-        if isinstance(x, FakeTensor) and self.config.calibrate and not self._is_paused:
-            self._ready[site] = table = table.fake(x)
+        """A fixed table; for inputs without data in a tensor of the site's own, as a fitted one would be."""
+        if is_hollow(x) and self.config.calibrate and not self._is_paused:
+            self._traced[site] = table = table.hollow(x)
         return table
 
     def _known(self, site: str, x: Tensor, find: Callable[[], Tensor]) -> Tensor | None:
         """What was found at this site, now or before; None where nothing is to be."""
-        if not self.config.calibrate or isinstance(x, FakeTensor) or x.numel() == 0:
+        if not self.config.calibrate or is_hollow(x) or x.numel() == 0:
             return None
         if site in self._found:
             return self._found[site]

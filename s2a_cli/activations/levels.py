@@ -48,8 +48,8 @@ class Table:
     def to(self, device: torch.device) -> Table:
         return self._each(lambda t: t.to(device))
 
-    def fake(self, like: FakeTensor) -> Table:
-        """The shapes of this table, for a trace."""
+    def hollow(self, like: Tensor) -> Table:
+        """The shapes of this table, for a prediction or a trace."""
         return self._each(lambda t: like.new_empty(t.shape, dtype=t.dtype))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Table:

@@ -1,4 +1,4 @@
-"""The live-storage tracker on hand-made examples with known byte counts, on real and on fake tensors."""
+"""The live-storage tracker on hand-made examples with known byte counts, on real and on hollow tensors."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2a_cli.memory import Tracker, saved_bytes
+from s2a_cli.memory.hollow import Hollow
 
 KIB = 1024
 
 
-@pytest.fixture(params=["real", "fake"], autouse=True)
+@pytest.fixture(params=["real", "hollow"], autouse=True)
 def tensors(request):
-    with FakeTensorMode() if request.param == "fake" else nullcontext():
+    with Hollow() if request.param == "hollow" else nullcontext():
         yield request.param
 
 
@@ -85,7 +85,7 @@ def test_the_peak_is_the_highest_sum_and_can_be_reset():
         del a, b
         d = c + 1  # 8
         assert (tracker.live, tracker.peak) == (8 * KIB, 12 * KIB)
-        tracker.reset_peak()
+        tracker.reset()
         assert tracker.peak == 8 * KIB
         del c, d
         assert (tracker.live, tracker.peak) == (0, 8 * KIB)
@@ -115,11 +115,11 @@ def test_several_results_of_one_operator_count_each():
         del indices
 
 
-def test_reading_a_value_works_on_fake_tensors(tensors):
+def test_reading_a_value_works_on_hollow_tensors(tensors):
     with Tracker():
         flag, whole, real = torch.ones(1) > 0, torch.ones(1, dtype=torch.long), torch.ones(1)
         assert bool(flag) is True and int(whole) == 1 and float(real) == 1.0
-        if tensors == "fake":  # one, whatever it would be
+        if tensors == "hollow":  # one, whatever it would be
             assert float(torch.zeros(1)) == 1.0
 
 

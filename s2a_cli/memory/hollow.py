@@ -1,0 +1,137 @@
+"""Tensors without data: real training code runs on them, no kernel does.
+
+Within `Hollow`, operators return tensors that nobody has written to. The operating system gives a page of memory when it
+is first written, so these take none, whatever their size. What an operator returns is asked once for each combination
+of shapes, of PyTorch's fake tensors; the second layer of a network costs a look-up. That is several times faster than
+fake tensors throughout, and dispatch, autocast and autograd are those of CPU tensors.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+aten = torch.ops.aten
+AS_IT_IS = object()  # an operator that touches no data, or returns its input's storage
+
+
+class Hollow(TorchDispatchMode):
+    """The mode. Views and changes of shape are real, in-place operators do nothing, all others return new tensors.
+
+    Reading a value (`loss.item()`, Adam's step counter) gives one, and a GradScaler finds all gradients finite. Raises
+    torch's DataDependentOutputException or DynamicOutputShapeException where a shape depends on values.
+    """
+
+    active = 0  # how many are entered
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fake = FakeTensorMode()
+        self._returns: dict[Any, list[int | None]] = {}  # operator -> for each result the argument that it is, if any
+        self._known: dict[tuple, Any] = {}  # operator and what it was called with -> its results
+        self._finite: dict[int, weakref.ref] = {}  # address -> storage of a GradScaler's flag
+
+    def __enter__(self) -> Hollow:
+        Hollow.active += 1
+        self._fill = torch.utils.deterministic.fill_uninitialized_memory
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it would write to all of them
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        Hollow.active -= 1
+        torch.utils.deterministic.fill_uninitialized_memory = self._fill
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            return self._value(args[0])
+        if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
+            storage = args[1].untyped_storage()
+            self._finite[storage._cdata] = weakref.ref(storage)
+        returns = self._returns.get(func)
+        if returns is None:
+            returns = self._returns[func] = _returns(func)
+        if returns is AS_IT_IS:
+            return func(*args, **kwargs)
+        if None not in returns:  # in place
+            same = [args[i] if i < len(args) else kwargs[func._schema.arguments[i].name] for i in returns]
+            return tuple(same) if len(same) > 1 else same[0] if same else None
+        key = func, _described(args), _described(tuple(kwargs.items()))
+        results = self._known.get(key)
+        if results is None:
+            results = self._known[key] = self._ask(func, args, kwargs)
+        return func(*args, **kwargs) if results is AS_IT_IS else _made(results)
+
+    def _ask(self, func, args: tuple, kwargs: dict) -> Any:
+        """What fake tensors say that the operator returns."""
+        with self._fake:
+            args, kwargs = tree_map(_like, (args, kwargs))
+            given: set[int] = set()
+            tree_map(lambda x: given.add(x.untyped_storage()._cdata) if isinstance(x, Tensor) else None, (args, kwargs))
+            out = func(*args, **kwargs)
+            results = out if isinstance(out, tuple | list) else [out]
+            if any(isinstance(x, Tensor) and x.untyped_storage()._cdata in given for x in results):
+                return AS_IT_IS
+            return _specified(out)
+
+    def _value(self, tensor: Tensor) -> bool | int | float:
+        flag = self._finite.get(tensor.untyped_storage()._cdata)
+        value = 0.0 if flag and flag() is not None else 1.0
+        return value if tensor.dtype.is_floating_point else tensor.dtype is torch.bool or 1
+
+
+def is_hollow(tensor: Tensor) -> bool:
+    """Whether nothing can be learned from the values of a tensor: a prediction, or a trace of the compiler's, is going on."""
+    return Hollow.active > 0 or isinstance(tensor, FakeTensor)
+
+
+def _returns(func) -> list[int | None] | object:
+    """For each result of an operator the place of the argument that it is, None for a new one; AS_IT_IS for views."""
+    schema = func._schema
+    aliases = [result.alias_info for result in schema.returns]
+    if torch.Tag.inplace_view in func.tags or any(alias and not alias.is_write for alias in aliases):
+        return AS_IT_IS
+
+    def place(alias) -> int:
+        names = (argument.alias_info and argument.alias_info.before_set for argument in schema.arguments)
+        return next(i for i, name in enumerate(names) if name == alias.before_set)
+
+    return [place(alias) if alias else None for alias in aliases]
+
+
+def _described(x: Any) -> Any:
+    """What an operator's results depend on, hashable; 1, 1.0 and True are told apart."""
+    kind = type(x)
+    if kind is int or kind is str or x is None:
+        return x
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype
+    if isinstance(x, tuple | list):
+        return tuple([_described(inner) for inner in x])
+    return kind, x
+
+
+def _like(x: Any) -> Any:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if isinstance(x, Tensor) else x
+
+
+def _specified(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return "tensor", tuple(x.shape), x.stride(), x.dtype
+    if isinstance(x, tuple | list):
+        return "several", type(x), [_specified(inner) for inner in x]
+    return "value", x
+
+
+def _made(results: Any) -> Any:
+    kind, *rest = results
+    if kind == "tensor":
+        return torch.empty_strided(rest[0], rest[1], dtype=rest[2])
+    return rest[0](map(_made, rest[1])) if kind == "several" else rest[0]

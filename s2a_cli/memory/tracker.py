@@ -1,0 +1,133 @@
+"""Counts the bytes of tensors that are alive, and keeps a record of when each came and went, and of what it was for."""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from s2a_cli.memory.families import reads
+
+ALLOCATION = 512  # bytes; CUDA's caching allocator rounds each request up to a multiple
+
+
+WATCHED = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in ("convolution", "convolution_backward", "_scaled_dot_product_flash_attention_for_cpu")
+)
+
+
+class Allocation:
+    """One storage: its bytes, rounded; what it is for ("" until known), the operator that made it, the place in the model."""
+
+    __slots__ = ("bytes", "operator", "place", "readers", "use")
+
+    def __init__(self, bytes: int, operator: Any, place: str):
+        self.bytes, self.use, self.operator, self.place = bytes, "", operator, place
+        self.readers: set[str] = set()  # families of operators that read it in a forward pass, and may keep it
+
+
+class Call(NamedTuple):
+    """An operator that CUDA runs in another way."""
+
+    operator: str  # its name, such as aten::convolution
+    inputs: tuple[tuple[int, ...], ...]  # shapes of its tensors, in order
+    outputs: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype  # of its first tensor
+    masked: bool  # with attn_mask
+    forward: bool
+
+
+class Tracker(TorchDispatchMode):
+    """Counts the bytes of all storages that operators return while it is active, until each is freed.
+
+    Storages are counted, not tensors: a view or an in-place result costs nothing, and a small view keeps all of its
+    base alive, as it does on a device. `add` registers tensors that exist already.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0  # bytes
+        self.peak = 0  # bytes, since the start or the last reset_peak()
+        self.peak_at = 0  # how many events were before it
+        self.events: list[tuple[Allocation, bool]] = []  # what came (True) or went (False), in order
+        self.place = ""  # in the model, of what runs now
+        self.reading = False  # whether a forward pass runs: what reads a tensor then may keep it
+        self.calls: list[Call] = []  # attention and convolutions of this step
+        self._storages: dict[int, tuple[weakref.ref, Allocation]] = {}  # address -> the storage, its record
+        self._bounds: list[int] = []  # autograd's sequence number where the place changed in a forward pass
+        self._places: list[str] = []  # and to which
+
+    def add(self, tensors: Iterable[Tensor], operator: Any = None) -> None:
+        """Counts the storages of `tensors`, where they are not counted yet."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            address, size = storage._cdata, -(-storage.nbytes() // ALLOCATION) * ALLOCATION
+            reference, known = self._storages.get(address, (None, None))
+            if size == (known.bytes if known else 0):
+                continue
+            if known:  # resized
+                self._log(known, False)
+            else:  # runs when the last tensor on it dies, be it in Python or in the autograd graph
+                reference = weakref.ref(storage, lambda _, address=address: self._forget(address))
+            allocation = Allocation(size, operator, self._here())
+            self._storages[address] = (reference, allocation)
+            self._log(allocation, True)
+        if self.live > self.peak:
+            self.peak, self.peak_at = self.live, len(self.events)
+
+    def allocation(self, tensor: Tensor) -> Allocation | None:
+        """The record of a tensor's storage; None where it is not counted, or empty."""
+        return self._storages.get(tensor.untyped_storage()._cdata, (None, None))[1]
+
+    def alive(self) -> Iterator[Allocation]:
+        return (allocation for _, allocation in self._storages.values())
+
+    def reset(self) -> None:
+        """Forgets what was, but not what is alive."""
+        self.peak, self.peak_at = self.live, 0
+        self.events.clear()
+        self.calls.clear()
+
+    def moved(self, place: str) -> None:
+        """The forward pass goes on in this place; its backward pass will be known by autograd's sequence numbers."""
+        self.place = place
+        self._bounds.append(torch._C._autograd._get_sequence_nr())
+        self._places.append(place)
+
+    def _here(self) -> str:
+        node = torch._C._current_autograd_node()
+        if node is not None and self._bounds and (number := node._sequence_nr()) < 2**63:  # beyond: an accumulation
+            if number < self._bounds[-1]:  # beyond: within what a backward pass computes again
+                self.place = self._places[max(0, bisect_right(self._bounds, number) - 1)]
+        return self.place
+
+    def _log(self, allocation: Allocation, came: bool) -> None:
+        self.events.append((allocation, came))
+        self.live += allocation.bytes if came else -allocation.bytes
+
+    def _forget(self, address: int) -> None:
+        self._log(self._storages.pop(address)[1], False)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.add(results, func)
+        if self.reading and (keeper := reads(func)):
+            for argument in args:
+                known = self.allocation(argument) if isinstance(argument, Tensor) else None
+                if known:
+                    known.readers.add(keeper)
+        if func in WATCHED:
+            given = [argument for argument in args if isinstance(argument, Tensor)]
+            shapes = (tuple(tuple(tensor.shape) for tensor in tensors) for tensors in (given, results))
+            masked = kwargs.get("attn_mask") is not None
+            self.calls.append(Call(func._schema.name, *shapes, given[0].dtype, masked, self.reading))
+        return out
