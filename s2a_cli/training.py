@@ -272,16 +272,22 @@ def _tensorboard(folder: Path, stack: ExitStack) -> Any:
 
 def predict(run: Run) -> dict[str, Any] | None:
     """The predicted memory of this run's step, with full fine-tuning's beside it; None where it can't be predicted."""
-    exact = OmegaConf.merge(run.config, {"quant": OmegaConf.structured(STOCK)})
-    whole = backbones.build(run.config.backbone, len(run.splits.classes), meta=True)
-    METHODS["full"](OmegaConf.create({"name": "full", "blocks": "all"})).attach(whole)
-    whole.model.to(weight_dtype(run.config.precision))
+    images = len(run.splits.train)
     try:
-        mine, full = (predict_step(b, c, len(run.splits.train)) for b, c in ((run.backbone, run.config), (whole, exact)))
+        mine = predict_step(run.backbone, run.config, images)
+        full = predict_step(*full_finetuning(run.config, len(run.splits.classes)), images)
     except Exception as error:  # a model of timm whose forward pass reads values can't run without data
         print(f"s2a: the memory of this run can't be predicted: {_first_line(error)}", file=sys.stderr)
         return None
     return mine.against(full).as_dict()
+
+
+def full_finetuning(config: DictConfig, classes: int) -> tuple[Backbone, DictConfig]:
+    """The same composition under full fine-tuning with stock PyTorch, for a prediction: its backbone, and its config."""
+    whole = backbones.build(config.backbone, classes, meta=True)
+    METHODS["full"](OmegaConf.create({"name": "full", "blocks": "all"})).attach(whole)
+    whole.model.to(weight_dtype(config.precision))
+    return whole, OmegaConf.merge(config, {"quant": OmegaConf.structured(STOCK)})
 
 
 def predicted_peak(config: DictConfig, classes: int, images: int) -> float | None:
@@ -300,12 +306,17 @@ def predicted_peak(config: DictConfig, classes: int, images: int) -> float | Non
 
 def predict_step(backbone: Backbone, config: DictConfig, images: int) -> memory.Memory:
     """The predicted memory of one training step of a config, of at most `images` images."""
+    return profile_step(backbone, config, images, distributed.part()[1]).memory
+
+
+def profile_step(backbone: Backbone, config: DictConfig, images: int, processes: int = 1) -> memory.Profile:
+    """The same with where it is, for the first of several processes that share a batch."""
     train_mode(backbone.model)
-    count, size = min(config.optim.batch_size, images), backbone.image.size
-    count = -(-count // distributed.part()[1])  # images of the first process
+    count, size = -(-min(config.optim.batch_size, images) // processes), backbone.image.size
     batch = torch.empty(count, 3, size, size), torch.empty(count, dtype=torch.int64)
     step = Step(config, torch.device("cpu"), backbone.block_modules)
-    return memory.predict(backbone.model, batch, step, lambda model: make_optimizer(config.optim, model))
+    blocks = {block.name: block.module for block in backbone.blocks}
+    return memory.profile(backbone.model, batch, step, lambda model: make_optimizer(config.optim, model), blocks)
 
 
 def evaluate(config: DictConfig, folder: Path) -> dict[str, float | None]:
