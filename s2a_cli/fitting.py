@@ -149,7 +149,7 @@ class Fit:
         if meter:
             meter.step_ends()
         self.schedule.step()
-        if at.epoch == 1 and at.step == 0:
+        if at.epoch == 1 and at.step == 0:  # from here on codes are those that a state holds, in all processes
             self.step.calibration = distributed.from_first(lambda: self.step.calibration)
         if not math.isfinite(loss):
             raise RunError(f"the loss is {loss} in epoch {at.epoch}, step {at.step + 1}: lower optim.lr={self.optim.lr:g}")
