@@ -48,7 +48,7 @@ def train(words: list[str]) -> int:
         print(f"\nrun: {folder}")
     status, error = result["status"], result["error"]
     if status != "ok":
-        print(f"s2a: {status}" + (f": {error}" if error != status else ""), file=sys.stderr)
+        print(f"s2a: {status}: " + (error if error != status else "the same line goes on from there"), file=sys.stderr)
     return 0 if status == "ok" else 130 if error == "interrupted" else 1
 
 
