@@ -91,6 +91,8 @@ CODECS = {"bf16": (encode_bf16, decode_bf16), "int8": (encode_int8, decode_int8)
 class Stored(nn.Module):
     """What StoredLinear and StoredConv2d share: codes in place of a weight."""
 
+    stores_weights = True  # in its buffers
+
     def store(self, kind: str, weight: Tensor) -> None:
         encode, self.decode = CODECS[kind]
         self.shape = weight.shape

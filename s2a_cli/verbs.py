@@ -191,6 +191,19 @@ def report(words: list[str]) -> int:
     return 0
 
 
+def memory(words: list[str]) -> int:
+    from s2a_cli.memory import command
+
+    return command.run(words)
+
+
+def first_of_memory(words: list[str]) -> Any:
+    """The config of the first composition of `s2a memory`."""
+    from s2a_cli.memory.command import OPTIONS
+
+    return first_of_grid([word for word in words if word.partition("=")[0] not in OPTIONS])
+
+
 VERBS = {
     "train": Verb(
         train,
@@ -234,6 +247,18 @@ VERBS = {
             "s2a search experiment=photos_112 dataset.root=photos quant=int4,tiny 'optim.mixup=interval(0,1)' search.trials=30",
         ),
         words=("search.trials=", "search.name=", "sweep.workers=", "sweep.dir="),
+    ),
+    "memory": Verb(
+        memory,
+        "s2a memory [key=value,value ...] [fit=8GiB] [context=600MiB] [fragmentation=5%] [processes=N] [figure=FILE.svg] [format=terminal|json|csv]",
+        "predict the peak memory of runs and where it is, without a GPU, weights or images; what fits a device",
+        (
+            "s2a memory backbone=vit_b method=s2a dataset=cifar100 optim.batch_size=64",
+            "s2a memory backbone=vit_b method=full,linear,bias,s2a quant=none,int4 figure=memory.svg",
+            "s2a memory backbone=swin_b method=bias quant=none precision=amp-bf16 fit=8GiB",
+        ),
+        words=("figure=", "fit=", "context=", "fragmentation=", "processes=", "format=terminal", "format=json", "format=csv"),
+        config=first_of_memory,
     ),
     "eval": Verb(
         evaluate,

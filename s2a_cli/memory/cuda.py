@@ -69,7 +69,7 @@ def attention_kernel(dtype: torch.dtype, head: int, masked: bool) -> str:
 def differences(calls: Iterable[Call]) -> list[Difference]:
     """What CUDA adds to the peak of a step with these attentions and convolutions; untested on a device."""
     found = [Difference("cuBLAS workspace", CUBLAS_MIB, False, "CUBLAS_WORKSPACE_CONFIG=:4096:8, held by PyTorch's allocator")]
-    fused = [call for call in calls if "scaled_dot_product" in call.operator and call.forward]
+    fused = [call for call in calls if "scaled_dot_product" in call.operator and call.keeps]
     for kernel in ("flash", "memory-efficient", "unfused"):
         chosen = [call for call in fused if attention_kernel(call.dtype, call.inputs[0][-1], call.masked) == kernel]
         if chosen:

@@ -41,7 +41,7 @@ class Call(NamedTuple):
     outputs: tuple[tuple[int, ...], ...]
     dtype: torch.dtype  # of its first tensor
     masked: bool  # with attn_mask
-    forward: bool
+    keeps: bool  # in a forward pass with gradients: what it keeps for the backward pass is alive behind it
 
 
 class Tracker(TorchDispatchMode):
@@ -129,5 +129,5 @@ class Tracker(TorchDispatchMode):
             given = [argument for argument in args if isinstance(argument, Tensor)]
             shapes = (tuple(tuple(tensor.shape) for tensor in tensors) for tensors in (given, results))
             masked = kwargs.get("attn_mask") is not None
-            self.calls.append(Call(func._schema.name, *shapes, given[0].dtype, masked, self.reading))
+            self.calls.append(Call(func._schema.name, *shapes, given[0].dtype, masked, self.reading and torch.is_grad_enabled()))
         return out

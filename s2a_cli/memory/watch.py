@@ -47,7 +47,8 @@ class Watch:
 
     def step_begins(self) -> None:
         """What is alive stays between steps."""
-        self._name(tree_leaves(list(self.optimizer.state.values())), "optimiser")
+        for parameter, state in self.optimizer.state.items():
+            self._name(tree_leaves(state), "optimiser", parameter)
         for allocation in self.tracker.alive():
             allocation.use = allocation.use if allocation.use in STATIC else "buffers"
         self.static = self.tracker.live
@@ -65,15 +66,19 @@ class Watch:
 
     def after_forward(self) -> None:
         self.kept.append(self.tracker.live - self.static)
-        self._name((p.grad for p in self.model.parameters()), "gradients")
+        self._gradients()
         for allocation in self.tracker.alive():
             allocation.use = allocation.use or "kept"
         self._phase("backward")
 
     def _updates(self) -> None:
-        self._name((p.grad for p in self.model.parameters()), "gradients")
+        self._gradients()
         self._phase("update")
         self.tracker.place = OUTSIDE
+
+    def _gradients(self) -> None:
+        for parameter in self.model.parameters():
+            self._name([parameter.grad], "gradients", parameter)
 
     def _phase(self, name: str) -> None:
         self.phases.append((len(self.tracker.events), name))
@@ -86,11 +91,15 @@ class Watch:
     def _leaves(self) -> None:
         self.tracker.moved(self._stack.pop() if self._stack else OUTSIDE)
 
-    def _name(self, tensors: Iterable[Tensor | None], use: str) -> None:
+    def _name(self, tensors: Iterable[Tensor | None], use: str, parameter: Tensor | None = None) -> None:
+        """What tensors are for; those of a parameter belong where it does."""
+        owner = self.tracker.allocation(parameter) if parameter is not None else None
         for tensor in tensors:
             allocation = self.tracker.allocation(tensor) if isinstance(tensor, Tensor) else None
             if allocation and allocation.use in ("", "kept", "buffers"):
                 allocation.use = use
+                if owner:
+                    allocation.place, allocation.operator = owner.place, owner.operator
 
     def _name_weights(self) -> None:
         for path, module in self.model.named_modules():
