@@ -13,6 +13,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +24,10 @@ from s2a_cli.memory.tracker import Call
 
 # "CUDA Ops that can autocast to float32" of PyTorch's AMP documentation, those that a CPU leaves in 16 bits.
 IN_FP32 = {
-    *(F.softmax, F.log_softmax, F.layer_norm, F.group_norm, F.cosine_similarity, F.softplus, F.softmin, F.normalize),
+    *(F.softmax, F.log_softmax, F.layer_norm, F.group_norm, F.cosine_similarity, F.softplus, F.softmin),
     *(torch.softmax, torch.log_softmax, torch.layer_norm, torch.group_norm, torch.exp, torch.log, torch.pow, torch.rsqrt, torch.norm),
     *(torch.Tensor.softmax, torch.Tensor.log_softmax, torch.Tensor.exp, torch.Tensor.log, torch.Tensor.pow, torch.Tensor.norm),
-    *(torch.Tensor.sum, torch.Tensor.prod, torch.Tensor.cumsum, torch.sum, torch.prod, torch.cumsum),
-} - {F.normalize}
+}
 
 
 class CudaAutocast(TorchFunctionMode):
@@ -36,9 +36,12 @@ class CudaAutocast(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in IN_FP32 and torch.is_autocast_enabled("cpu"):
-            args = tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args)
-            kwargs = {key: x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for key, x in kwargs.items()}
+            args, kwargs = tuple(map(_in_fp32, args)), {key: _in_fp32(x) for key, x in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def _in_fp32(x: Any) -> Any:
+    return x.float() if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 CUBLAS_MIB = 32  # CUBLAS_WORKSPACE_CONFIG=:4096:8, which a run sets for determinism: 8 buffers of 4096 KiB
