@@ -57,6 +57,7 @@ class Predictor:
     def __init__(self, processes: int = 1):
         self.processes = processes
         self._full: dict[str, Profile] = {}
+        self._built: dict[str, backbones.Backbone] = {}  # for other batch sizes
 
     def __call__(self, composition: Composition) -> Profile:
         """The step of a composition. Raises UserError for one that can't be predicted, and for settings that don't fit."""
@@ -66,9 +67,12 @@ class Predictor:
         if config.quant.budget_mib:
             budget = f"{config.quant.budget_mib:g}"
             raise UserError(f"quant=auto can't be predicted: it chooses on images of the run, for a peak of at most {budget} MiB")
-        backbone = backbones.build(config.backbone, composition.classes, meta=True)
-        training.attach(config, backbone)
-        return self._profile(backbone, config, composition)
+        key = json.dumps([OmegaConf.to_container(OmegaConf.merge(config, {"optim": {"batch_size": 1}}), resolve=True), composition.classes])
+        if key not in self._built:
+            backbone = backbones.build(config.backbone, composition.classes, meta=True)
+            training.attach(config, backbone)
+            self._built[key] = backbone
+        return self._profile(self._built[key], config, composition)
 
     def full(self, composition: Composition) -> Profile:
         """The same composition under full fine-tuning, with stock PyTorch."""

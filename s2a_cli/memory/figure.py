@@ -92,7 +92,7 @@ def _timeline(axis: plt.Axes, profile: Profile) -> None:
     axis.set(xlim=(0, len(total) - 1), ylim=(0, top * 1.25), ylabel="MiB alive, predicted")
     starts = [max(0, at - profile.begins_at) for at, _ in profile.phases]
     for (_, name), start, end in zip(profile.phases, starts, [*starts[1:], len(total) - 1], strict=True):
-        if start:
+        if start > 0.01 * len(total):
             axis.axvline(start, color="#333333", lw=0.7, ls=(0, (4, 3)))
         if end - start > 0.05 * len(total):
             axis.text((start + end) / 2, top * 1.23, name, ha="center", va="top", color="#555555")

@@ -152,7 +152,7 @@ def resolved(words: list[str]) -> list[str]:
     """
     if "optim.batch_size=auto" not in words:
         return words
-    if not torch.cuda.is_available():
+    if not torch.cuda.device_count():
         raise UserError("optim.batch_size=auto: there is no CUDA device to fit; `s2a memory fit=8GiB` tells a batch for one elsewhere")
     rest = [word for word in words if word != "optim.batch_size=auto"]
     config = compose([word for word in rest if not word.startswith("--")])

@@ -1,0 +1,203 @@
+"""`s2a memory`: its output, what fits, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from s2a_cli.cli import main
+from s2a_cli.compose import compose
+from s2a_cli.errors import UserError
+from s2a_cli.memory.compositions import Composition, Predictor, sizes
+from s2a_cli.memory.fit import Margin, changed, device_size, largest, largest_batch, resolved, size
+from s2a_cli.memory.report import _merged
+from s2a_cli.memory.result import MIB
+
+SMALL = ["backbone=vit_t", "backbone.image_size=64", "dataset=cifar10", "optim.batch_size=16"]
+GIB = 1024 * MIB
+
+
+@pytest.fixture
+def s2a(capsys):
+    def run(*words):
+        code = main(["memory", *SMALL, *words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_one_composition(s2a):
+    code, out, _ = s2a("method=bias", "quant=none")
+    assert code == 0 and "predicted, not measured" in out
+    full, mine = (float(re.search(pattern, out)[1].replace(",", "")) for pattern in (r"fine-tuning \(([\d.,]+) MiB", r"peak ([\d.,]+) MiB"))
+    assert full > mine > 0
+    line = next(line for line in out.splitlines() if line.startswith("sum"))
+    assert [float(number.replace(",", "")) for number in line.split()[1:]] == [mine, full]
+
+
+def test_json_and_csv_hold_parts_that_add_up(s2a):
+    _, out, _ = s2a("method=s2a", "format=json")
+    (found,) = json.loads(out)
+    assert sum(part["mib"] for part in found["parts"]) == pytest.approx(found["peak_mib"], abs=1e-9)
+    assert found["kind"] == "predicted" and found["classes"] == 10 and found["full_finetune_peak_mib"] > found["peak_mib"]
+    _, out, _ = s2a("method=s2a", "format=csv")
+    lines = list(csv.DictReader(io.StringIO(out)))
+    assert sum(int(line["bytes"]) for line in lines) == round(found["peak_mib"] * MIB)
+
+
+def test_several_compositions_are_compared(s2a, tmp_path):
+    figure = tmp_path / "memory.svg"
+    code, out, _ = s2a("method=linear,bias", "quant=none,int4", "compile=false,true", f"figure={figure}")
+    assert code == 0 and figure.read_text().startswith("<?xml")
+    names = [line.split("  ")[0] for line in out.splitlines() if line.startswith("method=") and ":" not in line]
+    assert len(names) == 8 and names[0] == "method=linear quant=none compile=False"
+    assert out.count("compile=true can't be predicted") == 4
+
+
+def test_the_figure_of_one(s2a, tmp_path):
+    assert s2a("method=bias", f"figure={tmp_path / 'one.png'}")[0] == 0
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("fit=8Gb", "MiB or GiB"),
+        ("fit=-8GiB", "above 0"),
+        ("fit=0GiB", "above 0"),
+        ("fit=cuda:99", "CUDA device" if not torch.cuda.is_available() else "there are cuda:0"),
+        ("context=1", "context=600MiB".partition("=")[0]),
+        ("fragmentation=1.5", "share of the peak"),
+        ("processes=0", "at least 1"),
+        ("processes=17", "can't be shared by 17 processes"),
+        ("format=xml", "expected one of terminal, json, csv"),
+        ("figure=a.bmp", "ends in one of .png"),
+        ("optim.batch_size=0", "at least 1"),
+        ("optim.batch_size=-3", "at least 1"),
+        ("optim.batchsize=3", "did you mean"),
+        ("backbone.image_size=8", "can't take it"),
+        ("device=cuda:99", "not available here"),
+        ("compile=true", "can't be predicted"),
+        ("quant=auto quant.budget_mib=500", "can't be predicted"),
+        ("method=interval(0,1)", "interval"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(s2a, word, said):
+    code, out, err = s2a(*word.split())
+    assert code == 2 and out == "" and said in err
+    assert len(err.strip().splitlines()) == 1 and err.startswith("s2a: ")
+
+
+def needed(batch, config, margin=Margin()):
+    return margin.needed(Predictor()(Composition.of(OmegaConf.merge(config, {"optim": {"batch_size": batch}}))).peak_bytes)
+
+
+@pytest.mark.parametrize("words", [["method=bias", "quant=none"], pytest.param(["method=s2a", "quant=tiny"], marks=pytest.mark.slow)])
+def test_the_largest_batch_fits_and_one_more_does_not(words):
+    config, margin = compose([*SMALL, *words]), Margin(context=0)
+    available = 400 * MIB
+    found = largest_batch(config, available, margin)
+    assert found > 1 and needed(found, config, margin) <= available < needed(found + 1, config, margin)
+    assert largest_batch(config, 30 * MIB, margin) == 0
+    config.dataset.shots = 2
+    assert largest_batch(config, 100 * GIB, margin) == 20  # all there are
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 100, 12345])
+@pytest.mark.parametrize("shape", [lambda n: n, lambda n: 10 + n + 5 * (n % 2 == 0) // 5, lambda n: n**1.3, lambda n: 64 * -(-n // 64)])
+def test_the_search_is_exact_and_short(limit, shape):
+    calls = []
+
+    def need(count):
+        calls.append(count)
+        return shape(count)
+
+    found = largest(need, limit, most=5000)
+    assert found == max((count for count in range(1, 5001) if shape(count) <= limit), default=0)
+    assert len(calls) <= 25
+
+
+@pytest.mark.slow
+def test_what_would_make_a_batch_fit(s2a):
+    _, out, _ = s2a("optim.batch_size=512", "method=bias", "quant=none", "fit=1500MiB", "format=json", "dataset=cifar100")
+    fit = json.loads(out)[0]["fit"]
+    assert fit["needed_mib"] > fit["available_mib"] == 1500 and 0 < fit["largest_batch"] < 512
+    options = {" ".join(option["words"]): option for option in fit["options"]}
+    assert list(options)[:3] == ["quant=exact", "quant=int4", "quant=tiny"] and options["quant=tiny"]["fits"]
+    words = [word for word in SMALL if "dataset" not in word and "batch" not in word]
+    config = compose([*words, "dataset=cifar100", "optim.batch_size=512", "method=bias", "quant=tiny"])
+    assert options["quant=tiny"]["needed_mib"] * MIB == needed(512, config)
+    _, out, _ = s2a("method=bias", "fit=8GiB")
+    assert "batch 16 fits" in out and "would change it" not in out
+
+
+def test_sizes():
+    assert size("fit", "1.5GiB") == 1536 * MIB and device_size("512MiB") == 512 * MIB
+    for text in ("8", "8G", "8 GiB", "GiB", "nanGiB", "8gib"):
+        with pytest.raises(UserError, match="fit=8GiB"):
+            size("fit", text)
+
+
+def test_changed_words():
+    words = ["method=bias", "quant=none", "quant.norm=8", "optim.batch_size=4"]
+    assert changed(words, ("quant=tiny",)) == ["method=bias", "optim.batch_size=4", "quant=tiny"]
+
+
+def test_what_is_known_of_data_sets(tmp_path):
+    def of(*words):
+        return sizes(compose(["backbone=vit_t", *words]).dataset)
+
+    assert of("dataset=cifar100") == (100, 45_000, None)
+    assert of("dataset=flowers102", "dataset.shots=2") == (102, 204, None)
+    assert of("dataset=domainnet", "dataset.domain=sketch", "dataset.fraction=0.5")[0] == 345
+    for name in ("cat", "dog", "owl"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    assert of("dataset=folder", f"dataset.root={tmp_path}")[0] == 3
+    classes, _, assumed = of("dataset=folder", f"dataset.root={tmp_path / 'elsewhere'}")
+    assert f"{classes} classes" in assumed
+
+
+def test_the_digits_are_as_many_as_predicted_with():
+    from s2a_cli import data
+
+    config = compose([]).dataset
+    found = data.load(config)
+    assert sizes(config)[:2] == (len(found.classes), pytest.approx(len(found.train), abs=10))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_auto_needs_a_device():
+    assert resolved(["method=bias"]) == ["method=bias"]
+    with pytest.raises(UserError, match="no CUDA device"):
+        resolved(["optim.batch_size=auto"])
+
+
+def test_auto_is_the_largest_batch_of_the_device(monkeypatch, capsys):
+    class Properties:
+        total_memory = 2 * GIB
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    rest = [word for word in SMALL if "batch" not in word]
+    words = resolved([*rest, "optim.batch_size=auto", "method=full", "quant=none", "--once"])
+    found = int(words[-1].removeprefix("optim.batch_size="))
+    config = compose([*rest, "method=full", "quant=none"])
+    assert needed(found, config) <= 2 * GIB < needed(found + 1, config) and words[-2] == "--once"
+    assert f"optim.batch_size={found}" in capsys.readouterr().out
+
+
+def test_processes_share_the_batch(s2a):
+    one, four = (json.loads(s2a("method=full", "quant=none", f"processes={n}", "format=json")[1])[0] for n in (1, 4))
+    assert four["peak_mib"] < one["peak_mib"] and four["static_mib"] == one["static_mib"]
+
+
+def test_equal_neighbours_share_a_line():
+    lines = [["a.0", "1"], ["a.1", "2"], ["a.2", "2"], ["a.3", "2"], ["b", "1"]]
+    assert _merged(lines) == [["a.0", "1"], ["a.1 to a.3, each", "2"], ["b", "1"]]
