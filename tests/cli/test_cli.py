@@ -82,7 +82,6 @@ def test_help_of_train_lists_every_setting_as_composed(capsys):
         (["--completion", "tcsh"], "s2a: --completion tcsh: expected one of bash, zsh, fish"),
         (["eval"], "s2a: run=DIR is needed once: the folder of a finished run, which `s2a train` prints"),
         (["eval", "run=nowhere"], "s2a: nowhere: no result.json there; give the folder of a run"),
-        (["table", "fromat=md"], "s2a: fromat=md: expected folders and format=terminal|md|csv|latex"),
         (["table"], "s2a: no runs/ in this folder; name the folders that hold runs, or make a run with: s2a train"),
     ],
 )
@@ -113,7 +112,7 @@ def test_validate_sums_up(capsys):
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("oom", 1), ("failed", 1), ("interrupted", 1)])
 def test_train_prints_the_table_and_the_folder(training, make_result, capsys, status, code):
     asked = []
-    training.train = lambda config, anew: (asked.append(config.seed), (make_result(status=status), Path("runs/x")))[1]
+    training.train = lambda config, anew, once: (asked.append(config.seed), (make_result(status=status), Path("runs/x")))[1]
     assert main(["train", "seed=5"]) == code and asked == [5]
     said = capsys.readouterr()
     assert "peak MiB" in said.out and said.out.endswith("\nrun: runs/x\n")
@@ -130,7 +129,7 @@ def test_train_prints_the_table_and_the_folder(training, make_result, capsys, st
     ],
 )
 def test_errors_of_a_run(training, capsys, error, code, expected):
-    def train(config, anew):
+    def train(config, anew, once):
         raise error
 
     training.train = train
