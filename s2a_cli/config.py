@@ -103,6 +103,7 @@ class RunConfig:
     precision: str = "fp32"  # fp32 | amp-bf16 | amp-fp16 | bf16
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     compile: bool = False  # torch.compile: minutes at the start, faster steps
+    profile: str | None = None  # memory: also write PyTorch's record of all allocations to the run's folder; needs CUDA
     compile_budget: float | None = None  # with compile, the compiler's activation_memory_budget: 0 recomputes all, 1 nothing
     workers: int | None = None  # processes that load images; null chooses
     test: bool = True  # false: leave the test split alone; for a search
@@ -215,6 +216,7 @@ RULES = {  # a key, or a pattern that matches keys
     "compile_budget": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
     "precision": one_of("fp32", "amp-bf16", "amp-fp16", "bf16"),
     "device": pattern("auto, cpu, cuda, cuda:N or mps", r"auto|cpu|mps|cuda(:\d+)?"),
+    "profile": one_of("memory"),
     "workers": NOT_NEGATIVE,
     "sweep.workers": AT_LEAST_1,
     "sweep.launcher": one_of("local", "slurm", "ray"),

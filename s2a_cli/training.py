@@ -175,7 +175,9 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> records.Resu
                 records.atomic_write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
             board = _tensorboard(folder, stack) if config.tensorboard and distributed.is_first() else None
             result["memory"] = None if config.compile else predict(run)  # the compiler decides what it keeps
+            _foretell(result["memory"], run.device)
             run.model.to(run.device)
+            stack.enter_context(memory.snapshot(folder, run.device, config.profile == "memory"))
             if config.compile:
                 _compile(run.model, config.compile_budget)
             if state:
@@ -198,6 +200,15 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> records.Resu
     if result["status"] == "ok" and distributed.is_first():
         (folder / checkpoints.STATE).unlink(missing_ok=True)
     return result
+
+
+def _foretell(predicted: dict[str, Any] | None, device: torch.device) -> None:
+    """Says before the first step what the run is predicted to need, and warns where the device has less."""
+    if predicted and distributed.is_first():
+        said, warning = memory.outlook(predicted, device)
+        print(said)
+        if warning:
+            print(f"s2a: {warning}", file=sys.stderr)
 
 
 def _failed(folder: Path, result: records.Result, error: Exception) -> None:

@@ -38,6 +38,10 @@ def composed(words: list[str]) -> Any:
 
 
 def train(words: list[str]) -> int:
+    if "optim.batch_size=auto" in words:
+        from s2a_cli.memory.fit import resolved
+
+        words = resolved(words)
     config = composed([word for word in words if not word.startswith("--")])
     from s2a_cli import tables, training
     from s2a_cli.distributed import silenced

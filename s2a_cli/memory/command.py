@@ -12,7 +12,8 @@ from s2a_cli.errors import UserError, nearest
 from s2a_cli.grid import expand
 from s2a_cli.memory import report
 from s2a_cli.memory.compositions import Composition, Predictor
-from s2a_cli.memory.fit import Margin, device_size, largest_batch, options, size
+from s2a_cli.memory.fit import device_size, largest_batch, options, size
+from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.report import Fitted, Row
 
 OPTIONS = ("format", "figure", "fit", "context", "fragmentation", "processes")  # words that are not of the composition

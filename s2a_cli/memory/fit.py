@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,29 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from s2a_cli.compose import compose
 from s2a_cli.errors import UserError
 from s2a_cli.memory.compositions import Composition, Predictor
-from s2a_cli.memory.cuda import CUBLAS_MIB
+from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.result import MIB
 
 UNITS = {"MiB": MIB, "GiB": 1024 * MIB}
-
-
-@dataclass(frozen=True)
-class Margin:
-    """What a run needs on a device beyond its predicted peak. Assumed, not measured.
-
-    context: bytes of the CUDA context with its kernels and the handles of cuBLAS and cuDNN, which lie outside of PyTorch's
-    allocator. fragmentation: of the peak, for blocks that the allocator can't use, and kernels' own temporaries.
-    """
-
-    context: int = 600 * MIB
-    fragmentation: float = 0.05
-
-    def needed(self, peak_bytes: float) -> float:
-        """Bytes of the device that a run with this peak needs; cuBLAS' workspace is the run's own setting."""
-        return peak_bytes * (1 + self.fragmentation) + CUBLAS_MIB * MIB + self.context
-
-    def __str__(self) -> str:
-        return f"{self.context / MIB:,.0f} MiB for the CUDA context, {CUBLAS_MIB} MiB for cuBLAS, {self.fragmentation:.0%} of the peak for fragmentation"
 
 
 def size(key: str, text: str) -> int:
@@ -158,7 +140,7 @@ def resolved(words: list[str]) -> list[str]:
     config = compose([word for word in rest if not word.startswith("--")])
     device = torch.device("cuda" if config.device == "auto" else config.device)
     total = torch.cuda.get_device_properties(device).total_memory
-    found = largest_batch(config, total)
+    found = largest_batch(config, total, predictor=Predictor(int(os.environ.get("WORLD_SIZE", 1))))
     if not found:
         raise UserError(f"optim.batch_size=auto: not one image fits the {total / MIB:,.0f} MiB of {device}; see s2a memory fit=")
     print(f"optim.batch_size={found}: the largest that is predicted to fit the {total / MIB:,.0f} MiB of {device}")

@@ -14,7 +14,8 @@ from tabulate import tabulate
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.memory.compositions import Composition
 from s2a_cli.memory.cuda import Difference, differences, reserved
-from s2a_cli.memory.fit import Margin, Option
+from s2a_cli.memory.fit import Option
+from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.result import MIB
 from s2a_cli.memory.watch import USES
 

@@ -15,7 +15,8 @@ from s2a_cli.cli import main
 from s2a_cli.compose import compose
 from s2a_cli.errors import UserError
 from s2a_cli.memory.compositions import Composition, Predictor, sizes
-from s2a_cli.memory.fit import Margin, changed, device_size, largest, largest_batch, resolved, size
+from s2a_cli.memory.fit import changed, device_size, largest, largest_batch, resolved, size
+from s2a_cli.memory.margin import Margin, outlook
 from s2a_cli.memory.report import _merged
 from s2a_cli.memory.result import MIB
 
@@ -201,3 +202,23 @@ def test_processes_share_the_batch(s2a):
 def test_equal_neighbours_share_a_line():
     lines = [["a.0", "1"], ["a.1", "2"], ["a.2", "2"], ["a.3", "2"], ["b", "1"]]
     assert _merged(lines) == [["a.0", "1"], ["a.1 to a.3, each", "2"], ["b", "1"]]
+
+
+def test_a_run_foretells_its_memory(monkeypatch):
+    block = {"peak_mib": 3000.0, "full_finetune_peak_mib": 9000.0}
+    said, warning = outlook(block, torch.device("cpu"))
+    assert "predicted peak 3,000 MiB" in said and "3.0x" in said and warning is None
+    for gib, warned in ((8, False), (3, True)):
+        properties = type("Properties", (), {"total_memory": gib * GIB})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        said, warning = outlook(block, torch.device("cuda", 0))
+        assert bool(warning) == warned
+        assert not warned or f"fit={gib}.0GiB" in warning and "3,782 MiB" in warning  # 3000 x 1.05 + 32 + 600
+
+
+def test_a_snapshot_needs_cuda(tmp_path, capsys):
+    from s2a_cli.memory import snapshot
+
+    with snapshot(tmp_path, torch.device("cpu"), True):
+        pass
+    assert "needs CUDA" in capsys.readouterr().err and not list(tmp_path.iterdir())
