@@ -33,8 +33,8 @@ class Margin:
 
 def outlook(memory: dict[str, Any], device: torch.device) -> tuple[str, str | None]:
     """What the "memory" block of a run that begins foretells, and a warning where its device has less: a line each."""
-    peak, full = memory["peak_mib"], memory["full_finetune_peak_mib"]
-    said = f"memory: predicted peak {peak:,.0f} MiB, full fine-tuning {full:,.0f} MiB ({full / peak:.1f}x)"
+    peak, full = memory["peak_mib"], memory.get("full_finetune_peak_mib")
+    said = f"memory: predicted peak {peak:,.0f} MiB" + (f", full fine-tuning {full:,.0f} MiB ({full / peak:.1f}x)" if full else "")
     if device.type != "cuda":
         return said, None
     total, needed = torch.cuda.get_device_properties(device).total_memory / MIB, Margin().needed(peak * MIB) / MIB
