@@ -24,7 +24,7 @@ def without_prediction(monkeypatch, request):
     """Predictions have tests of their own; here they would take most of the time."""
     if "predicts" not in request.keywords:
         memory = training.memory.Memory("predicted", 2.0, 1.0, 0.5, None, 4.0, "predicted")
-        monkeypatch.setattr(training, "predict", lambda run: memory)
+        monkeypatch.setattr(training, "predict", lambda run: memory.as_dict())
 
 
 def train(folder, *words):
