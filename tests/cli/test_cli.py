@@ -238,5 +238,5 @@ def test_ctrl_c_leaves_a_run_marked_interrupted(tmp_path):
             break
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, "".join(lines) + err
-    assert "Traceback" not in err and err.endswith("s2a: interrupted\n") and "1 interrupted" in out
+    assert "Traceback" not in err and err.endswith("s2a: interrupted: the same line goes on from there\n") and "1 interrupted" in out
     assert json.loads((tmp_path / "stopped" / "result.json").read_text())["status"] == "interrupted"
