@@ -124,7 +124,7 @@ class SweepConfig:
     pack: bool = False  # as many runs on a GPU as fit by their predicted peaks; measured peaks are then not taken
     report: str | None = None  # an HTML file that `s2a report` writes of all runs at the end
     launcher: str = "local"  # local | slurm | ray
-    slurm: dict[str, Any] = field(default_factory=dict)  # of submitit: {partition: gpu, timeout_min: 240, gpus_per_node: 1}; cluster: local imitates it
+    slurm: dict[str, Any] = field(default_factory=dict)  # submitit's: {partition: gpu, timeout_min: 240}; cluster: local imitates it
 
 
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet

@@ -131,7 +131,8 @@ def train(config: DictConfig, anew: bool = False, once: bool = False) -> tuple[r
     """Trains one run and returns its record and its folder.
 
     Where the folder holds the state of the same run, broken off, it goes on from there, unless it is to start `anew`;
-    what another run left in it is removed. With `once` a run that is finished is left as it is. Out of memory and Ctrl-C end in a record with that status, as does a full disk,
+    what another run left in it is removed. With `once` a run that is finished is left as it is. Out of memory and Ctrl-C
+    end in a record with that status, as does a full disk,
     with `interrupted`. Any other failure is recorded as `failed` and raised. Raises UserError when another process is at
     the same run.
     """

@@ -254,7 +254,8 @@ VERBS = {
     ),
     "memory": Verb(
         memory,
-        "s2a memory [key=value,value ...] [fit=8GiB] [context=600MiB] [fragmentation=5%] [processes=N] [figure=FILE.svg] [format=terminal|json|csv]",
+        "s2a memory [key=value,value ...] [fit=8GiB] [context=600MiB] [fragmentation=5%] [processes=N] [figure=FILE.svg]"
+        " [format=terminal|json|csv]",
         "predict the peak memory of runs and where it is, without a GPU, weights or images; what fits a device",
         (
             "s2a memory backbone=vit_b method=s2a dataset=cifar100 optim.batch_size=64",

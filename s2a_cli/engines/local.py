@@ -73,7 +73,8 @@ class Local:
     def __init__(self, workers: int, gpus: list[str], pack_mib: float | None = None):
         self.workers, self.gpus, self.pack_mib = workers, gpus, pack_mib
         shared = gpus and (pack_mib or workers > len(gpus))
-        self.note = "s2a: several runs share a GPU: the peaks in their results are predicted, and their speeds are no figures" if shared else ""
+        said = "s2a: several runs share a GPU: the peaks in their results are predicted, and their speeds are no figures"
+        self.note = said if shared else ""
 
     def free(self, running: dict[int, float | None], peak_mib: float | None) -> int | None:
         if self.pack_mib is None:

@@ -13,7 +13,8 @@ FAMILIES = {
     "attention": r"_?scaled_dot_product.*|_flash_attention.*|_efficient_attention.*",
     "normalisation": r".*(layer|group|batch|instance|rms)_norm.*|normalize.*|s2a::.*norm.*",
     "softmax": r"_?(safe_)?softmax.*|s2a::softmax.*",
-    "activation": r"(leaky_)?relu6?_?|(gelu|silu|mish|elu|hardswish|hardsigmoid|hardtanh|sigmoid|tanh|softplus|threshold|log_sigmoid)(_backward)?_?"
+    "activation": r"(leaky_)?relu6?_?|"
+    r"(gelu|silu|mish|elu|hardswish|hardsigmoid|hardtanh|sigmoid|tanh|softplus|threshold|log_sigmoid)(_backward)?_?"
     r"|leaky_relu.*|s2a::(activate|interval|encode_levels|pointwise|slopes|decode_levels|decode_apply).*",
     "convolution": r".*convolution.*|.*conv\d?d.*",
     "linear": r"(add|badd)?b?mm_?|linear.*|matmul.*|addmv.*|einsum|_addmm.*",

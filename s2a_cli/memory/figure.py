@@ -87,7 +87,8 @@ def _timeline(axis: plt.Axes, profile: Profile) -> None:
     late = peak > 0.6 * len(total)
     axis.annotate(
         f"peak {top:,.0f} MiB\n{profile.place}, {profile.phase}", (peak, top), (-9 if late else 9, 4), textcoords="offset points",
-        ha="right" if late else "left", va="bottom", color="#c0392b", fontweight="bold", bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
+        ha="right" if late else "left", va="bottom", color="#c0392b", fontweight="bold",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
     )  # fmt: skip
     axis.set(xlim=(0, len(total) - 1), ylim=(0, top * 1.25), ylabel="MiB alive, predicted")
     starts = [max(0, at - profile.begins_at) for at, _ in profile.phases]

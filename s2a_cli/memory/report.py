@@ -191,7 +191,10 @@ def _plain(row: Row) -> dict[str, Any]:
             "kept_mib": profile.memory.kept_mib,
             "full_finetune_peak_mib": row.full.peak_bytes / MIB,
             "parts": [{"use": p.use, "family": p.family, "place": p.place, "mib": p.bytes / MIB} for p in profile.parts],
-            "cuda": {"reserved_mib": reserved(profile.timeline, profile.begins_at) / MIB, "differences": [_difference(d) for d in differences(profile.calls)]},
+            "cuda": {
+                "reserved_mib": reserved(profile.timeline, profile.begins_at) / MIB,
+                "differences": [_difference(d) for d in differences(profile.calls)],
+            },
         }
     if row.fitted:
         fitted = row.fitted
@@ -201,7 +204,10 @@ def _plain(row: Row) -> dict[str, Any]:
             "fragmentation": fitted.margin.fragmentation,
             "needed_mib": fitted.needed / MIB,
             "largest_batch": fitted.largest,
-            "options": [{"words": list(o.words), "needed_mib": o.needed / MIB, "fits": o.needed <= fitted.available} for o in fitted.options],
+            "options": [
+                {"words": list(o.words), "needed_mib": o.needed / MIB, "fits": o.needed <= fitted.available}
+                for o in fitted.options
+            ],
         }
     return found
 

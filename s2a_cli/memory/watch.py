@@ -104,7 +104,8 @@ class Watch:
     def _name_weights(self) -> None:
         for path, module in self.model.named_modules():
             place = next((name for name in _prefixes(path) if name in self.places), path.partition(".")[0] or "model")
-            for own, use in ((module._buffers, "weights" if getattr(module, "stores_weights", False) else "buffers"), (module._parameters, "")):
+            buffers = "weights" if getattr(module, "stores_weights", False) else "buffers"
+            for own, use in ((module._buffers, buffers), (module._parameters, "")):
                 for tensor in own.values():
                     if tensor is None:
                         continue
