@@ -12,11 +12,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2a_cli import backbones, memory
 from s2a_cli.backbones import Backbone
 from s2a_cli.compose import compose
 from s2a_cli.errors import UserError
+from s2a_cli.memory.predict import hollow_tensors
 from s2a_cli.methods import METHODS
 from s2a_cli.steps import Step, make_optimizer, moving_norms, train_mode, weight_dtype
 
@@ -163,8 +166,19 @@ def predicted(row: Row, words: list[str], batch: int) -> memory.Memory:
         step = _offloaded(made)
     elif row.budget is not None:
         step = _partitioned(made)
-    found = memory.predict(made.model, images, step, made.optimizer)
-    return found if row.budget is None else memory.Memory(found.kind, float("nan"), found.static_mib, found.kept_mib)
+    if row.budget is None:
+        return memory.predict(made.model, images, step, made.optimizer)
+    # Fake tensors throughout: the compiler's front end can't trace hollow ones.
+    with FakeTensorMode(allow_non_fake_inputs=True), ReadsOnes(), hollow_tensors(made.model):
+        found = memory.track(made.model, [torch.empty_like(t, device="cpu") for t in images], step, made.optimizer)
+    return memory.Memory(found.kind, float("nan"), found.static_mib, found.kept_mib)
+
+
+class ReadsOnes(TorchDispatchMode):
+    """Reading a value, such as Adam's step counter, gives one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return 1.0 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
 
 
 def _offloaded(made: Made) -> Callable[..., Tensor]:
