@@ -37,7 +37,9 @@ RUNS = 6
 def start(folder: Path, *words: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "s2a_cli", "sweep", *GRID, f"sweep.dir={folder}", *words]
     with open(folder.parent / "said.txt", "a") as said:
-        return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        # a shell's background jobs ignore Ctrl-C, and hand that down
+        as_usual = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+        return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, preexec_fn=as_usual)
 
 
 def said(folder: Path) -> str:
