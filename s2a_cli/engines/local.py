@@ -35,9 +35,9 @@ class Process:
     """A run as a process of this machine, in a working folder: null is the present one."""
 
     def __init__(self, words: list[str], log: Path, environment: dict[str, str], folder: str | None = None):
-        command = [sys.executable, "-u", "-m", "s2a_cli", "train", *words]  # unbuffered: an error is the last line
+        command = [sys.executable, "-m", "s2a_cli", "train", *words]
         with open(log, "ab") as file:
-            file.write(f"$ s2a {shlex.join(command[4:])}\n".encode())
+            file.write(f"$ s2a {shlex.join(command[3:])}\n".encode())
             file.flush()
             # a group of its own: a Ctrl-C is for the sweep, which passes it on once
             self._process = subprocess.Popen(
@@ -45,7 +45,7 @@ class Process:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=environment,
+                env=environment | {"PYTHONUNBUFFERED": "1"},  # an error is the last line of the log
                 cwd=folder,
                 start_new_session=True,
             )
