@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from importlib.metadata import version
@@ -22,10 +23,12 @@ FLAGS = {  # flag -> its value and meaning
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 a failed run, 2 bad input, 75 busy, 130 Ctrl-C, 141 a closed pipe."""
-    argv = sys.argv[1:] if argv is None else argv
+    as_command, argv = argv is None, sys.argv[1:] if argv is None else argv
     try:
         code = _dispatch(argv)
         sys.stdout.flush()
+        if as_command and argv[:1] == ["memory"]:
+            _leave(code)
         return code
     except BrokenPipeError:  # `s2a ls | head -1`; Python flushes stdout once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -44,6 +47,13 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print(f"s2a: {type(error).__name__}: {lines[0]} (--debug shows the traceback)", file=sys.stderr)
         return error.code if isinstance(error, UserError) else 1
+
+
+def _leave(code: int) -> None:
+    """Ends the process at once: to take down torch's modules, one by one, costs a second and does nothing else."""
+    atexit._run_exitfuncs()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import atexit
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,20 @@ class Verb:
     flags: dict[str, str] = field(default_factory=dict)
 
 
+@contextmanager
+def imports() -> Iterator[None]:
+    """For imports of torch: the garbage collector would look through a million new objects again and again, for a second."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # what is there now stays
+        atexit.register(gc.unfreeze)  # modules are to be taken down as ever
+        if was_on:
+            gc.enable()
+
+
 def composed(words: list[str]) -> Any:
     from s2a_cli.compose import compose
 
@@ -43,8 +60,9 @@ def train(words: list[str]) -> int:
 
         words = resolved(words)
     config = composed([word for word in words if not word.startswith("--")])
-    from s2a_cli import tables, training
-    from s2a_cli.distributed import silenced
+    with imports():
+        from s2a_cli import tables, training
+        from s2a_cli.distributed import silenced
 
     with silenced():
         result, folder = training.train(config, anew="--force" in words, once="--once" in words)
@@ -64,7 +82,8 @@ def first_of_grid(words: list[str]) -> Any:
 
 
 def sweep(words: list[str]) -> int:
-    from s2a_cli import sweeps
+    with imports():
+        from s2a_cli import sweeps
 
     return sweeps.sweep(words)
 
@@ -196,7 +215,8 @@ def report(words: list[str]) -> int:
 
 
 def memory(words: list[str]) -> int:
-    from s2a_cli.memory import command
+    with imports():
+        from s2a_cli.memory import command
 
     return command.run(words)
 

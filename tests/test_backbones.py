@@ -31,6 +31,16 @@ def tiny(**changes) -> BackboneConfig:
     return BackboneConfig(**(settings | changes))
 
 
+def test_backbones_for_predictions_share_nothing():
+    first, second = (backbones.build(tiny(), 5, meta=True) for _ in range(2))
+    assert first.head is not second.head and first.blocks[0].module is first.model.blocks[0]
+    first.add("more", torch.nn.Linear(3, 3, device="meta"))
+    first.model.requires_grad_(True)
+    for other in (second, backbones.build(tiny(), 5, meta=True)):
+        assert not hasattr(other.model, "s2a") and other.count()["trainable"] == 0
+    assert backbones.build(tiny(), 7, meta=True).head.out_features == 7
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_and_layouts(name):
     config = compose([f"backbone={name}"]).backbone

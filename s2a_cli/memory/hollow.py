@@ -9,7 +9,7 @@ fake tensors throughout, and dispatch, autocast and autograd are those of CPU te
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,13 +29,18 @@ class Hollow(TorchDispatchMode):
     """
 
     active = 0  # how many are entered
+    _returns: ClassVar[dict[Any, Any]] = {}  # operator -> for each result the argument that it is, if any
+    _known: ClassVar[dict[tuple, Any]] = {}  # operator and what it was called with -> its results; for all predictions
 
     def __init__(self) -> None:
         super().__init__()
         self._fake = FakeTensorMode()
-        self._returns: dict[Any, list[int | None]] = {}  # operator -> for each result the argument that it is, if any
-        self._known: dict[tuple, Any] = {}  # operator and what it was called with -> its results
+        self._fake.cache_enabled = False  # PyTorch's own takes longer than it saves: nothing is asked twice
         self._finite: dict[int, weakref.ref] = {}  # address -> storage of a GradScaler's flag
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch would wrap every call against the compiler, which is off around the tracker already
 
     def __enter__(self) -> Hollow:
         Hollow.active += 1

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,6 +43,15 @@ def test_one_composition(s2a):
     assert full > mine > 0
     line = next(line for line in out.splitlines() if line.startswith("sum"))
     assert [float(number.replace(",", "")) for number in line.split()[1:]] == [mine, full]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word, code", [("format=json", 0), ("fit=8Gb", 2)])
+def test_as_a_process_all_is_said(word, code):
+    command = [sys.executable, "-m", "s2a_cli", "memory", *SMALL, "method=linear", "quant=none", word]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stderr == "" and json.loads(done.stdout) if code == 0 else len(done.stderr.splitlines()) == 1
 
 
 def test_json_and_csv_hold_parts_that_add_up(s2a):
