@@ -211,8 +211,8 @@ def test_weights_that_a_parent_reads_stay():
         ("linear", []),
         ("bias", []),
         ("bias", ["method.blocks=last:1"]),
-        ("s2a", ["method.side.reduction=2"]),
-        ("side", ["method.reduction=2"]),
+        ("s2a", ["method.side.width=4"]),
+        ("side", ["method.width=4"]),
     ],
 )
 def test_only_frozen_weights_of_the_backbone_are_stored(method, words):

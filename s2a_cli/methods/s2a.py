@@ -32,7 +32,7 @@ class S2A(Method):
         if config.prompt:
             add_prompts(backbone, config.blocks, config.prompt.rank)
         if config.side:
-            add_side(backbone, config.blocks, config.side)
+            add_side(backbone, config.side)
 
 
 METHOD = S2A

@@ -6,113 +6,127 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s2a_cli.activations.autograd import first_order
 from s2a_cli.backbones import Backbone, Hidden
-from s2a_cli.errors import UserError
 from s2a_cli.methods.base import Method
-
-HEADS = 4  # of the branch's attention
 
 
 @dataclass
 class SideConfig:
-    reduction: int = 8  # the branch is as wide as the mean block divided by this
+    blocks: str = "all"  # all | last:K: the blocks that are read
+    heads: int = 4  # learned queries a tap, each of which reads one weighted mean of its positions
+    width: int = 12  # numbers that are kept of what a head has read
     grid: int = 7  # taps are pooled to at most grid x grid positions, class and register tokens apart
 
 
 class Tap(nn.Module):
-    """A detached hidden state, pooled without parameters to [B, N, width]: positions to a grid, channels by CAP.
+    """A detached hidden state as tokens [B, N, C] in fp16: positions pooled to a grid, each token to mean 0 and variance 1.
 
-    Channel average pooling (CAP): output j is the mean of C / width adjacent channels (of neighbouring, overlapping runs of
-    channels where C is no multiple of the width).
+    They are kept for the backward pass; normalised, they fit fp16 well, which is half of fp32.
     """
 
-    def __init__(self, hidden: Hidden, width: int, grid: int):
+    def __init__(self, hidden: Hidden, grid: int):
         super().__init__()
-        self.hidden, self.width, self.grid = hidden, width, grid
+        self.hidden, self.grid = hidden, grid
 
     @torch.no_grad()
     def forward(self, h: Tensor) -> Tensor:
         prefix, patches = self.hidden.split(h)
         if patches.shape[-1] > 1:  # a map; tokens without a square grid stay as they are
-            size = [min(n, self.grid) for n in patches.shape[-2:]]
-            patches = F.adaptive_avg_pool2d(patches, size)
+            patches = F.adaptive_avg_pool2d(patches, [min(n, self.grid) for n in patches.shape[-2:]])
         tokens = torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
-        return F.adaptive_avg_pool1d(tokens, self.width)
+        return F.layer_norm(tokens.float(), tokens.shape[-1:]).half()
 
 
-class SideLayer(nn.Module):
-    """s -> s + Attention(LayerNorm(s + LayerNorm(tap))), in the branch's width."""
+class Attend(torch.autograd.Function):
+    """(tokens [B, N, C], queries [heads, C]) -> [B, heads, C], the mean of the tokens t weighted by softmax(t . q).
 
-    def __init__(self, width: int):
+    Keeps the tokens as they come, in fp16, once for all heads, and the weights. The tokens get no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, query: Tensor) -> Tensor:
+        t = tokens.to(query.dtype)
+        weights = torch.softmax(t @ query.T, dim=1)  # [B, N, heads]
+        ctx.save_for_backward(tokens, weights)
+        return weights.transpose(1, 2).to(t.dtype) @ t
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad: Tensor):
+        tokens, weights = ctx.saved_tensors
+        t = tokens.to(grad.dtype)
+        g = t @ grad.transpose(1, 2)
+        scores = weights * (g - (weights * g).sum(1, keepdim=True))
+        return None, torch.einsum("bnh,bnc->hc", scores.to(t.dtype), t)
+
+
+class Reader(nn.Module):
+    """Tokens [B, N, C] -> [B, heads * width]: attention pooling by one learned query a head, then a projection.
+
+    The queries begin near zero, where the weights are even and what is read is the mean.
+    """
+
+    def __init__(self, channels: int, heads: int, width: int):
         super().__init__()
-        self.tap_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.query = nn.Parameter(torch.empty(heads, channels).normal_(std=0.02))
+        self.value = nn.Parameter(torch.empty(heads, channels, width).normal_(std=channels**-0.5))
 
-    def forward(self, s: Tensor, tap: Tensor) -> Tensor:
-        s = s + self.tap_norm(tap)
-        q, k, v = self.qkv(self.norm(s)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return s + self.out(mixed)
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.einsum("bhc,hcw->bhw", Attend.apply(tokens, self.query), self.value).flatten(1)
 
 
 class LiteSideBranch(nn.Module):
-    """A ladder beside the backbone: reads pooled, detached taps and adds one vector [B, F] to the feature before the head.
+    """Reads detached taps with learned queries and adds to the logits [B, classes] a linear map of all that was read.
 
-    Nothing is back-propagated through the backbone. The merge is zero at the start. Source: S2A (arXiv 2503.08154), lite
-    side branch and channel average pooling; mixing by attention and the zero-initialised merge are ours.
+    Nothing is back-propagated through the backbone. The linear map is zero at the start. Source: S2A (arXiv 2503.08154), lite
+    side branch; reading by attention pooling instead of channel average pooling is ours, see docs/structures.md.
     """
 
-    def __init__(self, taps: list[Hidden], width: int, grid: int, features: int):
+    def __init__(self, taps: list[Hidden], config: SideConfig, classes: int):
         super().__init__()
-        self.taps = nn.ModuleList(Tap(hidden, width, grid) for hidden in taps)
-        self.layers = nn.ModuleList(SideLayer(width) for _ in taps)
-        self.norm = nn.LayerNorm(width)
-        self.merge = nn.Linear(width, features)
+        self.taps = nn.ModuleList(Tap(hidden, config.grid) for hidden in taps)
+        self.readers = nn.ModuleList(Reader(hidden.channels, config.heads, config.width) for hidden in taps)
+        features = len(taps) * config.heads * config.width
+        self.norm = nn.LayerNorm(features)
+        self.merge = nn.Linear(features, classes, bias=False)
         nn.init.zeros_(self.merge.weight)
-        nn.init.zeros_(self.merge.bias)
-        self._read: list[Tensor] = []
+        self._tokens: list[Tensor] = []
 
-    def read(self, index: int, h: Tensor) -> None:
+    def tap(self, index: int, h: Tensor) -> None:
         if index == 0:
-            self._read = []
-        self._read.append(self.taps[index](h))
+            self._tokens = []
+        self._tokens.append(self.taps[index](h))
 
-    def forward(self) -> Tensor:
-        s, self._read, taps = 0, [], self._read
-        size = None
-        for layer, tap in zip(self.layers, taps):
-            if size and tap.shape[1] != size:
-                s = F.adaptive_avg_pool1d(s.transpose(1, 2), tap.shape[1]).transpose(1, 2)
-            s, size = layer(s, tap), tap.shape[1]
-        return self.merge(self.norm(s).mean(1))
+    def correct(self, logits: Tensor) -> Tensor:
+        """The logits of the backbone's head with the branch's added, from what was tapped on the way to them."""
+        tokens, self._tokens = self._tokens, []
+        return logits + self(*tokens).to(logits.dtype)
+
+    def forward(self, *tokens: Tensor) -> Tensor:
+        """The tokens of every tap, [B, N, C] each -> [B, classes]."""
+        return self.merge(self.norm(torch.cat([reader(t) for reader, t in zip(self.readers, tokens)], dim=1)))
 
 
-def add_side(backbone: Backbone, blocks: str, config: SideConfig) -> None:
-    """Adds a lite side branch that reads the output of every adapted block. Raises UserError for a reduction above the width."""
-    adapted = backbone.adapted_blocks(blocks)
-    channels = sum(block.output.channels for block in adapted) // len(adapted)
-    width = channels // config.reduction // HEADS * HEADS
-    if not width:
-        raise UserError(
-            f"reduction={config.reduction} of the side branch leaves no width: blocks of {channels} channels on average"
-            f" allow at most {channels // HEADS}"
-        )
-    branch = LiteSideBranch([block.output for block in adapted], width, config.grid, backbone.head.in_features)
-    for index, block in enumerate(adapted):
-        block.module.register_forward_hook(lambda _, __, h, index=index: branch.read(index, h))
-    backbone.head.register_forward_pre_hook(lambda _, inputs: (inputs[0] + branch().to(inputs[0].dtype),))
+def add_side(backbone: Backbone, config: SideConfig) -> None:
+    """Adds a lite side branch that reads the output of the blocks that `config.blocks` names."""
+    read = backbone.adapted_blocks(config.blocks)
+    branch = LiteSideBranch([block.output for block in read], config, backbone.head.out_features)
+    for index, block in enumerate(read):
+        block.module.register_forward_hook(lambda _, __, h, index=index: branch.tap(index, h))
+    backbone.head.register_forward_hook(lambda _, __, logits: branch.correct(logits))
     backbone.add("side", branch)
 
 
 class Side(Method):
-    """lite side branch (LSB): reads pooled hidden states; nothing is back-propagated through the backbone"""
+    """lite side branch (LSB): learned queries read all hidden states; nothing is back-propagated through the backbone"""
 
     @dataclass
-    class Config(SideConfig, Method.BlocksConfig):
+    class Config(SideConfig, Method.Config):
         pass
 
     def attach(self, backbone):
-        add_side(backbone, self.config.blocks, self.config)
+        add_side(backbone, self.config)
 
 
 METHOD = Side

@@ -65,7 +65,7 @@ def made(backbone: str, method: str, **kwargs) -> backbones.Backbone:
     config = BACKBONES[backbone]
     config = BackboneConfig(**{**config.__dict__, "kwargs": {**config.kwargs, **kwargs}})
     found = backbones.build(config, 4)
-    small = {"side": ["method.reduction=2"], "s2a": ["method.side.reduction=2", "method.prompt.rank=2"]}.get(method, [])
+    small = {"side": ["method.width=4"], "s2a": ["method.side.width=4", "method.prompt.rank=2"]}.get(method, [])
     METHODS[method](compose([f"method={method}", *small]).method).attach(found)
     train_mode(found.model.double())
     for p in found.model.parameters():

@@ -70,8 +70,8 @@ def test_every_setting_has_a_meaning():
 def test_parts_of_a_method_can_be_switched_off_and_tuned():
     off = compose(["method.prompt=false", "method.side=null", "method.bias=false"]).method
     assert off.prompt is None and off.side is None and off.bias is False
-    tuned = compose(["method.prompt.rank=4", "method.side.reduction=16", "method.blocks=last:6"]).method
-    assert (tuned.prompt.rank, tuned.side.reduction, tuned.blocks) == (4, 16, "last:6")
+    tuned = compose(["method.prompt.rank=4", "method.side.width=16", "method.blocks=last:6"]).method
+    assert (tuned.prompt.rank, tuned.side.width, tuned.blocks) == (4, 16, "last:6")
     assert compose(["method.prompt=true"]).method.prompt.rank == 8
 
 

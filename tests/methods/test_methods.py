@@ -14,6 +14,7 @@ from s2a_cli.config import BackboneConfig, QuantConfig
 from s2a_cli.errors import UserError
 from s2a_cli.memory import saved_bytes
 from s2a_cli.methods import METHODS
+from s2a_cli.methods.side import Attend
 from s2a_cli.steps import Step, train_mode
 
 BACKBONES = {
@@ -42,7 +43,7 @@ def make(backbone: str, method: str | None = None, **settings):
 
 def defaults(backbone: str, method: str) -> dict:
     """Small enough for these tiny widths and maps."""
-    side, prompt = {"reduction": 2}, {"rank": 1}
+    side, prompt = {"width": 4}, {"rank": 1}
     return {"side": side, "prompt": prompt, "s2a": {"side": side, "prompt": prompt}}.get(method, {})
 
 
@@ -115,7 +116,8 @@ def test_only_what_should_train_changes(backbone, method):
     changed = {name for name, t in made.model.state_dict().items() if not torch.equal(t, before[name])}
     assert changed - buffers <= expected
     biases = {name for name in expected if name.endswith("bias")}
-    assert expected - biases <= changed
+    single = {f"s2a.side.readers.{i}.query" for i, block in enumerate(made.blocks) if block.output.positions == 1}  # nothing to weigh
+    assert expected - biases - single <= changed
     # a key's bias moves no softmax, and a bias before a normalisation by batch statistics is taken off again
     assert len(biases & changed) > 0.5 * len(biases)
     moves = {name for name in buffers if "running" in name} if method == "full" else set()
@@ -211,6 +213,22 @@ def test_a_side_branch_sends_no_gradient_through_the_backbone(backbone):
     assert seen == [False]
 
 
+def test_a_side_branch_reads_as_its_formula_says():
+    """The gradient of the queries against autograd's in float64; kept are the fp16 tokens once, and the weights."""
+    tokens, query = torch.randn(3, 10, 16).half(), torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        read = Attend.apply(tokens, query)
+    t = tokens.double()
+    exact = torch.softmax(torch.einsum("bnc,hc->bhn", t, query), -1) @ t
+    torch.testing.assert_close(read, exact)
+    upstream = torch.randn_like(read)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(output, query, upstream)[0] for output in (read, exact)), rtol=1e-10, atol=1e-12
+    )
+    assert {(t.dtype, t.numel()) for t in kept} == {(torch.float16, 3 * 10 * 16), (torch.float64, 3 * 10 * 4)} and len(kept) == 2
+
+
 @each_backbone
 def test_prompts_need_no_activation(backbone):
     """dA = G B^T, dB = A^T G with G the gradient at the block's input summed over the batch."""
@@ -241,7 +259,7 @@ def test_vit_b_trains_at_most_0_9_percent():
     [
         ("prompt", dict(rank=49), "at most"),
         ("s2a", dict(prompt=dict(rank=1000)), "rank=1000"),
-        ("side", dict(reduction=1000), "reduction=1000"),
+        ("side", dict(blocks="last:4"), "last:3"),
         ("bias", dict(blocks="last:4"), "last:3"),
         ("bias", dict(blocks="first:1"), "accepted are all"),
         ("s2a", dict(bias=False, prompt=None, side=None), "method=linear"),
