@@ -102,6 +102,7 @@ class RunConfig:
     seed: int = 0  # same seed, same machine: same numbers
     precision: str = "fp32"  # fp32 | amp-bf16 | amp-fp16 | bf16
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
+    busy: str = "refuse"  # refuse | allow: a CUDA device that other processes use; beside them, the peak stays predicted
     compile: bool = False  # torch.compile: minutes at the start, faster steps
     profile: str | None = None  # memory: also write PyTorch's record of all allocations to the run's folder; needs CUDA
     compile_budget: float | None = None  # with compile, the compiler's activation_memory_budget: 0 recomputes all, 1 nothing
@@ -217,6 +218,7 @@ RULES = {  # a key, or a pattern that matches keys
     "compile_budget": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
     "precision": one_of("fp32", "amp-bf16", "amp-fp16", "bf16"),
     "device": pattern("auto, cpu, cuda, cuda:N or mps", r"auto|cpu|mps|cuda(:\d+)?"),
+    "busy": one_of("refuse", "allow"),
     "profile": one_of("memory"),
     "workers": NOT_NEGATIVE,
     "sweep.workers": AT_LEAST_1,

@@ -30,13 +30,25 @@ def is_first() -> bool:
     return part()[0] == 0
 
 
+def _on_cuda(device: str) -> bool:
+    """Whether torchrun started several processes and each has a GPU of its own."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and device in ("auto", "cuda") and torch.cuda.is_available()
+
+
+def own_device(device: str) -> str | None:
+    """The device that this process has to itself; None where another of torchrun's has the same one, and was first."""
+    if _on_cuda(device):
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device if os.environ.get("LOCAL_RANK", "0") == "0" else None
+
+
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[str]:
     """Joins the processes that torchrun started, if it did, until the end of the context. Yields the device of this one."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield device
         return
-    on_cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    on_cuda = _on_cuda(device)
     device = f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda else device
     if on_cuda:
         torch.cuda.set_device(device)

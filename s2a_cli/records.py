@@ -22,7 +22,7 @@ LOCK = ".lock"  # in a run's folder, held by the process that is at it
 
 # Settings that do not change what a run computes: where it runs, where its files lie, what it logs.
 NOT_IDENTITY = (
-    *("device", "workers", "tensorboard", "profile", "run_dir", "save_minutes", "save_steps"),
+    *("device", "busy", "workers", "tensorboard", "profile", "run_dir", "save_minutes", "save_steps"),
     *("dataset.root", "dataset.download", "backbone.checkpoint"),
 )
 

@@ -134,8 +134,12 @@ def train(config: DictConfig, anew: bool = False, once: bool = False) -> tuple[r
     what another run left in it is removed. With `once` a run that is finished is left as it is. Out of memory and Ctrl-C
     end in a record with that status, as does a full disk,
     with `interrupted`. Any other failure is recorded as `failed` and raised. Raises UserError when another process is at
-    the same run.
+    the same run, and when others use its CUDA device, unless `busy` allows that.
     """
+    own = distributed.own_device(config.device)  # asked about before this process, or one it is joined to, holds any of it
+    refused = memory.refusal(own) if config.busy == "refuse" and own else None
+    if refused and not once:
+        raise refused
     with ExitStack() as stack:
         config.device = stack.enter_context(distributed.joined(config.device))
         if config.run_dir:
@@ -146,6 +150,8 @@ def train(config: DictConfig, anew: bool = False, once: bool = False) -> tuple[r
             stack.enter_context(records.claimed(records.make_run_dir(folder), wait=LOOKING))
         if once and (found := distributed.from_first(lambda: records.finished(folder, run.content))):
             return found, folder
+        if refused:
+            raise refused
         return _train(run, folder, _begin(run, folder, anew)), folder
 
 

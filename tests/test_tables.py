@@ -45,7 +45,7 @@ def test_runs_that_differ_in_a_setting_are_not_averaged_and_it_is_shown(make_res
 
 
 @pytest.mark.parametrize(
-    "changes", [{"device": "cuda"}, {"workers": 4}, {"run_dir": "/x"}, {"dataset__root": "/y"}, {"method__lr": 7.0}]
+    "changes", [{"device": "cuda"}, {"busy": "allow"}, {"workers": 4}, {"run_dir": "/x"}, {"dataset__root": "/y"}, {"method__lr": 7.0}]
 )
 def test_what_does_not_change_a_result_does_not_split_a_row(make_result, changes):
     other = make_result(seed=1)

@@ -48,4 +48,5 @@ def engine(settings: SweepConfig, devices: list[str]) -> Engine:
     gpus = visible_gpus() if any(device in ("auto", "cuda") for device in devices) else []
     if settings.pack and not gpus:
         raise UserError("sweep.pack=true puts several runs on a GPU, and there is none here; set sweep.workers=N instead")
-    return Local(settings.workers or max(1, len(gpus)), gpus, gpu_mib() if settings.pack else None)
+    named = any(device.startswith("cuda:") for device in devices)
+    return Local(settings.workers or max(1, len(gpus)), gpus, gpu_mib() if settings.pack else None, named)

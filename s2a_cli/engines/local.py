@@ -68,11 +68,14 @@ class Process:
 
 
 class Local:
-    """`workers` slots. With GPUs slot i has GPU i % len(gpus) alone; packed, a GPU takes what fits into `pack_mib`."""
+    """`workers` slots. With GPUs slot i has GPU i % len(gpus) alone; packed, a GPU takes what fits into `pack_mib`.
 
-    def __init__(self, workers: int, gpus: list[str], pack_mib: float | None = None):
+    named: the runs name their GPUs themselves, by device=cuda:N.
+    """
+
+    def __init__(self, workers: int, gpus: list[str], pack_mib: float | None = None, named: bool = False):
         self.workers, self.gpus, self.pack_mib = workers, gpus, pack_mib
-        shared = gpus and (pack_mib or workers > len(gpus))
+        self.shared = shared = bool(pack_mib or workers > len(gpus) if gpus else named and workers > 1)
         said = "s2a: several runs share a GPU: the peaks in their results are predicted, and their speeds are no figures"
         self.note = said if shared else ""
 
@@ -95,6 +98,8 @@ class Local:
         elif self.workers > 1:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.workers)))
+        if self.shared and not any(word.lstrip("+").startswith("busy=") for word in words):
+            words = [*words, "busy=allow"]  # else each would refuse what another of the sweep holds
         return Process(words, log, environment)
 
     def close(self) -> None:

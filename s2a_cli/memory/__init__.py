@@ -1,6 +1,7 @@
 """What training costs in device memory: measured on CUDA, predicted everywhere else."""
 
 from s2a_cli.memory.breakdown import Part, Profile
+from s2a_cli.memory.busy import refusal
 from s2a_cli.memory.margin import Margin, outlook
 from s2a_cli.memory.measure import CudaMeter, device_is_idle, meter
 from s2a_cli.memory.predict import observe, predict, profile, saved_bytes, track
@@ -10,5 +11,5 @@ from s2a_cli.memory.tracker import Tracker
 
 __all__ = [
     *("CudaMeter", "Margin", "Memory", "Part", "Profile", "Tracker"),
-    *("device_is_idle", "meter", "observe", "outlook", "predict", "profile", "saved_bytes", "snapshot", "track"),
+    *("device_is_idle", "meter", "observe", "outlook", "predict", "profile", "refusal", "saved_bytes", "snapshot", "track"),
 ]

@@ -127,21 +127,34 @@ def changed(words: list[str], added: tuple[str, ...]) -> list[str]:
     return [*stays, *added]
 
 
+AUTO = "optim.batch_size=auto"
+
+
+def need_device() -> None:
+    """Raises UserError where there is no CUDA device that a batch could fit."""
+    if not torch.cuda.device_count():
+        raise UserError(f"{AUTO}: there is no CUDA device to fit; `s2a memory fit=8GiB` tells a batch for one elsewhere")
+
+
 def resolved(words: list[str]) -> list[str]:
     """The words of `s2a train` with optim.batch_size=auto replaced by the largest batch that fits the CUDA device.
 
-    Raises UserError where there is no CUDA device, and where nothing fits.
+    With busy=allow it fits what others leave free now. Raises UserError where there is no CUDA device, and where nothing fits.
     """
-    if "optim.batch_size=auto" not in words:
+    if AUTO not in words:
         return words
-    if not torch.cuda.device_count():
-        raise UserError("optim.batch_size=auto: there is no CUDA device to fit; `s2a memory fit=8GiB` tells a batch for one elsewhere")
-    rest = [word for word in words if word != "optim.batch_size=auto"]
+    need_device()
+    rest = [word for word in words if word != AUTO]
     config = compose([word for word in rest if not word.startswith("--")])
     device = torch.device("cuda" if config.device == "auto" else config.device)
-    total = torch.cuda.get_device_properties(device).total_memory
-    found = largest_batch(config, total, predictor=Predictor(int(os.environ.get("WORLD_SIZE", 1))))
+    if device.type != "cuda":
+        raise UserError(f"{AUTO} fits the memory of a CUDA device, not device={config.device}; set a number")
+    processes, there = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.get_device_properties(device).total_memory
+    left = f"{there / MIB:,.0f} MiB of {device}"
+    if config.busy == "allow" and processes == 1 and (free := torch.cuda.mem_get_info(device)[0]) < there:
+        there, left = free, f"{free / MIB:,.0f} MiB that are free on {device}"
+    found = largest_batch(config, there, predictor=Predictor(processes))
     if not found:
-        raise UserError(f"optim.batch_size=auto: not one image fits the {total / MIB:,.0f} MiB of {device}; see s2a memory fit=")
-    print(f"optim.batch_size={found}: the largest that is predicted to fit the {total / MIB:,.0f} MiB of {device}")
+        raise UserError(f"optim.batch_size=auto: not one image fits the {left}; see s2a memory fit=")
+    print(f"optim.batch_size={found}: the largest that is predicted to fit the {left}")
     return [*rest, f"optim.batch_size={found}"]
