@@ -25,6 +25,7 @@ from s2a_cli.config import SweepConfig
 from s2a_cli.engines import Engine, Job, engine
 from s2a_cli.errors import UserError, nearest
 from s2a_cli.grid import expand
+from s2a_cli.memory.fit import AUTO, need_device, resolved
 from s2a_cli.progress import Progress, duration
 
 GROUPS = ("backbone", "method", "quant", "dataset", "optim")
@@ -83,6 +84,8 @@ def plan(words: list[str]) -> Plan:
     given = {key for word in rest if (key := word.partition("=")[0])}
     rest = [f"{key}={_several(value)}" for key, value in settings.grid.items() if key not in given] + rest
     grid = expand(rest)
+    if any(AUTO in chosen for chosen in grid):
+        _whole_gpus(settings)
     varied = [index for index in range(len(rest)) if len({member[index] for member in grid}) > 1]
     members, excluded, contents = [], {}, set()
     known = Known()
@@ -90,6 +93,7 @@ def plan(words: list[str]) -> Plan:
         for chosen in grid:
             name = " ".join(chosen[index] for index in varied) or "the only run"
             try:
+                chosen = known.sized(chosen)
                 config = compose(chosen)
                 reason = _excluded(config, settings.exclude)
                 member = None if reason else known.member(chosen, config, name, Path(settings.dir))
@@ -104,6 +108,17 @@ def plan(words: list[str]) -> Plan:
     if not members:
         raise UserError("\n".join(dict.fromkeys(line for reason in excluded for line in reason.splitlines())))
     return Plan(members, excluded, len(grid) - len(members) - sum(map(len, excluded.values())), settings)
+
+
+def _whole_gpus(settings: SweepConfig) -> None:
+    """Raises UserError where the runs of a sweep don't have a GPU of this machine each, whose memory a batch could fit."""
+    if settings.launcher != "local":
+        raise UserError(
+            f"{AUTO}: under sweep.launcher={settings.launcher} the device is elsewhere; `s2a memory fit=8GiB` tells the batch for it"
+        )
+    need_device()
+    if settings.pack or (settings.workers or 1) > torch.cuda.device_count():
+        raise UserError(f"{AUTO}: fills a GPU, and here several runs share one; set sweep.workers to at most the number of GPUs")
 
 
 def _several(value: Any) -> str:
@@ -139,6 +154,19 @@ class Known:
         self._data: dict[str, Any] = {}
         self._weights: dict[str, str] = {}
         self._fits: set[str] = set()
+        self._batches: dict[str, str] = {}
+
+    def sized(self, words: list[str]) -> list[str]:
+        """The words with optim.batch_size=auto replaced: what fits the first GPU; those of one machine are taken to be alike.
+
+        A run is known by its batch, so that it has to be a number here, and the same whenever the sweep goes on: that of
+        the whole memory of the GPU, whatever others hold of it now.
+        """
+        if AUTO not in words:
+            return words
+        alone = [word for word in words if not word.startswith("busy=")]
+        unseeded = OmegaConf.merge(compose([word for word in alone if word != AUTO]), {"seed": 0})
+        return [*(word for word in words if word != AUTO), _once(self._batches, unseeded, lambda: resolved(alone)[-1])]
 
     def member(self, words: list[str], config: DictConfig, name: str, root: Path) -> Member:
         """Raises UserError for data or weights that can't be had, and for settings that don't fit the backbone."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from s2a_cli import records, sweeps
@@ -169,6 +170,53 @@ def test_a_gpu_takes_what_fits():
     assert local.free({0: None, 1: None}, 10) is None, "a run whose peak is not known has a GPU alone"
     apart = Local(2, ["3", "5"])
     assert (apart.free({}, None), apart.free({0: None}, None), apart.free({0: 1, 1: 1}, 1)) == (0, 1, None)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """One GPU, as far as planning goes."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"total_memory": 2 << 30}))
+
+
+def test_an_automatic_batch_is_a_number_in_the_plan(gpu, monkeypatch, capsys):
+    predicted = []
+
+    def largest(config, available, predictor):
+        predicted.append((config.method.name, available))
+        return {"linear": 40, "bias": 20}[config.method.name]
+
+    monkeypatch.setattr("s2a_cli.memory.fit.largest_batch", largest)
+    words = [*TINY[:2], *TINY[4:], "quant=none", "seed=0,1"]
+    planned = sweeps.plan([*words, "method=linear,bias", "optim.batch_size=auto"])
+    batches = [(member.config.method.name, member.config.optim.batch_size) for member in planned.members]
+    assert sorted(batches) == [("bias", 20), ("bias", 20), ("linear", 40), ("linear", 40)]
+    assert predicted == [("linear", 2 << 30), ("bias", 2 << 30)], "once for all seeds"
+    assert all("optim.batch_size=auto" not in member.command for member in planned.members)
+    given = sweeps.plan([*words, "optim.batch_size=20", "method=bias"])
+    folders = [member.folder for member in planned.members if member.config.method.name == "bias"]
+    assert [member.folder for member in given.members] == folders, "a run is known by the number"
+    assert capsys.readouterr().out.count("the largest that is predicted to fit") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sweep.launcher=slurm"], "sweep.launcher=slurm the device is elsewhere.*s2a memory fit=8GiB"),
+        (["sweep.launcher=ray"], "sweep.launcher=ray the device is elsewhere"),
+        (["sweep.workers=2"], "several runs share one"),
+        (["sweep.pack=true"], "several runs share one"),
+    ],
+)
+def test_an_automatic_batch_needs_a_gpu_for_each_run(gpu, words, said):
+    with pytest.raises(UserError, match=said):
+        sweeps.plan([*TINY[:2], *TINY[3:], "optim.batch_size=16,auto", *words])
+
+
+def test_an_automatic_batch_needs_a_gpu_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="optim.batch_size=auto: there is no CUDA device to fit; `s2a memory fit=8GiB`"):
+        sweeps.plan([*TINY[:2], *TINY[3:], "optim.batch_size=auto"])
 
 
 def test_a_dry_run_predicts_and_runs_nothing(capsys, tmp_path):
