@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from s2a_cli.config import BackboneConfig
 from s2a_cli.data.transforms import ImageConfig
 from s2a_cli.errors import UserError, nearest
+from s2a_cli.tail import Tail
 
 EMBEDDED = "embedded:"  # prefix of a checkpoint that ships in s2a_cli/weights/
 ADDED = "s2a"  # the submodule of the model that holds what a method adds
@@ -93,6 +94,7 @@ class Backbone:
         model.requires_grad_(False)
         self.head.requires_grad_(True)
         self.blocks, self._order = _trace(model, image.size)
+        self.tail: Tail | None = None  # the trained part alone, where the config trains on kept taps
         self.stored = 0  # elements of weights that are kept as codes and so are no parameters, see frozen.py
         self._pretrained = [name for name in model.state_dict() if not name.startswith(f"{self.head_name}.")]
 

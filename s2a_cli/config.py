@@ -73,6 +73,7 @@ class DatasetConfig:
     on_corrupt: str = "stop"  # stop | skip: what a damaged image does
     scale: list[float] | None = field(default_factory=lambda: [0.5, 1.0])  # random crop, share of the area; null: none
     hflip: float = 0.5  # probability of a mirrored training image
+    cache: str | None = None  # taps: what linear and side read of the backbone, once for each image and its mirror image, on disk
 
 
 @dataclass
@@ -200,6 +201,7 @@ RULES = {  # a key, or a pattern that matches keys
     "dataset.split_seed": NOT_NEGATIVE,
     "dataset.on_corrupt": one_of("stop", "skip"),
     "dataset.scale": numbers(2, "2 numbers, 0 < smallest <= largest <= 1", lambda low, high: 0 < low <= high <= 1),
+    "dataset.cache": one_of("taps"),
     "dataset.hflip": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
     "optim.name": one_of("adamw", "sgd"),
     "optim.lr": POSITIVE,
@@ -286,6 +288,8 @@ def check(config: DictConfig) -> dict[str, str]:
     if both(warmup, epochs) and values[warmup] >= values[epochs]:
         problems[warmup] = f"{warmup}={values[warmup]}: expected less than {epochs}={values[epochs]}"
     problems |= _check_blocks(values.get("quant.blocks") or {})
+    if both("dataset.cache"):
+        problems |= _check_cache(values)
     if values.get("quant.name") == "auto" and values.get("quant.budget_mib") is None:
         problems["quant.budget_mib"] = "quant=auto needs quant.budget_mib=N, the peak in MiB that a step may reach"
     if both("compile_budget") and not values.get("compile"):
@@ -297,6 +301,21 @@ def check(config: DictConfig) -> dict[str, str]:
     if both("dataset.test_domain") and values.get("dataset.domain") is None:
         problems["dataset.test_domain"] = "dataset.test_domain is set without dataset.domain, the domain to train on"
     return problems
+
+
+def _check_cache(values: dict[str, Any]) -> dict[str, str]:
+    """Problems of dataset.cache; whether the method has a part that trains alone is checked where it is attached."""
+    key = "dataset.cache"
+    for other, value, why in (
+        ("dataset.scale", None, "each random crop would need another forward pass of the backbone"),
+        ("optim.mixup", 0.0, "each mixed image would need another forward pass of the backbone"),
+        ("optim.cutmix", 0.0, "each mixed image would need another forward pass of the backbone"),
+        ("compile", False, "the part that is trained is too small to compile"),
+        ("quant.budget_mib", None, "quant=auto chooses settings of blocks, which do not run"),
+    ):
+        if values.get(other) != value:
+            return {key: f"{key}={values[key]} needs {other}={show(value)}: {why}"}
+    return {}
 
 
 def _check_blocks(blocks: dict[int, Any]) -> dict[str, str]:

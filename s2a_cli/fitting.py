@@ -85,6 +85,8 @@ class Fit:
         if meter and meter.memory:
             full = {k: v for k, v in (result["memory"] or {}).items() if k.startswith("full_")}
             result["memory"] = meter.memory.as_dict() | full
+            if cache := self.run.cache:  # the forward passes that fill it count as well
+                result["memory"]["peak_mib"] = round(max(meter.memory.peak_mib, cache.peak_mib), 2)
         if self.run.config.test:
             distributed.wait()  # the first one may still be writing
             checkpoints.load(self.folder, self.run.model, self.run.weights)
@@ -144,7 +146,7 @@ class Fit:
             meter.step_begins()
         images, targets = self.mix(images.to(device), targets.to(device))
         after = [meter.after_forward] if meter else []
-        loss = self.step(self.run.model, self.optimizer, images, targets, *after, of=count)
+        loss = self.step(self.run.trained, self.optimizer, images, targets, *after, of=count)
         loss, stops = distributed.total(loss.item(), asked())  # item() synchronises
         if meter:
             meter.step_ends()
@@ -260,7 +262,7 @@ def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: 
     alone = distributed.part()[1] == 1  # with others there is no stop before the sums that they wait for
     for images, targets in guarded(loader, asked):
         images, targets = images.to(run.device), targets.to(run.device)
-        logits = step.logits(run.model, images)
+        logits = step.logits(run.trained, images)
         loss += nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         top1 += (logits.argmax(1) == targets).sum().item()
         if five:

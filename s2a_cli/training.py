@@ -16,13 +16,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from s2a_cli import allocation, backbones, checkpoints, data, distributed, frozen, memory, records
+from s2a_cli import allocation, backbones, cache, checkpoints, data, distributed, frozen, memory, records
 from s2a_cli.activations import STOCK
 from s2a_cli.backbones import Backbone
 from s2a_cli.config import QuantConfig, show
 from s2a_cli.errors import RunError, UserError
 from s2a_cli.fitting import Fit, accuracy
-from s2a_cli.methods import METHODS
+from s2a_cli.methods import METHODS, Method
 from s2a_cli.steps import Step, make_optimizer, moving_norms, train_mode, weight_dtype
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk; what failed can go on when there is space
@@ -40,6 +40,7 @@ class Run:
     weights: str  # fingerprint of the pretrained tensors
     device: torch.device
     content: str  # see records.content
+    cache: cache.Cache | None = None  # with dataset.cache=taps, once it is open
 
     @property
     def identity(self) -> str:
@@ -49,7 +50,14 @@ class Run:
     def model(self) -> nn.Module:
         return self.backbone.model
 
+    @property
+    def trained(self) -> nn.Module:
+        """What the batches of `loader` go through: the model, or with kept taps the part of it that is trained."""
+        return self.backbone.tail if self.cache else self.model
+
     def loader(self, split: str, train: bool = False) -> data.Loader:
+        if self.cache:
+            return self.cache.loader(self, split, train, distributed.part())
         config, dataset = self.config, getattr(self.splits, split)
         return data.loader(
             dataset,
@@ -72,6 +80,10 @@ def prepare(config: DictConfig) -> Run:
     weights = backbone.fingerprint()
     attach(config, backbone)
     processes = distributed.part()[1]
+    if config.dataset.cache:
+        cache.check_steady(backbone)
+        if processes > 1:
+            raise UserError("dataset.cache=taps trains in one process: what is left to train is small; start without torchrun")
     if (least := min(config.optim.batch_size, len(splits.train))) < processes:
         raise UserError(f"a batch of {least} images can't be shared by {processes} processes; start fewer, or raise optim.batch_size")
     content = records.content(OmegaConf.to_container(config, resolve=True), splits.revision, weights)
@@ -81,7 +93,16 @@ def prepare(config: DictConfig) -> Run:
 def attach(config: DictConfig, backbone: Backbone) -> None:
     """Makes a backbone, which may be on the meta device, what a config trains. Raises UserError for what does not fit it."""
     torch.manual_seed(config.seed)  # the method's initial values do not depend on how the backbone drew its own
-    METHODS[config.method.name](config.method).attach(backbone)
+    method = METHODS[config.method.name](config.method)
+    method.attach(backbone)
+    if config.dataset.cache:
+        backbone.tail = method.tail(backbone)
+        if not backbone.tail:
+            accepted = " and ".join(name for name, kind in METHODS.items() if kind.tail is not Method.tail)
+            raise UserError(
+                f"dataset.cache={config.dataset.cache}: method={config.method.name} changes what the backbone computes,"
+                f" so that it has to run in every step; accepted are {accepted}"
+            )
     if moving_norms(backbone.model):
         _refuse_parts(config)
     if odd := [number for number in config.quant.blocks if not 0 <= number < len(backbone.blocks)]:
@@ -187,6 +208,8 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> records.Resu
             stack.enter_context(memory.snapshot(folder, run.device, config.profile == "memory"))
             if config.compile:
                 _compile(run.model, config.compile_budget)
+            if run.backbone.tail:
+                run.cache = cache.opened(run)
             if state:
                 print(f"going on in {folder}: epoch {state['sofar']['epoch']}, step {state['sofar']['step'] + 1}")
             Fit(run, folder, result, board)(state)
@@ -334,6 +357,8 @@ def profile_step(backbone: Backbone, config: DictConfig, images: int, processes:
     batch = torch.empty(count, 3, size, size), torch.empty(count, dtype=torch.int64)
     step = Step(config, torch.device("cpu"), backbone.block_modules)
     blocks = {block.name: block.module for block in backbone.blocks}
+    if backbone.tail:
+        return cache.profile(backbone, config, step, batch, blocks)
     return memory.profile(backbone.model, batch, step, lambda model: make_optimizer(config.optim, model), blocks)
 
 
@@ -344,7 +369,7 @@ def evaluate(config: DictConfig, folder: Path) -> dict[str, float | None]:
     """
     recorded = records.read_result(folder)
     for key, value in OmegaConf.to_container(config.dataset).items():
-        if f"dataset.{key}" not in records.NOT_IDENTITY and value != recorded["config"]["dataset"].get(key):
+        if key != "cache" and f"dataset.{key}" not in records.NOT_IDENTITY and value != recorded["config"]["dataset"].get(key):
             raise UserError(
                 f"dataset.{key}={value}: the run was made with {recorded['config']['dataset'].get(key)};"
                 " another split could hold images that it was trained on"

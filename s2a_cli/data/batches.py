@@ -27,7 +27,7 @@ class Loader:
     def __init__(self, split, transform, batch_size, *, seed, epoch, train, workers, pin_memory, part):
         if batch_size < 1:
             raise UserError(f"batch size {batch_size} is not positive")
-        self._batches = _Batches(len(split), batch_size, seed, epoch, train, part)
+        self._batches = Batches(len(split), batch_size, seed, epoch, train, part)
         workers = default_workers(split) if workers is None else workers
         self._loader = DataLoader(
             _Samples(split, transform, seed),
@@ -101,7 +101,7 @@ def default_workers(split: Images) -> int:
     return min(8, cores // 2)
 
 
-class _Batches:
+class Batches:
     """The batch sampler: lists of (epoch, index), so that workers that outlive an epoch learn which one it is."""
 
     def __init__(self, length: int, batch_size: int, seed: int, epoch: int, train: bool, part: tuple[int, int]):

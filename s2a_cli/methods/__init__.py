@@ -11,6 +11,8 @@ import pkgutil
 
 from s2a_cli.methods.base import Method
 
+__all__ = ["METHODS", "Method"]
+
 METHODS: dict[str, type[Method]] = {
     module.name: importlib.import_module(f"{__name__}.{module.name}").METHOD
     for module in pkgutil.iter_modules(__path__)

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 if TYPE_CHECKING:
     from s2a_cli.backbones import Backbone
+    from s2a_cli.tail import Tail
 
 
 class Method:
@@ -36,3 +37,10 @@ class Method:
         Raises UserError for settings that do not fit this backbone.
         """
         raise TypeError(f"{type(self).__name__} does not say what it attaches")
+
+    def tail(self, backbone: Backbone) -> Tail | None:
+        """The trained part alone, after `attach`, for `dataset.cache=taps`.
+
+        None where a gradient passes through the backbone, or it computes something else than before.
+        """
+        return None

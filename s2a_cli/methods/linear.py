@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from s2a_cli.methods.base import Method
+from s2a_cli.tail import Tail
 
 
 class Linear(Method):
@@ -10,6 +11,9 @@ class Linear(Method):
 
     def attach(self, backbone):
         pass  # the head is always trained
+
+    def tail(self, backbone):
+        return Tail(backbone.head)
 
 
 METHOD = Linear

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2a_cli.activations.autograd import first_order
-from s2a_cli.backbones import Backbone, Hidden
+from s2a_cli.backbones import ADDED, Backbone, Hidden
 from s2a_cli.methods.base import Method
+from s2a_cli.tail import Tail
 
 
 @dataclass
@@ -98,6 +99,10 @@ class LiteSideBranch(nn.Module):
             self._tokens = []
         self._tokens.append(self.taps[index](h))
 
+    def given(self, tokens: list[Tensor]) -> None:
+        """The tokens of every tap, in place of a forward pass through the blocks."""
+        self._tokens = tokens
+
     def correct(self, logits: Tensor) -> Tensor:
         """The logits of the backbone's head with the branch's added, from what was tapped on the way to them."""
         tokens, self._tokens = self._tokens, []
@@ -127,6 +132,9 @@ class Side(Method):
 
     def attach(self, backbone):
         add_side(backbone, self.config)
+
+    def tail(self, backbone):
+        return Tail(backbone.head, getattr(backbone.model, ADDED)["side"], f"blocks={self.config.blocks} grid={self.config.grid}")
 
 
 METHOD = Side

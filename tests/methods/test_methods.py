@@ -36,9 +36,13 @@ def make(backbone: str, method: str | None = None, **settings):
     made = backbones.build(BackboneConfig(name=backbone, pretrained=False, **BACKBONES[backbone]), CLASSES)
     randomise(made.model)
     if method:
-        config = OmegaConf.structured(METHODS[method].Config(name=method, lr=1e-2))
-        METHODS[method](OmegaConf.merge(config, defaults(backbone, method), settings)).attach(made)
+        METHODS[method](made_config(backbone, method, **settings)).attach(made)
     return made
+
+
+def made_config(backbone: str, method: str, **settings):
+    config = OmegaConf.structured(METHODS[method].Config(name=method, lr=1e-2))
+    return OmegaConf.merge(config, defaults(backbone, method), settings)
 
 
 def defaults(backbone: str, method: str) -> dict:
@@ -227,6 +231,29 @@ def test_a_side_branch_reads_as_its_formula_says():
         *(torch.autograd.grad(output, query, upstream)[0] for output in (read, exact)), rtol=1e-10, atol=1e-12
     )
     assert {(t.dtype, t.numel()) for t in kept} == {(torch.float16, 3 * 10 * 16), (torch.float64, 3 * 10 * 4)} and len(kept) == 2
+
+
+@each_backbone
+@pytest.mark.parametrize("method", ["linear", "side"])
+def test_a_tail_alone_computes_and_trains_what_the_model_does(backbone, method):
+    made, whole = make(backbone, method), make(backbone, method)
+    for one in (made, whole):
+        torch.manual_seed(2)
+        for p in one.model.parameters():
+            if p.requires_grad:
+                p.data += 0.1 * torch.randn_like(p)
+    train_mode(made.model), train_mode(whole.model)
+    images, targets = batch(made)
+    tail = METHODS[method](made_config(backbone, method)).tail(made)
+    taps, logits = tail.capture(lambda: made.model(images))
+    assert {t.dtype for t in taps.tensors[1:]} <= {torch.float16} and len(taps.tensors) == 1 + (method == "side") * len(made.blocks)
+    assert not any(t.requires_grad for t in taps.tensors)
+    assert torch.equal(tail(taps), logits) and torch.equal(tail(taps), whole.model(images))
+    F.cross_entropy(tail(taps), targets).backward()
+    F.cross_entropy(whole.model(images), targets).backward()
+    for (name, one), two in zip(made.model.named_parameters(), whole.model.parameters()):
+        assert (one.grad is None) == (two.grad is None) and (one.grad is None or torch.equal(one.grad, two.grad)), name
+    assert sum(p.numel() for p in tail.parameters()) == sum(p.numel() for p in made.model.parameters() if p.requires_grad)
 
 
 @each_backbone

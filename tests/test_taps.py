@@ -1,0 +1,250 @@
+"""dataset.cache=taps: a run on kept taps is the run without them, and the files are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from s2a_cli import cache, checkpoints, data, fitting, records, training
+from s2a_cli.cache import Kept
+from s2a_cli.compose import compose, recompose
+from s2a_cli.errors import RunError, UserError
+from s2a_cli.tail import Taps
+
+QUICK = [
+    *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=side", "device=cpu", "workers=0"),
+    *("optim.epochs=2", "optim.batch_size=16", "dataset.scale=null"),
+]
+TAPS = "dataset.cache=taps"
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("S2A_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(training, "predict", lambda run: None)
+    return tmp_path / "data" / "taps"
+
+
+@pytest.fixture
+def filled(monkeypatch):
+    """The names of the files that were filled."""
+    write, names = Kept.write, []
+    monkeypatch.setattr(Kept, "write", lambda self, batches: (names.append(self.path.name), write(self, batches))[1])
+    return names
+
+
+def train(folder, *words):
+    return training.train(compose([*QUICK, f"run_dir={folder}", *words]))[0]
+
+
+def outcome(folder):
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [{key: value for key, value in line.items() if key != "seconds"} for line in metrics]
+    tensors = checkpoints.safetensors.torch.load_file(folder / checkpoints.FILE)
+    return lines, records.read_result(folder)["accuracy"], tensors
+
+
+def agree(one, two):
+    for first, second in zip(one[0], two[0], strict=True):
+        assert first == pytest.approx(second, rel=1e-5)
+    assert one[1] == two[1]
+    assert {n: t.shape for n, t in one[2].items()} == {n: t.shape for n, t in two[2].items()}
+    for name, tensor in one[2].items():
+        if not name.startswith(checkpoints.CALIBRATION):
+            torch.testing.assert_close(two[2][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["dataset.hflip=0"],
+        ["dataset.hflip=0.5"],
+        ["method=linear", "dataset.hflip=0.5", "quant=none"],
+        ["dataset.hflip=0.5", "method.blocks=last:2", "precision=amp-bf16", "optim.micro_batch=6", "optim.clip_grad=1"],
+        ["dataset.hflip=1", "precision=bf16", "quant=tiny", "backbone.weights=int8"],
+        ["backbone=resnet18", "backbone.pretrained=false", "backbone.image_size=32", "dataset.hflip=0.5"],
+    ],
+    ids=["still", "flips", "linear", "amp", "bf16", "resnet"],
+)
+def test_a_run_on_kept_taps_is_the_run_without(tmp_path, words):
+    train(tmp_path / "without", *words)
+    train(tmp_path / "with", *words, TAPS)
+    agree(outcome(tmp_path / "with"), outcome(tmp_path / "without"))
+    result = records.read_result(tmp_path / "with")
+    for cached in (TAPS, "dataset.cache=null"):  # the saved tensors are those of the whole model
+        scores = training.evaluate(recompose(result["config"], [cached]), tmp_path / "with")
+        assert scores["top1"] == result["accuracy"]["test_top1"]
+
+
+def test_an_image_is_mirrored_when_its_transform_would_mirror_it():
+    image = Image.new("RGB", (2, 2))
+    image.putpixel((0, 0), (255, 0, 0)), image.putpixel((0, 1), (255, 0, 0))
+    look = data.ImageConfig(2, (0.0,) * 3, (1.0,) * 3, "nearest", 1.0)
+    for probability in (0.0, 0.3, 0.5, 1.0):
+        config = compose([*QUICK, f"dataset.hflip={probability}"]).dataset
+        transform, seen = data.build_transform(look, config, train=True), []
+        for index in range(60):
+            torch.manual_seed(data.mix(3, 7, index))
+            seen.append(transform(image)[0, 0, 1].item() == 1)
+        assert seen == [cache.mirrors(3, 7, index, probability) for index in range(60)]
+        assert any(seen) == (probability > 0)
+
+
+def test_runs_share_what_is_the_same_for_them(tmp_path, own_folder, filled, capsys):
+    train(tmp_path / "1", TAPS)
+    assert len(filled) == 3 and {path.name for path in own_folder.glob("*.taps")} == set(filled)
+    train(tmp_path / "2", TAPS, "seed=1", "method.width=3", "optim.batch_size=9", "method.lr=0.1")
+    assert len(filled) == 3 and "there already" in capsys.readouterr().out
+    train(tmp_path / "3", TAPS, "dataset.hflip=0.5")  # validation and test images stay as they are
+    assert len(filled) == 4 and filled[-1].startswith("train-")
+    others = ["method.grid=2", "method.blocks=last:1", "method=linear", "dataset.split_seed=1", "dataset.shots=7"]
+    others += ["backbone.image_size=24", "backbone.crop_pct=0.8", "precision=amp-bf16", "backbone.weights=int8"]
+    others += ["backbone.pretrained=false", "backbone.mean=[0,0,0]"]
+    for word in others:
+        before = len(filled)
+        train(tmp_path / "other", TAPS, word, "test=false", "optim.epochs=1")
+        assert len(filled) == before + 2, word
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"{" + b[1:][:50], lambda b: b"x" + b[1:], lambda b: b""])
+def test_a_damaged_file_is_filled_anew(tmp_path, own_folder, filled, damage):
+    train(tmp_path / "1", TAPS)
+    path = next(own_folder.glob("train-*.taps"))
+    good = path.read_bytes()
+    path.write_bytes(damage(good))
+    train(tmp_path / "2", TAPS)
+    assert len(filled) == 4 and path.read_bytes() == good
+    assert outcome(tmp_path / "1")[:2] == outcome(tmp_path / "2")[:2]
+
+
+def test_a_file_of_other_values_is_filled_anew(tmp_path, own_folder, filled):
+    train(tmp_path / "1", TAPS)
+    path = next(own_folder.glob("train-*.taps"))
+    good = path.read_bytes()
+    path.write_bytes(good[: cache.HEADER] + bytes(len(good) - cache.HEADER))
+    train(tmp_path / "2", TAPS)
+    assert len(filled) == 6 and path.read_bytes() == good
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_filling_that_breaks_off_leaves_nothing(tmp_path, own_folder, monkeypatch, error):
+    def breaks(*args):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.Progress, "add", breaks)
+        if isinstance(error, OSError):
+            with pytest.raises(RunError, match="dataset.cache=taps: .*No space left.*make room"):
+                train(tmp_path / "run", TAPS)
+        else:
+            assert train(tmp_path / "run", TAPS)["status"] == "interrupted"
+    assert [path.suffix for path in own_folder.iterdir()] == [".lock"]
+    litter = own_folder / next(own_folder.iterdir()).name.replace(".lock", ".abcdefgh")
+    litter.write_bytes(b"half, of a process that was killed")
+    assert train(tmp_path / "run", TAPS)["status"] == "ok" and not litter.exists()
+
+
+def test_a_disk_without_the_room_is_refused_before_anything_is_written(tmp_path, own_folder, monkeypatch):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: cache.shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(RunError, match=r"needs \d+ MiB in .*taps, where 0 MiB are free"):
+        train(tmp_path / "run", TAPS)
+    assert not own_folder.exists()
+
+
+def test_a_broken_run_goes_on(tmp_path, monkeypatch):
+    train(tmp_path / "whole", TAPS, "dataset.hflip=0.5")
+    one, count = fitting.Fit._train, [0]
+
+    def breaks(self, *args):
+        count[0] += 1
+        if count[0] == 8:
+            raise KeyboardInterrupt
+        return one(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting.Fit, "_train", breaks)
+        assert train(tmp_path / "broken", TAPS, "dataset.hflip=0.5", "save_steps=1")["status"] == "interrupted"
+    train(tmp_path / "broken", TAPS, "dataset.hflip=0.5", "save_steps=1")
+    assert (tmp_path / "broken" / checkpoints.FILE).read_bytes() == (tmp_path / "whole" / checkpoints.FILE).read_bytes()
+    assert outcome(tmp_path / "broken")[:2] == outcome(tmp_path / "whole")[:2]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["dataset.scale=[0.8,1]"], "dataset.cache=taps needs dataset.scale=null: each random crop would need another forward pass"),
+        (["optim.mixup=0.2"], "needs optim.mixup=0.0: each mixed image"),
+        (["optim.cutmix=1.0"], "needs optim.cutmix=0.0: each mixed image"),
+        (["compile=true"], "needs compile=false"),
+        (["quant=auto", "quant.budget_mib=100"], "needs quant.budget_mib=null"),
+        (["dataset.cache=tap"], "expected one of taps, or null"),
+        (["method=bias"], "method=bias changes what the backbone computes.*accepted are linear and side"),
+        (["method=s2a"], "method=s2a changes"),
+        (["backbone=swin_t", "backbone.pretrained=false", "backbone.kwargs.drop_path_rate=0.5"], "another in training than in evaluation"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_does_not_fit_is_refused_in_one_line(words, message):
+    with pytest.raises(UserError, match=message) as caught:
+        training.prepare(compose([*QUICK, TAPS, *words]))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_cache_a_run_has_the_identity_that_it_always_had():
+    config = training.OmegaConf.to_container(compose(QUICK))
+    before = {**config, "dataset": {key: value for key, value in config["dataset"].items() if key != "cache"}}
+    kept = {**config, "dataset": config["dataset"] | {"cache": "taps"}}
+    assert records.content(before, "r", "w") == records.content(config, "r", "w") != records.content(kept, "r", "w")
+
+
+def test_the_predicted_peak_is_that_of_filling_or_of_the_step():
+    def peak(*words):
+        config = compose([*QUICK, *words])
+        return training.predicted_peak(config, 10, 1000)
+
+    assert peak(TAPS) < peak()
+    assert peak(TAPS) == peak(TAPS, "optim.batch_size=20"), "that of filling, with few images at a time"
+    large = peak(TAPS, "optim.batch_size=1000")
+    assert peak(TAPS, "optim.micro_batch=4") < peak(TAPS) < large < peak("optim.batch_size=1000")
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(training.distributed, "part", lambda: (0, 2))
+    with pytest.raises(UserError, match="trains in one process"):
+        training.prepare(compose([*QUICK, TAPS]))
+
+
+def test_taps_keep_their_dtypes():
+    taps = Taps([torch.zeros(5, 3), torch.zeros(5, 2, 4, dtype=torch.float16)])
+    assert [t.dtype for t in taps.to(torch.bfloat16).to(torch.device("cpu")).tensors] == [torch.float32, torch.float16]
+    assert [len(part) for part in taps.split(2)] == [2, 2, 1] and len(taps) == 5
+
+
+def test_a_file_gives_back_what_was_written(tmp_path):
+    fields = [((5,), torch.float32), ((3, 2), torch.float16), ((1,), torch.bfloat16)]
+    kept = Kept(tmp_path, {"split": "train", "long": "x" * 5000}, 7, True, fields)
+    assert not kept.whole()
+    views = [Taps(torch.randn(7, *shape).to(dtype) for shape, dtype in fields) for _ in range(2)]
+    kept.write(iter([[Taps(t[:4] for t in v.tensors) for v in views], [Taps(t[4:] for t in v.tensors) for v in views]]))
+    assert kept.whole() and kept.path.stat().st_size == kept.bytes
+    for index in (6, 0, 3):
+        for mirror, view in enumerate(views):
+            for read, wrote in zip(kept.batch([2 * index + mirror]).tensors, view.tensors, strict=True):
+                assert torch.equal(read[0], wrote[index]) and read.dtype == wrote.dtype
+    assert not Kept(tmp_path, {"split": "train", "long": "y"}, 7, True, fields).whole()
+
+
+@pytest.mark.slow
+def test_runs_that_start_together_fill_once(tmp_path, own_folder):
+    words = [*QUICK, TAPS, "optim.epochs=1"]
+    command = [sys.executable, "-m", "s2a_cli", "train", *words]
+    runs = [subprocess.Popen([*command, f"seed={n}", f"run_dir={tmp_path / str(n)}"], stderr=subprocess.PIPE) for n in range(2)]
+    for process in runs:
+        assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert len(list(own_folder.glob("*.taps"))) == 3 and not list(own_folder.glob(".*.????????"))
