@@ -18,6 +18,8 @@ from s2a_cli.config import SweepConfig
 from s2a_cli.engines import engine, remote
 from s2a_cli.errors import UserError
 
+pytestmark = pytest.mark.xdist_group("engines")  # `whole` is made once
+
 QUICK = [
     *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=bias", "device=cpu", "workers=0"),
     *("optim.epochs=20", "optim.batch_size=20", "save_steps=1", "seed=0,1,2"),
