@@ -20,10 +20,13 @@ class SideConfig:
     grid: int = 7  # taps are pooled to at most grid x grid positions, class and register tokens apart
 
 
-class Tap(nn.Module):
-    """A detached hidden state as tokens [B, N, C] in fp16: positions pooled to a grid, each token to mean 0 and variance 1.
+STEP = 1 / 8  # of the codes of normalised tokens
 
-    They are kept for the backward pass; normalised, they fit fp16 well, which is half of fp32.
+
+class Tap(nn.Module):
+    """A detached hidden state as tokens [B, N, C] in int8: positions pooled to a grid, each token to mean 0 and variance 1.
+
+    They are kept for the backward pass. Normalised, they all fit one grid, of `STEP`: what lies beyond 16 standard deviations is cut off.
     """
 
     def __init__(self, hidden: Hidden, grid: int):
@@ -36,18 +39,18 @@ class Tap(nn.Module):
         if patches.shape[-1] > 1:  # a map; tokens without a square grid stay as they are
             patches = F.adaptive_avg_pool2d(patches, [min(n, self.grid) for n in patches.shape[-2:]])
         tokens = torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
-        return F.layer_norm(tokens.float(), tokens.shape[-1:]).half()
+        return (F.layer_norm(tokens.float(), tokens.shape[-1:]) / STEP).round_().clamp_(-127, 127).to(torch.int8)
 
 
 class Attend(torch.autograd.Function):
-    """(tokens [B, N, C], queries [heads, C]) -> [B, heads, C], the mean of the tokens t weighted by softmax(t . q).
+    """(tokens [B, N, C] as codes, queries [heads, C]) -> [B, heads, C], the mean of the tokens t weighted by softmax(t . q).
 
-    Keeps the tokens as they come, in fp16, once for all heads, and the weights. The tokens get no gradient.
+    Keeps the codes, once for all heads, and the weights; its gradient is exact. The tokens get none.
     """
 
     @staticmethod
     def forward(ctx, tokens: Tensor, query: Tensor) -> Tensor:
-        t = tokens.to(query.dtype)
+        t = tokens.to(query.dtype) * STEP
         weights = torch.softmax(t @ query.T, dim=1)  # [B, N, heads]
         ctx.save_for_backward(tokens, weights)
         return weights.transpose(1, 2).to(t.dtype) @ t
@@ -56,7 +59,7 @@ class Attend(torch.autograd.Function):
     @first_order
     def backward(ctx, grad: Tensor):
         tokens, weights = ctx.saved_tensors
-        t = tokens.to(grad.dtype)
+        t = tokens.to(grad.dtype) * STEP
         g = t @ grad.transpose(1, 2)
         scores = weights * (g - (weights * g).sum(1, keepdim=True))
         return None, torch.einsum("bnh,bnc->hc", scores.to(t.dtype), t)

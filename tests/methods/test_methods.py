@@ -14,7 +14,7 @@ from s2a_cli.config import BackboneConfig, QuantConfig
 from s2a_cli.errors import UserError
 from s2a_cli.memory import saved_bytes
 from s2a_cli.methods import METHODS
-from s2a_cli.methods.side import Attend
+from s2a_cli.methods.side import STEP, Attend
 from s2a_cli.steps import Step, train_mode
 
 BACKBONES = {
@@ -218,19 +218,19 @@ def test_a_side_branch_sends_no_gradient_through_the_backbone(backbone):
 
 
 def test_a_side_branch_reads_as_its_formula_says():
-    """The gradient of the queries against autograd's in float64; kept are the fp16 tokens once, and the weights."""
-    tokens, query = torch.randn(3, 10, 16).half(), torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
+    """The gradient of the queries against autograd's in float64; kept are the codes once, and the weights."""
+    tokens, query = torch.randint(-127, 128, (3, 10, 16), dtype=torch.int8), torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         read = Attend.apply(tokens, query)
-    t = tokens.double()
+    t = tokens.double() * STEP
     exact = torch.softmax(torch.einsum("bnc,hc->bhn", t, query), -1) @ t
     torch.testing.assert_close(read, exact)
     upstream = torch.randn_like(read)
     torch.testing.assert_close(
         *(torch.autograd.grad(output, query, upstream)[0] for output in (read, exact)), rtol=1e-10, atol=1e-12
     )
-    assert {(t.dtype, t.numel()) for t in kept} == {(torch.float16, 3 * 10 * 16), (torch.float64, 3 * 10 * 4)} and len(kept) == 2
+    assert {(t.dtype, t.numel()) for t in kept} == {(torch.int8, 3 * 10 * 16), (torch.float64, 3 * 10 * 4)} and len(kept) == 2
 
 
 @each_backbone
@@ -246,7 +246,7 @@ def test_a_tail_alone_computes_and_trains_what_the_model_does(backbone, method):
     images, targets = batch(made)
     tail = METHODS[method](made_config(backbone, method)).tail(made)
     taps, logits = tail.capture(lambda: made.model(images))
-    assert {t.dtype for t in taps.tensors[1:]} <= {torch.float16} and len(taps.tensors) == 1 + (method == "side") * len(made.blocks)
+    assert {t.dtype for t in taps.tensors[1:]} <= {torch.int8} and len(taps.tensors) == 1 + (method == "side") * len(made.blocks)
     assert not any(t.requires_grad for t in taps.tensors)
     assert torch.equal(tail(taps), logits) and torch.equal(tail(taps), whole.model(images))
     F.cross_entropy(tail(taps), targets).backward()
