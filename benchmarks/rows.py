@@ -6,6 +6,7 @@ with the product's own Step: the same loss, optimiser, precision and data.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -213,18 +214,20 @@ def _partitioned(made: Made) -> Callable[..., Tensor]:
     def forward(tensors: dict[str, Tensor], images: Tensor) -> Tensor:
         return torch.func.functional_call(made.model, tensors, (images,))
 
-    cut = aot_function(
-        forward,
-        fw_compiler=as_it_is,
-        bw_compiler=as_it_is,
-        partition_fn=min_cut_rematerialization_partition,
-        decompositions=select_decomp_table(),
-    )
+    @functools.cache
+    def cut(shape: torch.Size) -> Callable:  # a graph holds for one shape, and a prediction begins with a few images
+        return aot_function(
+            forward,
+            fw_compiler=as_it_is,
+            bw_compiler=as_it_is,
+            partition_fn=min_cut_rematerialization_partition,
+            decompositions=select_decomp_table(),
+        )
 
     def step(model: nn.Module, *args, **kwargs) -> Tensor:
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
         with made.around():
-            return made.step(lambda images: cut(tensors, images), *args, **kwargs)
+            return made.step(lambda images: cut(images.shape)(tensors, images), *args, **kwargs)
 
     return step
 
