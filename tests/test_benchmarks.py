@@ -137,11 +137,11 @@ def test_without_peft_the_row_says_so(monkeypatch):
 def test_a_smaller_memory_budget_of_the_compiler_keeps_less():
     """Predicted without compiling: where the compiler cuts the graph says what is kept, not what the peak is."""
     row = rows.BY_NAME["bias-budget0.1"]
-    some, few = (rows.predicted(r, SHALLOW, 2) for r in (rows.BY_NAME["bias-budget0.3"], row))
-    whole = rows.predicted(rows.BY_NAME["bias"], SHALLOW, 2)
+    some, few = (rows.predicted(r, SHALLOW, 3) for r in (rows.BY_NAME["bias-budget0.3"], row))
+    whole = rows.predicted(rows.BY_NAME["bias"], SHALLOW, 3)
     assert few.kept_mib < some.kept_mib < whole.kept_mib and math.isnan(few.peak_mib)
     entry = tiers.blank(row)
-    tiers.predict_row(entry, SHALLOW, 2)
+    tiers.predict_row(entry, SHALLOW, 3)
     assert entry["predicted"]["peak_mib"] is None and list(entry["problems"]) == ["peak"]
 
 
