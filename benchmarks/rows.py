@@ -254,7 +254,6 @@ def gradients(made: Made, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Ten
         for images, targets in batches:
             made.model.zero_grad(set_to_none=True)
             torch.manual_seed(made.config.seed)
-            logits = made.step.logits(made.model, images.to(made.device))
-            made.step.criterion(logits, targets.to(made.device)).backward()
+            made.step.loss(made.model, images.to(made.device), targets.to(made.device)).backward()
     named = [(name, p.grad) for name, p in made.model.named_parameters() if p.grad is not None]
     return {name: grad.detach().cpu().double().flatten() for name, grad in named}

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 from s2a_cli.activations import ActivationMode, remember
@@ -50,6 +51,11 @@ def make_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     return AdamW(groups, lr=config.lr)
 
 
+def vote_loss(logits: Tensor, targets: Tensor, criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> Tensor:
+    """The loss of logits [B, classes]; of several votes, [votes, B, classes], the sum of each one's, which leaves their gradients apart."""
+    return sum(criterion(vote, targets) for vote in (logits if logits.ndim == 3 else [logits]))
+
+
 class Step:
     """Forward, backward and update of one batch under a run's precision, quantisation and accumulation.
 
@@ -82,9 +88,13 @@ class Step:
         return torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
 
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
-        """[B, classes] in fp32."""
+        """[B, classes] in fp32; [votes, B, classes] from a method that votes more than once in training."""
         with self.memory, self.autocast():
             return model(images.to(self.dtype)).float()
+
+    def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """The batch's mean loss."""
+        return vote_loss(self.logits(model, images), targets, self.criterion)
 
     def __call__(
         self,
@@ -98,7 +108,7 @@ class Step:
         total, of = torch.zeros((), device=images.device), of or len(images)
         size = self.optim.micro_batch or len(images)
         for part, target in zip(images.split(size), targets.split(size)):
-            loss = self.criterion(self.logits(model, part), target) * (len(part) / of)
+            loss = self.loss(model, part, target) * (len(part) / of)
             after_forward()
             self.scaler.scale(loss).backward()
             total += loss.detach()

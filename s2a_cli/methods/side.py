@@ -81,10 +81,12 @@ class Reader(nn.Module):
 
 
 class LiteSideBranch(nn.Module):
-    """Reads detached taps with learned queries and adds to the logits [B, classes] a linear map of all that was read.
+    """Reads detached taps with learned queries; a linear map of all that was read is its vote on the classes, [B, classes].
 
-    Nothing is back-propagated through the backbone. The linear map is zero at the start. Source: S2A (arXiv 2503.08154), lite
-    side branch; reading by attention pooling instead of channel average pooling is ours, see docs/structures.md.
+    Nothing is back-propagated through the backbone. In training the head and the branch vote apart, [2, B, classes], and each has
+    a loss of its own: on the sum of both, what one has learned would be taken from the gradient of the other. In evaluation the
+    votes are added. The linear map is zero at the start. Source: S2A (arXiv 2503.08154), lite side branch; reading by attention
+    pooling instead of channel average pooling, and the two votes, are ours, see docs/structures.md.
     """
 
     def __init__(self, taps: list[Hidden], config: SideConfig, classes: int):
@@ -106,10 +108,11 @@ class LiteSideBranch(nn.Module):
         """The tokens of every tap, in place of a forward pass through the blocks."""
         self._tokens = tokens
 
-    def correct(self, logits: Tensor) -> Tensor:
-        """The logits of the backbone's head with the branch's added, from what was tapped on the way to them."""
+    def vote(self, logits: Tensor) -> Tensor:
+        """The logits of the backbone's head and the branch's, from what was tapped on the way to them: apart, or their sum."""
         tokens, self._tokens = self._tokens, []
-        return logits + self(*tokens).to(logits.dtype)
+        own = self(*tokens).to(logits.dtype)
+        return torch.stack([logits, own]) if self.training else logits + own
 
     def forward(self, *tokens: Tensor) -> Tensor:
         """The tokens of every tap, [B, N, C] each -> [B, classes]."""
@@ -122,7 +125,7 @@ def add_side(backbone: Backbone, config: SideConfig) -> None:
     branch = LiteSideBranch([block.output for block in read], config, backbone.head.out_features)
     for index, block in enumerate(read):
         block.module.register_forward_hook(lambda _, __, h, index=index: branch.tap(index, h))
-    backbone.head.register_forward_hook(lambda _, __, logits: branch.correct(logits))
+    backbone.head.register_forward_hook(lambda _, __, logits: branch.vote(logits))
     backbone.add("side", branch)
 
 
