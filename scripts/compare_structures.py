@@ -1,23 +1,29 @@
 """Which structure buys the most accuracy for its memory? An honest search that anyone can run again; docs/structures.md has ours.
 
-    .venv/bin/python scripts/compare_structures.py WEIGHTS FOLDER... [--seeds 0 1 2] [--only NAME...] [--out runs/structures] [key=value ...]
+    .venv/bin/python scripts/compare_structures.py WEIGHTS DATA... [--search DATA...] [--seeds 0 1 2] [--only NAME...]
+        [--workers 2] [--out runs/structures] [key=value ...]
 
-WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors. FOLDER: a train/ and test/ tree of class folders,
-or such a tree in a .tar. key=value goes to every run.
-Each contender takes the learning rate, of four, with the best mean of the FOLDERs' validation accuracies (seed 0, the test split is
-not read), then trains with every seed, and the test split is read once for each of these runs. Contenders run without codes
-(quant=none); their memory is predicted for ViT-B/16, 224 px, a batch of 64, each with the codes named below.
-Runs that are finished are not repeated, so that the same line goes on after a break. Written to OUT: table.md, and
+WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors. DATA: a train/ and test/ tree of class folders, or such a
+tree in a .tar, with settings for it alone behind commas: photos.tar,optim.epochs=5. key=value goes to every run.
+Each contender takes the learning rate, of four, with the best mean of the validation accuracies on the DATA of the search (by default
+all; seed 0, the test split is not read), then trains with every seed, and the test split is read once for each of these runs.
+Contenders run without codes (quant=none); their memory is predicted for ViT-B/16, 224 px, a batch of 64, each with the codes named
+below. Runs that are finished are not repeated, so that the same line goes on after a break. Written to OUT: table.md, and
 structures.png, accuracy against memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 from s2a_cli import backbones, records, training
@@ -36,37 +42,57 @@ CONTENDERS = {  # name -> (words, learning rates, codes for the memory on ViT-B/
 }
 
 
-def run(folder: Path, words: list[str]) -> records.Result:
-    result, _ = training.train(compose([*words, f"run_dir={folder}"]), once=True)
+class Data:
+    """A folder or archive, and the settings for it alone."""
+
+    def __init__(self, text: str):
+        root, *self.words = text.split(",")
+        self.words.append(f"dataset.root={root}")
+        self.name = Path(root).name.split(".")[0]
+
+    def place(self, out: Path, stage: str, contender: str, last: str) -> str:
+        return f"run_dir={out / stage / self.name / contender.replace(', ', '-').replace(' ', '-') / last}"
+
+
+def calm(threads: int) -> None:
+    """What a process of the pool begins with. Ctrl-C is the parent's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+
+
+def run(words: list[str]) -> dict[str, float]:
+    """The accuracies of a run."""
+    result, folder = training.train(compose(words), once=True)
     if result["status"] != "ok":
         raise SystemExit(f"{folder}: {result['status']}: {result['error']}")
-    return result
+    return result["accuracy"]
 
 
-def place(out: Path, stage: str, root: str, name: str, last: str) -> Path:
-    return out / stage / Path(root).name.split(".")[0] / name.replace(", ", "-").replace(" ", "-") / last
-
-
-def chosen_rate(name: str, words: list[str], rates: tuple[float, ...], roots: list[str], out: Path) -> float:
-    scores = {}
-    for rate in rates:
-        lines = [[*words, f"optim.lr={rate}", f"dataset.root={root}", "test=false"] for root in roots]
-        runs = [run(place(out, "search", root, name, f"{rate:g}"), line) for root, line in zip(roots, lines)]
-        scores[rate] = mean(result["accuracy"]["val_top1"] for result in runs)
+def chosen_rate(pool: ProcessPoolExecutor, name: str, words: list[str], rates: tuple[float, ...], search: list[Data], out: Path) -> float:
+    lines = [
+        [*words, f"optim.lr={rate}", "test=false", *data.words, data.place(out, "search", name, f"{rate:g}")]
+        for rate in rates
+        for data in search
+    ]
+    tops = [accuracy["val_top1"] for accuracy in pool.map(run, lines)]
+    scores = {rate: mean(tops[i * len(search) : (i + 1) * len(search)]) for i, rate in enumerate(rates)}
     best = max(scores, key=scores.get)
     shown = ", ".join(f"{rate:g}: {score:.2f}" for rate, score in scores.items())
     print(f"{name}: validation top-1 by learning rate {shown}; taken: {best:g}", flush=True)
     return best
 
 
-def tested(name: str, words: list[str], rate: float, roots: list[str], seeds: list[int], out: Path) -> dict[str, list[float]]:
-    """{folder: test top-1 in %, one a seed}."""
-    found = {}
-    for root in roots:
-        lines = {seed: [*words, f"optim.lr={rate}", f"dataset.root={root}", f"seed={seed}"] for seed in seeds}
-        runs = [run(place(out, "test", root, name, str(seed)), line) for seed, line in lines.items()]
-        found[Path(root).name.split(".")[0]] = [result["accuracy"]["test_top1"] for result in runs]
-    return found
+def tested(
+    pool: ProcessPoolExecutor, name: str, words: list[str], rate: float, datas: list[Data], seeds: list[int], out: Path
+) -> dict[str, list[float]]:
+    """{data set: test top-1 in %, one a seed}."""
+    lines = [
+        [*words, f"optim.lr={rate}", f"seed={seed}", *data.words, data.place(out, "test", name, str(seed))]
+        for data in datas
+        for seed in seeds
+    ]
+    tops = [accuracy["test_top1"] for accuracy in pool.map(run, lines)]
+    return {data.name: tops[i * len(seeds) : (i + 1) * len(seeds)] for i, data in enumerate(datas)}
 
 
 def costs(words: list[str], codes: str) -> tuple[float, float]:
@@ -91,34 +117,40 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights")
-    parser.add_argument("words", nargs="+", metavar="FOLDER | key=value")
+    parser.add_argument("words", nargs="+", metavar="DATA | key=value")
+    parser.add_argument("--search", nargs="+", metavar="DATA")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/structures"))
     args = parser.parse_intermixed_args()
-    roots = [word for word in args.words if "=" not in word]
-    changes = [word for word in args.words if "=" in word]
-    if not roots:
-        parser.error("give a FOLDER of images")
-    rows = {}
-    for name in args.only:
-        structure, rates, codes = CONTENDERS[name]
-        words = ["experiment=photos_112", f"backbone.checkpoint={args.weights}", *structure, "quant=none", *changes]
-        rate = chosen_rate(name, words, rates, roots, args.out)
-        found = tested(name, words, rate, roots, args.seeds, args.out)
-        peak, percent = costs(structure, codes)
-        of_seeds = [mean(tops) for tops in zip(*found.values())]  # over the folders
-        rows[name] = {folder: mean(tops) for folder, tops in found.items()} | {
-            "mean": mean(of_seeds),
-            "std": stdev(of_seeds) if len(of_seeds) > 1 else float("nan"),
-            "lr": rate,
-            "codes": codes,
-            "peak MiB": peak,
-            "% trained": percent,
-        }
-        table = pd.DataFrame.from_dict(rows, orient="index")
-        records.atomic_write(args.out / "table.md", table.to_markdown(floatfmt=".2f") + "\n")
-        draw(table, args.out / "structures.png")
+    changes = [word for word in args.words if "=" in word.split(",")[0]]
+    datas = [Data(word) for word in args.words if word not in changes]
+    search = [Data(word) for word in args.search or ()] or datas
+    if not datas:
+        parser.error("give DATA: a folder of images")
+    threads = max(1, (os.cpu_count() or 1) // args.workers)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, mp_context=context, initializer=calm, initargs=(threads,)) as pool:
+        rows, table = {}, pd.DataFrame()
+        for name in args.only:
+            structure, rates, codes = CONTENDERS[name]
+            words = ["experiment=photos_112", f"backbone.checkpoint={args.weights}", *structure, "quant=none", *changes]
+            rate = chosen_rate(pool, name, words, rates, search, args.out)
+            found = tested(pool, name, words, rate, datas, args.seeds, args.out)
+            peak, percent = costs(structure, codes)
+            of_seeds = [mean(tops) for tops in zip(*found.values())]  # over the data sets
+            rows[name] = {data: mean(tops) for data, tops in found.items()} | {
+                "mean": mean(of_seeds),
+                "std": stdev(of_seeds) if len(of_seeds) > 1 else float("nan"),
+                "lr": rate,
+                "codes": codes,
+                "peak MiB": peak,
+                "% trained": percent,
+            }
+            table = pd.DataFrame.from_dict(rows, orient="index")
+            records.atomic_write(args.out / "table.md", table.to_markdown(floatfmt=".4g") + "\n")
+            draw(table, args.out / "structures.png")
     print((args.out / "table.md").read_text())
 
 
