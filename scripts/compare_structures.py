@@ -1,7 +1,7 @@
 """Which structure buys the most accuracy for its memory? An honest search that anyone can run again; docs/structures.md has ours.
 
-    .venv/bin/python scripts/compare_structures.py WEIGHTS DATA... [--search DATA...] [--seeds 0 1 2] [--only NAME...]
-        [--workers 2] [--out runs/structures] [key=value ...]
+    .venv/bin/python scripts/compare_structures.py WEIGHTS DATA... [key=value ...] [--search DATA...] [--seeds 0 1 2]
+        [--only NAME...] [--workers 2] [--out runs/structures]
 
 WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors. DATA: a train/ and test/ tree of class folders, or such a
 tree in a .tar, with settings for it alone behind commas: photos.tar,optim.epochs=5. key=value goes to every run.
