@@ -161,7 +161,7 @@ def predicted(row: Row, words: list[str], batch: int) -> memory.Memory:
     """The memory of a step of `batch` images in the steady state; of compiled rows what is kept alone, their peak is nan."""
     made = Made(row, words, torch.device("cpu"), meta=True)
     size = made.backbone.image.size
-    images = torch.empty(batch, 3, size, size), torch.empty(batch, dtype=torch.int64)
+    images = torch.empty(batch, 3, size, size, dtype=made.step.dtype), torch.empty(batch, dtype=torch.int64)
     step = made
     if row.offload:
         step = _offloaded(made)
@@ -254,6 +254,6 @@ def gradients(made: Made, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Ten
         for images, targets in batches:
             made.model.zero_grad(set_to_none=True)
             torch.manual_seed(made.config.seed)
-            made.step.loss(made.model, images.to(made.device), targets.to(made.device)).backward()
+            made.step.losses(made.model, images.to(made.device), targets.to(made.device)).sum().backward()
     named = [(name, p.grad) for name, p in made.model.named_parameters() if p.grad is not None]
     return {name: grad.detach().cpu().double().flatten() for name, grad in named}

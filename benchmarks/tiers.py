@@ -150,7 +150,7 @@ def measured(row: Row, words: list[str], batch: int, device: torch.device, meter
     optimizer, host = made.optimizer(), noise(made.backbone.image.size, batch)
     for _ in range(WARMUP_STEPS + MEASURED_STEPS):
         meter.step_begins()
-        images, targets = (tensor.to(device) for tensor in host)
+        images, targets = host[0].to(device, made.step.dtype), host[1].to(device)
         made(made.model, optimizer, images, targets, after_forward=meter.after_forward)
         del images, targets  # nothing of a step is alive when the next begins
         meter.step_ends()
@@ -253,7 +253,8 @@ def timer(made: Made, batch: int, device: torch.device) -> Callable[[], float]:
     """A function that takes one step and gives its seconds."""
     made.compile()
     optimizer = made.optimizer()
-    images, targets = (tensor.to(device) for tensor in noise(made.backbone.image.size, batch))
+    images, targets = noise(made.backbone.image.size, batch)
+    images, targets = images.to(device, made.step.dtype), targets.to(device)
 
     def step() -> float:
         synchronize(device)

@@ -136,7 +136,7 @@ class Gradient:
         """All that trains, as one vector; under the same random numbers each time."""
         step, trained = self._step(quant), [p for p in self.backbone.model.parameters() if p.requires_grad]
         torch.manual_seed(self.config.seed)
-        loss = step.loss(self.backbone.model, self.images, self.targets)
+        loss = step.losses(self.backbone.model, self.images, self.targets).sum()
         found = torch.autograd.grad(loss, trained, allow_unused=True)
         return torch.cat([g.flatten().double() for g in found if g is not None])
 

@@ -161,7 +161,7 @@ def opened(run: Run) -> Cache:
 
     @torch.no_grad()
     def read(images: Tensor) -> tuple[Taps, Tensor]:
-        return tail.capture(lambda: step.logits(model, images.to(device)))
+        return tail.capture(lambda: step.logits(model, images.to(device, step.dtype)))
 
     model.eval()
     loaded = data.build_transform(run.backbone.image, config.dataset, train=False)

@@ -145,6 +145,7 @@ class Fit:
         if meter:
             meter.step_begins()
         images, targets = self.mix(images.to(device), targets.to(device))
+        images = images.to(self.step.dtype)  # here, where no copy stays beside it
         after = [meter.after_forward] if meter else []
         loss = self.step(self.run.trained, self.optimizer, images, targets, *after, of=count)
         loss, stops = distributed.total(loss.item(), asked())  # item() synchronises

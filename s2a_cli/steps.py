@@ -38,22 +38,23 @@ def train_mode(model: nn.Module) -> None:
 
 
 def make_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
-    """AdamW or SGD over the trainable parameters; weight decay on weight matrices only, never on biases, norms, prompts."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = {name for name, p in named if name.endswith("weight") and p.ndim > 1}
-    groups = [
-        {"params": [p for name, p in named if name in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if config.name == "sgd":
-        return SGD(groups, lr=config.lr, momentum=config.momentum)
-    return AdamW(groups, lr=config.lr)
+    """AdamW or SGD over the trainable parameters; weight decay on weight matrices only, never on biases, norms, prompts.
+
+    A module's `lr_scale`, where it has one, multiplies the learning rate of its parameters.
+    """
+    scales = {p: module.lr_scale for module in model.modules() if hasattr(module, "lr_scale") for p in module.parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # (learning rate, weight decay)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decay = config.weight_decay if name.endswith("weight") and p.ndim > 1 else 0.0
+            groups.setdefault((config.lr * scales.get(p, 1.0), decay), []).append(p)
+    listed = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    return SGD(listed, momentum=config.momentum) if config.name == "sgd" else AdamW(listed)
 
 
-def vote_loss(logits: Tensor, targets: Tensor, criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> Tensor:
-    """The loss of logits [B, classes]; of several votes, [votes, B, classes], the sum of each one's, which leaves their gradients apart."""
-    return sum(criterion(vote, targets) for vote in (logits if logits.ndim == 3 else [logits]))
+def vote_losses(logits: Tensor, targets: Tensor, criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> Tensor:
+    """The loss of logits [B, classes], or of each of several votes [votes, B, classes]: [1] or [votes]. Their sum is minimised."""
+    return torch.stack([criterion(vote, targets) for vote in (logits if logits.ndim == 3 else [logits])])
 
 
 class Step:
@@ -61,7 +62,7 @@ class Step:
 
     blocks: the modules of the backbone that quant.recompute and quant.chunks are about.
     Call: step(model, optimizer, images [B, 3, H, W] normalised fp32, targets [B] or [B, classes]) -> mean loss (detached
-    scalar). `after_forward` is called after each forward pass, when all that is kept for the backward pass is alive. Where
+    scalar; over the votes too, where there are several). `after_forward` is called after each forward pass, when all that is kept for the backward pass is alive. Where
     several processes share a batch, `of` is its number of images, and the losses returned add up to its mean loss.
     """
 
@@ -92,9 +93,9 @@ class Step:
         with self.memory, self.autocast():
             return model(images.to(self.dtype)).float()
 
-    def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        """The batch's mean loss."""
-        return vote_loss(self.logits(model, images), targets, self.criterion)
+    def losses(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss over the batch of each vote, [votes]."""
+        return vote_losses(self.logits(model, images), targets, self.criterion)
 
     def __call__(
         self,
@@ -108,10 +109,10 @@ class Step:
         total, of = torch.zeros((), device=images.device), of or len(images)
         size = self.optim.micro_batch or len(images)
         for part, target in zip(images.split(size), targets.split(size)):
-            loss = self.loss(model, part, target) * (len(part) / of)
+            losses = self.losses(model, part, target) * (len(part) / of)
             after_forward()
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
+            self.scaler.scale(losses.sum()).backward()
+            total += losses.detach().mean()
         add_gradients(model)
         if self.optim.clip_grad:
             self.scaler.unscale_(optimizer)

@@ -354,7 +354,7 @@ def profile_step(backbone: Backbone, config: DictConfig, images: int, processes:
     """The same with where it is, for the first of several processes that share a batch."""
     train_mode(backbone.model)
     count, size = -(-min(config.optim.batch_size, images) // processes), backbone.image.size
-    batch = torch.empty(count, 3, size, size), torch.empty(count, dtype=torch.int64)
+    batch = torch.empty(count, 3, size, size, dtype=weight_dtype(config.precision)), torch.empty(count, dtype=torch.int64)
     step = Step(config, torch.device("cpu"), backbone.block_modules)
     blocks = {block.name: block.module for block in backbone.blocks}
     if backbone.tail:

@@ -18,7 +18,7 @@ from s2a_cli.data import build_transform
 from s2a_cli.errors import UserError
 from s2a_cli.memory import predict, saved_bytes, track
 from s2a_cli.methods import METHODS
-from s2a_cli.steps import Step, make_optimizer, train_mode, vote_loss, weight_dtype
+from s2a_cli.steps import Step, make_optimizer, train_mode, vote_losses, weight_dtype
 from s2a_cli.training import predict_step
 
 KINDS = ("bf16", "int8", "nf4")
@@ -62,7 +62,7 @@ def images_for(backbone: backbones.Backbone, count: int = 4) -> torch.Tensor:
 def loss_of(backbone: backbones.Backbone, quant: QuantConfig = STOCK) -> torch.Tensor:
     torch.manual_seed(2)
     with remember(quant, backbone.block_modules):
-        return vote_loss(backbone.model(images_for(backbone)), torch.arange(4))
+        return vote_losses(backbone.model(images_for(backbone)), torch.arange(4)).sum()
 
 
 def gradients(backbone: backbones.Backbone, quant: QuantConfig = STOCK) -> dict[str, torch.Tensor]:

@@ -145,9 +145,13 @@ def test_weight_decay_spares_biases_norms_and_prompts():
     names = {id(p): name for name, p in run.model.named_parameters()}
     decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     spared = {names[id(p)] for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
-    assert "head.weight" in decayed and "s2a.side.merge.weight" in decayed
-    assert {"head.bias", "s2a.prompt.0.A", "s2a.prompt.0.B", "s2a.side.norm.weight"} <= spared
+    assert "head.weight" in decayed and "s2a.side.readers.0.vote.weight" in decayed
+    assert {"head.bias", "s2a.prompt.0.A", "s2a.prompt.0.B", "s2a.side.readers.0.norm.weight"} <= spared
     assert not any(name.endswith(("bias", ".A", ".B")) or "norm" in name for name in decayed)
+    rates = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    scale = run.model.s2a["side"].lr_scale
+    assert scale != 1
+    assert all(rate == run.config.optim.lr * (scale if ".side." in name else 1) for name, rate in rates.items())
 
 
 @pytest.mark.parametrize("precision", ["amp-bf16", "amp-fp16", "bf16"])

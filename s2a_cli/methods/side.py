@@ -21,6 +21,7 @@ class SideConfig:
 
 
 STEP = 1 / 8  # of the codes of normalised tokens
+PIECE = 2**21  # elements that are pooled and normalised at a time; all at once would be the peak of a step
 
 
 class Tap(nn.Module):
@@ -35,6 +36,10 @@ class Tap(nn.Module):
 
     @torch.no_grad()
     def forward(self, h: Tensor) -> Tensor:
+        images = max(1, PIECE * len(h) // h.numel())
+        return torch.cat([self.codes(part) for part in h.split(images)])
+
+    def codes(self, h: Tensor) -> Tensor:
         prefix, patches = self.hidden.split(h)
         if patches.shape[-1] > 1:  # a map; tokens without a square grid stay as they are
             patches = F.adaptive_avg_pool2d(patches, [min(n, self.grid) for n in patches.shape[-2:]])
@@ -66,38 +71,40 @@ class Attend(torch.autograd.Function):
 
 
 class Reader(nn.Module):
-    """Tokens [B, N, C] -> [B, heads * width]: attention pooling by one learned query a head, then a projection.
+    """Tokens [B, N, C] -> a vote [B, classes]: attention pooling by one learned query a head, a projection of each, a linear map.
 
-    The queries begin near zero, where the weights are even and what is read is the mean.
+    The queries begin near zero, where the weights are even and what is read is the mean; the linear map is zero at the start.
     """
 
-    def __init__(self, channels: int, heads: int, width: int):
+    def __init__(self, channels: int, heads: int, width: int, classes: int):
         super().__init__()
         self.query = nn.Parameter(torch.empty(heads, channels).normal_(std=0.02))
         self.value = nn.Parameter(torch.empty(heads, channels, width).normal_(std=channels**-0.5))
+        self.norm = nn.LayerNorm(heads * width)
+        self.vote = nn.Linear(heads * width, classes)
+        nn.init.zeros_(self.vote.weight)
+        nn.init.zeros_(self.vote.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return torch.einsum("bhc,hcw->bhw", Attend.apply(tokens, self.query), self.value).flatten(1)
+        read = torch.einsum("bhc,hcw->bhw", Attend.apply(tokens, self.query), self.value)
+        return self.vote(self.norm(read.flatten(1)))
 
 
 class LiteSideBranch(nn.Module):
-    """Reads detached taps with learned queries; a linear map of all that was read is its vote on the classes, [B, classes].
+    """Reads each detached tap with learned queries and votes on the classes by it, beside the backbone's head.
 
-    Nothing is back-propagated through the backbone. In training the head and the branch vote apart, [2, B, classes], and each has
-    a loss of its own: on the sum of both, what one has learned would be taken from the gradient of the other. In evaluation the
-    votes are added. The linear map is zero at the start. Source: S2A (arXiv 2503.08154), lite side branch; reading by attention
-    pooling instead of channel average pooling, and the two votes, are ours, see docs/structures.md.
+    Nothing is back-propagated through the backbone. In training each vote has a loss of its own: what one has learned would
+    otherwise be missing in the gradients of the others. In evaluation the votes are added; the branch's are zero at the start.
+    Source: S2A (arXiv 2503.08154), lite side branch; attention pooling instead of channel average pooling, and votes instead
+    of a ladder, are ours, see docs/structures.md.
     """
 
     def __init__(self, taps: list[Hidden], config: SideConfig, classes: int):
         super().__init__()
         self.taps = nn.ModuleList(Tap(hidden, config.grid) for hidden in taps)
-        self.readers = nn.ModuleList(Reader(hidden.channels, config.heads, config.width) for hidden in taps)
-        features = len(taps) * config.heads * config.width
-        self.norm = nn.LayerNorm(features)
-        self.merge = nn.Linear(features, classes, bias=False)
-        nn.init.zeros_(self.merge.weight)
+        self.readers = nn.ModuleList(Reader(hidden.channels, config.heads, config.width, classes) for hidden in taps)
         self._tokens: list[Tensor] = []
+        self.lr_scale = 2.5  # against what suits biases and the head
 
     def tap(self, index: int, h: Tensor) -> None:
         if index == 0:
@@ -108,15 +115,15 @@ class LiteSideBranch(nn.Module):
         """The tokens of every tap, in place of a forward pass through the blocks."""
         self._tokens = tokens
 
-    def vote(self, logits: Tensor) -> Tensor:
-        """The logits of the backbone's head and the branch's, from what was tapped on the way to them: apart, or their sum."""
+    def join(self, logits: Tensor) -> Tensor:
+        """The head's logits with the votes on what was tapped on the way to them: [1 + taps, B, classes], or [B, classes], their sum."""
         tokens, self._tokens = self._tokens, []
-        own = self(*tokens).to(logits.dtype)
-        return torch.stack([logits, own]) if self.training else logits + own
+        votes = torch.stack([logits, *(vote.to(logits.dtype) for vote in self(*tokens))])
+        return votes if self.training else votes.sum(0)
 
-    def forward(self, *tokens: Tensor) -> Tensor:
-        """The tokens of every tap, [B, N, C] each -> [B, classes]."""
-        return self.merge(self.norm(torch.cat([reader(t) for reader, t in zip(self.readers, tokens)], dim=1)))
+    def forward(self, *tokens: Tensor) -> list[Tensor]:
+        """The tokens of every tap, [B, N, C] each -> a vote of each, [B, classes]."""
+        return [reader(t) for reader, t in zip(self.readers, tokens)]
 
 
 def add_side(backbone: Backbone, config: SideConfig) -> None:
@@ -125,12 +132,12 @@ def add_side(backbone: Backbone, config: SideConfig) -> None:
     branch = LiteSideBranch([block.output for block in read], config, backbone.head.out_features)
     for index, block in enumerate(read):
         block.module.register_forward_hook(lambda _, __, h, index=index: branch.tap(index, h))
-    backbone.head.register_forward_hook(lambda _, __, logits: branch.vote(logits))
+    backbone.head.register_forward_hook(lambda _, __, logits: branch.join(logits))
     backbone.add("side", branch)
 
 
 class Side(Method):
-    """lite side branch (LSB): learned queries read all hidden states; nothing is back-propagated through the backbone"""
+    """lite side branch (LSB): learned queries read each hidden state and vote; nothing is back-propagated through the backbone"""
 
     @dataclass
     class Config(SideConfig, Method.Config):

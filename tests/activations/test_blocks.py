@@ -15,7 +15,7 @@ from s2a_cli.config import BackboneConfig, QuantConfig
 from s2a_cli.memory import saved_bytes
 from s2a_cli.compose import compose
 from s2a_cli.methods import METHODS
-from s2a_cli.steps import train_mode, vote_loss
+from s2a_cli.steps import train_mode, vote_losses
 
 BATCH = 5
 BACKBONES = {
@@ -79,7 +79,7 @@ def gradients(backbone: backbones.Backbone, quant: QuantConfig, seed: int = 1) -
     images = torch.randn(BATCH, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(seed)
     with remember(quant, backbone.block_modules):
-        loss = vote_loss(backbone.model(images), torch.arange(BATCH) % 4)
+        loss = vote_losses(backbone.model(images), torch.arange(BATCH) % 4).sum()
     backbone.model.zero_grad()
     loss.backward()
     trained = {name: p for name, p in backbone.model.named_parameters() if p.requires_grad}
@@ -267,7 +267,7 @@ def test_autocast_is_that_of_the_forward_pass():
     for config in (STOCK, quant(recompute="block", chunks=2)):
         found.model.zero_grad()
         with remember(config, found.block_modules), torch.autocast("cpu", torch.bfloat16):
-            loss = vote_loss(found.model(images).float(), torch.arange(BATCH) % 4)
+            loss = vote_losses(found.model(images).float(), torch.arange(BATCH) % 4).sum()
         loss.backward()
         grads.append(torch.cat([p.grad.flatten() for p in found.model.parameters() if p.grad is not None]))
     assert F.cosine_similarity(*grads, 0) > 0.999

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch.nn import functional as F
 
 from s2a_cli import backbones, checkpoints
 from s2a_cli.activations import STOCK, remember
@@ -14,7 +15,7 @@ from s2a_cli.errors import UserError
 from s2a_cli.memory import saved_bytes
 from s2a_cli.methods import METHODS
 from s2a_cli.methods.side import STEP, Attend
-from s2a_cli.steps import Step, train_mode, vote_loss
+from s2a_cli.steps import Step, train_mode, vote_losses
 
 BACKBONES = {
     "vit": dict(timm="vit_tiny_patch16_224", image_size=32, kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=3)),
@@ -71,7 +72,7 @@ def batch(backbone):
 def loss_of(backbone, quant=STOCK):
     images, targets = batch(backbone)
     with remember(quant):
-        return vote_loss(backbone.model(images), targets)
+        return vote_losses(backbone.model(images), targets).sum()
 
 
 def quant(bits):
@@ -169,11 +170,11 @@ def test_without_quantisation_a_step_is_that_of_stock_pytorch(backbone, method):
     for _ in range(2):
         images, targets = batch(stock)
         loss = Step(config, torch.device("cpu"))(ours.model, optimizers[0], images, targets)
-        expected = vote_loss(stock.model(images), targets)
-        expected.backward()
+        expected = vote_losses(stock.model(images), targets)
+        expected.sum().backward()
         optimizers[1].step()
         optimizers[1].zero_grad()
-        assert torch.equal(loss, expected)
+        assert torch.equal(loss, expected.mean())
     for (name, one), two in zip(ours.model.state_dict().items(), stock.model.state_dict().values()):
         assert torch.equal(one, two), name
 
@@ -248,8 +249,8 @@ def test_a_tail_alone_computes_and_trains_what_the_model_does(backbone, method):
     assert {t.dtype for t in taps.tensors[1:]} <= {torch.int8} and len(taps.tensors) == 1 + (method == "side") * len(made.blocks)
     assert not any(t.requires_grad for t in taps.tensors)
     assert torch.equal(tail(taps), logits) and torch.equal(tail(taps), whole.model(images))
-    vote_loss(tail(taps), targets).backward()
-    vote_loss(whole.model(images), targets).backward()
+    vote_losses(tail(taps), targets).sum().backward()
+    vote_losses(whole.model(images), targets).sum().backward()
     for (name, one), two in zip(made.model.named_parameters(), whole.model.parameters()):
         assert (one.grad is None) == (two.grad is None) and (one.grad is None or torch.equal(one.grad, two.grad)), name
     assert sum(p.numel() for p in tail.parameters()) == sum(p.numel() for p in made.model.parameters() if p.requires_grad)
@@ -261,7 +262,8 @@ def test_the_votes_of_head_and_branch_leave_each_other_alone(backbone):
     alone, both = make(backbone, "bias"), make(backbone, "s2a", prompt=None)
     branch = both.model.s2a["side"]
     torch.manual_seed(3)
-    branch.merge.weight.data.normal_()
+    for reader in branch.readers:
+        reader.vote.weight.data.normal_()
     for made in (alone, both):
         train_mode(made.model)
         loss_of(made).backward()
@@ -269,11 +271,12 @@ def test_the_votes_of_head_and_branch_leave_each_other_alone(backbone):
     for name, p in alone.model.named_parameters():
         assert (p.grad is None) == (found[name].grad is None) and (p.grad is None or torch.equal(p.grad, found[name].grad)), name
     images, targets = batch(both)
-    head, own = both.model(images)
-    wanted = torch.autograd.grad(vote_loss(own, targets), branch.merge.weight)[0]
-    assert torch.equal(branch.merge.weight.grad, wanted)
+    head, *votes = both.model(images)
+    for reader, vote in zip(branch.readers, votes, strict=True):
+        wanted = torch.autograd.grad(F.cross_entropy(vote, targets), reader.vote.weight)[0]
+        torch.testing.assert_close(reader.vote.weight.grad, wanted)
     with torch.no_grad():
-        torch.testing.assert_close(both.model.eval()(images), head + own)
+        torch.testing.assert_close(both.model.eval()(images), head + sum(votes))
 
 
 @each_backbone
