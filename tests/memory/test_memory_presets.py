@@ -5,11 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2a_cli import backbones, frozen
+from s2a_cli import backbones, frozen, training
 from s2a_cli.compose import compose
 from s2a_cli.memory import predict, track
 from s2a_cli.methods import METHODS
 from s2a_cli.steps import Step, make_optimizer, train_mode
+
+TIERS = [  # at least how many times less than full fine-tuning in the same precision: ViT-B/16, 224 px, 64 images
+    ("side", "fp32", 13.5),
+    ("side", "bf16", 13.5),
+    ("bias", "bf16", 8.0),
+]
 
 CASES = [
     *(("bias", quant, "fp32") for quant in ("exact", "paper", "int4", "int5", "tiny")),
@@ -39,3 +45,13 @@ def test_what_is_predicted_is_what_real_tensors_take(method, quant, weights):
     assert predicted.kept_mib == real.kept_mib
     assert predicted.static_mib == real.static_mib
     assert predicted.peak_mib == pytest.approx(real.peak_mib, rel=0.03)
+
+
+@pytest.mark.parametrize("method, precision, times", TIERS)
+def test_times_less_than_full_fine_tuning(method, precision, times):
+    words = ["backbone=vit_b", "dataset=cifar100", "optim.batch_size=64", f"precision={precision}"]
+    config = compose([*words, f"method={method}", "quant=tiny"])
+    backbone = backbones.build(config.backbone, 100, meta=True)
+    training.attach(config, backbone)
+    full = training.predict_step(*training.full_finetuning(config, 100), 50_000).peak_mib
+    assert full > times * training.predict_step(backbone, config, 50_000).peak_mib

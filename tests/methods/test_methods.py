@@ -13,7 +13,7 @@ from s2a_cli.compose import compose
 from s2a_cli.config import BackboneConfig, QuantConfig
 from s2a_cli.errors import UserError
 from s2a_cli.memory import saved_bytes
-from s2a_cli.methods import METHODS
+from s2a_cli.methods import METHODS, side
 from s2a_cli.methods.side import STEP, Attend
 from s2a_cli.steps import Step, train_mode, vote_losses
 
@@ -215,6 +215,19 @@ def test_a_side_branch_sends_no_gradient_through_the_backbone(backbone):
     made.blocks[0].module.register_forward_hook(lambda _, __, h: seen.append(h.requires_grad))
     loss_of(made).backward()
     assert seen == [False]
+
+
+@each_backbone
+def test_a_tap_in_pieces_is_the_tap_of_the_whole_batch(backbone, monkeypatch):
+    made = make(backbone, "side")
+    images, _ = batch(made)
+    tap, outputs = made.model.s2a["side"].taps[0], []
+    made.blocks[0].module.register_forward_hook(lambda _, __, h: outputs.append(h.detach()))
+    with torch.no_grad():
+        made.model(images)
+    whole = tap(outputs[0])
+    monkeypatch.setattr(side, "PIECE", outputs[0][:3].numel())
+    assert torch.equal(tap(outputs[0]), whole) and whole.dtype == torch.int8 and len(whole) == 4
 
 
 def test_a_side_branch_reads_as_its_formula_says():
