@@ -195,6 +195,7 @@ def test_what_codes_are_fitted_to_is_saved_and_the_same_in_every_run(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compiled")  # the compiler starts once
 @pytest.mark.parametrize(
     "words",
     [("method=s2a", "quant=int4"), ("method=side", "quant=tiny"), ("method=full", "quant.recompute=block")],
