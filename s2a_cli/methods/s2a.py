@@ -32,7 +32,7 @@ class S2A(Method):
         if config.prompt:
             add_prompts(backbone, config.blocks, config.prompt.rank)
         if config.side:
-            add_side(backbone, config.side)
+            add_side(backbone, config.side, peers=config.bias or config.prompt is not None)
 
 
 METHOD = S2A

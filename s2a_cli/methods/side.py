@@ -94,13 +94,15 @@ class LiteSideBranch(nn.Module):
     """Reads each detached tap with learned queries and votes on the classes by it, beside the backbone's head.
 
     Nothing is back-propagated through the backbone. In training each vote has a loss of its own: what one has learned would
-    otherwise be missing in the gradients of the others. In evaluation the votes are added; the branch's are zero at the start.
+    otherwise be missing in the gradients of the others. In evaluation the votes are added, the branch's with `weight`; they are
+    zero at the start.
     Source: S2A (arXiv 2503.08154), lite side branch; attention pooling instead of channel average pooling, and votes instead
     of a ladder, are ours, see docs/structures.md.
     """
 
-    def __init__(self, taps: list[Hidden], config: SideConfig, classes: int):
+    def __init__(self, taps: list[Hidden], config: SideConfig, classes: int, weight: float):
         super().__init__()
+        self.weight = weight
         self.taps = nn.ModuleList(Tap(hidden, config.grid) for hidden in taps)
         self.readers = nn.ModuleList(Reader(hidden.channels, config.heads, config.width, classes) for hidden in taps)
         self._tokens: list[Tensor] = []
@@ -116,20 +118,24 @@ class LiteSideBranch(nn.Module):
         self._tokens = tokens
 
     def join(self, logits: Tensor) -> Tensor:
-        """The head's logits with the votes on what was tapped on the way to them: [1 + taps, B, classes], or [B, classes], their sum."""
+        """The head's logits with the votes on what was tapped on the way to them: [1 + taps, B, classes], or [B, classes] in evaluation."""
         tokens, self._tokens = self._tokens, []
-        votes = torch.stack([logits, *(vote.to(logits.dtype) for vote in self(*tokens))])
-        return votes if self.training else votes.sum(0)
+        votes = [vote.to(logits.dtype) for vote in self(*tokens)]
+        return torch.stack([logits, *votes]) if self.training else logits + self.weight * sum(votes)
 
     def forward(self, *tokens: Tensor) -> list[Tensor]:
         """The tokens of every tap, [B, N, C] each -> a vote of each, [B, classes]."""
         return [reader(t) for reader, t in zip(self.readers, tokens)]
 
 
-def add_side(backbone: Backbone, config: SideConfig) -> None:
-    """Adds a lite side branch that reads the output of the blocks that `config.blocks` names."""
+def add_side(backbone: Backbone, config: SideConfig, peers: bool) -> None:
+    """Adds a lite side branch that reads the output of the blocks that `config.blocks` names.
+
+    peers: the head counts half as much as the whole branch, as where the backbone adapts for it; otherwise as one tap.
+    """
     read = backbone.adapted_blocks(config.blocks)
-    branch = LiteSideBranch([block.output for block in read], config, backbone.head.out_features)
+    weight = 2 / len(read) if peers else 1.0
+    branch = LiteSideBranch([block.output for block in read], config, backbone.head.out_features, weight)
     for index, block in enumerate(read):
         block.module.register_forward_hook(lambda _, __, h, index=index: branch.tap(index, h))
     backbone.head.register_forward_hook(lambda _, __, logits: branch.join(logits))
@@ -144,7 +150,7 @@ class Side(Method):
         pass
 
     def attach(self, backbone):
-        add_side(backbone, self.config)
+        add_side(backbone, self.config, peers=False)
 
     def tail(self, backbone):
         return Tail(backbone.head, getattr(backbone.model, ADDED)["side"], f"blocks={self.config.blocks} grid={self.config.grid}")
