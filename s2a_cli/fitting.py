@@ -124,7 +124,7 @@ class Fit:
                 checkpoints.save(self.folder, state, self.step.calibration, self.run.weights)
         line = {
             "epoch": epoch,
-            "train_loss": at.loss / at.images,
+            "train_loss": at.loss / at.images,  # with several votes the mean of theirs
             "val_loss": scores["loss"],
             "val_top1": scores["top1"],
             "lr": at.lr,
