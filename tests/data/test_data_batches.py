@@ -149,7 +149,7 @@ def test_unknown_interpolation():
 
 
 def test_what_a_transform_needs_of_an_image(tmp_path):
-    whole = build_transform(IMAGE, DatasetConfig(scale=None), train=True)
+    whole = build_transform(IMAGE, DatasetConfig(scale=None, hflip=0.0), train=True)
     crops = build_transform(IMAGE, DatasetConfig(scale=[0.25, 1.0]), train=True)
     assert (whole.at_least, crops.at_least) == (16, 32)
     path = save(tmp_path / "photo.jpg", 4, size=(640, 480))
