@@ -32,7 +32,7 @@ from s2a_cli.compose import compose
 LARGE, SMALL = (2e-3, 4e-3, 8e-3, 16e-3), (5e-5, 1e-4, 2e-4, 4e-4)
 CONTENDERS = {  # name -> (words, learning rates, codes for the memory on ViT-B/16)
     "full": (["method=full"], SMALL, "none"),
-    "linear": (["method=linear"], LARGE, "tiny"),
+    "linear": (["method=linear"], LARGE, "none"),
     "bias": (["method=bias"], LARGE, "tiny"),
     "prompt": (["method=prompt"], LARGE, "tiny"),
     "side": (["method=side"], LARGE, "tiny"),
@@ -132,7 +132,7 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 1) // args.workers)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=context, initializer=calm, initargs=(threads,)) as pool:
-        rows, table = {}, pd.DataFrame()
+        rows = {}
         for name in args.only:
             structure, rates, codes = CONTENDERS[name]
             words = ["experiment=photos_112", f"backbone.checkpoint={args.weights}", *structure, "quant=none", *changes]
