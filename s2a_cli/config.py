@@ -180,6 +180,7 @@ RULES = {  # a key, or a pattern that matches keys
     "method*.heads": AT_LEAST_1,
     "method*.width": AT_LEAST_1,
     "method*.grid": AT_LEAST_1,
+    "method*.lr_scale": POSITIVE,
     "quant.bits": BITS,
     "quant.pointwise": BITS,
     "quant.norm": BITS,

@@ -149,7 +149,7 @@ def test_weight_decay_spares_biases_norms_and_prompts():
     assert {"head.bias", "s2a.prompt.0.A", "s2a.prompt.0.B", "s2a.side.readers.0.norm.weight"} <= spared
     assert not any(name.endswith(("bias", ".A", ".B")) or "norm" in name for name in decayed)
     rates = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
-    scale = run.model.s2a["side"].lr_scale
+    scale = run.config.method.side.lr_scale
     assert scale != 1
     assert all(rate == run.config.optim.lr * (scale if ".side." in name else 1) for name, rate in rates.items())
 

@@ -18,6 +18,7 @@ class SideConfig:
     heads: int = 4  # learned queries a tap, each of which reads one weighted mean of its positions
     width: int = 12  # numbers that are kept of what a head has read
     grid: int = 7  # taps are pooled to at most grid x grid positions, class and register tokens apart
+    lr_scale: float = 2.5  # the branch's learning rate is optim.lr times this
 
 
 STEP = 1 / 8  # of the codes of normalised tokens
@@ -106,7 +107,7 @@ class LiteSideBranch(nn.Module):
         self.taps = nn.ModuleList(Tap(hidden, config.grid) for hidden in taps)
         self.readers = nn.ModuleList(Reader(hidden.channels, config.heads, config.width, classes) for hidden in taps)
         self._tokens: list[Tensor] = []
-        self.lr_scale = 2.5  # against what suits biases and the head
+        self.lr_scale = config.lr_scale  # see make_optimizer
 
     def tap(self, index: int, h: Tensor) -> None:
         if index == 0:
