@@ -181,6 +181,7 @@ RULES = {  # a key, or a pattern that matches keys
     "method*.width": AT_LEAST_1,
     "method*.grid": AT_LEAST_1,
     "method*.lr_scale": POSITIVE,
+    "method*.segments": AT_LEAST_1,
     "quant.bits": BITS,
     "quant.pointwise": BITS,
     "quant.norm": BITS,

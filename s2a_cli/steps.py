@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 from s2a_cli.activations import ActivationMode, remember
 from s2a_cli.config import OptimConfig, RunConfig
 from s2a_cli.distributed import add_gradients
+from s2a_cli.votes import at_once, vote_losses
 
 AUTOCAST = {"amp-bf16": torch.bfloat16, "amp-fp16": torch.float16}
 
@@ -52,17 +53,12 @@ def make_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     return SGD(listed, momentum=config.momentum) if config.name == "sgd" else AdamW(listed)
 
 
-def vote_losses(logits: Tensor, targets: Tensor, criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> Tensor:
-    """The loss of logits [B, classes], or of each of several votes [votes, B, classes]: [1] or [votes]. Their sum is minimised."""
-    return torch.stack([criterion(vote, targets) for vote in (logits if logits.ndim == 3 else [logits])])
-
-
 class Step:
     """Forward, backward and update of one batch under a run's precision, quantisation and accumulation.
 
     blocks: the modules of the backbone that quant.recompute and quant.chunks are about.
     Call: step(model, optimizer, images [B, 3, H, W] normalised, targets [B] or [B, classes]) -> mean loss (detached scalar;
-    over the votes too, where there are several). `after_forward` is called after each forward pass, when all that is kept
+    over the votes too, where there are several). Votes of a method are back-propagated within the forward pass. `after_forward` is called after each forward pass, when all that is kept
     for the backward pass is alive. Where several processes share a batch, `of` is its number of images, and the losses
     returned add up to its mean loss.
     """
@@ -98,6 +94,11 @@ class Step:
         """The mean loss over the batch of each vote, [votes]."""
         return vote_losses(self.logits(model, images), targets, self.criterion)
 
+    def learn(self, targets: Tensor, share: float, vote: Tensor) -> None:
+        """Back-propagates the loss of one vote [B, classes], times `share`."""
+        with torch.autocast(self.device.type, enabled=False):  # as after the forward pass
+            self.scaler.scale(self.criterion(vote.float(), targets) * share).backward()
+
     def __call__(
         self,
         model: nn.Module,
@@ -110,7 +111,9 @@ class Step:
         total, of = torch.zeros((), device=images.device), of or len(images)
         size = self.optim.micro_batch or len(images)
         for part, target in zip(images.split(size), targets.split(size)):
-            losses = self.losses(model, part, target) * (len(part) / of)
+            share = len(part) / of
+            with at_once(functools.partial(self.learn, target, share)):
+                losses = self.losses(model, part, target) * share
             after_forward()
             self.scaler.scale(losses.sum()).backward()
             total += losses.detach().mean()

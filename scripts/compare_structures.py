@@ -5,8 +5,8 @@
 
 WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors. DATA: a train/ and test/ tree of class folders, or such a
 tree in a .tar, with settings for it alone behind commas: photos.tar,optim.epochs=5. key=value goes to every run.
-Each contender takes the learning rate, of four, with the best mean of the validation accuracies on the DATA of the search (by default
-all; seed 0, the test split is not read), then trains with every seed, and the test split is read once for each of these runs.
+Each contender takes the learning rate, of four, and further ones while the best lies at an end, with the best mean of the validation
+accuracies on the DATA of the search (by default all; seed 0, the test split is not read), then trains with every seed, and the test split is read once for each of these runs.
 Contenders run without codes (quant=none); their memory is predicted for ViT-B/16, 224 px, a batch of 64, each with the codes named
 below. Runs that are finished are not repeated, so that the same line goes on after a break. Written to OUT: table.md, and
 structures.png, accuracy against memory.
@@ -69,15 +69,19 @@ def run(words: list[str]) -> dict[str, float]:
 
 
 def chosen_rate(pool: ProcessPoolExecutor, name: str, words: list[str], rates: tuple[float, ...], search: list[Data], out: Path) -> float:
-    lines = [
-        [*words, f"optim.lr={rate}", "test=false", *data.words, data.place(out, "search", name, f"{rate:g}")]
-        for rate in rates
-        for data in search
-    ]
-    tops = [accuracy["val_top1"] for accuracy in pool.map(run, lines)]
-    scores = {rate: mean(tops[i * len(search) : (i + 1) * len(search)]) for i, rate in enumerate(rates)}
-    best = max(scores, key=scores.get)
-    shown = ", ".join(f"{rate:g}: {score:.2f}" for rate, score in scores.items())
+    scores: dict[float, float] = {}
+    while rates:
+        lines = [
+            [*words, f"optim.lr={rate}", "test=false", *data.words, data.place(out, "search", name, f"{rate:g}")]
+            for rate in rates
+            for data in search
+        ]
+        tops = [accuracy["val_top1"] for accuracy in pool.map(run, lines)]
+        scores |= {rate: mean(tops[i * len(search) : (i + 1) * len(search)]) for i, rate in enumerate(rates)}
+        best = max(scores, key=scores.get)
+        beyond = {min(scores): best / 2, max(scores): best * 2}  # the best lies at an end: one more there
+        rates = (beyond[best],) if best in beyond else ()
+    shown = ", ".join(f"{rate:g}: {score:.2f}" for rate, score in sorted(scores.items()))
     print(f"{name}: validation top-1 by learning rate {shown}; taken: {best:g}", flush=True)
     return best
 

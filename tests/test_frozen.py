@@ -18,7 +18,8 @@ from s2a_cli.data import build_transform
 from s2a_cli.errors import UserError
 from s2a_cli.memory import predict, saved_bytes, track
 from s2a_cli.methods import METHODS
-from s2a_cli.steps import Step, make_optimizer, train_mode, vote_losses, weight_dtype
+from s2a_cli.steps import Step, make_optimizer, train_mode, weight_dtype
+from s2a_cli.votes import vote_losses
 from s2a_cli.training import predict_step
 
 KINDS = ("bf16", "int8", "nf4")

@@ -22,17 +22,24 @@ class S2A(Method):
         bias: bool = True  # false: without
         prompt: PromptConfig | None = field(default_factory=PromptConfig)  # null: without
         side: SideConfig | None = field(default_factory=SideConfig)  # null: without
+        segments: int = 1  # of the adapted blocks; each but the last learns by the side branch's vote at its end: no gradient leaves it
 
     def attach(self, backbone):
         config = self.config
         if not (config.bias or config.prompt or config.side):
             raise UserError("method=s2a with bias, prompt and side all switched off trains only the head: that is method=linear")
+        blocks = backbone.adapted_blocks(config.blocks)
+        if config.segments > len(blocks):
+            raise UserError(f"method.segments={config.segments}: accepted are 1 to {len(blocks)}, the number of adapted blocks")
+        if config.segments > 1 and not config.side:
+            raise UserError(f"method.segments={config.segments} needs the side branch, whose votes train the segments: method.side=null is set")
+        borders = [blocks[len(blocks) * end // config.segments - 1] for end in range(1, config.segments)]
         if config.bias:
             tune_biases(backbone, config.blocks)
         if config.prompt:
             add_prompts(backbone, config.blocks, config.prompt.rank)
         if config.side:
-            add_side(backbone, config.side, peers=config.bias or config.prompt is not None)
+            add_side(backbone, config.side, peers=config.bias or config.prompt is not None, borders=borders)
 
 
 METHOD = S2A

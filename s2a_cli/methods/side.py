@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,9 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2a_cli.activations.autograd import first_order
-from s2a_cli.backbones import ADDED, Backbone, Hidden
+from s2a_cli.backbones import ADDED, Backbone, Block, Hidden
+from s2a_cli.errors import UserError
 from s2a_cli.methods.base import Method
 from s2a_cli.tail import Tail
+from s2a_cli.votes import cast
 
 
 @dataclass
@@ -37,29 +40,60 @@ class Tap(nn.Module):
 
     @torch.no_grad()
     def forward(self, h: Tensor) -> Tensor:
-        images = max(1, PIECE * len(h) // h.numel())
-        return torch.cat([self.codes(part) for part in h.split(images)])
+        return torch.cat([(self.tokens(part) / STEP).round_().clamp_(-127, 127).to(torch.int8) for part in pieces(h)])
 
-    def codes(self, h: Tensor) -> Tensor:
+    def tokens(self, h: Tensor) -> Tensor:
+        """The same before it is coded, in fp32."""
         prefix, patches = self.hidden.split(h)
         if patches.shape[-1] > 1:  # a map; tokens without a square grid stay as they are
             patches = F.adaptive_avg_pool2d(patches, [min(n, self.grid) for n in patches.shape[-2:]])
         tokens = torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
-        return (F.layer_norm(tokens.float(), tokens.shape[-1:]) / STEP).round_().clamp_(-127, 127).to(torch.int8)
+        return F.layer_norm(tokens.float(), tokens.shape[-1:])
+
+
+def pieces(h: Tensor) -> tuple[Tensor, ...]:
+    return h.split(max(1, PIECE * len(h) // h.numel()))
+
+
+class Read(torch.autograd.Function):
+    """A hidden state, tap -> the tap's tokens, fp32; the gradient is computed in pieces of the batch, from the hidden state alone."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, tap: Tap):
+        ctx.save_for_backward(h)
+        ctx.tap = tap
+        return torch.cat([tap.tokens(part) for part in pieces(h)])
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad: Tensor):
+        (h,) = ctx.saved_tensors
+        out = torch.empty_like(h)
+        parts = pieces(h)
+        with torch.enable_grad(), torch._C.DisableTorchFunction():  # exact, whatever codes are on
+            for part, g, o in zip(parts, grad.split(len(parts[0])), out.split(len(parts[0]))):
+                x = part.detach().requires_grad_()
+                o.copy_(torch.autograd.grad(ctx.tap.tokens(x), x, g)[0])
+        return out, None
+
+
+def attend(t: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens t [B, N, C], queries [heads, C] -> the mean of the tokens weighted by softmax(t . q), [B, heads, C]; the weights, [B, N, heads]."""
+    weights = torch.softmax(t @ query.T, dim=1)
+    return weights.transpose(1, 2).to(t.dtype) @ t, weights
 
 
 class Attend(torch.autograd.Function):
-    """(tokens [B, N, C] as codes, queries [heads, C]) -> [B, heads, C], the mean of the tokens t weighted by softmax(t . q).
+    """`attend` to tokens in codes, [B, heads, C]. Keeps the codes, once for all heads, and the weights; its gradient is exact.
 
-    Keeps the codes, once for all heads, and the weights; its gradient is exact. The tokens get none.
+    The tokens get none.
     """
 
     @staticmethod
     def forward(ctx, tokens: Tensor, query: Tensor) -> Tensor:
-        t = tokens.to(query.dtype) * STEP
-        weights = torch.softmax(t @ query.T, dim=1)  # [B, N, heads]
+        read, weights = attend(tokens.to(query.dtype) * STEP, query)
         ctx.save_for_backward(tokens, weights)
-        return weights.transpose(1, 2).to(t.dtype) @ t
+        return read
 
     @staticmethod
     @first_order
@@ -87,58 +121,67 @@ class Reader(nn.Module):
         nn.init.zeros_(self.vote.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        read = torch.einsum("bhc,hcw->bhw", Attend.apply(tokens, self.query), self.value)
+        coded = not tokens.is_floating_point()
+        seen = Attend.apply(tokens, self.query) if coded else attend(tokens.to(self.query.dtype), self.query)[0]
+        read = torch.einsum("bhc,hcw->bhw", seen, self.value)
         return self.vote(self.norm(read.flatten(1)))
 
 
 class LiteSideBranch(nn.Module):
     """Reads each detached tap with learned queries and votes on the classes by it, beside the backbone's head.
 
-    Nothing is back-propagated through the backbone. In training each vote has a loss of its own: what one has learned would
-    otherwise be missing in the gradients of the others. In evaluation the votes are added, the branch's with `weight`; they are
-    zero at the start.
+    In training each vote has a loss of its own: what one has learned would otherwise be missing in the gradients of the others.
+    Nothing of it is back-propagated through the backbone, except at the blocks numbered in `borders`: such a vote trains the blocks
+    from the border before it on, and no gradient crosses it. In evaluation the votes are added, the branch's with `weight`; they
+    are zero at the start.
     Source: S2A (arXiv 2503.08154), lite side branch; attention pooling instead of channel average pooling, and votes instead
-    of a ladder, are ours, see docs/structures.md.
+    of a ladder, are ours, see docs/structures.md. Losses at borders: Nokland and Eidnes (arXiv 1901.06656).
     """
 
-    def __init__(self, taps: list[Hidden], config: SideConfig, classes: int, weight: float):
+    def __init__(self, taps: list[Hidden], config: SideConfig, classes: int, weight: float, borders: Iterable[int] = ()):
         super().__init__()
-        self.weight = weight
+        self.weight, self.borders = weight, frozenset(borders)
         self.taps = nn.ModuleList(Tap(hidden, config.grid) for hidden in taps)
         self.readers = nn.ModuleList(Reader(hidden.channels, config.heads, config.width, classes) for hidden in taps)
-        self._tokens: list[Tensor] = []
+        self._votes: list[Tensor] = []
         self.lr_scale = config.lr_scale  # see make_optimizer
 
-    def tap(self, index: int, h: Tensor) -> None:
+    def read(self, index: int, h: Tensor) -> Tensor:
+        """Votes on a hidden state, and passes it on."""
         if index == 0:
-            self._tokens = []
-        self._tokens.append(self.taps[index](h))
+            self._votes = []
+        border, tap = index in self.borders, self.taps[index]
+        self._vote(index, Read.apply(h, tap) if border else tap(h))
+        return h.detach() if border else h
 
     def given(self, tokens: list[Tensor]) -> None:
         """The tokens of every tap, in place of a forward pass through the blocks."""
-        self._tokens = tokens
+        self._votes = []
+        for index, codes in enumerate(tokens):
+            self._vote(index, codes)
+
+    def _vote(self, index: int, tokens: Tensor) -> None:
+        self._votes.append(cast(self.readers[index](tokens)))
 
     def join(self, logits: Tensor) -> Tensor:
-        """The head's logits with the votes on what was tapped on the way to them: [1 + taps, B, classes], or [B, classes] in evaluation."""
-        tokens, self._tokens = self._tokens, []
-        votes = [vote.to(logits.dtype) for vote in self(*tokens)]
+        """The head's logits with the votes on the way to them: [1 + taps, B, classes], or [B, classes] in evaluation."""
+        votes, self._votes = [vote.to(logits.dtype) for vote in self._votes], []
         return torch.stack([logits, *votes]) if self.training else logits + self.weight * sum(votes)
 
-    def forward(self, *tokens: Tensor) -> list[Tensor]:
-        """The tokens of every tap, [B, N, C] each -> a vote of each, [B, classes]."""
-        return [reader(t) for reader, t in zip(self.readers, tokens)]
 
-
-def add_side(backbone: Backbone, config: SideConfig, peers: bool) -> None:
+def add_side(backbone: Backbone, config: SideConfig, peers: bool, borders: Sequence[Block] = ()) -> None:
     """Adds a lite side branch that reads the output of the blocks that `config.blocks` names.
 
     peers: the head counts half as much as the whole branch, as where the backbone adapts for it; otherwise as one tap.
+    borders: blocks after which no gradient passes. Raises UserError where the branch does not read one of them.
     """
     read = backbone.adapted_blocks(config.blocks)
+    if not set(borders) <= set(read):
+        raise UserError(f"method.side.blocks={config.blocks} leaves out the last block of a segment: its vote is what trains the segment")
     weight = 2 / len(read) if peers else 1.0
-    branch = LiteSideBranch([block.output for block in read], config, backbone.head.out_features, weight)
+    branch = LiteSideBranch([b.output for b in read], config, backbone.head.out_features, weight, map(read.index, borders))
     for index, block in enumerate(read):
-        block.module.register_forward_hook(lambda _, __, h, index=index: branch.tap(index, h))
+        block.module.register_forward_hook(lambda _, __, h, index=index: branch.read(index, h))
     backbone.head.register_forward_hook(lambda _, __, logits: branch.join(logits))
     backbone.add("side", branch)
 

@@ -15,7 +15,8 @@ from s2a_cli.config import BackboneConfig, QuantConfig
 from s2a_cli.memory import saved_bytes
 from s2a_cli.compose import compose
 from s2a_cli.methods import METHODS
-from s2a_cli.steps import train_mode, vote_losses
+from s2a_cli.steps import train_mode
+from s2a_cli.votes import vote_losses
 
 BATCH = 5
 BACKBONES = {

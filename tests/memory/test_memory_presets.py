@@ -12,14 +12,18 @@ from s2a_cli.methods import METHODS
 from s2a_cli.steps import Step, make_optimizer, train_mode
 
 TIERS = [  # at least how many times less than full fine-tuning in the same precision: ViT-B/16, 224 px, 64 images
-    ("side", "fp32", 13.5),
-    ("side", "bf16", 13.5),
-    ("bias", "bf16", 8.0),
+    ("side", "tiny", "fp32", 15.5),
+    ("side", "tiny", "bf16", 15.5),
+    ("bias", "tiny", "bf16", 8.0),
+    ("s2a", "tiny", "fp32", 12.0),
+    ("s2a", "tiny", "bf16", 10.0),
+    ("s2a method.segments=3", "none", "fp32", 3.3),  # half of what bias tuning takes, 1.6
 ]
 
 CASES = [
     *(("bias", quant, "fp32") for quant in ("exact", "paper", "int4", "int5", "tiny")),
     ("s2a", "int4", "fp32"),
+    ("s2a method.segments=2", "int4", "fp32"),
     ("side", "tiny", "fp32"),
     ("bias", "tiny", "int8"),
     ("s2a", "int4", "nf4"),
@@ -28,10 +32,10 @@ CASES = [
 
 @pytest.mark.parametrize("method, quant, weights", CASES)
 def test_what_is_predicted_is_what_real_tensors_take(method, quant, weights):
-    config = compose([f"method={method}", f"quant={quant}", "backbone.pretrained=false", f"backbone.weights={weights}"])
+    config = compose([*f"method={method}".split(), f"quant={quant}", "backbone.pretrained=false", f"backbone.weights={weights}"])
     torch.manual_seed(0)
     backbone = backbones.build(config.backbone, 10)
-    METHODS[method](config.method).attach(backbone)
+    METHODS[config.method.name](config.method).attach(backbone)
     train_mode(backbone.model)
     frozen.store(backbone, weights)
     size = backbone.image.size
@@ -47,10 +51,10 @@ def test_what_is_predicted_is_what_real_tensors_take(method, quant, weights):
     assert predicted.peak_mib == pytest.approx(real.peak_mib, rel=0.03)
 
 
-@pytest.mark.parametrize("method, precision, times", TIERS)
-def test_times_less_than_full_fine_tuning(method, precision, times):
+@pytest.mark.parametrize("method, quant, precision, times", TIERS)
+def test_times_less_than_full_fine_tuning(method, quant, precision, times):
     words = ["backbone=vit_b", "dataset=cifar100", "optim.batch_size=64", f"precision={precision}"]
-    config = compose([*words, f"method={method}", "quant=tiny"])
+    config = compose([*words, *f"method={method}".split(), f"quant={quant}"])
     backbone = backbones.build(config.backbone, 100, meta=True)
     training.attach(config, backbone)
     full = training.predict_step(*training.full_finetuning(config, 100), 50_000).peak_mib

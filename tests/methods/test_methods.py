@@ -15,7 +15,8 @@ from s2a_cli.errors import UserError
 from s2a_cli.memory import saved_bytes
 from s2a_cli.methods import METHODS, side
 from s2a_cli.methods.side import STEP, Attend
-from s2a_cli.steps import Step, train_mode, vote_losses
+from s2a_cli.steps import Step, train_mode
+from s2a_cli.votes import vote_losses
 
 BACKBONES = {
     "vit": dict(timm="vit_tiny_patch16_224", image_size=32, kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=3)),
@@ -160,10 +161,10 @@ def test_saved_tensors_restore_the_function(backbone, method, tmp_path):
 
 
 @each_backbone
-@each_method
-def test_without_quantisation_a_step_is_that_of_stock_pytorch(backbone, method):
+@pytest.mark.parametrize(("method", "settings"), [*((method, {}) for method in METHODS), ("s2a", {"segments": 2})])
+def test_without_quantisation_a_step_is_that_of_stock_pytorch(backbone, method, settings):
     """The run's own step against one written out, bit for bit."""
-    ours, stock = make(backbone, method), make(backbone, method)
+    ours, stock = make(backbone, method, **settings), make(backbone, method, **settings)
     train_mode(ours.model), train_mode(stock.model)
     config = compose([f"method={method}", "quant=none"])
     optimizers = [torch.optim.SGD([p for p in m.model.parameters() if p.requires_grad], lr=0.1) for m in (ours, stock)]
@@ -177,6 +178,20 @@ def test_without_quantisation_a_step_is_that_of_stock_pytorch(backbone, method):
         assert torch.equal(loss, expected.mean())
     for (name, one), two in zip(ours.model.state_dict().items(), stock.model.state_dict().values()):
         assert torch.equal(one, two), name
+
+
+@each_backbone
+@pytest.mark.parametrize("settings", [{}, {"segments": 2}])
+def test_a_step_learns_from_each_vote_before_the_next_block(backbone, settings):
+    made = make(backbone, "s2a", **settings)
+    train_mode(made.model)
+    readers, seen = made.model.s2a["side"].readers, []
+    for block in made.blocks[1:]:
+        block.module.register_forward_pre_hook(lambda *_: seen.append([reader.vote.bias.grad is not None for reader in readers]))
+    optimizer = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=0.1)
+    Step(compose(["method=s2a", "quant=none"]), torch.device("cpu"))(made.model, optimizer, *batch(made))
+    count = len(made.blocks)
+    assert seen == [[tap < done for tap in range(count)] for done in range(1, count)]
 
 
 @each_backbone
@@ -293,6 +308,53 @@ def test_the_votes_of_head_and_branch_leave_each_other_alone(backbone):
 
 
 @each_backbone
+def test_no_gradient_leaves_a_segment(backbone):
+    """What stands before the border learns by the vote there alone, what follows by the head's alone."""
+    made, alone = make(backbone, "s2a", prompt=None, segments=2), make(backbone, "bias")
+    border = len(made.blocks) // 2 - 1
+    branch, block = made.model.s2a["side"], alone.blocks[border]
+    assert branch.borders == {border}
+    torch.manual_seed(3)
+    for reader in branch.readers:
+        reader.vote.weight.data.normal_()
+    states = []
+    block.module.register_forward_hook(lambda _, __, h: states.append(h) or h.detach())
+    for one in (made, alone):
+        train_mode(one.model)
+        loss_of(one).backward()
+    reader, tokens = branch.readers[border], branch.taps[border].tokens(states[0])
+    weights = torch.softmax(torch.einsum("bnc,hc->bhn", tokens, reader.query), -1)
+    read = torch.einsum("bhn,bnc,hcw->bhw", weights, tokens, reader.value)
+    F.cross_entropy(reader.vote(reader.norm(read.flatten(1))), batch(made)[1]).backward()
+    found, first = dict(made.model.named_parameters()), {name for name, _ in alone.adapted_modules("all")}
+    first -= {name for name, _ in alone.adapted_modules(f"last:{len(made.blocks) - border - 1}")}
+    touched = 0
+    for name, p in alone.model.named_parameters():
+        wanted, got = p.grad, found[name].grad
+        assert (wanted is None) == (got is None), name
+        if wanted is not None and name.rpartition(".")[0] in first:
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-6)
+            touched += bool(got.any())
+        elif wanted is not None:
+            assert torch.equal(got, wanted), name
+    assert touched > 3
+
+
+@each_backbone
+def test_the_gradient_of_a_vote_at_a_border_is_computed_in_pieces(backbone, monkeypatch):
+    made = make(backbone, "side")
+    tap = made.model.s2a["side"].taps[0]
+    h = torch.randn(4, *made.blocks[0].output.shape, requires_grad=True)
+    whole = tap.tokens(h)
+    upstream = torch.randn_like(whole)
+    monkeypatch.setattr(side, "PIECE", h[:3].numel())
+    with remember(quant(2)):  # no code is made of it
+        read = side.Read.apply(h, tap)
+    assert torch.equal(read, whole)
+    torch.testing.assert_close(*(torch.autograd.grad(out, h, upstream)[0] for out in (read, whole)))
+
+
+@each_backbone
 def test_prompts_need_no_activation(backbone):
     """dA = G B^T, dB = A^T G with G the gradient at the block's input summed over the batch."""
     made = make(backbone, "prompt")
@@ -326,6 +388,10 @@ def test_vit_b_trains_at_most_0_9_percent():
         ("bias", dict(blocks="last:4"), "last:3"),
         ("bias", dict(blocks="first:1"), "accepted are all"),
         ("s2a", dict(bias=False, prompt=None, side=None), "method=linear"),
+        ("s2a", dict(segments=4), "1 to 3"),
+        ("s2a", dict(segments=2, blocks="last:1"), "1 to 1"),
+        ("s2a", dict(segments=2, side=None), "needs the side branch"),
+        ("s2a", dict(segments=2, side=dict(blocks="last:1")), "side.blocks=last:1"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(method, settings, message):
