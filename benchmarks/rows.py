@@ -96,6 +96,8 @@ ROWS = (
     _row("T2", "T2: bias, quant=int5", "method=bias quant=int5", ours=True),
     _row("T2-s2a", "T2: s2a, quant=int5", "method=s2a quant=int5", ours=True),
     _row("T2-int4", "T2: bias, quant=int4", "method=bias quant=int4", ours=True),
+    _row("segments", "s2a in 3 segments, quant=none", "method=s2a method.segments=3 quant=none", ours=True),
+    _row("segments-int4", "s2a in 3 segments, quant=int4", "method=s2a method.segments=3 quant=int4", ours=True),
     _row("only-pointwise", "bias, GELU' alone in 4 bits", "method=bias quant=exact quant.pointwise=4", ours=True),
     _row("only-norm", "bias, x^ alone in 4 bits", "method=bias quant=exact quant.norm=4", ours=True),
     _row("only-attention", "bias, q, k, v alone in 4 bits", "method=bias quant=exact quant.attention=4", ours=True),
