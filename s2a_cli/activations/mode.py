@@ -36,19 +36,23 @@ class ActivationMode(TorchFunctionMode):
         for index, block in enumerate(blocks):
             own = replace(config, **config.blocks.get(index, {}))
             self.runners.append(BlockRunner(self, index, block, own, dict(_handlers(own))))
-        self._is_active, self._scope, self._count = False, "", 0
+        self._is_on, self._scope, self._count = False, "", 0
         self.linears = self._unread = 0
 
     def __torch_function__(
         self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         handler, kwargs = self.handlers.get(func), kwargs or {}
-        if func is F.linear and self.linears + 1 == self._unread and not args[1].requires_grad:
-            out = unread_linear(*args, **kwargs)
-        elif handler is None or not torch.is_grad_enabled():
-            out = func(*args, **kwargs)
-        else:
-            out = handler(self, func, *args, **kwargs)
+        on, self._is_on = self._is_on, False  # PyTorch takes a mode off while its handler runs, which may be a backward pass
+        try:
+            if func is F.linear and self.linears + 1 == self._unread and not args[1].requires_grad:
+                out = unread_linear(*args, **kwargs)
+            elif handler is None or not torch.is_grad_enabled():
+                out = func(*args, **kwargs)
+            else:
+                out = handler(self, func, *args, **kwargs)
+        finally:
+            self._is_on = on
         self.linears += func is F.linear
         return out
 
@@ -56,7 +60,7 @@ class ActivationMode(TorchFunctionMode):
         with ExitStack() as stack:
             for runner in self.runners:
                 stack.enter_context(runner.installed())
-            stack.enter_context(self._active())
+            stack.enter_context(self._entered())
             self._exit = stack.pop_all()
         return self
 
@@ -66,20 +70,21 @@ class ActivationMode(TorchFunctionMode):
     @contextmanager
     def again(self) -> Iterator[None]:
         """The mode for what is computed again in a backward pass, which may run within the mode or after it."""
-        if self._is_active:
+        if self._is_on:
             yield
         else:
-            with self._active():
+            with self._entered():
                 yield
 
     @contextmanager
-    def _active(self) -> Iterator[None]:
+    def _entered(self) -> Iterator[None]:
+        before = self._is_on, self._scope, self._count
         super().__enter__()
-        self._is_active, self._scope, self._count = True, "", 0
+        self._is_on, self._scope, self._count = True, "", 0
         try:
             yield
         finally:
-            self._is_active = False
+            self._is_on, self._scope, self._count = before
             super().__exit__(None, None, None)
 
     @contextmanager

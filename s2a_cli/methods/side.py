@@ -31,7 +31,7 @@ PIECE = 2**21  # elements that are pooled and normalised at a time; all at once 
 class Tap(nn.Module):
     """A detached hidden state as tokens [B, N, C] in int8: positions pooled to a grid, each token to mean 0 and variance 1.
 
-    They are kept for the backward pass. Normalised, they all fit one grid, of `STEP`: what lies beyond 16 standard deviations is cut off.
+    Normalised, they all fit one grid, of `STEP`: what lies beyond 16 standard deviations is cut off.
     """
 
     def __init__(self, hidden: Hidden, grid: int):
@@ -52,11 +52,12 @@ class Tap(nn.Module):
 
 
 def pieces(h: Tensor) -> tuple[Tensor, ...]:
+    """A hidden state as parts of the batch of about `PIECE` elements, at least one image each."""
     return h.split(max(1, PIECE * len(h) // h.numel()))
 
 
 class Read(torch.autograd.Function):
-    """A hidden state, tap -> the tap's tokens, fp32; the gradient is computed in pieces of the batch, from the hidden state alone."""
+    """(hidden state, tap) -> the tap's tokens in fp32, with a gradient, which is computed in pieces from the hidden state alone."""
 
     @staticmethod
     def forward(ctx, h: Tensor, tap: Tap):
@@ -70,7 +71,7 @@ class Read(torch.autograd.Function):
         (h,) = ctx.saved_tensors
         out = torch.empty_like(h)
         parts = pieces(h)
-        with torch.enable_grad(), torch._C.DisableTorchFunction():  # exact, whatever codes are on
+        with torch.enable_grad():
             for part, g, o in zip(parts, grad.split(len(parts[0])), out.split(len(parts[0]))):
                 x = part.detach().requires_grad_()
                 o.copy_(torch.autograd.grad(ctx.tap.tokens(x), x, g)[0])
