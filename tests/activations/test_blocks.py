@@ -191,7 +191,7 @@ def test_the_last_product_of_a_block_is_not_computed_again():
 
 
 def test_blocks_without_anything_trained_have_no_graph():
-    found = made("vit", "side")
+    found = made("vit", "linear")
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         with remember(quant(recompute="block", chunks=2), found.block_modules):
