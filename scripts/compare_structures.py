@@ -3,13 +3,15 @@
     .venv/bin/python scripts/compare_structures.py WEIGHTS DATA... [key=value ...] [--search DATA...] [--seeds 0 1 2]
         [--only NAME...] [--workers 2] [--out runs/structures]
 
-WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors. DATA: a train/ and test/ tree of class folders, or such a
-tree in a .tar, with settings for it alone behind commas: photos.tar,optim.epochs=5. key=value goes to every run.
-Each contender takes the learning rate, of four, and further ones while the best lies at an end, with the best mean of the validation
-accuracies on the DATA of the search (by default all; seed 0, the test split is not read), then trains with every seed, and the test split is read once for each of these runs.
-Contenders run without codes (quant=none); their memory is predicted for ViT-B/16, 224 px, a batch of 64, each with the codes named
-below. Runs that are finished are not repeated, so that the same line goes on after a break. Written to OUT: table.md, and
-structures.png, accuracy against memory.
+WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors; those of another backbone together with backbone=NAME.
+DATA: a train/ and test/ tree of class folders, or such a tree in a .tar, with settings for it alone behind commas:
+photos.tar,optim.epochs=5. key=value goes to every run.
+Each contender takes the learning rate, of four and of further ones while the best lies at an end, with the best mean of the
+validation accuracies on the DATA of the search (by default all; seed 0, the test split is not read), then trains with every
+seed, and the test split is read once for each of these runs.
+Contenders run without codes (quant=none); their memory is predicted for 224 px and a batch of 64, each with the codes named
+below: of ViT-B/16, or of backbone=NAME. Runs that are finished are not repeated, so that the same line goes on after a break.
+Written to OUT: table.md, and structures.png, accuracy against memory.
 """
 
 from __future__ import annotations
@@ -36,9 +38,10 @@ CONTENDERS = {  # name -> (words, learning rates, codes for the memory on ViT-B/
     "bias": (["method=bias"], LARGE, "tiny"),
     "prompt": (["method=prompt"], LARGE, "tiny"),
     "side": (["method=side"], LARGE, "tiny"),
+    "bias + side": (["method=s2a", "method.prompt=null"], LARGE, "tiny"),
     "s2a": (["method=s2a"], LARGE, "tiny"),
-    "bias, last half": (["method=bias", "method.blocks=last:6"], LARGE, "tiny"),
-    "bias in the last half, side": (["method=s2a", "method.prompt=null", "method.blocks=last:6"], LARGE, "tiny"),
+    "s2a, last 5 blocks": (["method=s2a", "method.blocks=last:5"], LARGE, "none"),
+    "s2a, 3 segments": (["method=s2a", "method.segments=3"], LARGE, "none"),
 }
 
 
@@ -99,21 +102,21 @@ def tested(
     return {data.name: tops[i * len(seeds) : (i + 1) * len(seeds)] for i, data in enumerate(datas)}
 
 
-def costs(words: list[str], codes: str) -> tuple[float, float]:
-    """On ViT-B/16 with 100 classes and a batch of 64: the predicted peak in MiB, and the share of parameters that train, in %."""
-    config = compose(["backbone=vit_b", "dataset=cifar100", "optim.batch_size=64", *words, f"quant={codes}"])
-    backbone = backbones.build(config.backbone, 100, meta=True)
-    training.attach(config, backbone)
-    return training.predict_step(backbone, config, 50_000).peak_mib, backbone.count()["percent"]
+def costs(backbone: str, words: list[str], codes: str) -> tuple[float, float]:
+    """With 100 classes and a batch of 64: the predicted peak in MiB, and the share of parameters that train, in %."""
+    config = compose([backbone, "dataset=cifar100", "optim.batch_size=64", *words, f"quant={codes}"])
+    built = backbones.build(config.backbone, 100, meta=True)
+    training.attach(config, built)
+    return training.predict_step(built, config, 50_000).peak_mib, built.count()["percent"]
 
 
-def draw(table: pd.DataFrame, path: Path) -> None:
+def draw(table: pd.DataFrame, backbone: str, path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name, row in table.iterrows():
         axes.errorbar(row["peak MiB"], row["mean"], yerr=row["std"], marker="o", capsize=3)
         axes.annotate(name, (row["peak MiB"], row["mean"]), xytext=(6, 4), textcoords="offset points")
-    axes.set(xscale="log", xlabel="predicted peak of a step on ViT-B/16, batch 64, MiB", ylabel="mean test top-1, %, on ViT-Ti/16")
+    axes.set(xscale="log", xlabel=f"predicted peak of a step, {backbone}, batch 64, MiB", ylabel="mean test top-1, %")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
@@ -133,6 +136,7 @@ def main() -> None:
     search = [Data(word) for word in args.search or ()] or datas
     if not datas:
         parser.error("give DATA: a folder of images")
+    backbone = next((word for word in changes if word.startswith("backbone=")), "backbone=vit_b")
     threads = max(1, (os.cpu_count() or 1) // args.workers)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=context, initializer=calm, initargs=(threads,)) as pool:
@@ -142,7 +146,7 @@ def main() -> None:
             words = ["experiment=photos_112", f"backbone.checkpoint={args.weights}", *structure, "quant=none", *changes]
             rate = chosen_rate(pool, name, words, rates, search, args.out)
             found = tested(pool, name, words, rate, datas, args.seeds, args.out)
-            peak, percent = costs(structure, codes)
+            peak, percent = costs(backbone, structure, codes)
             of_seeds = [mean(tops) for tops in zip(*found.values())]  # over the data sets
             rows[name] = {data: mean(tops) for data, tops in found.items()} | {
                 "mean": mean(of_seeds),
@@ -154,7 +158,7 @@ def main() -> None:
             }
             table = pd.DataFrame.from_dict(rows, orient="index")
             records.atomic_write(args.out / "table.md", table.to_markdown(floatfmt=".4g") + "\n")
-            draw(table, args.out / "structures.png")
+            draw(table, backbone, args.out / "structures.png")
     print((args.out / "table.md").read_text())
 
 
