@@ -64,7 +64,7 @@ class Costs:
         """The bits with the least expected error that take at most `mib`; None where the fewest take more."""
         bits = dict.fromkeys(self.bytes, choices[0])
         left = mib * MIB - sum(self.bytes.values()) * choices[0]
-        if left < 0:
+        if left < -0.5:  # bytes; less is rounding
             return None
         while True:
             offers = []
@@ -183,7 +183,9 @@ def _fit(
     quant: QuantConfig, costs: Costs, choices: tuple[int, ...], gradient: Gradient, peak: Peak
 ) -> Choice | None:
     """The bits with the least error whose predicted peak fits; None where even the fewest do not."""
-    allowed = choices[-1] * sum(costs.bytes.values()) / MIB
+    fewest, most = (bits * sum(costs.bytes.values()) / MIB for bits in (choices[0], choices[-1]))
+    segments = gradient.config.method.get("segments", 1)  # of which one is alive at the peak
+    allowed = most
     for _ in range(ROUNDS):
         bits = costs.spread(allowed, choices)
         if bits is None:
@@ -192,7 +194,8 @@ def _fit(
         found = peak(applied)
         if found <= quant.budget_mib:
             return Choice(applied, found, gradient.error(applied))
-        allowed = sum(costs.bytes[key] * count for key, count in bits.items()) / MIB - (found - quant.budget_mib)
+        used = sum(costs.bytes[key] * count for key, count in bits.items()) / MIB
+        allowed = max(fewest, used - (found - quant.budget_mib) * segments)
     return None
 
 

@@ -25,8 +25,8 @@ NOT_IDENTITY = (
     *("device", "busy", "workers", "tensorboard", "profile", "run_dir", "save_minutes", "save_steps"),
     *("dataset.root", "dataset.download", "backbone.checkpoint"),
 )
-# Settings that are younger than schema 1: where they are null, a run is the one that it was before there were any.
-YOUNGER = ("dataset.cache",)  # changes memory and speed, though not accuracy
+# Settings that are younger than schema 1: at these values a run is the one that it was before there were any.
+YOUNGER = {"dataset.cache": None, "method.segments": 1}
 
 
 class Accuracy(TypedDict):
@@ -88,8 +88,9 @@ def content(config: dict[str, Any], revision: str, weights: str) -> str:
     for key in NOT_IDENTITY:
         parent, _, name = key.rpartition(".")
         (kept[parent] if parent else kept).pop(name, None)
-    for parent, name in (key.split(".") for key in YOUNGER):
-        if kept[parent].get(name) is None:
+    for key, value in YOUNGER.items():
+        parent, name = key.split(".")
+        if kept[parent].get(name, value) == value:
             kept[parent].pop(name, None)
     return json.dumps({"config": kept, "data": revision, "weights": weights, "schema": SCHEMA}, sort_keys=True)
 

@@ -59,8 +59,9 @@ class Step:
     blocks: the modules of the backbone that quant.recompute and quant.chunks are about.
     Call: step(model, optimizer, images [B, 3, H, W] normalised, targets [B] or [B, classes]) -> mean loss (detached scalar;
     over the votes too, where there are several). A method's votes are back-propagated within the forward pass.
-    `after_forward` is called after each forward pass, when all that is kept for the backward pass is alive. Where several
-    processes share a batch, `of` is its number of images, and the losses returned add up to its mean loss.
+    `after_forward` is called after each forward pass, when all that is kept for the backward pass is alive (of a method that
+    trains in segments: of the last one). Where several processes share a batch, `of` is its number of images, and the losses
+    returned add up to its mean loss.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, blocks: Iterable[nn.Module] = ()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,17 @@ def test_less_memory_costs_more_error_and_always_fits():
         assert choice.peak_mib == peak(choice.quant) <= share * stock
         errors.append(choice.error)
     assert errors[0] == 0 and all(errors[1:]) and errors[-1] < 0.1
+
+
+def test_every_budget_above_the_fewest_bits_fits_in_segments():
+    """There the peak follows the bytes of one segment alone."""
+    gradient = gradient_of("method=s2a", "method.segments=3", "backbone.kwargs.depth=6")
+    peak, codes, asked = predicted(gradient), measure(gradient, allocation.CODED), OmegaConf.to_object(gradient.config.quant)
+    least, most = (peak(allocation._applied(asked, dict.fromkeys(codes.bytes, bits))) for bits in (allocation.BITS[0], allocation.BITS[-1]))
+    for part in (0.05, 0.2, 0.35, 0.5, 0.8):
+        asked = replace(asked, budget_mib=least + part * (most - least))
+        choice = allocation._fit(asked, codes, allocation.BITS, gradient, peak)
+        assert choice and choice.peak_mib <= asked.budget_mib, part
 
 
 def test_what_would_fit_is_said():

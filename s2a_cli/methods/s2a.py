@@ -33,6 +33,8 @@ class S2A(Method):
             raise UserError(f"method.segments={config.segments}: accepted are 1 to {len(blocks)}, the number of adapted blocks")
         if config.segments > 1 and not config.side:
             raise UserError(f"method.segments={config.segments} needs the side branch, whose votes train the segments: method.side=null is set")
+        if config.segments > 1 and not (config.bias or config.prompt):
+            raise UserError(f"method.segments={config.segments} trains bias or prompt in segments: both are switched off")
         borders = [blocks[len(blocks) * end // config.segments - 1] for end in range(1, config.segments)]
         if config.bias:
             tune_biases(backbone, config.blocks)

@@ -170,6 +170,12 @@ class LiteSideBranch(nn.Module):
         return torch.stack([logits, *votes]) if self.training else logits + self.weight * sum(votes)
 
 
+def refuse_shared(block: nn.Module, args: tuple, kwargs: dict) -> None:
+    """A forward pre-hook. Raises UserError for a block that is handed a trained tensor beside its hidden state: it crosses borders."""
+    if any(isinstance(value, Tensor) and value.requires_grad for value in (*args[1:], *kwargs.values())):
+        raise UserError("method.segments: the blocks of this backbone share a trained part, so no gradient can stay within a segment; 1 is accepted")
+
+
 def add_side(backbone: Backbone, config: SideConfig, peers: bool, borders: Sequence[Block] = ()) -> None:
     """Adds a lite side branch that reads the output of the blocks that `config.blocks` names.
 
@@ -183,6 +189,8 @@ def add_side(backbone: Backbone, config: SideConfig, peers: bool, borders: Seque
     branch = LiteSideBranch([b.output for b in read], config, backbone.head.out_features, weight, map(read.index, borders))
     for index, block in enumerate(read):
         block.module.register_forward_hook(lambda _, __, h, index=index: branch.read(index, h))
+    for block in backbone.blocks if borders else ():
+        block.module.register_forward_pre_hook(refuse_shared, with_kwargs=True)
     backbone.head.register_forward_hook(lambda _, __, logits: branch.join(logits))
     backbone.add("side", branch)
 

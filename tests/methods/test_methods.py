@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -418,12 +420,22 @@ def test_vit_b_trains_at_most_0_9_percent():
         ("s2a", dict(segments=4), "1 to 3"),
         ("s2a", dict(segments=2, blocks="last:1"), "1 to 1"),
         ("s2a", dict(segments=2, side=None), "needs the side branch"),
+        ("s2a", dict(segments=2, bias=False, prompt=None), "both are switched off"),
         ("s2a", dict(segments=2, side=dict(blocks="last:1")), "side.blocks=last:1"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(method, settings, message):
     with pytest.raises(UserError, match=message):
         make("vit", method, **settings)
+
+
+def test_segments_of_blocks_that_share_a_trained_part_are_refused():
+    config = BackboneConfig(name="shared", timm="vit_srelpos_small_patch16_224", pretrained=False, kwargs=dict(depth=2, embed_dim=48, num_heads=2))
+    for segments, refused in ((1, False), (2, True)):
+        made = backbones.build(config, CLASSES)
+        METHODS["s2a"](made_config("vit", "s2a", segments=segments)).attach(made)
+        with pytest.raises(UserError, match="share a trained part") if refused else nullcontext():
+            made.model.train()(torch.randn(1, 3, 224, 224))
 
 
 def test_parts_of_s2a_can_be_switched_off():
