@@ -115,7 +115,7 @@ def draw(table: pd.DataFrame, backbone: str, path: Path) -> None:
     axes = figure.add_subplot()
     for name, row in table.iterrows():
         axes.errorbar(row["peak MiB"], row["mean"], yerr=row["std"], marker="o", capsize=3)
-        axes.annotate(name, (row["peak MiB"], row["mean"]), xytext=(6, 4), textcoords="offset points")
+        axes.annotate(f"{name}: {row.codes}", (row["peak MiB"], row["mean"]), xytext=(6, 4), textcoords="offset points")
     axes.set(xscale="log", xlabel=f"predicted peak of a step, {backbone}, batch 64, MiB", ylabel="mean test top-1, %")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
