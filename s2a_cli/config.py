@@ -80,6 +80,7 @@ class DatasetConfig:
 class OptimConfig:
     name: str = "adamw"  # adamw | sgd
     lr: float = MISSING  # method.lr times backbone.lr_scale by default
+    head_lr: float | None = None  # of the new head, which may need a higher one than pretrained weights; optim.lr by default
     weight_decay: float = 1e-4  # never on biases, norms and prompts
     momentum: float = 0.9  # sgd
     epochs: int = 10  # passes over the training images
@@ -207,6 +208,7 @@ RULES = {  # a key, or a pattern that matches keys
     "dataset.hflip": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
     "optim.name": one_of("adamw", "sgd"),
     "optim.lr": POSITIVE,
+    "optim.head_lr": POSITIVE,
     "optim.weight_decay": NOT_NEGATIVE,
     "optim.momentum": number("a number of at least 0, below 1", lambda value: 0 <= value < 1),
     "optim.epochs": AT_LEAST_1,

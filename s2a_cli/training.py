@@ -95,6 +95,8 @@ def attach(config: DictConfig, backbone: Backbone) -> None:
     torch.manual_seed(config.seed)  # the method's initial values do not depend on how the backbone drew its own
     method = METHODS[config.method.name](config.method)
     method.attach(backbone)
+    if config.optim.head_lr:
+        backbone.head.lr_scale = config.optim.head_lr / config.optim.lr
     if config.dataset.cache:
         backbone.tail = method.tail(backbone)
         if not backbone.tail:

@@ -154,6 +154,15 @@ def test_weight_decay_spares_biases_norms_and_prompts():
     assert all(rate == run.config.optim.lr * (scale if ".side." in name else 1) for name, rate in rates.items())
 
 
+def test_the_head_may_learn_at_a_rate_of_its_own():
+    run = training.prepare(compose([*QUICK, "method=bias", "optim.lr=1e-3", "optim.head_lr=3e-2"]))
+    groups = steps.make_optimizer(run.config.optim, run.model).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    own = {id(p) for p in run.backbone.head.parameters()}
+    assert own <= rates.keys() and len(own) < len(rates)
+    assert all(rate == pytest.approx(3e-2 if p in own else 1e-3) for p, rate in rates.items())
+
+
 @pytest.mark.parametrize("precision", ["amp-bf16", "amp-fp16", "bf16"])
 def test_low_precision_trains_and_tests_the_same_again(tmp_path, precision):
     words = [f"precision={precision}", "method=s2a", "optim.clip_grad=1.0", "dataset.shots=24", "optim.epochs=3"]
@@ -272,6 +281,9 @@ def test_identity_leaves_out_where_a_run_lives():
         return records.identity(records.content(OmegaConf.to_container(config), revision, weights))
 
     assert identity(base) == identity(same) != identity(other)
+    older = OmegaConf.to_container(base)  # of a version without these settings
+    del older["method"]["segments"], older["optim"]["head_lr"]
+    assert identity(OmegaConf.create(older)) == identity(base) != identity(compose([*QUICK, "method.segments=2"]))
     assert identity(base, "other") != identity(base) != identity(base, weights="other")
 
 
