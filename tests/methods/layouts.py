@@ -1,0 +1,77 @@
+"""Tiny backbones of every layout of hidden states, made what a method trains, and a batch for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from s2a_cli import backbones
+from s2a_cli.activations import STOCK, remember
+from s2a_cli.config import BackboneConfig, QuantConfig
+from s2a_cli.methods import METHODS
+from s2a_cli.votes import vote_losses
+
+BACKBONES = {
+    "vit": dict(timm="vit_tiny_patch16_224", image_size=32, kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=3)),
+    "swin": dict(
+        timm="swin_tiny_patch4_window7_224",
+        image_size=32,
+        kwargs=dict(img_size=32, window_size=4, embed_dim=24, depths=(1, 2), num_heads=(2, 4), drop_path_rate=0.0),
+    ),
+    "resnet": dict(timm="resnet18", image_size=32, kwargs=dict(channels=(16, 24, 32, 48), layers=(1, 1, 1, 2))),
+    "convnext": dict(timm="convnext_atto", image_size=32, kwargs=dict(depths=(1, 1, 1, 2), dims=(16, 24, 32, 48))),
+    "mobilenet": dict(timm="mobilenetv3_small_050", image_size=64, kwargs={}),
+}
+CLASSES = 7
+
+
+def make(backbone: str, method: str | None = None, **settings):
+    torch.manual_seed(0)
+    made = backbones.build(BackboneConfig(name=backbone, pretrained=False, **BACKBONES[backbone]), CLASSES)
+    randomise(made.model)
+    if method:
+        METHODS[method](made_config(backbone, method, **settings)).attach(made)
+    return made
+
+
+def made_config(backbone: str, method: str, **settings):
+    config = OmegaConf.structured(METHODS[method].Config(name=method, lr=1e-2))
+    return OmegaConf.merge(config, defaults(backbone, method), settings)
+
+
+def defaults(backbone: str, method: str) -> dict:
+    """Small enough for these tiny widths and maps."""
+    side, prompt = {"width": 4}, {"rank": 1}
+    return {"side": side, "prompt": prompt, "s2a": {"side": side, "prompt": prompt}}.get(method, {})
+
+
+def randomise(model):
+    """Weights and statistics as of a trained model: no zero gammas, no unit variances."""
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            p.data += 0.1 * torch.randn_like(p)
+    for name, b in model.named_buffers():
+        if name.endswith("running_var"):
+            b.data.uniform_(0.5, 2)
+        elif name.endswith("running_mean"):
+            b.data.normal_(std=0.1)
+
+
+def batch(backbone):
+    generator = torch.Generator().manual_seed(1)
+    size = backbone.image.size
+    return torch.randn(4, 3, size, size, generator=generator), torch.randint(CLASSES, (4,), generator=generator)
+
+
+def loss_of(backbone, quant=STOCK):
+    images, targets = batch(backbone)
+    with remember(quant):
+        return vote_losses(backbone.model(images), targets).sum()
+
+
+def quant(bits):
+    return QuantConfig(name=f"int{bits}", lossless=bits is not None, bits=bits, pointwise=bits, norm=bits, attention=bits, softmax=bits)
+
+
+each_backbone = pytest.mark.parametrize("backbone", BACKBONES)
