@@ -32,7 +32,7 @@ from s2a_cli import backbones, records, training
 from s2a_cli.compose import compose
 
 LARGE, SMALL = (2e-3, 4e-3, 8e-3, 16e-3), (5e-5, 1e-4, 2e-4, 4e-4)
-CONTENDERS = {  # name -> (words, learning rates, codes for the memory on ViT-B/16)
+CONTENDERS = {  # name -> (words, learning rates, codes for the memory)
     "full": (["method=full"], SMALL, "none"),
     "linear": (["method=linear"], LARGE, "none"),
     "bias": (["method=bias"], LARGE, "tiny"),
