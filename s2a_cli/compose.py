@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError, OmegaConfBaseException
 
-from s2a_cli.config import Rule, RunConfig, SweepConfig, check, leaves, members, rule_of, show
+from s2a_cli.config import CODED, OF_BITS, Rule, RunConfig, SweepConfig, check, leaves, members, rule_of, show
 from s2a_cli.errors import UserError, nearest
 
 PACKAGE = Path(__file__).parent
@@ -189,16 +189,20 @@ def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
     problems |= {key: line for key, line in found.items() if key not in problems and not key.startswith(wrong)}
     if problems:
         raise UserError("\n".join(problems.values()))
+    OmegaConf.resolve(typed)
     return typed
 
 
 def _source(raw: dict[str, Any], key: str) -> str | None:
-    """The key that this one takes its value from, as in `bits: ${quant.bits}` or `lr: ${times:${method.lr},2}`."""
-    value: Any = raw
-    for name in key.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+    """The key that this one takes its value from, as in `norm: ${.bits}` or `lr: ${times:${method.lr},2}`; else None."""
+    node, _, name = key.rpartition(".")
+    settings: Any = raw
+    for part in node.split(".") if node else ():
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    value = OF_BITS if node == "quant" and name in CODED else None  # the schema's own
+    value = settings.get(name, value) if isinstance(settings, dict) else value
     match = re.match(r"\$\{(?:times:\$\{)?([\w.]+)\}", value) if isinstance(value, str) else None
-    return match[1] if match else None
+    return match[1].replace(".", f"{node}.", 1) if match and match[1][0] == "." else match and match[1]
 
 
 def _fit(values: DictConfig, typed: DictConfig, prefix: str, problems: Problems) -> None:

@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -36,6 +36,10 @@ class BackboneConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to timm.create_model
 
 
+CODED = ("pointwise", "norm", "attention", "softmax")  # families of operators for which `bits` is the default
+OF_BITS: Any = "${.bits}"  # the default of a field: as `bits` of the same config says
+
+
 @dataclass
 class QuantConfig:
     """What is kept for the backward pass: bits an element (null: what stock PyTorch keeps), and what is computed again."""
@@ -43,10 +47,10 @@ class QuantConfig:
     name: str = MISSING  # the name in tables
     lossless: bool = True  # keep less where the gradient stays as it is: ReLU and dropout 1 bit, frozen convolutions nothing, ...
     bits: int | None = None  # the default of the four families below
-    pointwise: int | None = None  # GELU, SiLU, hardswish, sigmoid, ...: a code of the derivative
-    norm: int | None = None  # LayerNorm, GroupNorm, RMSNorm: the normalised input
-    attention: int | None = None  # fused attention: q, k and v
-    softmax: int | None = None  # unfused attention: the map
+    pointwise: int | None = OF_BITS  # GELU, SiLU, hardswish, sigmoid, ...: a code of the derivative
+    norm: int | None = OF_BITS  # LayerNorm, GroupNorm, RMSNorm: the normalised input
+    attention: int | None = OF_BITS  # fused attention: q, k and v
+    softmax: int | None = OF_BITS  # unfused attention: the map
     linear: int | None = None  # input of trainable Linear and Conv layers; opt-in
     group: int = 64  # elements that share one scale (norm, attention, softmax, linear)
     rounding: str = "nearest"  # nearest | stochastic: unbiased, and noisier
@@ -56,6 +60,26 @@ class QuantConfig:
     chunks: int = 1  # most pieces of the batch in which a block runs, each of a million inputs or more; smaller temporaries
     blocks: dict[int, Any] = field(default_factory=dict)  # settings of single blocks, by number from 0: {3: {norm: 8}}
     budget_mib: float | None = None  # quant=auto: the peak that these settings are chosen for
+
+    def __post_init__(self) -> None:
+        for name in CODED:
+            if getattr(self, name) == OF_BITS:
+                setattr(self, name, self.bits)
+
+    @classmethod
+    def unresolved(cls) -> QuantConfig:
+        """The defaults with the reference to `bits` left to OmegaConf."""
+        made = cls()
+        for name in CODED:
+            setattr(made, name, OF_BITS)
+        return made
+
+    def of_block(self, number: int) -> QuantConfig:
+        """The settings of one block: these, with what `blocks` says of it."""
+        own = dict(self.blocks.get(number, {}))
+        if "bits" in own:
+            own = {name: own["bits"] for name in CODED if getattr(self, name) == self.bits} | own
+        return replace(self, **own)
 
 
 @dataclass
@@ -98,7 +122,7 @@ class OptimConfig:
 class RunConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     method: Any = MISSING  # the Config of the method's own file in s2a_cli/methods/
-    quant: QuantConfig = field(default_factory=QuantConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig.unresolved)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     seed: int = 0  # same seed, same machine: same numbers
@@ -307,6 +331,26 @@ def check(config: DictConfig) -> dict[str, str]:
     return problems
 
 
+def check_quant(quant: QuantConfig) -> list[str]:
+    """Problems of settings that were made in Python: one line each."""
+    settings = {f.name: getattr(quant, f.name) for f in fields(quant) if f.name != "blocks"}
+    found = [_quant_problem(name, name, value) for name, value in settings.items() if name != "name"]
+    found += list(_check_blocks(quant.blocks).values())
+    if quant.input is not None and quant.recompute == "none":
+        found.append(f"input={quant.input} is of recomputed blocks: set recompute='block' too")
+    return [problem for problem in found if problem]
+
+
+def _quant_problem(key: str, name: str, value: Any) -> str:
+    """What is wrong with a value of QuantConfig; empty where nothing is."""
+    rule, kinds = RULES.get(f"quant.{name}"), members(QuantConfig, name)
+    number = float in kinds and type(value) is int
+    if (type(value) in kinds or number) and not (rule and value is not None and not rule.test(value)):
+        return ""
+    accepted = rule.accepted if rule else "true or false"
+    return f"{key}={show(value)}: expected {accepted}" + (", or null" if type(None) in kinds else "")
+
+
 def _check_cache(values: dict[str, Any]) -> dict[str, str]:
     """Problems of dataset.cache; whether the method has a part that trains alone is checked where it is attached."""
     key = "dataset.cache"
@@ -324,7 +368,7 @@ def _check_cache(values: dict[str, Any]) -> dict[str, str]:
 
 def _check_blocks(blocks: dict[int, Any]) -> dict[str, str]:
     """Problems of quant.blocks; whether the backbone has as many blocks is checked where it is made."""
-    own = [f.name for f in fields(QuantConfig) if f.name not in ("name", "bits", "calibrate", "rounding", "blocks", "budget_mib")]
+    own = [f.name for f in fields(QuantConfig) if f.name not in ("name", "calibrate", "rounding", "blocks", "budget_mib")]
     for number, settings in blocks.items():
         if not isinstance(settings, dict):
             return {"quant.blocks": f"quant.blocks={show(blocks)}: expected settings for each number, such as {{3: {{norm: 8}}}}"}
@@ -332,8 +376,6 @@ def _check_blocks(blocks: dict[int, Any]) -> dict[str, str]:
             key = f"quant.blocks.{number}.{name}"
             if name not in own:
                 return {key: f"{key}: expected one of {', '.join(own)}{nearest(str(name), own)}"}
-            rule, kinds = RULES.get(f"quant.{name}"), members(QuantConfig, name)
-            if type(value) not in kinds or (rule and value is not None and not rule.test(value)):
-                accepted = rule.accepted if rule else "true or false"
-                return {key: f"{key}={show(value)}: expected {accepted}" + (", or null" if type(None) in kinds else "")}
+            if problem := _quant_problem(key, name, value):
+                return {key: problem}
     return {}

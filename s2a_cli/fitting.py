@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms import v2
 
+from s2a_cli.activations.calibration import LOOKS
 from s2a_cli import checkpoints, data, distributed, memory, records
 from s2a_cli.engines import PARENT
 from s2a_cli.errors import RunError
@@ -121,7 +122,7 @@ class Fit:
             self.result["accuracy"].update(val_top1=scores["top1"], best_epoch=epoch)
             if distributed.is_first():
                 state = checkpoints.trainable_state(self.run.model)
-                checkpoints.save(self.folder, state, self.step.calibration, self.run.weights)
+                checkpoints.save(self.folder, state, self.step.fitted, self.run.weights)
         line = {
             "epoch": epoch,
             "train_loss": at.loss / at.images,  # with several votes the mean of theirs
@@ -152,7 +153,8 @@ class Fit:
         if meter:
             meter.step_ends()
         self.schedule.step()
-        if at.epoch == 1 and at.step == 0:  # from here on codes are those that a state holds, in all processes
+        steps = (at.epoch - 1) * len(self.loader) + at.step
+        if distributed.part()[1] > 1 and steps <= LOOKS[-1]:  # the first one's codes, in all processes
             self.step.calibration = distributed.from_first(lambda: self.step.calibration)
         if not math.isfinite(loss):
             raise RunError(f"the loss is {loss} in epoch {at.epoch}, step {at.step + 1}: lower optim.lr={self.optim.lr:g}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -74,14 +75,19 @@ class Step:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp-fp16")
 
     @property
-    def calibration(self) -> dict[str, Tensor]:
-        """What the codes of activations are fitted to so far; nothing without codes."""
+    def calibration(self) -> dict[str, Any]:
+        """What the codes of activations are fitted to so far, as a state; nothing without codes."""
         return self.memory.calibration.state_dict() if isinstance(self.memory, ActivationMode) else {}
 
     @calibration.setter
-    def calibration(self, state: dict[str, Tensor]) -> None:
+    def calibration(self, state: dict[str, Any]) -> None:
         if isinstance(self.memory, ActivationMode):
             self.memory.calibration.load_state_dict(state)
+
+    @property
+    def fitted(self) -> dict[str, Tensor]:
+        """{layer: the levels or channels of its codes}."""
+        return self.memory.calibration.fitted() if isinstance(self.memory, ActivationMode) else {}
 
     def autocast(self):
         return torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()

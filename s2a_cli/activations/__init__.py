@@ -20,7 +20,7 @@ from torch import nn
 
 from s2a_cli.activations import kernels  # registers them
 from s2a_cli.activations.mode import ActivationMode
-from s2a_cli.config import QuantConfig
+from s2a_cli.config import QuantConfig, check_quant
 
 FAMILIES = ("pointwise", "norm", "attention", "softmax", "linear")
 STOCK = QuantConfig(name="none", lossless=False)  # what PyTorch keeps by itself
@@ -29,9 +29,17 @@ STOCK = QuantConfig(name="none", lossless=False)  # what PyTorch keeps by itself
 def remember(config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> AbstractContextManager:
     """The context for forward passes, to be made once and entered in every step.
 
+    It belongs to the thread that enters it, as torch.no_grad does.
+
     blocks: the modules that `recompute` and `chunks` are about; each maps one tensor [B, ...] to one, sample by sample.
     A config that keeps what stock PyTorch keeps gives a context that changes nothing at all.
+
+    Raises ValueError for settings that are out of range or say nothing.
     """
+    if problems := check_quant(config):
+        raise ValueError("; ".join(problems))
+    if config.recompute == "block" and not (blocks := list(blocks)):
+        raise ValueError("recompute='block' needs the blocks: remember(config, model.blocks)")
     stock = not config.lossless and all(getattr(config, family) is None for family in FAMILIES)
     if stock and config.recompute == "none" and config.chunks == 1 and not config.blocks:
         return nullcontext()

@@ -26,16 +26,16 @@ from s2a_cli.activations.groups import Grouped, keep, slices
 from s2a_cli.activations.operators import decode_groups, decode_rows, encode_groups, operator, working_type
 
 if TYPE_CHECKING:
-    from s2a_cli.activations.mode import ActivationMode
+    from s2a_cli.activations.context import OpContext
 
 
 class Attention(torch.autograd.Function):
     """out = run(q, k, v, mask): q [B, ..., N, d], k and v [B, ..., M, d]."""
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, run, mode: ActivationMode):
-        bits, group = mode.config.attention, mode.config.group
-        kept = [keep(x, bits, group, seed=mode.calibration.seed()) for x in (q, k, v)]
+    def forward(ctx, q, k, v, mask, run, op: OpContext):
+        bits, group = op.config.attention, op.config.group
+        kept = [keep(x, bits, group, seed=op.calibration.seed()) for x in (q, k, v)]
         ctx.grouped = [grouped for grouped, _, _ in kept]
         ctx.run = run
         ctx.save_for_backward(mask, *(tensor for _, *tensors in kept for tensor in tensors))
@@ -81,9 +81,9 @@ class Unfused(torch.autograd.Function):
     """softmax(q k^T scale + mask) v, with q, k and v kept as they are and the map as codes, a few samples at a time."""
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, scale: float, mode: ActivationMode):
-        ctx.scale, ctx.bits, ctx.group = scale, mode.config.softmax, mode.config.group
-        site, kept, out = mode.site(), [], None
+    def forward(ctx, q, k, v, mask, scale: float, op: OpContext):
+        ctx.scale, ctx.bits, ctx.group = scale, op.config.softmax, op.config.group
+        site, kept, out = op.site, [], None
         ctx.parts = list(slices(len(q), math.prod(q.shape[1:-1]) * k.shape[-2]))
         for part in ctx.parts:
             scores = torch.matmul(q[part], k[part].mT).mul_(scale)
@@ -92,7 +92,7 @@ class Unfused(torch.autograd.Function):
                 scores = scores.masked_fill_(~bias, -math.inf) if mask.dtype == torch.bool else scores.add_(bias)
             p = torch.softmax(scores, -1, dtype=working_type(scores.dtype))
             del scores
-            table, seed = mode.calibration.unit(site, p, ctx.bits), mode.calibration.seed() or 0
+            table, seed = op.calibration.unit(site, p, ctx.bits), op.calibration.seed() or 0
             kept += encode_groups(p, table.bins, table.low, ctx.group, ctx.bits, table.chances, seed)
             piece = torch.matmul(p.to(v.dtype), v[part])
             out = piece.new_empty((len(q), *piece.shape[1:])) if out is None else out
@@ -121,23 +121,24 @@ class Unfused(torch.autograd.Function):
 
 
 def scaled_dot_product_attention(
-    mode, stock, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    op, stock, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return stock(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-
     inputs = (query, key, value, attn_mask)
     batched = query.dim() >= 3 and query.shape[0] == key.shape[0] == value.shape[0]
     if not any(map(covers, inputs)) or dropout_p > 0 or not batched or query.numel() == 0:
-        return run(*inputs)
-    if mode.config.attention is not None:
-        return Attention.apply(*inputs, run, mode)
+        return NotImplemented
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return stock(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+    if op.config.attention is not None:
+        return Attention.apply(*inputs, run, op)
     if enable_gqa or covers(attn_mask) or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
-        return run(*inputs)
+        return NotImplemented
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return Unfused.apply(query, key, value, attn_mask, scale, mode)
+    return Unfused.apply(query, key, value, attn_mask, scale, op)
 
 
 def _fake_softmax(grad, codes, scales, levels, group, bits):
@@ -163,10 +164,10 @@ class Softmax(torch.autograd.Function):
     """p = run(z), along the last dimension."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, run, mode: ActivationMode):
+    def forward(ctx, z: Tensor, run, op: OpContext):
         p = run(z)
-        bits, group, seed = mode.config.softmax, mode.config.group, mode.calibration.seed()
-        table = mode.calibration.unit(mode.site(), p, bits)
+        bits, group, seed = op.config.softmax, op.config.group, op.calibration.seed()
+        table = op.calibration.unit(op.site, p, bits)
         kept = encode_groups(p, table.bins, table.low, group, bits, table.chances, seed or 0)
         ctx.save_for_backward(*kept)
         ctx.grouped = Grouped(table, tuple(p.shape), tuple(range(p.dim())), p.shape[-1], group)
@@ -190,15 +191,17 @@ def codes_of_softmax(p: Tensor) -> tuple[Grouped, Tensor, Tensor] | None:
     return node.grouped, *shared
 
 
-def softmax(mode, stock, input, dim=None, *args, **kwargs):
+def softmax(op, stock, input, dim=None, *args, **kwargs):
+    if not covers(input) or dim not in (-1, input.dim() - 1) or input.dim() == 0:
+        return NotImplemented
+
     def run(z: Tensor) -> Tensor:
         return stock(z, dim, *args, **kwargs)
 
-    if not covers(input) or dim not in (-1, input.dim() - 1) or input.dim() == 0:
-        return run(input)
-    return Softmax.apply(input, run, mode)
+    return Softmax.apply(input, run, op)
 
 
+softmax.keywords = frozenset(("input", "dim", "_stacklevel", "dtype"))
 SOFTMAX = {f: softmax for f in (F.softmax, torch.softmax, Tensor.softmax)}
 FUSED = {F.scaled_dot_product_attention: scaled_dot_product_attention}
 HANDLERS = {"attention": FUSED, "softmax": SOFTMAX | FUSED}

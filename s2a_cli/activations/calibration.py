@@ -1,4 +1,4 @@
-"""What the codes of a run are fitted to: each layer's own inputs, seen once, in its first forward pass.
+"""What the codes of a run are fitted to: each layer's own inputs, seen in some of its first forward passes.
 
 - pointwise functions: the levels that are best for a histogram of the layer's inputs;
 - softmax maps: likewise, for probabilities divided by the largest of their group, weighted by its square;
@@ -6,40 +6,73 @@
   channels a hundred times larger than the rest, and with means far from 0; a group that holds one would be coded as
   coarsely as that channel. Shifted and divided, all channels of a group are alike.
 
-A layer is known by its site, see `ActivationMode.site`. All is deterministic, needs no second pass, and is part of a
-run's state. Sums and levels are found on the CPU: two small copies a layer, once a run.
+A layer is looked at in its first forward pass and in three later ones, so that what is odd about one batch does not stay:
+histograms are added up, of shifts and factors the median counts. Within a batch, samples far out of the ordinary are left
+out of shifts and factors, and a batch from which nothing can be learned, such as a constant one, is none.
+
+A layer is known by its site (sites.py) and what is coded there: with another function, width or number of bits it is another
+one. All is deterministic, and part of a run's state. Sums and levels are found on the CPU.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from s2a_cli.activations import levels
 from s2a_cli.config import QuantConfig
 from s2a_cli.memory.hollow import is_hollow
 
+LOOKS = (0, 1, 4, 16)  # forward passes after a layer's first in which it is looked at
+PATIENCE = 64  # forward passes after which a layer that told nothing is not looked at any more
 SAMPLE = 1 << 16  # elements of a layer's input that a histogram is made of
 ROWS = 1 << 18  # elements that the shifts and factors are made of
 LEAST = 0.1  # of the median factor: a channel that was constant may change later
+ODD = 25.0  # times the usual square deviation: a sample beyond is left out
+
+Fitted = levels.Table | Tensor
+
+
+@dataclass
+class Layer:
+    """What has been found at a site."""
+
+    first: int  # number of the forward pass in which it was seen first
+    last: int = -1  # and last looked at
+    looks: int = 0
+    seen: Tensor | None = None  # the sum of histograms [bins], or the shifts and factors of each look [looks, 2, width]; on the CPU
+    fitted: Tensor | None = None  # levels [2**bits], or channels [2, width]; on the CPU
+
+    def due(self, number: int) -> bool:
+        """Whether it is to be looked at in the forward pass of that number."""
+        return self.last < number and self.looks < len(LOOKS) and LOOKS[self.looks] <= number - self.first < PATIENCE
 
 
 class Calibration:
-    """The fitted levels and channels of a run by site, and its count of random draws."""
+    """The fitted levels and channels of a run by layer, and its count of random draws."""
 
     def __init__(self, config: QuantConfig) -> None:
         self.config = config
         self.is_stochastic = config.rounding == "stochastic"
-        self._found: dict[str, Tensor] = {}  # as in a checkpoint: levels [2**bits] or channels [2, width], on the CPU
-        self._ready: dict[str, levels.Table | Tensor] = {}  # made of these, where they are used
-        self._traced: dict[str, levels.Table | Tensor] = {}  # their stand-ins in a prediction or a trace
+        self._passes = 0
+        self._layers: dict[str, Layer] = {}
+        self._ready: dict[str, Fitted] = {}  # made of what was fitted, where it is used
+        self._traced: dict[str, Fitted] = {}  # their stand-ins in a prediction or a trace
         self._is_paused = False
         self._draws, self._origin = 0, torch.initial_seed()
+
+    def next_pass(self) -> None:
+        """A forward pass of the whole model begins."""
+        self._passes += 1
 
     def seed(self) -> int | None:
         """The seed of the next stochastic rounding; None where codes are the nearest."""
@@ -48,76 +81,95 @@ class Calibration:
         self._draws += 1
         return (self._origin * 6364136223846793005 + self._draws * 1442695040888963407) % 2**62
 
-    def pointwise(
-        self, site: str, function: Callable[..., Tensor], parameters: dict, bits: int, x: Tensor
-    ) -> levels.Table:
+    def pointwise(self, site: str, function: Callable[..., Tensor], parameters: dict, bits: int, x: Tensor) -> levels.Table:
         """The table of `function` for inputs like x."""
-        if ready := self._is_ready(site, x):
+        said = "".join(f" {name}={value}" for name, value in sorted(parameters.items()))
+        key = f"{site}/{function.__name__}{said}/{bits}"
+        if (ready := self._is_ready(key, x)) is not None:
             return ready
-        known = self._known(site, x, lambda: _histogram(x))
-        if known is None:
-            return self._stand_in(site, levels.pointwise(function, parameters, bits, x, self.is_stochastic), x)
         slope = functools.partial(function, **parameters)
-        return self._fit(site, known, functools.partial(levels.derivative_table, slope, bits), x)
+        make = functools.partial(levels.derivative_table, slope, bits, stochastic=self.is_stochastic)
+        found = self._look(key, x, lambda: _histogram(x), make)
+        return found or self._stand_in(key, levels.pointwise(function, parameters, bits, x, self.is_stochastic), x)
 
     def unit(self, site: str, p: Tensor, bits: int) -> levels.Table:
         """The table of softmax maps like p [..., keys]."""
-        group = self.config.group
-        if ready := self._is_ready(site, p):
+        key, group = f"{site}/map/{bits}", self.config.group
+        if (ready := self._is_ready(key, p)) is not None:
             return ready
-        known = self._known(site, p, lambda: _shares(p, group))
-        if known is None:
-            return self._stand_in(site, levels.unit(bits, p, self.is_stochastic), p)
-        return self._fit(site, known, functools.partial(levels.unit_table, bits), p)
+        make = functools.partial(levels.unit_table, bits, stochastic=self.is_stochastic)
+        return self._look(key, p, lambda: _shares(p, group), make) or self._stand_in(key, levels.unit(bits, p, self.is_stochastic), p)
 
-    def _fit(self, site: str, known: Tensor, make: Callable[..., levels.Table], like: Tensor) -> levels.Table:
-        """A table from a histogram over its bins, or from levels that were found before."""
-        with torch.no_grad():
-            if site in self._found:
-                table = make(stochastic=self.is_stochastic, levels=known)
-            else:
-                table = make(histogram=known, stochastic=self.is_stochastic)
-        self._found[site], self._ready[site] = table.levels, table.to(like.device)
-        return self._ready[site]
+    def _look(self, key: str, x: Tensor, find: Callable[[], Tensor], make: Callable[..., levels.Table]) -> levels.Table | None:
+        """The table of a layer, from its histograms up to now or from the levels that they gave; None: a fixed one serves."""
+        layer = self._layer(key, x)
+        if layer is None:
+            return None
+        if layer.due(self._passes) and not self._is_paused:
+            with _on_the_host():
+                found = find().cpu()
+                layer.seen = found if layer.seen is None else layer.seen + found
+                layer.looks, layer.last = layer.looks + 1, self._passes
+                layer.fitted = make(histogram=layer.seen).levels
+                layer.seen = layer.seen if layer.looks < len(LOOKS) else None
+        if layer.fitted is None:
+            return None
+        with _on_the_host():
+            table = make(levels=layer.fitted)
+        self._ready[key] = table.to(x.device, copy=True)
+        return self._ready[key]
 
     def channels(self, site: str, x: Tensor, change: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor | None:
         """A shift and a factor for each place of the rows of x [..., width], float32 [2, width]; None: as they are.
 
         change: gives what is coded from rows [n, width] of x, where that is not x itself.
         """
-        if (ready := self._is_ready(site, x)) is not None:
+        key = f"{site}/channels/{x.shape[-1]}"
+        if (ready := self._is_ready(key, x)) is not None:
             return ready
         if is_hollow(x) and self.config.calibrate and not self._is_paused:
-            self._traced[site] = x.new_empty((2, x.shape[-1]), dtype=torch.float32)
-            return self._traced[site]
-        known = self._known(site, x, lambda: _channels(change(_rows(x))))
-        if known is None:
+            self._traced[key] = x.new_empty((2, x.shape[-1]), dtype=torch.float32)
+            return self._traced[key]
+        layer = self._layer(key, x)
+        if layer is None:
             return None
-        self._found[site] = known
-        self._ready[site] = known.to(x.device)
-        return self._ready[site]
+        if layer.due(self._passes) and not self._is_paused:
+            with _on_the_host():
+                found = _channels(x, change)
+                if found is not None:
+                    seen = found[None].cpu() if layer.seen is None else torch.cat([layer.seen, found[None].cpu()])
+                    layer.looks += 1
+                    layer.fitted = seen.quantile(0.5, 0)
+                    layer.seen = seen if layer.looks < len(LOOKS) else None
+            layer.last = self._passes
+        if layer.fitted is None:
+            return None
+        self._ready[key] = layer.fitted.to(x.device, copy=True)
+        return self._ready[key]
 
-    def _is_ready(self, site: str, x: Tensor) -> levels.Table | Tensor | None:
-        """What serves inputs like x at this site, if it was made before."""
-        ready = (self._traced if is_hollow(x) else self._ready).get(site)
+    def _layer(self, key: str, x: Tensor) -> Layer | None:
+        """The layer of that key; None where there is nothing to be learned."""
+        if not self.config.calibrate or is_hollow(x) or x.numel() == 0:
+            return None
+        if key not in self._layers and not self._is_paused:
+            self._layers[key] = Layer(first=self._passes)
+        return self._layers.get(key)
+
+    def _is_ready(self, key: str, x: Tensor) -> Fitted | None:
+        """What serves inputs like x at this layer, if it was made before and no look is due."""
+        layer = self._layers.get(key)
+        if layer is not None and layer.due(self._passes) and not self._is_paused and not is_hollow(x):
+            return None
+        ready = (self._traced if is_hollow(x) else self._ready).get(key)
         tensor = ready.levels if isinstance(ready, levels.Table) else ready
         fits = tensor is not None and tensor.device == x.device and isinstance(tensor, FakeTensor) == isinstance(x, FakeTensor)
         return ready if fits else None
 
-    def _stand_in(self, site: str, table: levels.Table, x: Tensor) -> levels.Table:
-        """A fixed table; for inputs without data in a tensor of the site's own, as a fitted one would be."""
+    def _stand_in(self, key: str, table: levels.Table, x: Tensor) -> levels.Table:
+        """A fixed table; for inputs without data in a tensor of the layer's own, as a fitted one would be."""
         if is_hollow(x) and self.config.calibrate and not self._is_paused:
-            self._traced[site] = table = table.hollow(x)
+            self._traced[key] = table = table.hollow(x)
         return table
-
-    def _known(self, site: str, x: Tensor, find: Callable[[], Tensor]) -> Tensor | None:
-        """What was found at this site, now or before; None where nothing is to be."""
-        if not self.config.calibrate or is_hollow(x) or x.numel() == 0:
-            return None
-        if site in self._found:
-            return self._found[site]
-        with torch.no_grad():
-            return None if self._is_paused else find().cpu()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -128,26 +180,39 @@ class Calibration:
         finally:
             self._is_paused = before
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that a run needs to go on as it was: {site: levels or channels} and the count of draws."""
-        return {**self._found, "draws": torch.tensor([self._origin, self._draws])}
+    def fitted(self) -> dict[str, Tensor]:
+        """{layer: its levels or channels}, for a record."""
+        return {key: layer.fitted for key, layer in self._layers.items() if layer.fitted is not None}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes what `state_dict` gave."""
-        self._found = {site: tensor for site, tensor in state.items() if site != "draws"}
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on as it was."""
+        layers = {key: vars(layer).copy() for key, layer in self._layers.items()}
+        return {"layers": layers, "draws": [self._origin, self._draws], "passes": self._passes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave; of a state without layers, as version 0.1 wrote them, the count of draws."""
+        self._layers = {key: Layer(**layer) for key, layer in state.get("layers", {}).items()}
         self._ready = {}
-        self._origin, self._draws = state["draws"].tolist()
+        self._origin, self._draws = map(int, state["draws"])
+        self._passes = state.get("passes", 0)
+
+
+@contextmanager
+def _on_the_host() -> Iterator[None]:
+    """What is made within is no part of a step's memory on a device, so that trackers don't see it."""
+    with torch.no_grad(), _disable_current_modes():
+        yield
 
 
 def _histogram(x: Tensor) -> Tensor:
     """How many of a sample of x lie in each bin of a pointwise table."""
-    sample = _rows(x.unsqueeze(-1), SAMPLE).nan_to_num_(0, 0, 0).clamp_(-levels.RANGE, levels.RANGE)
+    sample = _rows(x.unsqueeze(-1), SAMPLE)[0].nan_to_num_(0, 0, 0).clamp_(-levels.RANGE, levels.RANGE)
     return torch.histc(sample.cpu(), levels.POINTWISE_BINS, -levels.RANGE, levels.RANGE)
 
 
 def _shares(p: Tensor, group: int) -> Tensor:
     """The bins of a unit table, by the square of the scale of what lies in them, for a sample of p [..., keys]."""
-    rows = _rows(p).cpu()
+    rows = _rows(p)[0].cpu()
     group = min(group, rows.shape[1])
     shares = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group)).view(len(rows), -1, group)
     scale = shares.amax(-1, keepdim=True)
@@ -156,18 +221,40 @@ def _shares(p: Tensor, group: int) -> Tensor:
     return torch.bincount(bins.flatten(), weight.flatten(), levels.GROUP_BINS)
 
 
-def _rows(x: Tensor, elements: int = ROWS) -> Tensor:
-    """Some rows of x [..., width], from all over it: float32 [n, width], n * width at most `elements`."""
+def _rows(x: Tensor, elements: int = ROWS) -> tuple[Tensor, Tensor]:
+    """Some rows of x [..., width], from all over it, float32 [n, width] with n * width at most `elements`, and the sample of each."""
     if x.dim() == 1:
-        return x[None].float()
+        return x[None].float(), torch.zeros(1, dtype=torch.int64, device=x.device)
     count, total = max(1, elements // x.shape[-1]), x.numel() // x.shape[-1]
     step = -(-total // count) | 1  # odd, so that rows of a power of two meet all places of it
     chosen = torch.arange(0, total, step, device=x.device)
-    return x[torch.unravel_index(chosen, x.shape[:-1])].float()
+    return x[torch.unravel_index(chosen, x.shape[:-1])].float(), chosen // (total // len(x))
 
 
-def _channels(rows: Tensor) -> Tensor:
+def _channels(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Mean and deviation of each place of the changed rows of x, [2, width]; None where they tell nothing."""
+    rows, sample = _rows(x)
+    rows = change(rows)
+    rows = rows[_usual(rows, sample, len(x) if x.dim() > 1 else 1)]
+    if len(rows) < 2:
+        return None
     deviation, mean = torch.std_mean(rows, 0, correction=0)
     factor = deviation.clamp_min(LEAST * deviation.median())
+    if not (factor.isfinite() & (factor > 0)).any():
+        return None
     factor = torch.where(factor > 0, factor, 1.0)
     return torch.stack([mean, factor]).nan_to_num_(0, 1, 1)
+
+
+def _usual(rows: Tensor, sample: Tensor, samples: int) -> Tensor:
+    """Which rows [n, width] are of samples like the others: finite, and their square deviation not `ODD` times the median one."""
+    centre = rows.nanmedian(0).values
+    spread = (rows - centre).abs().nanmedian(0).values
+    spread = spread.clamp_min(LEAST * spread.nanmedian())
+    square = torch.where(spread > 0, ((rows - centre) / spread).square_(), 0.0).mean(1)
+    square = square.masked_fill_(~rows.isfinite().all(1), math.inf)
+    total = rows.new_zeros(samples).index_add_(0, sample, square)
+    mean = total / rows.new_zeros(samples).index_add_(0, sample, torch.ones_like(square))
+    finite = mean.isfinite()
+    usual = finite & (mean <= ODD * mean[finite].median()) if finite.any() else finite
+    return usual[sample]

@@ -23,7 +23,7 @@ from s2a_cli.activations.groups import keep, slices
 from s2a_cli.activations.operators import decode_rows, encode_groups, operator, row_ranges, working_type
 
 if TYPE_CHECKING:
-    from s2a_cli.activations.mode import ActivationMode
+    from s2a_cli.activations.context import OpContext
 
 _TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
@@ -81,9 +81,9 @@ class CodedConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, geometry: tuple, mode: ActivationMode
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, geometry: tuple, op: OpContext
     ):
-        ctx.grouped, *kept = keep(x, mode.config.linear, mode.config.group, True, mode.calibration.seed())
+        ctx.grouped, *kept = keep(x, op.config.linear, op.config.group, True, op.calibration.seed())
         ctx.geometry = geometry
         ctx.save_for_backward(weight, *kept)
         return run(x, weight, bias)
@@ -108,10 +108,10 @@ class CodedLinear(torch.autograd.Function):
     """y = run(x, weight, bias) with a weight that trains; the input is kept as codes, channels calibrated."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, mode: ActivationMode):
-        bits, group, seed = mode.config.linear, mode.config.group, mode.calibration.seed()
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, op: OpContext):
+        bits, group, seed = op.config.linear, op.config.group, op.calibration.seed()
         table = levels.signed(bits, min(group, x.shape[-1]), x, seed is not None)
-        channels = mode.calibration.channels(mode.site(), x)
+        channels = op.calibration.channels(op.site, x)
         ctx.levels, ctx.layout, ctx.channels = table.levels, (x.shape[-1], group, bits), channels
         kept = encode_groups(x, table.bins, table.low, group, bits, table.chances, seed or 0, channels)
         ctx.save_for_backward(weight, *kept)
@@ -156,26 +156,26 @@ def weight_gradient(
     return total.to(grad.dtype)
 
 
-def convolution(mode, stock, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def convolution(op, stock, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    geometry = _geometry(weight, stride, padding, dilation, groups)
+    if geometry is None or input.dim() != weight.dim():
+        return NotImplemented
+
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return stock(x, weight, bias, stride, padding, dilation, groups)
 
-    geometry = _geometry(weight, stride, padding, dilation, groups)
-    batched = input.dim() == weight.dim()
     if weight.requires_grad:
-        if mode.config.linear is None or geometry is None or not batched:
-            return run(input, weight, bias)
-        return CodedConv.apply(input, weight, bias, run, geometry, mode)
-    if not (input.requires_grad or (bias is not None and bias.requires_grad)) or geometry is None or not batched:
-        return run(input, weight, bias)
+        return NotImplemented if op.config.linear is None else CodedConv.apply(input, weight, bias, run, geometry, op)
+    if not (input.requires_grad or (bias is not None and bias.requires_grad)):
+        return NotImplemented
     return FrozenConv.apply(input, bias, lambda x, bias: run(x, weight, bias), weight, geometry)
 
 
-def linear(mode, stock, input, weight, bias=None):
+def linear(op, stock, input, weight, bias=None):
     if not weight.requires_grad:
-        return stock(input, weight, bias)
-    if mode.config.linear is not None and input.dim() > 1:
-        return CodedLinear.apply(input, weight, bias, stock, mode)
+        return NotImplemented
+    if op.config.linear is not None and input.dim() > 1:
+        return CodedLinear.apply(input, weight, bias, stock, op)
     if input.untyped_storage().nbytes() > 2 * input.numel() * input.element_size():
         input = input.clone(memory_format=torch.contiguous_format)
     return stock(input, weight, bias)

@@ -38,9 +38,9 @@ class Dropout(torch.autograd.Function):
         return multiply_levels(grad.permute(ctx.order), codes, ctx.table.levels, 1).permute(inverse(ctx.order)), None
 
 
-def dropout(mode, stock, input, p=0.5, training=True, inplace=False):
+def dropout(op, stock, input, p=0.5, training=True, inplace=False):
     if not covers(input) or not training or inplace or not 0 < p < 1:
-        return stock(input, p, training, inplace)
+        return NotImplemented
     return Dropout.apply(input, p)
 
 

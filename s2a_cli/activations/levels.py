@@ -45,8 +45,8 @@ class Table:
     levels: Tensor  # float32 (or, for slopes, float64) [2**bits], ascending
     chances: Tensor | None = None  # int16, one a bin
 
-    def to(self, device: torch.device) -> Table:
-        return self._each(lambda t: t.to(device))
+    def to(self, device: torch.device, copy: bool = False) -> Table:
+        return self._each(lambda t: t.to(device, copy=copy))
 
     def hollow(self, like: Tensor) -> Table:
         """The shapes of this table, for a prediction or a trace."""

@@ -1,76 +1,124 @@
 """The one place where operators are intercepted: a TorchFunctionMode with a table {function: handler}.
 
-A handler is called as handler(mode, stock, *args, **kwargs), where `stock` is the function that was called. It
-returns what `stock` would, bit for bit (to rounding where a CUDA kernel makes output and codes in one pass), and keeps
-less for the backward pass; for arguments that it does not cover it calls `stock`.
+A handler is called as handler(op, stock, *args, **kwargs), where `op` is the context of the call (context.py) and `stock`
+the function that was called. It returns what `stock` would, bit for bit (to rounding where a CUDA kernel makes output and
+codes in one pass), and keeps less for the backward pass; or NotImplemented for arguments that it does not cover, and the
+call is stock's.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from s2a_cli.activations import attention, conv, dropout, norm, pointwise, pooling, products
-from s2a_cli.activations.blocks import BlockRunner, unread_linear
+from s2a_cli.activations.blocks import BlockRunner, Draws, runners_of, unread_linear
 from s2a_cli.activations.calibration import Calibration
+from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
+from s2a_cli.activations.context import OpContext
+from s2a_cli.activations.sites import Sites, follow
 from s2a_cli.config import QuantConfig
 
 FAMILIES = (pointwise, norm, attention, products, pooling, conv, dropout)
 
 
+class Thread(threading.local):
+    """Where a mode is in one thread."""
+
+    entered = 0  # how many times, one within the other
+    exit: ExitStack
+    on = False  # whether operators reach the mode: PyTorch takes it off while it handles one
+    grad = False  # whether gradients were on when the forward pass, or the block, began
+    config: QuantConfig  # of the block that runs
+    handlers: dict[Callable, Callable]  # likewise
+    linears = 0  # calls of F.linear so far
+    unread = 0  # the number of the one whose output nothing reads; or 0
+    draws: Draws | None = None  # the random numbers of the piece that runs
+
+
+_inside = threading.local()  # .mode: the one that this thread has entered
+
+
 class ActivationMode(TorchFunctionMode):
-    """Within it, forward passes keep low-bit codes; see `s2a_cli.activations.remember`. Made once, entered every step."""
+    """Within it, forward passes keep low-bit codes; see `s2a_cli.activations.remember`. Made once, entered every step.
+
+    It is of the thread that enters it, as torch.no_grad is. Entering it again within itself changes nothing; raises
+    RuntimeError within another one.
+    """
 
     def __init__(self, config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> None:
         super().__init__()
-        self.config, self.calibration = config, Calibration(config)
-        self.handlers = dict(_handlers(config))
-        self.runners = []
-        for index, block in enumerate(blocks):
-            own = replace(config, **config.blocks.get(index, {}))
-            self.runners.append(BlockRunner(self, index, block, own, dict(_handlers(own))))
-        self._is_on, self._scope, self._count = False, "", 0
-        self.linears = self._unread = 0
+        self.config, self.handlers = config, self.handlers_of(config)
+        self.calibration, self.sites = Calibration(config), Sites()
+        self.runners = runners_of(self, blocks)
+        self.thread = Thread()
 
-    def __torch_function__(
-        self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        handler, kwargs = self.handlers.get(func), kwargs or {}
-        on, self._is_on = self._is_on, False  # PyTorch takes a mode off while its handler runs, which may be a backward pass
+    @staticmethod
+    def handlers_of(config: QuantConfig) -> dict[Callable, Callable]:
+        """The handlers of the operator families with a bit-width, and those that are exact and need none (None)."""
+        found: dict[Callable, Callable] = {}
+        for family in FAMILIES:
+            for bits, handlers in family.HANDLERS.items():
+                if config.lossless if bits is None else getattr(config, bits) is not None:
+                    found.update(handlers)
+        return found
+
+    def __torch_function__(self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
+        thread, kwargs = self.thread, kwargs or {}
+        on, thread.on = thread.on, False
         try:
-            if func is F.linear and self.linears + 1 == self._unread and not args[1].requires_grad:
-                out = unread_linear(*args, **kwargs)
-            elif handler is None or not torch.is_grad_enabled():
-                out = func(*args, **kwargs)
-            else:
-                out = handler(self, func, *args, **kwargs)
+            if func is F.linear:
+                thread.linears += 1
+                if thread.linears == thread.unread:
+                    return unread_linear(*args, **kwargs)
+            if thread.draws is not None and func is Tensor.bernoulli_:
+                return thread.draws.bernoulli_(*args, **kwargs)
+            handler = thread.handlers.get(func)
+            if handler is None:
+                return func(*args, **kwargs)
+            op = OpContext(thread.config, self.calibration, self.sites.call(func.__name__))
+            refuse_checkpointing(thread.grad)
+            if not torch.is_grad_enabled() or not kwargs.keys() <= _parameters(handler):
+                return func(*args, **kwargs)
+            out = handler(op, func, *args, **kwargs)
+            return func(*args, **kwargs) if out is NotImplemented else out
         finally:
-            self._is_on = on
-        self.linears += func is F.linear
-        return out
+            thread.on = on
 
     def __enter__(self) -> ActivationMode:
-        with ExitStack() as stack:
-            for runner in self.runners:
-                stack.enter_context(runner.installed())
-            stack.enter_context(self._entered())
-            self._exit = stack.pop_all()
+        thread = self.thread
+        if not thread.entered:
+            if getattr(_inside, "mode", None):
+                raise RuntimeError("this thread is within another remember(...) already: use one for the whole forward pass")
+            with ExitStack() as stack:
+                for runner in self.runners:
+                    stack.enter_context(runner.installed())
+                self.calibration.next_pass()
+                stack.enter_context(self._entered())
+                _inside.mode, thread.exit = self, stack.pop_all()
+        thread.entered += 1
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._exit.close()
+        thread = self.thread
+        thread.entered -= 1
+        if not thread.entered:
+            _inside.mode = None
+            thread.exit.close()
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """The mode for what is computed again in a backward pass, which may run within the mode or after it."""
-        if self._is_on:
+        if self.thread.on:
             yield
         else:
             with self._entered():
@@ -78,38 +126,40 @@ class ActivationMode(TorchFunctionMode):
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
-        before = self._is_on, self._scope, self._count
-        super().__enter__()
-        self._is_on, self._scope, self._count = True, "", 0
-        try:
-            yield
-        finally:
-            self._is_on, self._scope, self._count = before
-            super().__exit__(None, None, None)
+        self.sites.begin()
+        with follow(self.sites), self._scope(on=True, config=self.config, handlers=self.handlers, draws=None):
+            super().__enter__()
+            try:
+                yield
+            finally:
+                super().__exit__(None, None, None)
 
     @contextmanager
-    def inside(self, block: BlockRunner, unread: int = 0) -> Iterator[None]:
-        """Operators called within belong to this block: `site` and `linears` count them from its first.
+    def inside(self, block: BlockRunner, name: str, unread: int = 0, draws: Draws | None = None) -> Iterator[None]:
+        """Operators called within belong to this block, known as `name`, and are counted from its first.
 
-        unread: the linear layer of which only the gradient is wanted, counted from 1.
+        unread: the linear layer of which only the gradient is wanted, counted from 1; or 0.
         """
-        before = self._scope, self._count, self.config, self.handlers
-        self._scope, self._count, self._unread, self.linears = f"{block.index}.", 0, unread, 0
-        self.config, self.handlers = block.config, block.handlers
+        unread = self.thread.linears + unread if unread else 0
+        scope = self._scope(config=block.config, handlers=block.handlers, draws=draws, unread=unread)
+        with scope, self.sites.inside(block.module, name):
+            yield
+
+    @contextmanager
+    def _scope(self, **values: Any) -> Iterator[None]:
+        """These values in the state of this thread, and `grad` as it is now."""
+        state = vars(self.thread)
+        before = {name: getattr(self.thread, name, None) for name in (*values, "grad")}
+        state.update(values, grad=torch.is_grad_enabled())
         try:
             yield
         finally:
-            (self._scope, self._count, self.config, self.handlers), self._unread = before, 0
-
-    def site(self) -> str:
-        """A name for the call of an operator, the same in every step, piece of a batch and recomputation."""
-        self._count += 1
-        return f"{self._scope}{self._count}"
+            state.update(before)
 
 
-def _handlers(config: QuantConfig) -> Iterator[tuple[Callable, Callable]]:
-    """The handlers of the operator families with a bit-width, and those that are exact and need none (None)."""
-    for family in FAMILIES:
-        for bits, handlers in family.HANDLERS.items():
-            if config.lossless if bits is None else getattr(config, bits) is not None:
-                yield from handlers.items()
+
+
+@functools.cache
+def _parameters(handler: Callable) -> frozenset[str]:
+    """The keywords that a handler takes: with others, such as out=, the call is stock's."""
+    return getattr(handler, "keywords", None) or frozenset(inspect.signature(handler).parameters)

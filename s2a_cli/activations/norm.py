@@ -12,12 +12,14 @@ or when its weight trains, it is stock.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from s2a_cli.activations import levels
 from s2a_cli.activations.autograd import first_order
@@ -25,7 +27,7 @@ from s2a_cli.activations.codes import byte_table, groups_of, packed_size, rows
 from s2a_cli.activations.operators import SCALE, decode_rows, draws, encode_rows, operator, working_type
 
 if TYPE_CHECKING:
-    from s2a_cli.activations.mode import ActivationMode
+    from s2a_cli.activations.context import OpContext
 
 
 def _fake_encode(x, width, eps, centre, bins, group, bits, chances=None, seed=0, channels=None):
@@ -147,15 +149,15 @@ class Normalise(torch.autograd.Function):
     """y = run(x, weight, bias), x normalised in rows of `width` elements, each of `channels` channels."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, run, width: int, channels: int, eps: float, centre: bool, mode: ActivationMode):
+    def forward(ctx, x, weight, bias, run, width: int, channels: int, eps: float, centre: bool, op: OpContext):
         ctx.shape = None if weight is None else weight.shape
-        site = mode.site()
+        site = op.site
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            bits, group, seed = mode.config.norm, mode.config.group, mode.calibration.seed()
+            bits, group, seed = op.config.norm, op.config.group, op.calibration.seed()
             table = levels.signed(bits, group, x, seed is not None)
             ctx.calibrated = None
             if channels == width and x.shape[-1] == width:
-                ctx.calibrated = mode.calibration.channels(site, x, lambda rows: normalise(rows, eps, centre)[0])
+                ctx.calibrated = op.calibration.channels(site, x, lambda rows: normalise(rows, eps, centre)[0])
             kept = encode_norm(x, width, eps, centre, table.bins, group, bits, table.chances, seed or 0, ctx.calibrated)
             ctx.levels, ctx.layout = table.levels, (width, channels, centre, group, bits)
             ctx.save_for_backward(weight, *kept)
@@ -168,7 +170,7 @@ class Normalise(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         rest = (None,) * 6
         if not ctx.saved_tensors:
-            return None, None, grad.sum(ctx.dims), *rest
+            return None, None, grad.sum(ctx.dims) if ctx.dims else grad, *rest
         weight, codes, scales, rstd = ctx.saved_tensors
         width, channels, centre, group, bits = ctx.layout
         count = channels if weight is None else weight.numel()
@@ -184,35 +186,47 @@ def _trains(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def layer_norm(mode, stock, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+def layer_norm(op, stock, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    if not _trains(input, weight, bias) or (weight is None and bias is not None):
+        return NotImplemented
+
     def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return stock(x, normalized_shape, weight, bias, eps)
 
     width = math.prod(normalized_shape)
-    if not _trains(input, weight, bias) or (weight is None and bias is not None):
-        return run(input, weight, bias)
-    return Normalise.apply(input, weight, bias, run, width, width, eps, True, mode)
+    return Normalise.apply(input, weight, bias, run, width, width, eps, True, op)
 
 
-def rms_norm(mode, stock, input, normalized_shape, weight=None, eps=None):
+def rms_norm(op, stock, input, normalized_shape, weight=None, eps=None):
+    if not _trains(input, weight):
+        return NotImplemented
+
     def run(x: Tensor, weight: Tensor | None, bias: None) -> Tensor:
         return stock(x, normalized_shape, weight, eps)
 
     width = math.prod(normalized_shape)
-    if not _trains(input, weight):
-        return run(input, weight, None)
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
-    return Normalise.apply(input, weight, None, run, width, width, eps, False, mode)
+    used = default_rms_eps(input.dtype) if eps is None else eps
+    return Normalise.apply(input, weight, None, run, width, width, used, False, op)
 
 
-def group_norm(mode, stock, input, num_groups, weight=None, bias=None, eps=1e-5):
+@functools.cache
+def default_rms_eps(dtype: torch.dtype) -> float:
+    """What F.rms_norm adds to the mean square by default: that of the type it computes in, or in older PyTorch of the input's."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        x = torch.full((1, 1), math.sqrt(torch.finfo(dtype).eps), dtype=dtype)
+        own, computed = torch.finfo(dtype).eps, torch.finfo(working_type(dtype)).eps
+        return min(own, computed, key=lambda eps: abs(float(F.rms_norm(x, (1,))) - float(F.rms_norm(x, (1,), eps=eps))))
+
+
+def group_norm(op, stock, input, num_groups, weight=None, bias=None, eps=1e-5):
+    if not _trains(input, weight, bias) or (weight is None and bias is not None) or input.numel() == 0:
+        return NotImplemented
+
     def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return stock(x, num_groups, weight, bias, eps)
 
-    if not _trains(input, weight, bias) or (weight is None and bias is not None) or input.numel() == 0:
-        return run(input, weight, bias)
     channels = input.shape[1] // num_groups
-    return Normalise.apply(input, weight, bias, run, input[0].numel() // num_groups, channels, eps, True, mode)
+    return Normalise.apply(input, weight, bias, run, input[0].numel() // num_groups, channels, eps, True, op)
 
 
 class FrozenBatchNorm(torch.autograd.Function):
@@ -240,13 +254,14 @@ class FrozenBatchNorm(torch.autograd.Function):
 
 
 def batch_norm(
-    mode, stock, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+    op, stock, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
+    if training or running_var is None or _trains(weight) or not _trains(input, bias):
+        return NotImplemented
+
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
         return stock(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
-    if training or running_var is None or _trains(weight) or not _trains(input, bias):
-        return run(input, bias)
     return FrozenBatchNorm.apply(input, bias, run, running_var, weight, eps)
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from s2a_cli.activations.codes import byte_table, chunk, elements, groups_of, lookup, pack_into, packed_size, rows
+from s2a_cli.activations.codes import byte_table, chunk, elements, groups_of, lookup, memory_order, pack_into, packed_size, rows
 
 _LIBRARY = torch.library.Library("s2a", "DEF")
 SCALE = torch.bfloat16  # of groups: the range of float32, so that nothing overflows
@@ -103,15 +103,15 @@ def encode_levels(
 
 
 def _fake_activate(x, function, bins, low, high, bits):
-    return x.new_empty(x.shape), _fake_codes(x, bits)
+    return torch.empty_like(x), _fake_codes(x, bits)
 
 
 @operator(
     "activate(Tensor x, str function, Tensor bins, float low, float high, int bits) -> (Tensor, Tensor)", _fake_activate
 )
 def activate(x: Tensor, function: str, bins: Tensor, low: float, high: float, bits: int) -> tuple[Tensor, Tensor]:
-    """The function of ACTIVATIONS by that name, contiguous, and the codes."""
-    return ACTIVATIONS[function](x).contiguous(), PLAIN["encode_levels"](x, bins, low, high, bits)
+    """The function of ACTIVATIONS by that name, and the codes of x as it lies in memory."""
+    return ACTIVATIONS[function](x), PLAIN["encode_levels"](x.permute(memory_order(x)), bins, low, high, bits)
 
 
 def _fake_interval(x, low, high):

@@ -21,11 +21,11 @@ from s2a_cli.activations.codes import inverse, memory_order
 from s2a_cli.activations.operators import activate, encode_interval, encode_levels, multiply_levels
 
 if TYPE_CHECKING:
-    from s2a_cli.activations.mode import ActivationMode
+    from s2a_cli.activations.context import OpContext
 
 
 class Elementwise(torch.autograd.Function):
-    """y = run(x), in place or not; dx = grad * levels[code]. The codes are those of x.permute(order)."""
+    """y = run(x), in place or not; dx = grad * levels[code]. The codes are those of x.permute(order), as it lies in memory."""
 
     @staticmethod
     def forward(
@@ -63,12 +63,13 @@ def in_one_pass(x: Tensor) -> bool:
 def coded(function: Callable, *names: str, inplace: bool = False) -> Callable:
     """A handler that keeps codes of the derivative of `function`, whose further parameters are `names`."""
 
-    def encode(mode: ActivationMode, x: Tensor, parameters: dict, inplace: bool) -> Encoded:
-        table = mode.calibration.pointwise(mode.site(), function, parameters, mode.config.pointwise, x)
-        seed, known = mode.calibration.seed(), ONE_PASS.get((function, parameters.get("approximate", "none")))
+    def encode(op: OpContext, x: Tensor, parameters: dict, inplace: bool) -> Encoded:
+        table = op.calibration.pointwise(op.site, function, parameters, op.config.pointwise, x)
+        seed, known = op.calibration.seed(), ONE_PASS.get((function, parameters.get("approximate", "none")))
         if known and in_one_pass(x) and seed is None and not inplace:
             return *activate(x, known, table.bins, table.low, table.high, table.bits), table
-        return None, encode_levels(x, table.bins, table.low, table.high, table.bits, table.chances, seed or 0), table
+        laid = x.permute(memory_order(x))
+        return None, encode_levels(laid, table.bins, table.low, table.high, table.bits, table.chances, seed or 0), table
 
     return _handler(encode, names, inplace)
 
@@ -79,27 +80,27 @@ def two_slopes(slopes: Callable, *names: str, inplace: bool = False) -> Callable
     slopes(**parameters) -> (low, high, slope outside, slope inside).
     """
 
-    def encode(mode: ActivationMode, x: Tensor, parameters: dict, inplace: bool) -> Encoded:
+    def encode(op: OpContext, x: Tensor, parameters: dict, inplace: bool) -> Encoded:
         low, high, outside, inside = slopes(**parameters)
-        return None, encode_interval(x, low, high), levels.slopes(outside, inside, x)
+        return None, encode_interval(x.permute(memory_order(x)), low, high), levels.slopes(outside, inside, x)
 
     return _handler(encode, names, inplace)
 
 
 def _handler(encode: Callable, names: tuple[str, ...], inplace: bool) -> Callable:
-    def handler(mode: ActivationMode, stock: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def handler(op: OpContext, stock: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not covers(input):
-            return stock(input, *args, **kwargs)
+            return NotImplemented
         parameters = dict(zip(names, args), **kwargs)
         changes_input = parameters.pop("inplace", inplace)
-        order = memory_order(input)
-        out, codes, table = encode(mode, input.detach().permute(order), parameters, changes_input)
+        out, codes, table = encode(op, input.detach(), parameters, changes_input)
 
         def run(x: Tensor) -> Tensor:
-            return stock(x, *args, **kwargs) if out is None else out.permute(inverse(order))
+            return stock(x, *args, **kwargs) if out is None else out
 
-        return Elementwise.apply(input, codes, table, order, run, changes_input)
+        return Elementwise.apply(input, codes, table, memory_order(input), run, changes_input)
 
+    handler.keywords = frozenset(("input", *names))
     return handler
 
 

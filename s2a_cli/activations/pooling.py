@@ -140,16 +140,16 @@ class AveragePool(torch.autograd.Function):
 
 
 def _handle_max(
-    mode, stock, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+    op, stock, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
 ):
     kernel = _pair(kernel_size)
     if not covers(input) or return_indices or input.dim() != 4 or math.prod(kernel) > 256:
-        return stock(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        return NotImplemented
     return MaxPool.apply(input, kernel, _pair(stride or kernel), _pair(padding), _pair(dilation), ceil_mode)
 
 
 def _handle_average(
-    mode,
+    op,
     stock,
     input,
     kernel_size,
@@ -159,11 +159,12 @@ def _handle_average(
     count_include_pad=True,
     divisor_override=None,
 ):
+    if not covers(input) or input.dim() != 4:
+        return NotImplemented
+
     def run(x: Tensor) -> Tensor:
         return stock(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
-    if not covers(input) or input.dim() != 4:
-        return run(input)
     geometry = (
         _pair(kernel_size),
         _pair(stride or kernel_size),

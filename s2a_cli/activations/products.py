@@ -19,15 +19,15 @@ from s2a_cli.activations.autograd import covers, first_order
 from s2a_cli.activations.groups import Grouped, keep, slices
 
 if TYPE_CHECKING:
-    from s2a_cli.activations.mode import ActivationMode
+    from s2a_cli.activations.context import OpContext
 
 
 class MatMul(torch.autograd.Function):
     """run(a, b) of a [B, ..., M, K] and b [B, ..., K, N], whose leading dimensions are equal."""
 
     @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor, run: Callable, mode: ActivationMode):
-        (ctx.left, *left), (ctx.right, *right) = _keep_matrix(a, mode), _keep_matrix(b, mode)
+    def forward(ctx, a: Tensor, b: Tensor, run: Callable, op: OpContext):
+        (ctx.left, *left), (ctx.right, *right) = _keep_matrix(a, op), _keep_matrix(b, op)
         ctx.save_for_backward(*left, *right)
         return run(a, b)
 
@@ -42,31 +42,28 @@ class MatMul(torch.autograd.Function):
         return da, db, None, None
 
 
-def _keep(x: Tensor, mode: ActivationMode, flat: bool = False) -> tuple[Grouped, Tensor, Tensor]:
-    return keep(x, mode.config.attention, mode.config.group, flat, mode.calibration.seed())
+def _keep(x: Tensor, op: OpContext, flat: bool = False) -> tuple[Grouped, Tensor, Tensor]:
+    return keep(x, op.config.attention, op.config.group, flat, op.calibration.seed())
 
 
-def _keep_matrix(x: Tensor, mode: ActivationMode) -> tuple[Grouped, Tensor, Tensor]:
-    return codes_of_softmax(x) or _keep(x, mode)
+def _keep_matrix(x: Tensor, op: OpContext) -> tuple[Grouped, Tensor, Tensor]:
+    return codes_of_softmax(x) or _keep(x, op)
 
 
-def matmul(mode, stock, input, other):
-    def run(a: Tensor, b: Tensor) -> Tensor:
-        return stock(a, b)
-
+def matmul(op, stock, input, other):
     if not (covers(input) and covers(other)) or input.dim() < 3 or input.shape[:-2] != other.shape[:-2]:
-        return run(input, other)
-    return MatMul.apply(input, other, run, mode)
+        return NotImplemented
+    return MatMul.apply(input, other, stock, op)
 
 
 class Gate(torch.autograd.Function):
     """run(x, gate), the product; gate broadcasts to x. A gate of x's shape is coded, a smaller one kept."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, gate: Tensor, run: Callable, mode: ActivationMode):
-        ctx.x, *kept = _keep(x, mode, flat=True)
+    def forward(ctx, x: Tensor, gate: Tensor, run: Callable, op: OpContext):
+        ctx.x, *kept = _keep(x, op, flat=True)
         if gate.shape == x.shape:
-            ctx.gate, *gate_kept = _keep(gate, mode, flat=True)
+            ctx.gate, *gate_kept = _keep(gate, op, flat=True)
         else:
             ctx.gate, gate_kept = None, [gate]
         ctx.size = gate.shape
@@ -86,13 +83,13 @@ class Gate(torch.autograd.Function):
         return dx, dgate, None, None
 
 
-def multiply(mode, stock, input, other):
+def multiply(op, stock, input, other):
     if not (covers(input) and covers(other)) or input.is_leaf or other.is_leaf or input.dim() != other.dim():
-        return stock(input, other)
+        return NotImplemented
     x, gate = (input, other) if input.numel() >= other.numel() else (other, input)
     if x.dim() == 0 or x.shape[0] != gate.shape[0] or torch.broadcast_shapes(x.shape, gate.shape) != x.shape:
-        return stock(input, other)
-    return Gate.apply(x, gate, stock, mode)
+        return NotImplemented
+    return Gate.apply(x, gate, stock, op)
 
 
 HANDLERS = {

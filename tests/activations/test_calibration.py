@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2a_cli.activations import remember
+from s2a_cli.activations.calibration import LOOKS
 from s2a_cli.config import QuantConfig
 
 
@@ -51,17 +52,22 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 FAMILIES = {"pointwise": 4, "norm": 4, "linear": 4}
 
 
-def test_the_first_batch_decides_and_later_ones_change_nothing(model):
+def fitted(memory) -> dict[str, torch.Tensor]:
+    return memory.calibration.fitted()
+
+
+def test_a_layer_is_looked_at_in_a_few_forward_passes(model):
     memory = remember(config(**FAMILIES))
-    gradient(model, memory, batch(0))
-    first = memory.calibration.state_dict()
-    gradient(model, memory, 3 * batch(1) + 1)
-    second = memory.calibration.state_dict()
-    assert len(first) > 4 and first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    states = []
+    for number in range(LOOKS[-1] + 3):
+        gradient(model, memory, batch(number))
+        states.append(fitted(memory))
+    assert len(states[0]) == 9 and all(state.keys() == states[0].keys() for state in states)
+    changed = [i for i in range(1, len(states)) if any(not torch.equal(states[i][key], states[i - 1][key]) for key in states[0])]
+    assert changed == list(LOOKS[1:])
     again = remember(config(**FAMILIES))
     gradient(model, again, batch(0))
-    assert all(torch.equal(first[key], again.calibration.state_dict()[key]) for key in first)
+    assert all(torch.equal(states[0][key], fitted(again)[key]) for key in states[0])
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -70,14 +76,14 @@ def test_a_resumed_run_goes_on_as_it_was(model, rounding):
     memory, resumed = remember(settings), remember(settings)
     gradient(model, memory, batch(0))
     resumed.calibration.load_state_dict(memory.calibration.state_dict())
-    for seed in (1, 2):
+    for seed in range(1, LOOKS[-1] + 2):
         assert torch.equal(gradient(model, memory, batch(seed)), gradient(model, resumed, batch(seed)))
 
 
 def test_without_calibration_there_is_no_state(model):
     memory = remember(config(**FAMILIES, calibrate=False))
     gradient(model, memory, batch(0))
-    assert memory.calibration.state_dict().keys() == {"draws"}
+    assert not fitted(memory) and not memory.calibration.state_dict()["layers"]
 
 
 def test_pieces_and_recomputation_calibrate_the_same_sites(model, monkeypatch):
@@ -88,14 +94,14 @@ def test_pieces_and_recomputation_calibrate_the_same_sites(model, monkeypatch):
     gradient(model, chunked, batch(0))
     first = remember(config(**FAMILIES), model[1:])
     gradient(model, first, batch(0)[:2])  # the first of four pieces
-    found, expected = chunked.calibration.state_dict(), first.calibration.state_dict()
-    assert found.keys() == expected.keys() == plain.calibration.state_dict().keys()
-    inside = [site for site in found if "." in site]
-    assert inside and all(torch.allclose(found[site], expected[site], atol=1e-3) for site in inside)
+    found, expected = fitted(chunked), fitted(first)
+    assert found.keys() == expected.keys() == fitted(plain).keys()
+    inside = [site for site in found if site[0] in "12"]
+    assert len(inside) == 8 and all(torch.allclose(found[site], expected[site], atol=1e-3) for site in inside)
 
     again = remember(config(**FAMILIES, recompute="block"), model[1:])
     gradient(model, again, batch(0))
-    found, expected = again.calibration.state_dict(), plain.calibration.state_dict()
+    found, expected = fitted(again), fitted(plain)
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[site], expected[site], atol=1e-3) for site in expected)  # not from a probe
 
@@ -106,7 +112,7 @@ def test_a_trace_leaves_nothing_behind(model):
         x = torch.empty(2, 5, 16, requires_grad=True)
         with memory:
             F.gelu(F.layer_norm(x, (16,))).softmax(-1)
-    assert memory.calibration.state_dict().keys() == {"draws"}
+    assert not fitted(memory) and not memory.calibration.state_dict()["layers"]
     assert torch.isfinite(gradient(model, memory, batch(0))).all()
 
 
@@ -184,5 +190,5 @@ def test_a_strided_input_is_sampled_all_over():
         memory = remember(config(pointwise=3))
         with memory:
             F.gelu(seen)
-        states.append(memory.calibration.state_dict()["1"])
+        states.extend(fitted(memory).values())
     assert torch.equal(*states)

@@ -150,7 +150,7 @@ BAD = [
     # settings that exclude each other
     ("compile_budget=0.3", "compile_budget=0.3 is the compiler's: set compile=true too"),
     ("quant.input=8", "quant.input=8 is of recomputed blocks: set quant.recompute=block too"),
-    ("quant.blocks={0:{nrom:8}}", "quant.blocks.0.nrom: expected one of lossless, pointwise, norm, "),
+    ("quant.blocks={0:{nrom:8}}", "quant.blocks.0.nrom: expected one of lossless, bits, pointwise, "),
     ("quant.blocks={0:{norm:99}}", "quant.blocks.0.norm=99: expected an integer from 1 to 8, or null"),
     ("quant.blocks={0:8}", "quant.blocks={0: 8}: expected settings for each number"),
     ("quant.input=9", "quant.input=9: expected an integer from 1 to 8, or 16 for bfloat16, or null"),

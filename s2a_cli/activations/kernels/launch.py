@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from s2a_cli.activations.codes import groups_of, packed_size
+from s2a_cli.activations.codes import groups_of, memory_order, packed_size
 from s2a_cli.activations.kernels import grouped, pointwise
 from s2a_cli.activations.operators import PLAIN, SCALE
 
@@ -37,8 +37,9 @@ def activate(x: Tensor, function: str, bins: Tensor, low: float, high: float, bi
     """Plain: float64."""
     if x.dtype not in FLOATS or x.numel() == 0:
         return PLAIN["activate"](x, function, bins, low, high, bits)
-    y = x.new_empty(x.shape)
-    return y, _encode(x.contiguous(), y, function, bins, low, high, bits)
+    order = memory_order(x)
+    y = torch.empty_like(x) if x.permute(order).is_contiguous() else x.new_empty(x.shape)
+    return y, _encode(x.permute(order).contiguous(), y.permute(order), function, bins, low, high, bits)
 
 
 def encode_levels(

@@ -1,0 +1,124 @@
+"""Names for the calls of operators: the module that makes the call, the operator, and which of its calls there it is.
+
+A name stays the same in every step, piece of a batch and recomputation, and whatever else of the model is trained: calls
+are counted whether or not they are coded. Modules are followed by PyTorch's global forward hooks, which are registered
+while a memory is active in any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+_names: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, str]] = WeakKeyDictionary()  # of a root's modules
+
+
+class Sites(threading.local):
+    """Where the forward pass of this thread is."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """A forward pass starts: nothing has been called, and no module runs."""
+        self._running: list[tuple[nn.Module, str]] = []
+        self._root: nn.Module | None = None  # the module that names are relative to; None: the outermost that runs
+        self._prefix = ""
+        self._calls: Counter[tuple[str, Any]] = Counter()
+
+    @property
+    def module(self) -> str:
+        """The name of the module that runs."""
+        return self._running[-1][1] if self._running else self._prefix
+
+    def call(self, name: str) -> str:
+        """The name of this call of the operator of that name."""
+        module = self.module
+        self._calls[module, name] += 1
+        count = self._calls[module, name]
+        return f"{module}:{name}" if count == 1 else f"{module}:{name}.{count}"
+
+    def entry(self, otherwise: str) -> str:
+        """The name of the module that runs, told apart where it runs several times; `otherwise` where it has none."""
+        name = self.module or otherwise
+        self._calls[name, "forward"] += 1
+        count = self._calls[name, "forward"]
+        return name if count == 1 else f"{name}@{count}"
+
+    @contextmanager
+    def inside(self, module: nn.Module, name: str) -> Iterator[None]:
+        """Calls within belong to this module, here known as `name`, and are counted from its first."""
+        before = self._running, self._root, self._prefix, self._calls
+        self._running, self._root, self._prefix, self._calls = [], module, name, Counter()
+        try:
+            yield
+        finally:
+            self._running, self._root, self._prefix, self._calls = before
+
+    def enters(self, module: nn.Module) -> None:
+        root = self._root or (self._running[0][0] if self._running else module)
+        own = _name(root, module)
+        self._running.append((module, f"{self._prefix}.{own}" if self._prefix and own else self._prefix or own))
+
+    def leaves(self, module: nn.Module) -> None:
+        while self._running and self._running.pop()[0] is not module:
+            pass  # modules that an exception has left
+
+
+def _name(root: nn.Module, module: nn.Module) -> str:
+    """The name of a module within a root; of one that the root does not hold, its class's."""
+    known = _names.get(root)
+    if known is None or module not in known:
+        known = _names[root] = WeakKeyDictionary((m, name) for name, m in root.named_modules())
+    return known.setdefault(module, type(module).__name__)
+
+
+class _Followed(threading.local):
+    sites: Sites | None = None
+
+
+_followed = _Followed()
+_lock, _users, _handles = threading.Lock(), 0, []
+
+
+@contextmanager
+def follow(sites: Sites) -> Iterator[None]:
+    """The modules that this thread runs within are told to `sites`."""
+    global _users
+    with _lock:
+        _users += 1
+        if _users == 1:
+            _handles.append(register_module_forward_pre_hook(_before))
+            _handles.append(register_module_forward_hook(_after))
+    before, _followed.sites = _followed.sites, sites
+    try:
+        yield
+    finally:
+        _followed.sites = before
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                while _handles:
+                    _handles.pop().remove()
+
+
+def _before(module: nn.Module, inputs: tuple) -> None:
+    if _followed.sites is not None:
+        if isinstance(module, nn.DataParallel):
+            raise RuntimeError(
+                "nn.DataParallel runs the model in threads of its own, in which nothing would be coded;"
+                " use one process a device (DistributedDataParallel) instead"
+            )
+        _followed.sites.enters(module)
+
+
+def _after(module: nn.Module, inputs: tuple, output: Any) -> None:
+    if _followed.sites is not None:
+        _followed.sites.leaves(module)
