@@ -53,7 +53,8 @@ def lora(backbone: Backbone) -> None:
     if not any(name.endswith(".qkv") for name, _ in backbone.model.named_modules()):
         raise UserError("LoRA on qkv: the backbone has no layer of that name")
     inject_adapter_in_model(LoraConfig(r=8, lora_alpha=8, target_modules=["qkv"]), backbone.model)
-    backbone.head.requires_grad_(True)
+    for parameter in backbone.head.parameters():
+        parameter.requires_grad_(True)
 
 
 def checkpointed_lora(backbone: Backbone) -> None:
@@ -119,7 +120,8 @@ class Made:
         self.row, self.device, self.config = row, device, compose([*words, *row.words])
         torch.manual_seed(self.config.seed)
         self.backbone = backbones.build(self.config.backbone, CLASSES, meta=meta)
-        nn.init.normal_(self.backbone.head.weight, std=HEAD_STD)
+        for layer in self.backbone.head.layers.values():
+            nn.init.normal_(layer.weight, std=HEAD_STD)
         METHODS[self.config.method.name](self.config.method).attach(self.backbone)
         if row.change:
             row.change(self.backbone)

@@ -37,6 +37,7 @@ from tiers_report import figure, markdown
 from torch import Tensor
 
 from s2a_cli import memory, records
+from s2a_cli.backbones import Head
 from s2a_cli.compose import compose
 from s2a_cli.data import build_transform
 from s2a_cli.data.transforms import ImageConfig
@@ -185,7 +186,7 @@ def compare_gradients(entries: list[Entry], words: list[str], options: Options, 
     image = exact.backbone.image
     images, targets = photos(options.data, exact.config, image, count) if options.data else noise(image.size, count)
     batches = list(zip(images.split(options.gradient_batch), targets.split(options.gradient_batch)))
-    reference, head = gradients(exact, batches), exact.backbone.head_name
+    reference, head = gradients(exact, batches), exact.backbone.head
     del exact
     with Progress("gradients", len(entries), " rows") as progress:
         for entry in entries:
@@ -199,14 +200,14 @@ def compare_gradients(entries: list[Entry], words: list[str], options: Options, 
             progress.add(1, row=entry["name"])
 
 
-def compared(found: dict[str, Tensor], exact: dict[str, Tensor], head: str) -> dict[str, Any]:
+def compared(found: dict[str, Tensor], exact: dict[str, Tensor], head: Head) -> dict[str, Any]:
     shared = [name for name in exact if name in found]
     a, b = (torch.cat([grads[name] for name in shared]) for grads in (found, exact))
     return {
         "cosine": torch.nn.functional.cosine_similarity(a, b, 0).item(),
         "error": ((a - b).norm() / b.norm()).item(),
         "elements": a.numel(),
-        "head_only": all(name.startswith(f"{head}.") for name in shared),
+        "head_only": all(map(head.holds, shared)),
     }
 
 

@@ -134,8 +134,11 @@ def check_steady(backbone: Backbone) -> None:
         before = torch.get_rng_state()
         trained, _ = backbone.tail.capture(lambda: model(image))
         drawn = not torch.equal(before, torch.get_rng_state())
-        tested, _ = backbone.tail.capture(lambda: model.eval()(image))
+        tested, logits = backbone.tail.capture(lambda: model.eval()(image))
         steady = not drawn and all(map(torch.equal, trained.tensors, tested.tensors))
+        whole = torch.allclose(backbone.tail.eval()(tested), logits, rtol=1e-3, atol=1e-4)
+    if not whole:
+        raise UserError(f"dataset.cache=taps: the logits of {type(model).__name__} are more than the mean of its classifier's layers")
     if not steady:
         raise UserError(
             f"dataset.cache=taps: {type(model).__name__} is another in training than in evaluation, with dropout or"

@@ -16,5 +16,10 @@ def nearest(word: str, accepted: Iterable[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
+def first_line(error: BaseException, most: int = 160) -> str:
+    """The first line of what an exception says, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:most]
+
+
 class RunError(Exception):
     """A run failed for a reason that one line can tell; exit code 1."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from s2a_cli.backbones.head import Head
+
 
 class Taps:
     """A batch of what a trained part reads, in place of images: tensors [B, ...] that keep their dtypes."""
@@ -32,28 +34,31 @@ class Taps:
 class Tail(nn.Module):
     """What a method trains of a model through whose frozen part no gradient passes.
 
-    The modules are the model's own. head: reads the first of the taps, [B, F]. branch: a module that adds to the logits in a
-    hook of the head; the outputs of its `taps`, modules without parameters that the model's blocks call, are the other taps,
-    and `given(tensors)` hands it what it would have read. reads: the settings on which the taps depend.
+    The modules are the model's own. head: the mean of what its layers return is the model's logits; each reads one of the
+    first taps, [B, F]. branch: a module that adds to the logits with `join`; the outputs of its `taps`, modules without
+    parameters that the model's blocks call, are the other taps, and `given(tensors)` hands it what it would have read.
+    reads: the settings on which the taps depend.
     """
 
-    def __init__(self, head: nn.Module, branch: nn.Module | None = None, reads: str = ""):
+    def __init__(self, head: Head, branch: nn.Module | None = None, reads: str = ""):
         super().__init__()
-        self.head, self.branch, self.reads = head, branch, reads
+        self.heads, self.branch, self.reads = nn.ModuleList(head.layers.values()), branch, reads
 
     def forward(self, taps: Taps) -> Tensor:
         """[B, classes]: those of the model, on the images that the taps are of."""
-        first, *others = taps.tensors
-        if self.branch is not None:
-            self.branch.given(others)
-        return self.head(first)
+        first, others = taps.tensors[: len(self.heads)], taps.tensors[len(self.heads) :]
+        logits = torch.stack([head(x).flatten(1) for head, x in zip(self.heads, first)]).mean(0)
+        if self.branch is None:
+            return logits
+        self.branch.given(others)
+        return self.branch.join(logits)
 
     @torch.no_grad()
     def capture(self, logits: Callable[[], Tensor]) -> tuple[Taps, Tensor]:
         """The taps of a forward pass of the whole model, which `logits()` makes, and what that returns."""
-        first: list[Tensor] = []
+        first: dict[nn.Module, Tensor] = {}
         others: list[Tensor] = []
-        handles = [self.head.register_forward_pre_hook(lambda _, inputs: first.append(inputs[0]), prepend=True)]
+        handles = [head.register_forward_pre_hook(lambda head, args: first.update({head: args[0]}), prepend=True) for head in self.heads]
         for tap in self.branch.taps if self.branch is not None else ():
             handles.append(tap.register_forward_hook(lambda _, __, output: others.append(output)))
         try:
@@ -61,4 +66,4 @@ class Tail(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        return Taps([*first, *others]), out
+        return Taps([*(first[head] for head in self.heads), *others]), out

@@ -19,6 +19,7 @@ from torch import nn
 from s2a_cli import allocation, backbones, cache, checkpoints, data, distributed, frozen, memory, records
 from s2a_cli.activations import STOCK
 from s2a_cli.backbones import Backbone
+from s2a_cli.compiling import compile_model
 from s2a_cli.config import QuantConfig, show
 from s2a_cli.errors import RunError, UserError
 from s2a_cli.fitting import Fit, accuracy
@@ -96,7 +97,8 @@ def attach(config: DictConfig, backbone: Backbone) -> None:
     method = METHODS[config.method.name](config.method)
     method.attach(backbone)
     if config.optim.head_lr:
-        backbone.head.lr_scale = config.optim.head_lr / config.optim.lr
+        for layer in backbone.head.layers.values():
+            layer.lr_scale = config.optim.head_lr / config.optim.lr
     if config.dataset.cache:
         backbone.tail = method.tail(backbone)
         if not backbone.tail:
@@ -209,7 +211,7 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> records.Resu
             run.model.to(run.device)
             stack.enter_context(memory.snapshot(folder, run.device, config.profile == "memory"))
             if config.compile:
-                _compile(run.model, config.compile_budget)
+                compile_model(run.model, config.compile_budget, run.backbone.image.size)
             if run.backbone.tail:
                 run.cache = cache.opened(run)
             if state:
@@ -293,12 +295,6 @@ def _blank(run: Run) -> records.Result:
         "weights": run.weights,
         "environment": records.environment(str(run.device)) | {"processes": distributed.part()[1]},
     }
-
-
-def _compile(model: nn.Module, budget: float | None) -> None:
-    """Compiles the model in place. budget: the share of activations that the compiler may keep, null: as many as it likes."""
-    torch._functorch.config.activation_memory_budget = 1.0 if budget is None else budget
-    model.compile()
 
 
 def _first_line(error: BaseException) -> str:

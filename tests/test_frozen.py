@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import nn
@@ -320,11 +321,11 @@ def test_real_weights_still_see_the_same(real_data):
     weights = real_data / "weights" / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
     words = ["backbone=vit_t", "backbone.image_size=112", f"backbone.checkpoint={weights}", "method=linear"]
     config = compose([*words, "dataset=folder", f"dataset.root={real_data / 'flowers5'}"])
-    classifier = backbones._read_tensors(weights)
+    classifier = safetensors.torch.load_file(weights)
     logits = {}
     for kind in ("fp32", *KINDS):
         backbone = backbones.build(config.backbone, 1000)
-        backbone.head.load_state_dict({key: classifier[f"head.{key}"] for key in ("weight", "bias")})
+        backbone.head.layers["head"].load_state_dict({key: classifier[f"head.{key}"] for key in ("weight", "bias")})
         METHODS["linear"](config.method).attach(backbone)
         frozen.store(backbone, kind)
         transform = build_transform(backbone.image, config.dataset, False)

@@ -191,7 +191,7 @@ def test_a_broken_run_goes_on(tmp_path, monkeypatch):
         (["dataset.scale=[0.8,1]"], "dataset.cache=taps needs dataset.scale=null: each random crop would need another forward pass"),
         (["optim.mixup=0.2"], "needs optim.mixup=0.0: each mixed image"),
         (["optim.cutmix=1.0"], "needs optim.cutmix=0.0: each mixed image"),
-        (["compile=true"], "needs compile=false"),
+        (["compile=true", "quant=none"], "needs compile=false"),
         (["quant=auto", "quant.budget_mib=100"], "needs quant.budget_mib=null"),
         (["dataset.cache=tap"], "expected one of taps, or null"),
         (["method=bias"], "method=bias changes what the backbone computes.*accepted are linear and side"),

@@ -208,7 +208,7 @@ def test_what_codes_are_fitted_to_is_saved_and_the_same_in_every_run(tmp_path):
 @pytest.mark.xdist_group("compiled")  # the compiler starts once
 @pytest.mark.parametrize(
     "words",
-    [("method=s2a", "quant=int4"), ("method=side", "quant=tiny"), ("method=full", "quant.recompute=block")],
+    [("method=s2a", "quant=none"), ("method=side", "quant=none"), ("method=full",)],
     ids=" ".join,
 )
 def test_a_compiled_run_computes_the_same(tmp_path, words):
@@ -221,9 +221,17 @@ def test_a_compiled_run_computes_the_same(tmp_path, words):
 def test_a_budget_for_the_compiler_reaches_it(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda _: seen.append(torch._functorch.config.activation_memory_budget))
-    assert train(tmp_path / "a", "method=bias", "compile=true", "compile_budget=0.3")["memory"] is None
-    train(tmp_path / "b", "method=bias", "compile=true")
+    words = ["method=bias", "quant=none", "compile=true"]
+    assert train(tmp_path / "a", *words, "compile_budget=0.3")["memory"] is None
+    train(tmp_path / "b", *words)
     assert seen == [0.3, 1.0]
+
+
+@pytest.mark.parametrize("rate", ["drop_path_rate", "proj_drop_rate", "pos_drop_rate"])
+def test_a_budget_for_the_compiler_is_refused_where_random_numbers_are_drawn(tmp_path, rate):
+    words = ["method=bias", "quant=none", "compile=true", f"+backbone.kwargs.{rate}=0.1"]
+    with pytest.raises(UserError, match=r"compile_budget=0.5: this model draws random numbers in training \(bernoulli_"):
+        train(tmp_path, *words, "compile_budget=0.5")
 
 
 @pytest.mark.parametrize("word", ["optim.micro_batch=8", "quant.chunks=2", "quant.recompute=block"])

@@ -22,7 +22,6 @@ from s2a_cli.activations import kernels  # registers them
 from s2a_cli.activations.mode import ActivationMode
 from s2a_cli.config import QuantConfig, check_quant
 
-FAMILIES = ("pointwise", "norm", "attention", "softmax", "linear")
 STOCK = QuantConfig(name="none", lossless=False)  # what PyTorch keeps by itself
 
 
@@ -40,10 +39,7 @@ def remember(config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> AbstractC
         raise ValueError("; ".join(problems))
     if config.recompute == "block" and not (blocks := list(blocks)):
         raise ValueError("recompute='block' needs the blocks: remember(config, model.blocks)")
-    stock = not config.lossless and all(getattr(config, family) is None for family in FAMILIES)
-    if stock and config.recompute == "none" and config.chunks == 1 and not config.blocks:
-        return nullcontext()
-    return ActivationMode(config, blocks)
+    return nullcontext() if config.is_stock else ActivationMode(config, blocks)
 
 
 __all__ = ["STOCK", "ActivationMode", "kernels", "remember"]

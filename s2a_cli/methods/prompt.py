@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from s2a_cli.backbones import Backbone, Hidden
+from s2a_cli.distributed import is_first
 from s2a_cli.errors import UserError
 from s2a_cli.methods.base import Method
 
@@ -27,22 +29,31 @@ class LowRankPrompt(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.hidden.from_tokens(self.A @ self.B).to(x.dtype)
 
-    def on_block_input(self, block: nn.Module, inputs: tuple) -> tuple:
-        return (self(inputs[0]), *inputs[1:])
+    def on_block_input(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return self.hidden.replaced((args, kwargs), self(self.hidden.of((args, kwargs))))
 
 
 def add_prompts(backbone: Backbone, blocks: str, rank: int) -> None:
-    """Adds a low-rank prompt at the input of every adapted block. Raises UserError for a rank above a block's width."""
-    prompts = nn.ModuleList()
-    for block in backbone.adapted_blocks(blocks):
-        limit = min(block.input.channels, block.input.positions)
-        if rank > limit:
-            raise UserError(
-                f"rank={rank} of the low-rank prompt is larger than block {block.name} allows:"
-                f" its input has {block.input.positions} positions and {block.input.channels} channels, so at most {limit}"
-            )
-        prompts.append(LowRankPrompt(block.input, rank))
-        block.module.register_forward_pre_hook(prompts[-1].on_block_input)
+    """Adds a low-rank prompt at the input of every adapted block.
+
+    Where a block has fewer channels or positions than `rank`, its prompt has as many; says so. Raises UserError where that is
+    so at every block.
+    """
+    prompts, adapted = nn.ModuleList(), backbone.adapted_blocks(blocks)
+    limits = {block.name: min(block.input.channels, block.input.positions) for block in adapted}
+    narrow = {name: limit for name, limit in limits.items() if limit < rank}
+    if len(narrow) == len(limits):
+        raise UserError(
+            f"rank={rank} of the low-rank prompt is larger than any block of this backbone allows:"
+            f" they have at most {max(limits.values())} channels and positions"
+        )
+    if narrow and is_first():
+        few = ", ".join(f"{limit} at {name}" for name, limit in list(narrow.items())[:3])
+        more = f" and {len(narrow) - 3} more" if len(narrow) > 3 else ""
+        print(f"s2a: the low-rank prompt has a lower rank than {rank} where channels or positions are few: {few}{more}", file=sys.stderr)
+    for block in adapted:
+        prompts.append(LowRankPrompt(block.input, min(rank, limits[block.name])))
+        block.module.register_forward_pre_hook(prompts[-1].on_block_input, with_kwargs=True)
     backbone.add("prompt", prompts)
 
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from s2a_cli.activations.autograd import first_order
 from s2a_cli.backbones import ADDED, Backbone, Block, Hidden
@@ -147,13 +150,24 @@ class LiteSideBranch(nn.Module):
         self._votes: list[Tensor] = []
         self.lr_scale = config.lr_scale  # see make_optimizer
 
-    def read(self, index: int, h: Tensor) -> Tensor:
-        """Votes on a hidden state, and passes it on."""
+    def on_block_output(self, index: int, block: nn.Module, args: tuple, output: Any) -> Any:
+        """Votes on a hidden state, and passes it on. A hook of the block that the tap of that number reads."""
         if index == 0:
             self._votes = []
-        border, tap = index in self.borders, self.taps[index]
-        self._vote(index, Read.apply(h, tap) if border else tap(h))
-        return h.detach() if border else h
+        tap = self.taps[index]
+        h = tap.hidden.of(output)
+        if index not in self.borders:
+            self._vote(index, tap(h))
+            return output
+        self._vote(index, Read.apply(h, tap))
+        return tap.hidden.replaced(output, h.detach())
+
+    def on_logits(self, model: nn.Module, args: tuple, logits: Tensor) -> Tensor:
+        """A hook of the model."""
+        return self.join(logits)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_votes": []}  # those of a forward pass that did not end can't be copied
 
     def given(self, tokens: list[Tensor]) -> None:
         """The tokens of every tap, in place of a forward pass through the blocks."""
@@ -165,14 +179,15 @@ class LiteSideBranch(nn.Module):
         self._votes.append(cast(self.readers[index](tokens)))
 
     def join(self, logits: Tensor) -> Tensor:
-        """The head's logits with the votes on the way to them: [1 + taps, B, classes], or [B, classes] in evaluation."""
+        """The model's logits with the votes on the way to them: [1 + taps, B, classes], or [B, classes] in evaluation."""
         votes, self._votes = [vote.to(logits.dtype) for vote in self._votes], []
         return torch.stack([logits, *votes]) if self.training else logits + self.weight * sum(votes)
 
 
-def refuse_shared(block: nn.Module, args: tuple, kwargs: dict) -> None:
+def refuse_shared(hidden: Hidden, block: nn.Module, args: tuple, kwargs: dict) -> None:
     """A forward pre-hook. Raises UserError for a block that is handed a trained tensor beside its hidden state: it crosses borders."""
-    if any(isinstance(value, Tensor) and value.requires_grad for value in (*args[1:], *kwargs.values())):
+    state = hidden.of((args, kwargs))
+    if any(isinstance(x, Tensor) and x.requires_grad and x is not state for x in tree_leaves((args, kwargs))):
         raise UserError("method.segments: the blocks of this backbone share a trained part, so no gradient can stay within a segment; 1 is accepted")
 
 
@@ -186,12 +201,13 @@ def add_side(backbone: Backbone, config: SideConfig, peers: bool, borders: Seque
     if not set(borders) <= set(read):
         raise UserError(f"method.side.blocks={config.blocks} leaves out the last block of a segment: its vote is what trains the segment")
     weight = 2 / len(read) if peers else 1.0
-    branch = LiteSideBranch([b.output for b in read], config, backbone.head.out_features, weight, map(read.index, borders))
+    branch = LiteSideBranch([b.output for b in read], config, backbone.head.classes, weight, map(read.index, borders))
+    # Bound methods, so that a copy of the model has hooks to its own copy of the branch.
     for index, block in enumerate(read):
-        block.module.register_forward_hook(lambda _, __, h, index=index: branch.read(index, h))
+        block.module.register_forward_hook(functools.partial(branch.on_block_output, index))
     for block in backbone.blocks if borders else ():
-        block.module.register_forward_pre_hook(refuse_shared, with_kwargs=True)
-    backbone.head.register_forward_hook(lambda _, __, logits: branch.join(logits))
+        block.module.register_forward_pre_hook(functools.partial(refuse_shared, block.input), with_kwargs=True)
+    backbone.model.register_forward_hook(branch.on_logits)
     backbone.add("side", branch)
 
 

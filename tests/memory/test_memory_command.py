@@ -66,11 +66,10 @@ def test_json_and_csv_hold_parts_that_add_up(s2a):
 
 def test_several_compositions_are_compared(s2a, tmp_path):
     figure = tmp_path / "memory.svg"
-    code, out, _ = s2a("method=linear,bias", "quant=none,int4", "compile=false,true", f"figure={figure}")
+    code, out, _ = s2a("method=linear,bias", "quant=none,exact", f"figure={figure}")
     assert code == 0 and figure.read_text().startswith("<?xml")
     names = [line.split("  ")[0] for line in out.splitlines() if line.startswith("method=") and ":" not in line]
-    assert len(names) == 8 and names[0] == "method=linear quant=none compile=False"
-    assert out.count("compile=true can't be predicted") == 4
+    assert len(names) == 4 and names[0] == "method=linear quant=none"
 
 
 def test_the_figure_of_one(s2a, tmp_path):
@@ -96,7 +95,7 @@ def test_the_figure_of_one(s2a, tmp_path):
         ("optim.batchsize=3", "did you mean"),
         ("backbone.image_size=8", "can't take it"),
         ("device=cuda:99", "not available here"),
-        ("compile=true", "can't be predicted"),
+        ("compile=true quant=none", "can't be predicted"),
         ("quant=auto quant.budget_mib=500", "can't be predicted"),
         ("method=interval(0,1)", "interval"),
     ],

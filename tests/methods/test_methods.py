@@ -43,8 +43,7 @@ TRAINS = {  # what a name must look like to be trained, the head apart
 def test_only_what_should_train_changes(backbone, method):
     made = make(backbone, method)
     train_mode(made.model)
-    head = made.head_name + "."
-    expected = {n for n, _ in made.model.named_parameters() if n.startswith(head) or TRAINS[method](n)}
+    expected = {n for n, _ in made.model.named_parameters() if made.head.holds(n) or TRAINS[method](n)}
     assert {n for n, p in made.model.named_parameters() if p.requires_grad} == expected
     before = {name: t.clone() for name, t in made.model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=0.1)

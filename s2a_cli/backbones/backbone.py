@@ -1,0 +1,126 @@
+"""A model seen as stem, blocks and head.
+
+Nothing outside this package asks which family a model belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from s2a_cli.backbones.head import Head
+from s2a_cli.backbones.hidden import Hidden
+from s2a_cli.backbones.trace import LayoutError, find_blocks, layouts, trace
+from s2a_cli.data.transforms import ImageConfig
+from s2a_cli.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from s2a_cli.tail import Tail
+
+ADDED = "s2a"  # the submodule of the model that holds what a method adds
+
+
+@dataclass(frozen=True)
+class Block:
+    """One of a backbone's repeated blocks, with the hidden states at its input and at its output."""
+
+    name: str
+    module: nn.Module
+    input: Hidden
+    output: Hidden
+
+
+class Backbone:
+    """A classification model; every parameter but the head's is frozen.
+
+    `model` is the one nn.Module; modules that a method adds live in `model.s2a` and act through forward hooks.
+    """
+
+    def __init__(self, model: nn.Module, image: ImageConfig, head: Head):
+        self.model, self.image, self.head = model, image, head
+        model.requires_grad_(False)
+        for parameter in head.parameters():
+            parameter.requires_grad_(True)
+        self._look()
+        self.tail: Tail | None = None  # the trained part alone, where the config trains on kept taps
+        self.stored = 0  # elements of weights that are kept as codes and so are no parameters, see frozen.py
+        self._pretrained = [name for name in model.state_dict() if not head.holds(name)]
+
+    def _look(self) -> None:
+        """Finds the blocks, or why there are none, by a forward pass. Raises UserError where the model can't take its images."""
+        kind, size = type(self.model).__name__, self.image.size
+        try:
+            seen = trace(self.model, size)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise UserError(f"backbone: what {kind} computes depends on values of its images: {first_line(error)}") from None
+        except Exception as error:  # models check their input in ways of their own
+            raise UserError(f"backbone.image_size={size}: {kind} can't take it: {first_line(error)}") from None
+        if not isinstance(seen.output, Tensor) or seen.output.shape[1:] != (self.head.classes,):
+            raise UserError(f"backbone: {kind} does not return one logit a class, so it can't be fine-tuned here")
+        self._order, self._blocks, self._problem = seen.order, [], f"no repeated blocks were found in {kind}"
+        found = find_blocks(self.model, seen)
+        self.block_modules: list[nn.Module] = [block.module for block in found]
+        try:
+            states = layouts(found, seen, getattr(self.model, "num_prefix_tokens", 0))
+            self._blocks = [Block(block.name, block.module, *pair) for block, pair in zip(found, states)]
+        except LayoutError as error:
+            self._problem = f"{kind}: {error}"
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks, in order. Raises UserError where they, or the layout of their hidden states, are not known."""
+        if not self._blocks:
+            raise UserError(
+                f"backbone: {self._problem}; what needs no blocks works: method=full, linear, or bias with method.blocks=all,"
+                " with a quant that recomputes none"
+            )
+        return self._blocks
+
+    def adapted_blocks(self, blocks: str) -> list[Block]:
+        """The blocks that `all` or `last:K` names, in order. Raises UserError when there are fewer than K."""
+        if blocks == "all":
+            return self.blocks
+        match = re.fullmatch(r"last:0*([1-9]\d*)", blocks)
+        if not match or int(match[1]) > len(self.blocks):
+            raise UserError(f"method.blocks={blocks}: accepted are all and last:1 to last:{len(self.blocks)} for this backbone")
+        return self.blocks[-int(match[1]) :]
+
+    def adapted_modules(self, blocks: str) -> Iterator[tuple[str, nn.Module]]:
+        """Modules (with their names) that run in or after the first adapted block; with `all`, every module."""
+        start = 0 if blocks == "all" else self._order[self.adapted_blocks(blocks)[0].name]
+        for name, module in self.model.named_modules():
+            if name not in self.head.layers and not name.startswith(f"{ADDED}.") and self._order.get(name, -1) >= start:
+                yield name, module
+
+    def runs(self, name: str) -> bool:
+        """Whether the forward of the module with this name is called, rather than its tensors read by its parent."""
+        return self._order[name] != self._order.get(name.rpartition(".")[0], 0)
+
+    def add(self, name: str, module: nn.Module) -> None:
+        """Adds a trainable module as `model.s2a.<name>`; it is saved and trained with the run."""
+        if not hasattr(self.model, ADDED):
+            self.model.add_module(ADDED, nn.ModuleDict())
+        getattr(self.model, ADDED)[name] = module.to(next(self.head.parameters()).device)
+
+    def fingerprint(self) -> str:
+        """12 hex digits of the SHA-256 of the pretrained tensors, the head's and the added ones left out."""
+        digest, state = hashlib.sha256(), self.model.state_dict()
+        for name in self._pretrained:
+            digest.update(name.encode())
+            digest.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:12]
+
+    def count(self) -> dict[str, float]:
+        """Parameters: total, trainable (head apart), head, and trainable as percent of the backbone without its head."""
+        head = sum(p.numel() for p in self.head.parameters())
+        added = sum(p.numel() for p in getattr(self.model, ADDED, nn.Module()).parameters())
+        total = sum(p.numel() for p in self.model.parameters()) + self.stored
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad) - head
+        return {"total": total, "trainable": trainable, "head": head, "percent": 100 * trainable / (total - head - added)}

@@ -1,0 +1,135 @@
+"""Making backbones of a config: the model from timm, its weights, its images, its head."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import timm
+import torch
+from torch import nn
+
+from s2a_cli.backbones.backbone import Backbone
+from s2a_cli.backbones.head import Classified, Head, find_head, pooled
+from s2a_cli.backbones.pretrained import load_checkpoint
+from s2a_cli.config import BackboneConfig
+from s2a_cli.data.transforms import ImageConfig
+from s2a_cli.errors import UserError, first_line, nearest
+from s2a_cli.memory.hollow import Hollow
+from s2a_cli.memory.predict import hollow_tensors
+
+
+def build(config: BackboneConfig, num_classes: int, *, meta: bool = False) -> Backbone:
+    """The backbone of a config with a new head for `num_classes`, on the CPU, its pretrained weights loaded.
+
+    meta: on the meta device and without weights, for predictions. Raises UserError for an unknown model, arguments or an
+    image size that it does not take, weights that can't be had, and a checkpoint that does not fit.
+    """
+    if not meta:
+        return _build(config, num_classes, meta)
+    key = repr(config), num_classes
+    if key not in _HOLLOW:
+        if len(_HOLLOW) >= KNOWN:
+            del _HOLLOW[next(iter(_HOLLOW))]
+        _HOLLOW[key] = _build(config, num_classes, meta)
+    return copy.deepcopy(_HOLLOW[key])  # ten times faster than another
+
+
+_HOLLOW: dict[tuple[str, int], Backbone] = {}  # backbones on the meta device as they were built
+KNOWN = 4  # at most: a prediction is of a run and of full fine-tuning, a table's rows mostly of one backbone
+
+
+def _build(config: BackboneConfig, num_classes: int, meta: bool) -> Backbone:
+    from_hub = config.pretrained and not config.checkpoint and not meta
+    with torch.device("meta" if meta else "cpu"):
+        model = _create(config, num_classes, from_hub)
+        with torch.device("meta"):
+            head = find_head(model, _create(config, num_classes + 1, False), num_classes)
+        if config.checkpoint and config.pretrained and not meta:
+            load_checkpoint(model, config.checkpoint, list(head.layers))
+        image = _image_config(model, config)
+        _set_image_size(model, image.size, config)
+        if not head.layers:
+            model = _classified(model, image.size, num_classes)
+            head = Head({"head": model.head}, num_classes)
+    return Backbone(model, image, head)
+
+
+def _classified(model: nn.Module, image_size: int, num_classes: int) -> nn.Module:
+    """The model with a head. Raises UserError where it returns no features that one could read."""
+    kind, parameter = type(model).__name__, next(model.parameters())
+    try:
+        with Hollow(), hollow_tensors(model), torch.no_grad():
+            features = model(torch.empty(1, 3, image_size, image_size, dtype=parameter.dtype, device="cpu"))
+            channels = pooled(features).shape[1]
+    except Exception as error:  # models check their input in ways of their own
+        raise UserError(f"backbone.image_size={image_size}: {kind} can't take it: {first_line(error)}") from None
+    if channels != getattr(model, "num_features", channels):
+        raise UserError(f"backbone: {kind} has no classifier, and returns features of another layout than [B, C], [B, N, C] or [B, C, H, W]")
+    return Classified(model, channels, num_classes)
+
+
+def _set_image_size(model: nn.Module, size: int, config: BackboneConfig) -> None:
+    native = config.kwargs.get("img_size", model.pretrained_cfg["input_size"][-1])
+    if size == native:
+        return
+    if hasattr(model, "set_input_size"):  # resamples position embeddings, sets windows
+        try:
+            model.set_input_size(img_size=(size, size))
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise UserError(f"backbone.image_size={size}: {config.timm} can't take it: {error}") from None
+    elif model.pretrained_cfg.get("fixed_input_size"):
+        raise UserError(f"backbone.image_size={size}: {config.timm} takes {native} only")
+
+
+def _create(config: BackboneConfig, num_classes: int, from_hub: bool) -> nn.Module:
+    architecture = config.timm.split(".")[0]
+    if not timm.is_model(architecture):
+        known = timm.list_models()
+        raise UserError(f"backbone: timm has no model {config.timm!r}{nearest(architecture, known)}; `s2a ls backbones` lists ours")
+
+    def create(pretrained: bool) -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return timm.create_model(config.timm, pretrained=pretrained, num_classes=num_classes, **config.kwargs)
+
+    try:
+        if not from_hub:
+            return create(pretrained=False)
+        with torch.device("meta"):  # settings that timm refuses are not a matter of the weights
+            model = create(pretrained=False)
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"backbone: timm can't make {config.timm}: {first_line(error)}") from None
+    try:
+        return create(pretrained=True)
+    except RuntimeError as error:
+        if "Error(s) in loading state_dict" in str(error):
+            mismatch = " ".join(str(error).split())[:400]
+            raise UserError(f"backbone: the weights of {config.timm} do not fit backbone.kwargs={config.kwargs}: {mismatch}") from None
+        raise _not_downloaded(config, model, error) from error
+    except Exception as error:  # the hub raises many kinds: offline, not found, gated, disk full
+        raise _not_downloaded(config, model, error) from error
+
+
+def _not_downloaded(config: BackboneConfig, model: nn.Module, error: Exception) -> UserError:
+    where = model.pretrained_cfg.get("hf_hub_id") or model.pretrained_cfg.get("url") or "no known address"
+    return UserError(
+        f"backbone: the weights of {config.timm} ({where}) could not be downloaded"
+        f" ({type(error).__name__}); give them as backbone.checkpoint=FILE, or backbone.pretrained=false for random weights"
+    )
+
+
+def _image_config(model: nn.Module, config: BackboneConfig) -> ImageConfig:
+    default = timm.data.resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+
+    def pick(key: str, value):
+        given = getattr(config, key)
+        return value if given is None else given
+
+    return ImageConfig(
+        size=pick("image_size", config.kwargs.get("img_size", default["input_size"][-1])),
+        mean=tuple(pick("mean", default["mean"])),
+        std=tuple(pick("std", default["std"])),
+        interpolation=pick("interpolation", default["interpolation"]),
+        crop_pct=pick("crop_pct", default["crop_pct"]),
+    )

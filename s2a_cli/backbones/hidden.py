@@ -1,0 +1,59 @@
+"""Hidden states: how they lie in a tensor, and where they are among what a block takes and returns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A hidden state: its layout and its shape without the batch.
+
+    tokens: [B, N, C], of which the first `prefix` are class or register tokens; channels_last: [B, H, W, C];
+    channels_first: [B, C, H, W], or [B, C, N]. place: which it is of the tensors that a block takes, or returns.
+    """
+
+    layout: str
+    shape: tuple[int, ...]
+    prefix: int = 0
+    place: int = 0
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0] if self.layout == "channels_first" else self.shape[-1]
+
+    @property
+    def positions(self) -> int:
+        return math.prod(self.shape) // self.channels
+
+    def from_tokens(self, x: Tensor) -> Tensor:
+        """[..., N, C] in this layout: [..., N, C], [..., H, W, C], [..., C, H, W] or [..., C, N]."""
+        if self.layout == "channels_first":
+            x = x.transpose(-1, -2)
+        return x.reshape(*x.shape[:-2], *self.shape)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A hidden state as its prefix tokens [B, P, C] and its map [B, C, H, W]; without a square grid, [B, C, N, 1]."""
+        if x.ndim == 4:
+            maps = x if self.layout == "channels_first" else x.permute(0, 3, 1, 2)
+            return x.new_empty(x.shape[0], 0, self.channels), maps
+        tokens = x.transpose(1, 2) if self.layout == "channels_first" else x
+        patches = tokens[:, self.prefix :].transpose(1, 2)
+        side = math.isqrt(patches.shape[-1])
+        square = (side, side) if side * side == patches.shape[-1] else (patches.shape[-1], 1)
+        return tokens[:, : self.prefix], patches.unflatten(-1, square)
+
+    def of(self, values: Any) -> Tensor:
+        """This hidden state among what a block is called with, or returns."""
+        return [x for x in tree_leaves(values) if isinstance(x, Tensor)][self.place]
+
+    def replaced(self, values: Any, hidden: Tensor) -> Any:
+        """The same values with another tensor in the place of this hidden state."""
+        found, structure = tree_flatten(values)
+        index = [i for i, x in enumerate(found) if isinstance(x, Tensor)][self.place]
+        return tree_unflatten([*found[:index], hidden, *found[index + 1 :]], structure)
