@@ -13,22 +13,19 @@ Bytes kept by a recomputed block of input [B, ..., C]: grouped_size(B * ..., C, 
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from s2a_cli.activations.autograd import first_order
-from s2a_cli.activations.codes import grouped_size, memory_order
-from s2a_cli.activations.groups import keep
+from s2a_cli.activations.random_numbers import Draws, parts, random_state, set_random_state
+from s2a_cli.activations.recompute import Recompute, Replay, in_pieces, input_bytes
 from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
 from s2a_cli.config import QuantConfig
 
@@ -37,6 +34,7 @@ if TYPE_CHECKING:
 
 
 LEAST = 1 << 20  # elements of a piece's input: smaller ones would save few MiB and cost much time
+TENSOR = object()  # stands for one among what a block returns
 _patching = threading.Lock()
 
 
@@ -89,81 +87,84 @@ class BlockRunner:
         if not self.mode.thread.on:  # in a thread of its own
             return self.inner(*args, **kwargs)
         refuse_checkpointing(self.mode.thread.grad)
-        name = self.mode.sites.entry(f"block {self.index}")
-        x, *others = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)] or [torch.empty(0)]
+        call = Call(self, args, kwargs, self.mode.sites.entry(f"block {self.index}"))
+        inputs, states = call.inputs, call.inputs[: call.states]
+        call.inputs = []  # a call that is to be made again must not keep them
 
         def as_it_is() -> Any:
-            with self.mode.inside(self, name):
+            with self.mode.inside(self, call.name):
                 return self.inner(*args, **kwargs)
 
-        if not x.dim() or not len(x):
+        if not inputs or not len(inputs[0]):
             return as_it_is()
-        call, config = Call(self, args, kwargs, x, name), self.config
-        whole = any(other.dim() and len(other) == len(x) for other in others)  # may hold a part for each sample
-        size = len(x) if whole else piece_size(x, config.chunks)
+        samples, config = len(inputs[0]), self.config
+        size = samples if call.is_whole else piece_size(inputs[0], config.chunks)
         if not torch.is_grad_enabled():
-            return call.returned(in_pieces(call, x, size)) if size < len(x) else as_it_is()
-        if any(other.requires_grad for other in others) or (config.recompute == "none" and size >= len(x)):
+            return call.returned(in_pieces(call, inputs, size)) if size < samples else as_it_is()
+        if config.recompute == "none" and size >= samples:
             return as_it_is()
-        probe = self._probe(call, x, len(x) if whole else 1)
-        if probe.changes_input:
+        probe = self._probe(call, inputs)
+        if probe.changes_input or not probe.splits:
             return as_it_is()
-        if not probe.trained and not x.requires_grad:
+        if not probe.trained and not any(x.requires_grad for x in inputs):
             with torch.no_grad():
-                return call.returned(in_pieces(call, x, size))
-        if config.recompute == "none" or probe.kept <= input_bytes(x[:1], config):
-            if size >= len(x):
+                return call.returned(in_pieces(call, inputs, size))
+        if config.recompute == "none" or probe.kept <= sum(input_bytes(x[:1], config) for x in states):
+            if size >= samples:
                 return as_it_is()
-            return call.returned(torch.cat([call(x[part], draws=draws) for part, draws in parts(len(x), size)]))
-        return call.returned(Recompute.apply(x, Replay(call, x.device, probe.unread), size, *probe.trained))
+            made = [call([x[part] for x in inputs], draws=draws) for part, draws in parts(samples, size)]
+            return call.returned([torch.cat(pieces) for pieces in zip(*made)])
+        replay = Replay(call, inputs[0].device, probe.unread)
+        return call.returned(list(Recompute.apply(replay, size, len(inputs), *inputs, *probe.trained)))
 
-    def _probe(self, call: Call, x: Tensor, samples: int) -> Probe:
-        autocast = torch.is_autocast_enabled(x.device.type)
-        key = x.requires_grad, x.dtype, x.shape[1:], self.module.training, autocast, samples == 1
+    def _probe(self, call: Call, inputs: list[Tensor]) -> Probe:
+        x = inputs[0]
+        described = tuple((t.requires_grad, t.dtype, t.shape[1:]) for t in inputs)
+        key = described, call.is_whole, self.module.training, torch.is_autocast_enabled(x.device.type)
         if key not in self._probes or not self._probes[key].holds():
             state, linears = random_state(x.device), self.mode.thread.linears
-            self._probes[key] = probe(call, x[:samples])
+            self._probes[key] = probe(call, inputs if call.is_whole else [t[:1] for t in inputs])
             set_random_state(x.device, state)
             self.mode.thread.linears = linears
         return self._probes[key]
 
 
 class Call:
-    """One call of a block, which can be run on pieces of its hidden state: the first tensor among its arguments."""
+    """One call of a block, which can be made again with other tensors in the place of its inputs.
 
-    def __init__(self, block: BlockRunner, args: tuple, kwargs: dict, hidden: Tensor, name: str):
+    inputs: the first tensor among the arguments, which is split by sample, and all others that need a gradient.
+    states: how many of them, the first ones, are split by sample. is_whole: whether the batch must stay in one piece, because
+    other tensors may hold a part for each sample.
+    """
+
+    def __init__(self, block: BlockRunner, args: tuple, kwargs: dict, name: str):
         self.block, self.name, self.inner = block, name, block.inner
         given, self._spec = tree_flatten((args, kwargs))
-        self._given = [None if x is hidden else x for x in given]  # without it: a call that is to be made again outlives it
-        self._places = [i for i, x in enumerate(given) if x is hidden]
-        self._beside: tuple[list, Any] | None = None  # what the block returns beside its hidden state, and the structure
+        tensors = list({id(x): x for x in given if isinstance(x, Tensor) and x.dim()}.values())
+        split = [x for i, x in enumerate(tensors) if i == 0 or (x.requires_grad and len(x) == len(tensors[0]))]
+        others = [x for x in tensors if not any(x is state for state in split)]
+        self.inputs = [*split, *(x for x in others if x.requires_grad)]
+        self.states = len(split)
+        self.is_whole = any(x.requires_grad or (len(x) > 1 and len(tensors[0]) % len(x) == 0) for x in others)
+        numbers = {id(x): number for number, x in enumerate(self.inputs)}
+        self._places = {i: numbers[id(x)] for i, x in enumerate(given) if id(x) in numbers}
+        self._given = [None if i in self._places else x for i, x in enumerate(given)]
+        self._beside: tuple[list, Any] | None = None  # what the block returns beside its tensors, and the structure
 
-    def __call__(self, x: Tensor, unread: int = 0, draws: Draws | None = None) -> Tensor:
-        """The hidden state that the block makes of x."""
-        given = list(self._given)
-        for place in self._places:
-            given[place] = x
+    def __call__(self, inputs: list[Tensor], unread: int = 0, draws: Draws | None = None) -> list[Tensor]:
+        """The tensors that the block returns for these inputs."""
+        given = [inputs[self._places[i]] if i in self._places else x for i, x in enumerate(self._given)]
         args, kwargs = tree_unflatten(given, self._spec)
         with self.block.mode.inside(self.block, self.name, unread, draws):
-            out = self.inner(*args, **kwargs)
-        if isinstance(out, Tensor):
-            return out
-        found, spec = tree_flatten(out)
-        hidden = [x for x in found if isinstance(x, Tensor)]
-        if len(hidden) != 1:
-            raise RuntimeError(
-                f"block {self.block.index} returns {len(hidden)} tensors: quant.recompute and quant.chunks are for blocks that return one"
-            )
-        self._beside = [None if x is hidden[0] else x for x in found], spec
-        return hidden[0]
+            found, structure = tree_flatten(self.inner(*args, **kwargs))
+        self._beside = [TENSOR if isinstance(y, Tensor) else y for y in found], structure
+        return [y for y in found if isinstance(y, Tensor)]
 
-    def returned(self, hidden: Tensor) -> Any:
-        """What the block returns whose hidden state this is."""
-        if self._beside is None:
-            return hidden
-        beside, spec = self._beside
-        place = next(i for i, x in enumerate(beside) if x is None)
-        return tree_unflatten([*beside[:place], hidden, *beside[place + 1 :]], spec)
+    def returned(self, outputs: list[Tensor]) -> Any:
+        """What the block returns with these tensors in it."""
+        beside, structure = self._beside
+        tensors = iter(outputs)
+        return tree_unflatten([next(tensors) if y is TENSOR else y for y in beside], structure)
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ class Probe:
     kept: float  # bytes for the backward pass, of one sample
     unread: int  # which of its linear layers is the last and has an output that nothing in backward reads: 1, 2, ...; or 0
     changes_input: bool  # in place
+    splits: bool  # whether what it returns is split by sample as its inputs are
     flags: list[tuple[Tensor, bool]]  # the parameters that it read, and whether they were trained
 
     def holds(self) -> bool:
@@ -195,7 +197,7 @@ class Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def probe(call: Call, x: Tensor) -> Probe:
+def probe(call: Call, inputs: list[Tensor]) -> Probe:
     """Runs the block on these samples with a graph."""
     mode, module = call.block.mode, call.block.module
     thread, begun = mode.thread, mode.thread.linears
@@ -210,132 +212,20 @@ def probe(call: Call, x: Tensor) -> Probe:
             kept[storage._cdata], last = storage.nbytes(), thread.linears
         return tensor.detach()  # not itself: a node that holds its own output is never freed
 
-    leaf, reads = x.detach().requires_grad_(x.requires_grad), Reads()
+    starts, reads = [x.detach().requires_grad_(x.requires_grad) for x in inputs], Reads()
     with mode.calibration.paused(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), reads:
-        sample = leaf.clone()
-        version = sample._version
-        out = call(sample)
+        samples = [start.clone() for start in starts]
+        versions = [sample._version for sample in samples]
+        outputs = call(samples)
     reads.found.update((id(p), p) for p in module.parameters())
     return Probe(
-        trained=[tensor for tensor in leaves(out) if tensor is not leaf],
-        kept=sum(kept.values()) / len(x),
+        trained=[tensor for tensor in leaves(outputs) if not any(tensor is start for start in starts)],
+        kept=sum(kept.values()) / len(inputs[0]),
         unread=thread.linears - begun if last < thread.linears else 0,
-        changes_input=sample._version != version,
+        changes_input=versions != [sample._version for sample in samples],
+        splits=all(y.is_floating_point() and (call.is_whole or (y.dim() and len(y) == len(samples[0]))) for y in outputs),
         flags=[(p, p.requires_grad) for p in reads.found.values()],
     )
-
-
-class Replay:
-    """Runs a block again as it ran the first time: the same random numbers, autocast and mode."""
-
-    def __init__(self, call: Call, device: torch.device, unread: int):
-        self.call, self.device, self.unread = call, device, unread
-        self.state = random_state(device)
-        kind = device.type
-        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        self.autocast = functools.partial(torch.autocast, kind, dtype, enabled, cache_enabled=False)
-
-    @contextmanager
-    def __call__(self) -> Iterator[Callable[[Tensor, Draws | None], Tensor]]:
-        """Gives the block, to be called with gradients on the pieces in their first order."""
-
-        def again(piece: Tensor, draws: Draws | None) -> Tensor:
-            with torch.enable_grad(), self.autocast(), self.call.block.mode.again():
-                return self.call(piece, self.unread, draws)
-
-        before = random_state(self.device)
-        set_random_state(self.device, self.state)
-        try:
-            yield again
-        finally:
-            set_random_state(self.device, before)
-
-
-class UnreadLinear(torch.autograd.Function):
-    """A frozen linear layer in a recomputation, whose output has the right shape and dtype and nothing in it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.shape = x.shape
-        return x.new_empty((*x.shape[:-1], len(weight)), dtype=dtype)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad: Tensor):
-        (weight,) = ctx.saved_tensors
-        dx = grad.matmul(weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-        dbias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, dbias, None
-
-
-def unread_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear whose output nothing reads; with a weight that trains it is F.linear itself."""
-    if weight.requires_grad:
-        return F.linear(input, weight, bias)
-    kind = input.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-    return UnreadLinear.apply(input, weight, bias, dtype)
-
-
-class Recompute(torch.autograd.Function):
-    """y = block(x), `size` samples at a time; kept is x in config.input bits."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, replay: Replay, size: int, *trained: Tensor) -> Tensor:
-        call = replay.call
-        config, calibration = call.block.config, call.block.mode.calibration
-        ctx.replay, ctx.size, ctx.trained, ctx.dtype = replay, size, trained, x.dtype
-        ctx.grouped, kept = None, [x]
-        if config.input == 16:
-            kept = [x.to(torch.bfloat16)]
-        elif config.input is not None:
-            channels = functools.partial(calibration.channels, f"{call.name}:input")
-            ctx.grouped, *kept = keep(x, config.input, config.group, seed=calibration.seed(), calibrated=channels)
-        ctx.save_for_backward(*kept)
-        out = in_pieces(call, x, size)
-        # A view of what was made in here, or of x, could not be changed in place, as the output of a block can be.
-        return out.clone() if shares_storage(out, x) else out.detach()
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad: Tensor):
-        kept, needs_input = ctx.saved_tensors, ctx.needs_input_grad[0]
-        totals: list[Tensor | None] = [None] * len(ctx.trained)
-        own: set[int] = set()  # totals that were made here: what autograd returns may be the gradient of something else, too
-        dx = None
-        with ctx.replay() as again:
-            for part, draws in parts(len(grad), ctx.size):
-                if ctx.grouped:
-                    piece = ctx.grouped.decode(*kept, ctx.dtype, part.start, part.stop)
-                else:
-                    piece = kept[0][part].to(ctx.dtype).detach()
-                piece.requires_grad_(needs_input)
-                inputs = [*([piece] if needs_input else []), *ctx.trained]
-                found = list(torch.autograd.grad(again(piece, draws), inputs, grad[part], allow_unused=True))
-                if needs_input:
-                    dx = written(dx, found.pop(0), part, len(grad))
-                for index, new in enumerate(found):
-                    total = totals[index]
-                    if total is None or new is None:
-                        totals[index] = new if total is None else total
-                    elif index in own:
-                        total.add_(new)
-                    else:
-                        totals[index] = total + new
-                        own.add(index)
-        return dx, None, None, *totals
-
-
-def shares_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
-
-
-def input_bytes(x: Tensor, config: QuantConfig) -> int:
-    """Bytes that a recomputed block keeps for this input."""
-    if config.input is None:
-        return x.numel() * x.element_size()
-    return 2 * x.numel() if config.input == 16 else grouped_size(x.numel() // x.shape[-1], x.shape[-1], config.group, config.input)
 
 
 def piece_size(x: Tensor, chunks: int) -> int:
@@ -375,41 +265,9 @@ def parts(samples: int, size: int) -> Iterator[tuple[slice, Draws | None]]:
         yield part, draws
 
 
-def in_pieces(call: Call, x: Tensor, size: int) -> Tensor:
-    """call(x), `size` samples at a time, without a graph."""
-    out = None
-    for part, draws in parts(len(x), size):
-        out = written(out, call(x[part], draws=draws), part, len(x))
-    return out
-
-
-def written(whole: Tensor | None, piece: Tensor, part: slice, samples: int) -> Tensor:
-    """`piece` as the samples `part` of `whole`, which is made, laid out like the piece, where it is None."""
-    if whole is None:
-        if len(piece) == samples:
-            return piece
-        shape, strides, step = (samples, *piece.shape[1:]), [0] * piece.dim(), 1
-        for dim in reversed(memory_order(piece)):
-            strides[dim], step = step, step * shape[dim]
-        whole = piece.new_empty_strided(shape, strides)  # no view, which could not be changed in place
-    whole[part] = piece
-    return whole
-
-
-def random_state(device: torch.device) -> list[Tensor]:
-    """The states of the generators that operators on this device draw from."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-
-
-def set_random_state(device: torch.device, states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-
-
-def leaves(out: Tensor) -> list[Tensor]:
-    """The tensors without a history whose gradients a backward pass from `out` would find, in a fixed order."""
-    found, seen, todo = [], set(), [out.grad_fn]
+def leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors without a history whose gradients a backward pass from these would find, in a fixed order."""
+    found, seen, todo = [], set(), [y.grad_fn for y in outputs]
     while todo:
         node = todo.pop()
         if node is None or node in seen:

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from s2a_cli.activations import attention, conv, dropout, norm, pointwise, pooling, products
-from s2a_cli.activations.blocks import BlockRunner, Draws, runners_of, unread_linear
+from s2a_cli.activations.blocks import BlockRunner, runners_of
 from s2a_cli.activations.calibration import Calibration
 from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
 from s2a_cli.activations.context import OpContext
+from s2a_cli.activations.random_numbers import Draws
+from s2a_cli.activations.recompute import unread_linear
 from s2a_cli.activations.sites import Sites, follow
 from s2a_cli.config import QuantConfig
 

@@ -247,8 +247,8 @@ def test_parts_for_each_sample_are_not_torn_from_their_samples():
 
 def test_leaves_are_the_trained_tensors():
     a, b, frozen = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True), torch.ones(1)
-    assert {id(t) for t in leaves(a * b * frozen + a)} == {id(a), id(b)}
-    assert leaves(frozen * 2) == []
+    assert {id(t) for t in leaves([a * b * frozen + a])} == {id(a), id(b)}
+    assert leaves([frozen * 2]) == []
 
 
 def test_double_backward_is_refused():
