@@ -138,7 +138,8 @@ class Apply(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         ctx.layer, ctx.size, ctx.dtype = layer, x.shape, x.dtype
         ctx.save_for_backward(codes, scales)
-        return layer.run(x.to(dtype), layer.unpacked(codes, scales, dtype), None if bias is None else bias.to(dtype))
+        out = layer.run(x.to(dtype), layer.unpacked(codes, scales, dtype), None if bias is None else bias.to(dtype))
+        return out.detach()  # no view, which could not be changed in place
 
     @staticmethod
     @first_order

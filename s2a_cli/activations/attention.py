@@ -6,7 +6,7 @@
 - the same with `softmax` bits and no `attention` bits, as the S2A paper has it: unfused, q, k and v kept as they are and
   the map as codes. Alone among all operators its output is not stock's to the bit, but to rounding. It runs a few
   samples at a time, so that the map never exists whole. Not covered: also a mask with a gradient, grouped queries.
-- softmax over the last dimension: dz = p (g - sum g p). Over another dimension it is stock.
+- softmax over a dimension: dz = p (g - sum g p), with scales along that dimension.
 
 Bytes kept: grouped_size(rows, width, group, bits) for each of q, k, v (width: of a head) and for p (width: keys).
 """
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations.autograd import covers, first_order
-from s2a_cli.activations.codes import byte_table, rows
+from s2a_cli.activations.codes import byte_table, inverse, rows
 from s2a_cli.activations.groups import Grouped, keep, slices
 from s2a_cli.activations.operators import decode_groups, decode_rows, encode_groups, operator, working_type
 
@@ -161,16 +161,17 @@ def softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, levels: Tensor
 
 
 class Softmax(torch.autograd.Function):
-    """p = run(z), along the last dimension."""
+    """p = run(z), along a dimension, which is the last one of z.permute(order)."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, run, op: OpContext):
+    def forward(ctx, z: Tensor, run, order: tuple[int, ...], op: OpContext):
         p = run(z)
+        laid = p.permute(order)
         bits, group, seed = op.config.softmax, op.config.group, op.calibration.seed()
-        table = op.calibration.unit(op.site, p, bits)
-        kept = encode_groups(p, table.bins, table.low, group, bits, table.chances, seed or 0)
+        table = op.calibration.unit(op.site, laid, bits)
+        kept = encode_groups(laid, table.bins, table.low, group, bits, table.chances, seed or 0)
         ctx.save_for_backward(*kept)
-        ctx.grouped = Grouped(table, tuple(p.shape), tuple(range(p.dim())), p.shape[-1], group)
+        ctx.grouped = Grouped(table, tuple(p.shape), order, laid.shape[-1], group)
         ctx.shared, ctx.version = kept, p._version
         return p
 
@@ -178,8 +179,9 @@ class Softmax(torch.autograd.Function):
     @first_order
     def backward(ctx, grad: Tensor):
         codes, scales = ctx.saved_tensors
-        ctx.shared, table = None, ctx.grouped.table
-        return softmax_backward(grad, codes, scales, table.levels, ctx.grouped.group, table.bits), None, None
+        ctx.shared, grouped, order = None, ctx.grouped, ctx.grouped.order
+        dz = softmax_backward(grad.permute(order), codes, scales, grouped.table.levels, grouped.group, grouped.table.bits)
+        return dz.permute(inverse(order)), None, None, None
 
 
 def codes_of_softmax(p: Tensor) -> tuple[Grouped, Tensor, Tensor] | None:
@@ -192,13 +194,15 @@ def codes_of_softmax(p: Tensor) -> tuple[Grouped, Tensor, Tensor] | None:
 
 
 def softmax(op, stock, input, dim=None, *args, **kwargs):
-    if not covers(input) or dim not in (-1, input.dim() - 1) or input.dim() == 0:
+    if not covers(input) or dim is None or input.dim() == 0 or input.numel() == 0:
         return NotImplemented
+    places = range(input.dim())
 
     def run(z: Tensor) -> Tensor:
         return stock(z, dim, *args, **kwargs)
 
-    return Softmax.apply(input, run, op)
+    order = tuple(i for i in places if i != places[dim])
+    return Softmax.apply(input, run, (*order, places[dim]), op)
 
 
 softmax.keywords = frozenset(("input", "dim", "_stacklevel", "dtype"))

@@ -15,6 +15,12 @@ def covers(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad and x.is_floating_point() and torch.is_grad_enabled()
 
 
+def alone(x: Tensor) -> Tensor:
+    """x, or a copy where it is a small view of something large, all of which would stay alive with it."""
+    small = x.untyped_storage().nbytes() > 2 * x.numel() * x.element_size()
+    return x.clone(memory_format=torch.contiguous_format) if small else x
+
+
 def first_order(backward: Callable) -> Callable:
     """Decorates a backward that has no derivative itself: with create_graph=True it raises, not a silent constant."""
 

@@ -1,7 +1,7 @@
 """Layers with weights: a frozen convolution keeps only its weight; coded inputs of trainable layers are opt-in.
 
-- conv1d, conv2d, conv3d with a frozen weight: nothing but the reference to the weight; exact. `padding="same"` is
-  covered where it is symmetric, else stock.
+- conv1d, conv2d, conv3d, and the transposed ones, with a frozen weight: nothing but the reference to the weight; exact.
+  `padding="same"` is covered where it is symmetric, else stock.
 - linear, conv1d and conv2d with a weight that trains: with `linear` bits the input is coded, else stock.
 - linear: stock keeps the whole storage behind a small view (the class token of a sequence): such a view is cloned.
 """
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations import levels
-from s2a_cli.activations.autograd import first_order
+from s2a_cli.activations.autograd import alone, first_order
 from s2a_cli.activations.codes import byte_table
 from s2a_cli.activations.groups import keep, slices
 from s2a_cli.activations.operators import decode_rows, encode_groups, operator, row_ranges, working_type
@@ -25,25 +25,32 @@ from s2a_cli.activations.operators import decode_rows, encode_groups, operator, 
 if TYPE_CHECKING:
     from s2a_cli.activations.context import OpContext
 
+_CONVOLUTION = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
 
 class FrozenConv(torch.autograd.Function):
-    """y = run(x, bias). dx is the transposed convolution of grad: stock's kernel and bits, without a stand-in for x."""
+    """y = run(x, bias), a convolution or a transposed one. dx is the other kind of grad: stock's kernel and bits."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor | None, run: Callable, weight: Tensor, geometry: tuple):
+    def forward(ctx, x: Tensor, bias: Tensor | None, run: Callable, weight: Tensor, geometry: tuple, transposed: bool):
         ctx.save_for_backward(weight)
-        ctx.size, ctx.geometry = x.shape[2:], geometry
+        ctx.size, ctx.geometry, ctx.transposed = x.shape[2:], geometry, transposed
         return run(x, bias)
 
     @staticmethod
     @first_order
     def backward(ctx, grad: Tensor):
         (weight,) = ctx.saved_tensors
-        dx = input_gradient(grad, weight, ctx.size, *ctx.geometry) if ctx.needs_input_grad[0] else None
-        dbias = grad.sum((0, *range(2, grad.dim()))) if ctx.needs_input_grad[1] else None
-        return dx, dbias, None, None, None
+        dx = dbias = None
+        if ctx.needs_input_grad[0] and ctx.transposed:
+            stride, padding, dilation, groups = ctx.geometry
+            dx = _CONVOLUTION[grad.dim()](grad, weight.to(grad.dtype), None, stride, padding, dilation, groups)
+        elif ctx.needs_input_grad[0]:
+            dx = input_gradient(grad, weight, ctx.size, *ctx.geometry)
+        if ctx.needs_input_grad[1]:
+            dbias = grad.sum((0, *range(2, grad.dim())))
+        return dx, dbias, None, None, None, None
 
 
 def input_gradient(grad: Tensor, weight: Tensor, size, stride, padding, dilation, groups: int) -> Tensor:
@@ -115,7 +122,7 @@ class CodedLinear(torch.autograd.Function):
         ctx.levels, ctx.layout, ctx.channels = table.levels, (x.shape[-1], group, bits), channels
         kept = encode_groups(x, table.bins, table.low, group, bits, table.chances, seed or 0, channels)
         ctx.save_for_backward(weight, *kept)
-        return run(x, weight, bias)
+        return run(x, weight, bias).detach()  # no view, which could not be changed in place
 
     @staticmethod
     @first_order
@@ -168,7 +175,18 @@ def convolution(op, stock, input, weight, bias=None, stride=1, padding=0, dilati
         return NotImplemented if op.config.linear is None else CodedConv.apply(input, weight, bias, run, geometry, op)
     if not (input.requires_grad or (bias is not None and bias.requires_grad)):
         return NotImplemented
-    return FrozenConv.apply(input, bias, lambda x, bias: run(x, weight, bias), weight, geometry)
+    return FrozenConv.apply(input, bias, lambda x, bias: run(x, weight, bias), weight, geometry, False)
+
+
+def transposed_convolution(op, stock, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    trains = input.requires_grad or (bias is not None and bias.requires_grad)
+    if weight.requires_grad or not trains or input.dim() != weight.dim():
+        return NotImplemented
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        return stock(x, weight, bias, stride, padding, output_padding, groups, dilation)
+
+    return FrozenConv.apply(input, bias, run, weight, _geometry(weight, stride, padding, dilation, groups), True)
 
 
 def linear(op, stock, input, weight, bias=None):
@@ -176,9 +194,13 @@ def linear(op, stock, input, weight, bias=None):
         return NotImplemented
     if op.config.linear is not None and input.dim() > 1:
         return CodedLinear.apply(input, weight, bias, stock, op)
-    if input.untyped_storage().nbytes() > 2 * input.numel() * input.element_size():
-        input = input.clone(memory_format=torch.contiguous_format)
-    return stock(input, weight, bias)
+    return stock(alone(input), weight, bias)
 
 
-HANDLERS = {None: {F.linear: linear, **{f: convolution for f in (F.conv1d, F.conv2d, F.conv3d)}}}
+HANDLERS = {
+    None: {
+        F.linear: linear,
+        **{f: convolution for f in (F.conv1d, F.conv2d, F.conv3d)},
+        **{f: transposed_convolution for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)},
+    }
+}

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from s2a_cli.activations import attention, conv, dropout, norm, pointwise, pooling, products
+from s2a_cli.activations import attention, conv, dropout, norm, pointwise, pooling, products, reductions
 from s2a_cli.activations.blocks import BlockRunner, runners_of
 from s2a_cli.activations.calibration import Calibration
 from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
@@ -30,7 +30,7 @@ from s2a_cli.activations.recompute import unread_linear
 from s2a_cli.activations.sites import Sites, follow
 from s2a_cli.config import QuantConfig
 
-FAMILIES = (pointwise, norm, attention, products, pooling, conv, dropout)
+FAMILIES = (pointwise, norm, attention, products, reductions, pooling, conv, dropout)
 
 
 class Thread(threading.local):

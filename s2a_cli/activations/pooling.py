@@ -1,4 +1,4 @@
-"""Max pooling keeps, for each output, which place of its window was the largest; average pooling nothing. Both exact.
+"""Max pooling keeps, for each output, which place of its window was the largest; average pooling and padding nothing. All exact.
 
 Bytes kept by max pooling of n outputs: packed_size(n, ceil(log2(kh * kw))), 4 bits for windows of 3 x 3 (stock: the
 input and an int64 index an output). Not covered, so stock: return_indices, windows of more than 256 places, inputs
@@ -124,6 +124,23 @@ class MaxPool(torch.autograd.Function):
         return max_pool2d_backward(grad, *ctx.saved_tensors, ctx.size, *ctx.geometry), *(None,) * len(ctx.geometry)
 
 
+class ByShape(torch.autograd.Function):
+    """y = run(x), linear in x: the gradient depends on the shape of x alone, and is taken at a stand-in for it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, run):
+        ctx.size, ctx.run = x.shape, run
+        return run(x)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad: Tensor):
+        stand_in = torch.empty(ctx.size, dtype=grad.dtype, device=grad.device, memory_format=_format(grad))
+        with torch.enable_grad(), torch._C.DisableTorchFunction():
+            stand_in.requires_grad_()
+            return torch.autograd.grad(ctx.run(stand_in), stand_in, grad)[0], None
+
+
 class AveragePool(torch.autograd.Function):
     """y = run(x); the gradient of a mean depends on the shape of x alone."""
 
@@ -176,4 +193,23 @@ def _handle_average(
     return AveragePool.apply(input, run, geometry)
 
 
-HANDLERS = {None: {**{f: _handle_max for f in (F.max_pool2d, torch.max_pool2d)}, F.avg_pool2d: _handle_average}}
+def _handle_adaptive(op, stock, input, output_size):
+    if not covers(input) or input.dim() != 4 or input.numel() == 0:
+        return NotImplemented
+    return ByShape.apply(input, lambda x: stock(x, output_size))
+
+
+def _handle_pad(op, stock, input, pad, mode="constant", value=None):
+    if not covers(input) or mode not in ("reflect", "replicate") or input.dim() != 4 or input.numel() == 0:
+        return NotImplemented
+    return ByShape.apply(input, lambda x: stock(x, pad, mode))
+
+
+HANDLERS = {
+    None: {
+        **{f: _handle_max for f in (F.max_pool2d, torch.max_pool2d)},
+        F.avg_pool2d: _handle_average,
+        F.adaptive_avg_pool2d: _handle_adaptive,
+        F.pad: _handle_pad,
+    }
+}

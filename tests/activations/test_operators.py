@@ -67,6 +67,24 @@ def unfused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1) * 0.25).softmax(-1) @ v
 
 
+def normalised_map(x: Tensor) -> Tensor:
+    p = x.softmax(-1) * 1
+    p /= p.sum(-1).unsqueeze(-1) + 1
+    return p
+
+
+def multiplied_by_itself(x: Tensor) -> Tensor:
+    return x * x
+
+
+POWERS = {
+    "square": torch.square,
+    "Tensor.square": Tensor.square,
+    "power": lambda x: x**2,
+    "Tensor.pow": lambda x: x.pow(3),
+    "torch.pow": lambda x: torch.pow(x, exponent=2),
+}
+
 CASES = [
     *(Case(f.__name__, f, [X], pointwise(X)) for f in (F.gelu, F.silu, F.mish, F.hardswish, F.elu, F.celu, F.selu)),
     *(Case(f.__name__, f, [X], pointwise(X)) for f in (torch.sigmoid, torch.tanh, F.softplus, F.logsigmoid)),
@@ -126,7 +144,8 @@ CASES = [
     Case("softmax", lambda x: F.softmax(x, -1), [X], lambda b: grouped_size(21, 11, 64, b)),
     Case("Tensor.softmax", lambda x: x.softmax(dim=2), [X], lambda b: grouped_size(21, 11, 64, b)),
     Case("softmax-wide", lambda x: torch.softmax(x, 1), [(5, 130)], lambda b: grouped_size(5, 130, 64, b)),
-    Case("softmax-other-dim", lambda x: F.softmax(x, 1), [X], exact=True),
+    Case("softmax-other-dim", lambda x: F.softmax(x, 1), [X], lambda b: grouped_size(33, 7, 64, b)),
+    Case("softmax-empty", lambda x: F.softmax(x, 1), [(0, 4)], nothing),
     Case("attention", F.scaled_dot_product_attention, [HEADS] * 3, lambda b: 3 * grouped_size(60, 16, 64, b)),
     Case("attention-causal", partial(F.scaled_dot_product_attention, is_causal=True), [HEADS] * 3),
     Case("attention-cross", F.scaled_dot_product_attention, [HEADS, (2, 3, 7, 16), (2, 3, 7, 20)]),
@@ -154,6 +173,40 @@ CASES = [
         [X, X],
         lambda b: 2 * grouped_size(21, 11, 64, b) + packed_size(231, b),
     ),
+    Case("gate-both-broadcast", lambda x, g: (x * 1) * (g * 1), [(2, 6, 1, 5), (2, 1, 4, 5)], exact=True),
+    Case("square-of-itself", lambda x: multiplied_by_itself(x * 1), [X], lambda b: grouped_size(21, 11, 64, b)),
+    *(Case(name, lambda x, f=f: f(x * 1), [X], lambda b: grouped_size(21, 11, 64, b)) for name, f in POWERS.items()),
+    Case("power-of-1.5", lambda x: (x * 1).abs() ** 1.5, [X], exact=True),
+    Case("divide", lambda x, n: (x * 1) / n.exp(), [HEADS, (2, 3, 10, 1)]),
+    Case("divide-in-place", lambda x, n: (x * 1).div_(n.exp()), [HEADS, (2, 1, 1, 16)]),
+    Case("divide-in-place-operator", normalised_map, [HEADS]),
+    Case("divide-both", lambda x, n: (x * 1) / n.exp(), [X, X]),
+    Case("divide-constant", lambda x, n: (x * 1) / n.exp(), [X, X], exact=True, frozen=(1,)),
+    Case("norm-all", lambda x: (x * 1).norm(), [X]),
+    Case("norm-dims", lambda x: (x * 1).norm(p=2, dim=(2, 3), keepdim=True), [IMAGE]),
+    Case("norm-torch", lambda x: torch.norm(x * 1, 2, -1), [X]),
+    Case("norm-1", lambda x: (x * 1).norm(p=1, dim=1), [X], exact=True),
+    Case("vector_norm", lambda x: torch.linalg.vector_norm(x * 1, 2, (0, 2)), [X]),
+    Case("normalize", lambda x: F.normalize(x, dim=-1), [X], normalised(21, 11)),
+    Case("normalize-other-dim", lambda x: F.normalize(x, dim=1), [IMAGE], normalised(180, 6)),
+    Case("normalize-1", lambda x: F.normalize(x, 1.0), [X], exact=True),
+    Case("amax", lambda x: (x * 1).amax(dim=1), [HEADS], lambda b: packed_size(960, 1), True),
+    Case("amax-all", lambda x: torch.amax(x * 1, (0, 2)), [X], lambda b: packed_size(231, 1), True),
+    Case("amax-ties", lambda x: torch.relu(x).amax(dim=-1, keepdim=True), [X], exact=True),
+    Case("amin", lambda x: (x * 1).amin((1, 2)), [X], lambda b: packed_size(231, 1), True),
+    Case("conv_transpose2d", F.conv_transpose2d, [IMAGE, (6, 4, 3, 3), (4,)], nothing, True, frozen=(1,)),
+    Case(
+        "conv_transpose2d-stride",
+        partial(F.conv_transpose2d, stride=2, padding=1, output_padding=1, groups=2),
+        [IMAGE, (6, 4, 3, 3)],
+        nothing,
+        True,
+        frozen=(1,),
+    ),
+    Case("conv_transpose1d", lambda x, w: F.conv_transpose1d(x, w, None, 3), [(2, 6, 5), (6, 4, 2)], nothing, True, frozen=(1,)),
+    Case("pad-reflect", lambda x: F.pad(x, (1, 2, 1, 0), "reflect"), [IMAGE], nothing, True),
+    Case("pad-replicate", lambda x: F.pad(x, (1, 2, 1, 0), mode="replicate"), [IMAGE], nothing, True),
+    Case("adaptive_avg_pool2d", lambda x: F.adaptive_avg_pool2d(x, (4, 3)), [IMAGE], nothing, True),
     Case("linear-coded", F.linear, [X, (5, 11), (5,)], lambda b: grouped_size(21, 11, 64, b), linear=True),
     Case("conv2d-coded", F.conv2d, [IMAGE, (4, 6, 3, 3), (4,)], linear=True),
     Case("conv2d-trains", F.conv2d, [IMAGE, (4, 6, 3, 3), (4,)], exact=True),
@@ -189,6 +242,13 @@ def results(case: Case, bits: int | None, arguments: list[Tensor]) -> tuple[Tens
     return out.detach(), list(grads), sum(kept.values())
 
 
+@pytest.fixture(params=[False, True], ids=["two passes", "one pass"])
+def one_pass(request, monkeypatch):
+    """Both ways in which a function and its codes are made, whatever the device."""
+    monkeypatch.setattr("s2a_cli.activations.pointwise.in_one_pass", lambda x: request.param)
+
+
+@pytest.mark.usefixtures("one_pass")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_forward_is_stock_and_gradients_are_near(case):
     truth = results(case, None, inputs(case, torch.float64))[1]
@@ -206,6 +266,7 @@ def test_forward_is_stock_and_gradients_are_near(case):
             assert kept == case.kept(bits)
 
 
+@pytest.mark.usefixtures("one_pass")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_other_types(case, dtype):
@@ -241,6 +302,22 @@ def test_extreme_values_stay_finite(case, value):
         assert all(grad.isfinite().all() for grad in results(case, bits, arguments)[1])
 
 
+@pytest.mark.usefixtures("one_pass")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_outputs_can_be_changed_in_place_as_stock_ones_can(case):
+    """A result that is a view of what a custom function made could not be."""
+    stock = case.run(*inputs(case, torch.float32))
+    with remember(config(4, 4 if case.linear else None)):
+        out = case.run(*inputs(case, torch.float32))
+    assert not out._is_view() or stock._is_view()
+    try:
+        stock.mul_(2).sum().backward()
+    except RuntimeError:
+        return  # stock keeps its result
+    out.mul_(2).sum().backward()
+
+
+@pytest.mark.usefixtures("one_pass")
 def test_channels_last_keeps_its_layout():
     x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
     weight = torch.randn(8, 8, 3, 3)
