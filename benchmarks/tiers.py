@@ -144,7 +144,7 @@ def measure_row(entry: Entry, argv: list[str]) -> None:
 
 def measured(row: Row, words: list[str], batch: int, device: torch.device, meter: memory.CudaMeter) -> dict[str, Any]:
     """The memory of a row's steps as the meter counts it. Raises UserError when others use the device."""
-    if not memory.device_is_idle(device):
+    if not memory.is_idle(device):
         raise UserError(f"{device} is not idle: other processes hold memory on it, so nothing is measured")
     made = Made(row, words, device)
     made.compile()

@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+OUT_OF_MEMORY = "s2a/out-of-memory"  # a key of the store that the processes share
+PATIENCE = 3.0  # seconds
 
 
 def part() -> tuple[int, int]:
@@ -84,6 +87,24 @@ def wait() -> None:
     """Until all processes have come here."""
     if part()[1] > 1:
         dist.barrier()
+
+
+def announce(text: str) -> None:
+    """Tells the other processes that this one ran out of memory, in these words: they see no more than a lost connection."""
+    if part()[1] > 1:
+        dist.distributed_c10d._get_default_store().set(OUT_OF_MEMORY, f"process {part()[0]}: {text}")
+
+
+def announced() -> str | None:
+    """What another process announced, waited for a little; None where nothing was."""
+    if part()[1] == 1:
+        return None
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        store.wait([OUT_OF_MEMORY], timedelta(seconds=PATIENCE))
+        return store.get(OUT_OF_MEMORY).decode()
+    except (RuntimeError, dist.DistError):  # nothing came, or the process that keeps the store is gone
+        return None
 
 
 def add_gradients(model: nn.Module) -> None:

@@ -218,8 +218,9 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> records.Resu
                 print(f"going on in {folder}: epoch {state['sofar']['epoch']}, step {state['sofar']['step'] + 1}")
             Fit(run, folder, result, board)(state)
         result["status"], result["error"] = "ok", None
-    except KeyboardInterrupt:
-        result["error"] = "interrupted"
+    except KeyboardInterrupt:  # torchrun ends all processes when one has ended
+        elsewhere = distributed.announced()
+        result["status"], result["error"] = ("oom", elsewhere) if elsewhere else ("interrupted", "interrupted")
     except OSError as error:
         if error.errno not in FULL:
             _failed(folder, result, error)
@@ -246,9 +247,14 @@ def _foretell(predicted: dict[str, Any] | None, device: torch.device) -> None:
 
 
 def _failed(folder: Path, result: records.Result, error: Exception) -> None:
-    """Notes in the result how a run failed; with a traceback beside it, unless memory ran out."""
+    """Notes in the result how a run failed, in this process or first in another; with a traceback, unless memory ran out."""
     out_of_memory = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
-    result["status"], result["error"] = "oom" if out_of_memory else "failed", _first_line(error)
+    said = _first_line(error)
+    if out_of_memory:
+        distributed.announce(said)
+    elif elsewhere := distributed.announced():
+        out_of_memory, said = True, elsewhere
+    result["status"], result["error"] = "oom" if out_of_memory else "failed", said
     if not out_of_memory and distributed.is_first():
         records.atomic_write(folder / "traceback.txt", traceback.format_exc())
 

@@ -193,7 +193,7 @@ class FakeMeter:
 
 
 def test_measuring_follows_the_meters_protocol(monkeypatch):
-    monkeypatch.setattr(memory, "device_is_idle", lambda device: True)
+    monkeypatch.setattr(memory, "is_idle", lambda device: True)
     meter = FakeMeter()
     found = tiers.measured(rows.BY_NAME["T2"], ["backbone=vit_micro"], 2, CPU, meter)
     steps = tiers.WARMUP_STEPS + tiers.MEASURED_STEPS
@@ -202,7 +202,7 @@ def test_measuring_follows_the_meters_protocol(monkeypatch):
 
 
 def test_a_busy_device_is_not_measured(monkeypatch):
-    monkeypatch.setattr(memory, "device_is_idle", lambda device: False)
+    monkeypatch.setattr(memory, "is_idle", lambda device: False)
     with pytest.raises(UserError, match="not idle"):
         tiers.measured(rows.BY_NAME["T2"], ["backbone=vit_micro"], 2, CPU, FakeMeter())
 

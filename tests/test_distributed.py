@@ -77,6 +77,28 @@ def test_codes_are_those_of_the_first_process_and_a_broken_run_goes_on(tmp_path)
     assert any(name.startswith(checkpoints.CALIBRATION) for name in broken[1])
 
 
+def test_out_of_memory_in_one_process_is_that_of_the_run(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys, torch\n"
+        "from s2a_cli import cli, fitting\n"
+        "train = fitting.Fit._train\n"
+        "def short(self, *args):\n"
+        "    if os.environ['RANK'] == '1' and self.sofar.step == 1:\n"
+        "        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB')\n"
+        "    return train(self, *args)\n"
+        "fitting.Fit._train = short\n"
+        "sys.exit(cli.main(['train', *sys.argv[1:]]))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+    process = subprocess.Popen([*command, *WORDS, "quant=none", f"run_dir={tmp_path / 'run'}"], stderr=subprocess.PIPE, text=True)
+    _, err = process.communicate(timeout=120)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert process.returncode != 0 and result["status"] == "oom", err
+    assert result["error"] == "process 1: OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB"
+    assert not (tmp_path / "run" / "traceback.txt").exists() and "gloo" not in result["error"]
+
+
 def test_a_batch_that_is_too_small_to_share_is_refused(tmp_path):
     process = start(tmp_path, "optim.batch_size=1", "quant=none")
     _, err = process.communicate(timeout=60)

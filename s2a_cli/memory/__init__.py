@@ -1,9 +1,9 @@
 """What training costs in device memory: measured on CUDA, predicted everywhere else."""
 
 from s2a_cli.memory.breakdown import Part, Profile
-from s2a_cli.memory.busy import refusal
+from s2a_cli.memory.busy import is_idle, refusal
 from s2a_cli.memory.margin import Margin, outlook
-from s2a_cli.memory.measure import CudaMeter, device_is_idle, meter
+from s2a_cli.memory.measure import CudaMeter, meter
 from s2a_cli.memory.predict import observe, predict, profile, saved_bytes, track
 from s2a_cli.memory.result import Memory
 from s2a_cli.memory.snapshot import snapshot
@@ -11,5 +11,5 @@ from s2a_cli.memory.tracker import Tracker
 
 __all__ = [
     *("CudaMeter", "Margin", "Memory", "Part", "Profile", "Tracker"),
-    *("device_is_idle", "meter", "observe", "outlook", "predict", "profile", "refusal", "saved_bytes", "snapshot", "track"),
+    *("is_idle", "meter", "observe", "outlook", "predict", "profile", "refusal", "saved_bytes", "snapshot", "track"),
 ]

@@ -6,28 +6,17 @@ import sys
 
 import torch
 
+from s2a_cli.memory import busy
 from s2a_cli.memory.result import MIB, Memory
-
-CONTEXT_MIB = 1024  # what this process may hold outside of PyTorch's allocator: the CUDA context, cuBLAS, cuDNN, NCCL
-
-
-def device_is_idle(device: torch.device) -> bool:
-    """Whether nothing but this process holds memory on `device`, as far as the driver can tell.
-
-    Counts bytes instead of processes, because inside a container the driver knows other process ids than we do.
-    Another process with less than `CONTEXT_MIB` less our own context stays unseen.
-    """
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free - torch.cuda.memory_reserved(device) < CONTEXT_MIB * MIB
 
 
 def meter(device: torch.device, warmup: int = 3) -> CudaMeter | None:
     """What measures the memory of steps; None where nothing can be measured, and the prediction stands."""
     if device.type != "cuda":
         return None
-    if device_is_idle(device):
+    if busy.is_idle(device):
         return CudaMeter(device, warmup)
-    print(f"s2a: other processes hold memory on {device}: the peak in the result stays the predicted one", file=sys.stderr)
+    print(f"s2a: other processes compute on {device}: the peak in the result stays the predicted one", file=sys.stderr)
     return None
 
 

@@ -43,9 +43,15 @@ class Gpus:
     def properties(self, device):
         return type("Properties", (), {"uuid": f"0000-{device.index or 0}", "total_memory": 80_000 * MIB})
 
-    def says(self, *lines, code=0):
+    def says(self, *lines, code=0, state="Disabled, 97"):
+        """lines: the processes that compute; state: whether a screen is drawn, and the share of time in which kernels run."""
+        told = "".join(f"echo '{line}'\n" for line in lines)
         program = self.folder / "nvidia-smi"
-        program.write_text("#!/bin/sh\n" + f'echo "$@" > {self.asked}\n' + "".join(f"echo '{line}'\n" for line in lines) + f"exit {code}\n")
+        program.write_text(
+            "#!/bin/sh\n" + f"exit_code={code}\n"
+            f'case "$1" in *display_active*) echo "{state}"; exit $exit_code;; esac\n'
+            f'echo "$@" > {self.asked}\n{told}exit $exit_code\n'
+        )
         program.chmod(0o755)
 
 
@@ -86,6 +92,29 @@ def test_processes_that_nvidia_smi_does_not_show(gpus, lines, code):
     gpus.used = [5_120, 0]
     gpus.says(*lines, code=code)
     assert "5,120 MiB are held by processes that can't be seen from here" in str(memory.refusal("cuda"))
+
+
+@pytest.mark.parametrize(
+    "state, shares, lines, idle",
+    [
+        ("Enabled, 12", False, [], True),  # Xorg, a compositor, a browser: none of them computes
+        ("Enabled, 12", False, ["4242, python, 900"], False),
+        ("Disabled, 3", False, [], True),  # held, and nothing runs
+        ("Disabled, 97", False, [], False),  # in another container, say
+        ("[N/A], [N/A]", False, [], False),
+        ("[N/A], [N/A]", True, [], True),  # memory of the host: what is held says nothing
+        ("[N/A], [N/A]", True, ["4242, python, 900"], False),
+    ],
+)
+def test_a_screen_and_memory_of_the_host_are_no_rivals(gpus, monkeypatch, capsys, state, shares, lines, idle):
+    gpus.used = [1_100, 0]
+    gpus.says(*lines, state=state)
+    properties = gpus.properties
+    monkeypatch.setattr(gpus, "properties", lambda device: type("P", (properties(device),), {"is_integrated": int(shares)}))
+    found = memory.refusal("cuda")
+    assert (found is None) == idle
+    said = capsys.readouterr().err
+    assert ("1,100 MiB of cuda are held by what does not compute" in said) == idle
 
 
 def test_no_nvidia_smi_and_no_room_for_a_context(gpus, monkeypatch):

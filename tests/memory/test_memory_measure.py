@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2a_cli.memory import CudaMeter, device_is_idle
+from s2a_cli.memory import CudaMeter, is_idle
 from s2a_cli.memory.result import MIB
 
 DEVICE = torch.device("cuda", 0)
@@ -81,4 +81,4 @@ def test_evaluation_between_steps_does_not_count(monkeypatch):
 def test_a_device_is_idle_when_only_this_process_uses_it(monkeypatch, used, reserved, idle):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((80_000 - used) * MIB, 80_000 * MIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved * MIB)
-    assert device_is_idle(DEVICE) is idle
+    assert is_idle(DEVICE) is idle
