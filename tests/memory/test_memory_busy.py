@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -131,7 +132,7 @@ def test_no_nvidia_smi_and_no_room_for_a_context(gpus, monkeypatch):
 
 def test_what_has_just_ended_is_waited_for(gpus, monkeypatch):
     monkeypatch.setattr(busy, "PATIENCE", 5.0)
-    held = iter([9_000, 9_000, 0])
+    held = itertools.chain([9_000, 9_000], itertools.repeat(0))
 
     def info(device):
         return (80_000 - next(held)) * MIB, 80_000 * MIB
