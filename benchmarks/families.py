@@ -1,0 +1,264 @@
+"""Every model family of timm through every method and every way to keep activations, with random weights.
+
+    python benchmarks/families.py [FAMILY ...] [--workers 2]
+
+Of each family the smallest model, on a CPU: one step of each method, with the gradients of several `quant=` against stock
+PyTorch's; the layouts of hidden states against the widths of the blocks' own normalisations; what is kept for the backward pass,
+predicted; and predicted peaks against those of the same step on real tensors. A family is done in a process of its own, at the
+smallest image size that its model takes (memory: at the model's own). Writes benchmarks/results/families.json, where families
+that are not named stay as they are, and the table benchmarks/results/families.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from s2a_cli import backbones, memory, training
+from s2a_cli.activations import blocks as runners
+from s2a_cli.backbones import Backbone
+from s2a_cli.compose import compose
+from s2a_cli.errors import UserError, first_line
+from s2a_cli.methods import METHODS
+from s2a_cli.progress import Progress
+from s2a_cli.records import atomic_write, environment
+from s2a_cli.steps import Step, make_optimizer, moving_norms, train_mode
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = (64, 96, 112, 128, 160, 192, 224, 256)  # pixels that are tried
+BATCH, CLASSES = 4, 10
+EXACT = {  # quant settings under which gradients are stock's, but for rounding
+    "lossless": ["quant=exact"],
+    "recomputed": ["quant=none", "quant.recompute=block", "quant.chunks=8"],
+}
+CODED = {"int4": ["quant=int4"], "tiny": ["quant=tiny"]}
+TRACKED = (("bias", "quant=none"), ("bias", "quant=int4"), ("s2a", "quant=tiny"))
+Row = dict[str, Any]
+
+
+def smallest(family: str) -> str:
+    """The model of a family with the fewest parameters."""
+    sizes = {}
+    for name in timm.list_models(module=family):
+        try:
+            with torch.device("meta"):
+                sizes[name] = sum(p.numel() for p in timm.create_model(name, num_classes=CLASSES).parameters())
+        except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError):
+            continue  # needs a package that is not here
+    return min(sizes, key=sizes.__getitem__)
+
+
+def configured(model: str, method: str, size: int | None, *words: str) -> DictConfig:
+    own = [f"backbone.name={model}", f"backbone.timm={model}", "backbone.pretrained=false", f"method={method}"]
+    own += [f"backbone.image_size={size}"] if size else []
+    return compose(["backbone=timm", "dataset=digits", f"optim.batch_size={BATCH}", *own, *words])
+
+
+def size_of(model: str) -> int:
+    """The smallest size that the model takes."""
+    for size in SIZES:
+        try:
+            return backbones.build(configured(model, "linear", size).backbone, CLASSES, meta=True).image.size
+        except UserError:
+            continue
+    return backbones.build(configured(model, "linear", None).backbone, CLASSES, meta=True).image.size
+
+
+def randomise(model: nn.Module) -> None:
+    """Weights and statistics as of a trained model: no zero gammas, no unit variances; and no dropout."""
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.ndim <= 1:
+            p.data += 0.1 * torch.randn(p.shape, generator=generator)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_var"):
+            buffer.data = torch.rand(buffer.shape, generator=generator) + 0.5
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def made(model: str, method: str, size: int) -> Backbone:
+    backbone = backbones.build(configured(model, method, size).backbone, CLASSES)
+    randomise(backbone.model)
+    training.attach(configured(model, method, size, "quant=none"), backbone)
+    for layer in backbone.head.layers.values():
+        nn.init.normal_(layer.weight, std=0.05)
+    train_mode(backbone.model)
+    return backbone
+
+
+def batch(size: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(BATCH, 3, size, size, generator=generator), torch.arange(BATCH) % CLASSES
+
+
+def gradient(backbone: Backbone, config: DictConfig, images: Tensor, targets: Tensor) -> Tensor:
+    """Of everything that trains, zero where a parameter is not used. Raises ValueError where it is not finite, or zero altogether."""
+    backbone.model.zero_grad(set_to_none=True)
+    step = Step(config, torch.device("cpu"), backbone.block_modules)
+    torch.manual_seed(0)
+    step.losses(backbone.model, images, targets).sum().backward()
+    trained = [p for p in backbone.model.parameters() if p.requires_grad]
+    found = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in trained])
+    if not found.isfinite().all() or not found.any():
+        raise ValueError("the gradient is not finite, or zero")
+    backbone.model.zero_grad(set_to_none=True)
+    return found
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+def methods_of(model: str, size: int) -> Row:
+    """{method: {quant: error or cosine of its gradient}, or what is said}."""
+    images, targets = batch(size)
+    rows: Row = {}
+    for method in METHODS:
+        try:
+            backbone = made(model, method, size)
+            exact = gradient(backbone, configured(model, method, size, "quant=none"), images, targets)
+            row = rows[method] = {"trained": int(sum(p.numel() for p in backbone.model.parameters() if p.requires_grad))}
+            for name, words in (EXACT | CODED).items():
+                whole = ["quant.chunks=1"] if name == "int4" and moving_norms(backbone.model) else []  # their statistics are the batch's
+                config = configured(model, method, size, *words, *whole)
+                try:
+                    training.attach(config, backbones.build(config.backbone, CLASSES, meta=True))
+                    found = gradient(backbone, config, images, targets)
+                except UserError as refused:
+                    row[name] = first_line(refused)
+                    continue
+                row[name] = error(found, exact) if name in EXACT else float(nn.functional.cosine_similarity(found, exact, 0))
+            before = {name: t.clone() for name, t in backbone.model.state_dict().items()}
+            config = configured(model, method, size)
+            Step(config, torch.device("cpu"), backbone.block_modules)(backbone.model, make_optimizer(config.optim, backbone.model), images, targets)
+            trained = {name for name, p in backbone.model.named_parameters() if p.requires_grad}
+            moving = trained if method == "full" else set()
+            frozen = [n for n, t in backbone.model.state_dict().items() if n not in trained and not moving and not torch.equal(t, before[n])]
+            row["changed though frozen"] = frozen
+        except Exception as problem:  # one model must not end the table
+            rows[method] = f"{type(problem).__name__}: {first_line(problem)}"
+            if not isinstance(problem, UserError):
+                traceback.print_exc()
+    return rows
+
+
+def layouts_of(model: str) -> Row:
+    """The blocks, and those whose hidden states have other channels than their own normalisations."""
+    backbone = backbones.build(configured(model, "linear", None).backbone, CLASSES, meta=True)
+    found: Row = {"blocks": len(backbone.block_modules), "head": len(backbone.head.layers)}
+    try:
+        found["layouts"] = dict(Counter(block.output.layout for block in backbone.blocks))
+    except UserError as unknown:
+        return found | {"layouts": first_line(unknown), "wrong": []}
+    wrong = []
+    for block in backbone.blocks:
+        widths = {width for module in block.module.modules() for width in norm_widths(module)}
+        if widths and not widths & {block.input.channels, block.output.channels}:
+            wrong.append(f"{block.name}: {block.input} has widths {sorted(widths)}")
+    return found | {"wrong": wrong}
+
+
+def norm_widths(module: nn.Module) -> list[int]:
+    if isinstance(module, nn.LayerNorm):
+        return [module.normalized_shape[-1]]
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return [module.num_features]
+    return [module.num_channels] if isinstance(module, nn.GroupNorm) else []
+
+
+def kept_of(model: str) -> Row:
+    """MiB kept an image of the model's own size, bias tuning, predicted."""
+    kept = {}
+    for quant in ("none", "int4", "tiny"):
+        config = configured(model, "bias", None, f"quant={quant}")
+        backbone = backbones.build(config.backbone, CLASSES, meta=True)
+        training.attach(config, backbone)
+        kept[quant] = training.predict_step(backbone, config, BATCH).kept_mib / BATCH
+    return kept
+
+
+def tracked_of(model: str, size: int) -> Row:
+    """Predicted peaks as shares of those of the same step on real tensors."""
+    shares = {}
+    for method, quant in TRACKED:
+        config = configured(model, method, size, quant)
+        backbone = made(model, method, size)
+        predicted = training.predict_step(backbone, config, BATCH)
+        step = Step(config, torch.device("cpu"), backbone.block_modules)
+        real = memory.track(backbone.model, batch(size), step, lambda model, config=config: make_optimizer(config.optim, model))
+        shares[f"{method} {quant.removeprefix('quant=')}"] = predicted.peak_mib / real.peak_mib
+    return shares
+
+
+def family_row(family: str) -> Row:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    runners.LEAST = 1  # pieces however small
+    model = smallest(family)
+    row: Row = {"family": family, "model": model}
+    for name, find in (
+        ("size", lambda: size_of(model)),
+        ("structure", lambda: layouts_of(model)),
+        ("kept", lambda: kept_of(model)),
+        ("methods", lambda: methods_of(model, row["size"])),
+        ("tracked", lambda: tracked_of(model, row["size"])),
+    ):
+        try:
+            row[name] = find()
+        except Exception as problem:  # one figure must not end the table
+            row[name] = f"{type(problem).__name__}: {first_line(problem)}"
+            traceback.print_exc()
+    return row
+
+
+def in_process(family: str) -> Row:
+    asked = subprocess.run([sys.executable, __file__, family, "--one"], capture_output=True, text=True, timeout=3600)
+    lines = asked.stdout.splitlines()
+    if asked.returncode or not lines:
+        return {"family": family, "model": None, "failed": (asked.stderr.strip().splitlines() or ["ended without a word"])[-1]}
+    return json.loads(lines[-1]) | {"stderr": asked.stderr.strip().splitlines()[-1:] if asked.stderr.strip() else []}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", metavar="FAMILY")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--one", action="store_true", help="print the row of one family as JSON")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(family_row(args.families[0])))
+        return
+    file = RESULTS / "families.json"
+    families, rows, started = args.families or timm.list_modules(), {}, time.monotonic()
+    if args.families and file.exists():
+        rows = {row["family"]: row for row in json.loads(file.read_text())["rows"]}
+    with Progress("families", len(families), " families") as progress, ThreadPoolExecutor(args.workers) as pool:
+        for row in pool.map(in_process, families):
+            rows[row["family"]] = row
+            progress.add(1, family=row["family"])
+            result = {"environment": environment("cpu"), "rows": [rows[family] for family in sorted(rows)]}
+            atomic_write(file, json.dumps(result, indent=1) + "\n")
+    print(f"{len(families)} families in {time.monotonic() - started:.0f} s")
+    from families_report import table
+
+    atomic_write(RESULTS / "families.md", table(result))
+
+
+if __name__ == "__main__":
+    main()
