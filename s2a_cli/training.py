@@ -109,8 +109,10 @@ def attach(config: DictConfig, backbone: Backbone) -> None:
             )
     if moving_norms(backbone.model):
         _refuse_parts(config)
-    if odd := [number for number in config.quant.blocks if not 0 <= number < len(backbone.blocks)]:
-        raise UserError(f"quant.blocks: there is no block {odd[0]}; this backbone has those from 0 to {len(backbone.blocks) - 1}")
+    if config.quant.recompute == "block":
+        backbone.check_recomputable()
+    if odd := [number for number in config.quant.blocks if not 0 <= number < len(backbone.block_modules)]:
+        raise UserError(f"quant.blocks: there is no block {odd[0]}; this backbone has those from 0 to {len(backbone.block_modules) - 1}")
     backbone.model.to(weight_dtype(config.precision))
     frozen.store(backbone, config.backbone.weights)
 
@@ -360,10 +362,9 @@ def profile_step(backbone: Backbone, config: DictConfig, images: int, processes:
     count, size = -(-min(config.optim.batch_size, images) // processes), backbone.image.size
     batch = torch.empty(count, 3, size, size, dtype=weight_dtype(config.precision)), torch.empty(count, dtype=torch.int64)
     step = Step(config, torch.device("cpu"), backbone.block_modules)
-    blocks = {block.name: block.module for block in backbone.blocks}
     if backbone.tail:
-        return cache.profile(backbone, config, step, batch, blocks)
-    return memory.profile(backbone.model, batch, step, lambda model: make_optimizer(config.optim, model), blocks)
+        return cache.profile(backbone, config, step, batch, backbone.parts)
+    return memory.profile(backbone.model, batch, step, lambda model: make_optimizer(config.optim, model), backbone.parts)
 
 
 def evaluate(config: DictConfig, folder: Path) -> dict[str, float | None]:

@@ -66,7 +66,7 @@ class Backbone:
             raise UserError(f"backbone: {kind} does not return one logit a class, so it can't be fine-tuned here")
         self._order, self._blocks, self._problem = seen.order, [], f"no repeated blocks were found in {kind}"
         found = find_blocks(self.model, seen)
-        self.block_modules: list[nn.Module] = [block.module for block in found]
+        self.parts = {block.name: block.module for block in found}  # the blocks, also where the layouts are not known
         try:
             states = layouts(found, seen, getattr(self.model, "num_prefix_tokens", 0))
             self._blocks = [Block(block.name, block.module, *pair) for block, pair in zip(found, states)]
@@ -74,14 +74,20 @@ class Backbone:
             self._problem = f"{kind}: {error}"
 
     @property
+    def block_modules(self) -> list[nn.Module]:
+        return list(self.parts.values())
+
+    @property
     def blocks(self) -> list[Block]:
         """All blocks, in order. Raises UserError where they, or the layout of their hidden states, are not known."""
         if not self._blocks:
-            raise UserError(
-                f"backbone: {self._problem}; what needs no blocks works: method=full, linear, or bias with method.blocks=all,"
-                " with a quant that recomputes none"
-            )
+            raise UserError(f"backbone: {self._problem}; what needs no blocks works: method=full, linear, or bias with method.blocks=all")
         return self._blocks
+
+    def check_recomputable(self) -> None:
+        """Raises UserError where there are no blocks that could be computed again."""
+        if not self.parts:
+            raise UserError(f"quant.recompute=block: {self._problem}; quant=int4 and others that keep codes alone work")
 
     def adapted_blocks(self, blocks: str) -> list[Block]:
         """The blocks that `all` or `last:K` names, in order. Raises UserError when there are fewer than K."""

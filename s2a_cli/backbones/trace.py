@@ -107,6 +107,8 @@ def trace(model: nn.Module, image_size: int) -> Trace:
             stack.callback(module.register_forward_pre_hook(begins, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(ends).remove)
         stack.callback(model.train, training)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)  # a whole nn.TransformerEncoderLayer as one operator, in evaluation
         stack.enter_context(torch.no_grad())
         if parameter.device.type != "meta":
             stack.enter_context(Hollow())
@@ -157,8 +159,8 @@ def find_blocks(model: nn.Module, seen: Trace) -> list[Ran]:
     named = [r for r in seen.ran if r is not root and any(re.fullmatch(p.rstrip("$"), r.name) for p in patterns)]
     named = _without_shared_inputs([r for r in named if r.maps and r.layers], seen.ran)
     if not named:
-        named = [unit for unit in _units(root) if unit.given is not root.given]
-        named = [inner for unit in named for inner in _expanded(unit) if inner.is_residual]
+        inner = [block for unit in _units(root) for block in _expanded(unit)]
+        named = [block for block in inner if block.is_residual and block.given is not root.given]
     return sorted({block for found in named for block in _expanded(found)}, key=lambda block: block.order)
 
 

@@ -1,0 +1,199 @@
+"""Blocks are wrapped without being owned: forwards of others, nested use, shared modules, threads, copies."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from s2a_cli.activations import remember
+from s2a_cli.config import QuantConfig
+
+RECOMPUTED = QuantConfig(recompute="block", input=8, pointwise=4)
+CODED = QuantConfig(bits=4)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def blocks_of(count: int = 3) -> nn.ModuleList:
+    torch.manual_seed(0)
+    return nn.ModuleList(Block() for _ in range(count))
+
+
+def test_a_forward_of_the_instance_is_called_and_comes_back():
+    """Hooks of accelerate, quantisers and users replace module.forward."""
+    block, calls = Block(), []
+    plain = block.forward
+
+    def own(x):
+        calls.append(1)
+        return plain(x)
+
+    block.forward = own
+    memory = remember(RECOMPUTED, [block])
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    for _ in range(2):
+        with memory:
+            out = block(x)
+        assert block.forward is own and calls
+        calls.clear()
+    torch.testing.assert_close(out, plain(x))
+    out.sum().backward()
+    assert calls, "what is computed again is what ran"
+
+
+def test_a_forward_that_is_replaced_within_stays():
+    block = Block()
+    memory = remember(RECOMPUTED, [block])
+    with memory:
+        block.forward = own = lambda x: x
+    assert block.forward is own
+
+
+@pytest.mark.parametrize("config", [RECOMPUTED, CODED, QuantConfig()], ids=["recomputed", "coded", "lossless"])
+def test_entering_a_memory_within_itself_changes_nothing(config):
+    blocks = blocks_of(1)
+    x, found = torch.randn(4, 5, 32), []
+    for depth in (1, 3):
+        memory, start = remember(config, blocks), x.clone().requires_grad_()
+        with memory:
+            if depth > 1:
+                with memory:
+                    with memory:
+                        pass
+                    out = blocks[0](start)
+            else:
+                out = blocks[0](start)
+            assert type(F.relu(start).grad_fn).__name__ == "ElementwiseBackward", "still within"
+        found.append(torch.autograd.grad(out.square().sum(), start)[0])
+        assert "forward" not in blocks[0].__dict__ and type(F.relu(start).grad_fn).__name__ == "ReluBackward0"
+    assert torch.equal(*found)
+
+
+def test_a_memory_within_another_is_refused():
+    blocks = blocks_of(1)
+    first, second = remember(CODED, blocks), remember(RECOMPUTED, blocks)
+    with first:
+        with pytest.raises(RuntimeError, match="within another remember"):
+            second.__enter__()
+        assert blocks[0].forward is first.runners[0]
+    assert "forward" not in blocks[0].__dict__
+    with second:
+        pass
+
+
+def test_a_module_that_is_listed_twice_is_one_block():
+    shared = Block()
+    x = torch.randn(4, 5, 32, requires_grad=True)
+    exact = torch.autograd.grad(shared(shared(x)).square().sum(), x)[0]
+    memory = remember(QuantConfig(lossless=False, recompute="block"), [shared, shared])
+    with memory:
+        out = shared(shared(x))
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), x)[0], exact)
+    with pytest.raises(ValueError, match="blocks 0 and 1 are one module"):
+        remember(QuantConfig(bits=4, blocks={1: {"norm": 8}}), [shared, shared])
+
+
+def test_calls_of_a_shared_module_are_told_apart():
+    shared, x = Block(), torch.randn(4, 5, 32, requires_grad=True)
+    memory = remember(CODED, [shared])
+    with memory:
+        shared(shared(x) * 3)
+    assert {key.split(".")[0].split(":")[0] for key in memory.calibration.fitted()} >= {"block 0", "block 0@2"}
+
+
+def test_threads_do_not_disturb_each_other():
+    blocks, memory = blocks_of(2), None
+    memory = remember(RECOMPUTED, blocks)
+    x = torch.randn(16, 5, 32)
+
+    def work(number: int) -> torch.Tensor:
+        for _ in range(20):
+            start = x.clone().requires_grad_()
+            with memory:
+                out = blocks[1](blocks[0](start))
+            (grad,) = torch.autograd.grad(out.square().sum(), start)
+        return grad
+
+    alone = work(0)
+    with ThreadPoolExecutor(3) as pool:
+        for grad in pool.map(work, range(3)):
+            torch.testing.assert_close(grad, alone, rtol=1e-2, atol=1e-2)
+    assert all("forward" not in block.__dict__ for block in blocks)
+
+
+def test_a_memory_is_of_the_thread_that_enters_it():
+    blocks, seen = blocks_of(1), {}
+    memory = remember(RECOMPUTED, blocks)
+    x = torch.randn(4, 5, 32, requires_grad=True)
+
+    def elsewhere() -> None:
+        seen["gelu"], seen["block"] = type(F.gelu(x).grad_fn).__name__, type(blocks[0](x).grad_fn).__name__
+
+    with memory:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert seen == {"gelu": "GeluBackward0", "block": "AddBackward0"}
+
+
+def test_data_parallel_is_refused():
+    model = nn.DataParallel(Block())
+    with remember(CODED), pytest.raises(RuntimeError, match="DataParallel.*one process a device"):
+        model(torch.randn(4, 5, 32))
+    model(torch.randn(4, 5, 32))
+
+
+def test_a_copy_is_made_outside():
+    blocks = blocks_of(1)
+    with remember(CODED, blocks), pytest.raises(RuntimeError, match="copy it before or after"):
+        copy.deepcopy(blocks)
+    twin = copy.deepcopy(blocks)
+    torch.save(twin, io.BytesIO())
+    assert "forward" not in twin[0].__dict__
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("config", [RECOMPUTED, CODED], ids=["recomputed", "coded"])
+def test_checkpointing_of_others_is_refused(config, reentrant):
+    """It would compute again outside, where nothing is coded: with an error at best, and silently at worst."""
+    blocks = blocks_of()
+    x = torch.randn(4, 5, 32, requires_grad=True)
+    memory = remember(config, blocks)
+    with pytest.raises(RuntimeError, match="set_grad_checkpointing.*recompute='block'"):
+        with memory:
+            for block in blocks:
+                x = checkpoint(block, x, use_reentrant=reentrant)
+    with memory, torch.no_grad():  # nothing is computed again
+        checkpoint(blocks[0], torch.randn(4, 5, 32), use_reentrant=False)
+    assert all("forward" not in block.__dict__ for block in blocks)
+
+
+def test_checkpointing_within_a_block_is_refused_too():
+    class Checkpointed(Block):
+        def forward(self, x):
+            return x + checkpoint(lambda x: self.down(F.gelu(self.up(x))), x, use_reentrant=True)
+
+    block = Checkpointed()
+    with remember(CODED, [block]), pytest.raises(RuntimeError, match="torch.utils.checkpoint"):
+        block(torch.randn(4, 5, 32, requires_grad=True))
+
+
+def test_saved_tensor_hooks_that_are_no_checkpoint_are_welcome():
+    block = Block()
+    with torch.autograd.graph.save_on_cpu(), remember(CODED, [block]):
+        block(torch.randn(4, 5, 32, requires_grad=True)).sum().backward()
