@@ -128,6 +128,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 def methods_of(model: str, size: int) -> Row:
     """{method: {quant: error or cosine of its gradient}, or what is said}."""
     images, targets = batch(size)
+    runners.LEAST = 1  # pieces however small
     rows: Row = {}
     for method in METHODS:
         try:
@@ -147,10 +148,9 @@ def methods_of(model: str, size: int) -> Row:
             before = {name: t.clone() for name, t in backbone.model.state_dict().items()}
             config = configured(model, method, size)
             Step(config, torch.device("cpu"), backbone.block_modules)(backbone.model, make_optimizer(config.optim, backbone.model), images, targets)
-            trained = {name for name, p in backbone.model.named_parameters() if p.requires_grad}
-            moving = trained if method == "full" else set()
-            frozen = [n for n, t in backbone.model.state_dict().items() if n not in trained and not moving and not torch.equal(t, before[n])]
-            row["changed though frozen"] = frozen
+            tensors = dict([*backbone.model.named_parameters(remove_duplicate=False), *backbone.model.named_buffers()])
+            frozen = [name for name, tensor in tensors.items() if not tensor.requires_grad] if method != "full" else []
+            row["changed though frozen"] = [name for name in frozen if name in before and not torch.equal(tensors[name], before[name])]
         except Exception as problem:  # one model must not end the table
             rows[method] = f"{type(problem).__name__}: {first_line(problem)}"
             if not isinstance(problem, UserError):
@@ -209,15 +209,14 @@ def tracked_of(model: str, size: int) -> Row:
 def family_row(family: str) -> Row:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    runners.LEAST = 1  # pieces however small
     model = smallest(family)
     row: Row = {"family": family, "model": model}
     for name, find in (
         ("size", lambda: size_of(model)),
         ("structure", lambda: layouts_of(model)),
         ("kept", lambda: kept_of(model)),
-        ("methods", lambda: methods_of(model, row["size"])),
         ("tracked", lambda: tracked_of(model, row["size"])),
+        ("methods", lambda: methods_of(model, row["size"])),
     ):
         try:
             row[name] = find()

@@ -293,6 +293,43 @@ def test_strided_inputs_give_the_same(case):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+ROWS_OF_8 = {
+    "rms_norm": lambda x: F.rms_norm(x, (8,)),
+    "layer_norm": lambda x: F.layer_norm(x, (8,)),
+    "normalize": lambda x: F.normalize(x, dim=-1),
+    "softmax": lambda x: x.softmax(-1),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+
+@pytest.mark.parametrize("run", ROWS_OF_8)
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("shape", [(1, 4, 8), (3, 1, 8), (2, 8, 8), (1, 1, 5)])
+def test_views_of_any_order_and_with_gaps(run, order, shape):
+    """As q, k and v are that are made in one tensor."""
+    x = torch.randn(*shape, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    check_view(ROWS_OF_8[run], x, lambda x: x[..., 8:16].permute(order))
+
+
+@pytest.mark.parametrize("run", ROWS_OF_8)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rows_that_lie_as_columns(run, batch):
+    """As tokens do that come from a map of channels."""
+    x = torch.randn(batch, 8, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    check_view(ROWS_OF_8[run], x, lambda x: x.transpose(1, 2))
+
+
+def check_view(run: Callable, x: Tensor, view: Callable) -> None:
+    stock = run(view(x))
+    cotangent = torch.randn(stock.shape, generator=torch.Generator().manual_seed(1))
+    with remember(config(8)):
+        out = run(view(x))
+    assert torch.equal(out, stock)
+    found, exact = (torch.autograd.grad(y, x, cotangent)[0] for y in (out, stock))
+    assert (found - exact).norm() <= 0.03 * exact.norm()
+
+
 @pytest.mark.parametrize("value", [1e4, -1e4, 0.0])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_extreme_values_stay_finite(case, value):
