@@ -6,7 +6,7 @@ Of each family the smallest model, on a CPU: one step of each method, with the g
 PyTorch's; the layouts of hidden states against the widths of the blocks' own normalisations; what is kept for the backward pass,
 predicted; and predicted peaks against those of the same step on real tensors. A family is done in a process of its own, at the
 smallest image size that its model takes (memory: at the model's own). Writes benchmarks/results/families.json, where families
-that are not named stay as they are, and the table benchmarks/results/families.md.
+that are not named stay as they are, and the table docs/families.md.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from s2a_cli.records import atomic_write, environment
 from s2a_cli.steps import Step, make_optimizer, moving_norms, train_mode
 
 RESULTS = Path(__file__).parent / "results"
+TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 SIZES = (64, 96, 112, 128, 160, 192, 224, 256)  # pixels that are tried
 BATCH, CLASSES = 4, 10
 EXACT = {  # quant settings under which gradients are stock's, but for rounding
@@ -256,7 +257,7 @@ def main() -> None:
     print(f"{len(families)} families in {time.monotonic() - started:.0f} s")
     from families_report import table
 
-    atomic_write(RESULTS / "families.md", table(result))
+    atomic_write(TABLE, table(result))
 
 
 if __name__ == "__main__":

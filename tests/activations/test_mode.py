@@ -101,6 +101,22 @@ def test_dropout_is_stock_from_the_same_seed(p, dtype):
     assert kept_bytes(remember(config(4)), lambda: F.dropout(x, p), x) == 14  # 105 bits
 
 
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("name", ["test_nfnet", "test_efficientnet", "test_vit"])
+def test_models_that_change_activations_in_place(name, one_pass, monkeypatch):
+    """NFNets call gelu(x).mul_(gamma); on CUDA the output is made in one pass with its codes."""
+    monkeypatch.setattr(pointwise, "in_one_pass", lambda x: one_pass)
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3).eval()
+    images = torch.randn(2, 3, 160, 160)
+    trained = [p for n, p in model.named_parameters() if n.endswith("bias")]
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(model(images).square().sum(), trained)])
+    with remember(config(8)):
+        out = model(images)
+    found = torch.cat([g.flatten() for g in torch.autograd.grad(out.square().sum(), trained)])
+    assert F.cosine_similarity(found, exact, 0) > 0.999
+
+
 def test_a_class_token_does_not_pin_its_sequence():
     weight = torch.randn(2, 8, requires_grad=True)
     tokens = torch.randn(3, 50, 8, requires_grad=True) * 1

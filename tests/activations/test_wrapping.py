@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -181,6 +182,18 @@ def test_checkpointing_of_others_is_refused(config, reentrant):
     with memory, torch.no_grad():  # nothing is computed again
         checkpoint(blocks[0], torch.randn(4, 5, 32), use_reentrant=False)
     assert all("forward" not in block.__dict__ for block in blocks)
+
+
+@pytest.mark.parametrize("config", [RECOMPUTED, CODED], ids=["recomputed", "coded"])
+def test_timms_checkpointing_is_refused(config):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
+    model.set_grad_checkpointing()
+    with pytest.raises(RuntimeError, match="set_grad_checkpointing"):
+        with remember(config, model.blocks):
+            model(torch.randn(2, 3, 32, 32))
+    model.set_grad_checkpointing(False)
+    with remember(config, model.blocks):
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
 
 
 def test_checkpointing_within_a_block_is_refused_too():
