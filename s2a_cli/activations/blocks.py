@@ -112,8 +112,10 @@ class BlockRunner:
         if config.recompute == "none" or probe.kept <= sum(input_bytes(x[:1], config) for x in states):
             if size >= samples:
                 return as_it_is()
-            made = [call([x[part] for x in inputs], draws=draws) for part, draws in parts(samples, size)]
-            return call.returned([torch.cat(pieces) for pieces in zip(*made)])
+            # Split at once: the gradients of slices would each be as large as the whole.
+            pieces = zip(parts(samples, size), zip(*(x.split(size) for x in inputs)))
+            made = [call(list(piece), draws=draws) for (_, draws), piece in pieces]
+            return call.returned([torch.cat(outputs) for outputs in zip(*made)])
         replay = Replay(call, inputs[0].device, probe.unread)
         return call.returned(list(Recompute.apply(replay, size, len(inputs), *inputs, *probe.trained)))
 

@@ -74,30 +74,42 @@ class Recompute(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         needed, kept = ctx.needs_input_grad[3 : 3 + len(ctx.dtypes)], list(ctx.saved_tensors)
         stored = [(grouped, [kept.pop(0) for _ in range(count)]) for grouped, count in ctx.grouped]
-        found: list[Tensor | None] = [None] * len(stored)
+        found: list[Tensor | None] = []
         totals: list[Tensor | None] = [None] * len(ctx.trained)
-        own: set[int] = set()  # totals that were made here: what autograd returns may be the gradient of something else, too
+        own: set[int] = set()
         with ctx.replay() as again:
             for part, draws in parts(ctx.samples, ctx.size):
                 inputs = [_read(*x, dtype, part).requires_grad_(need) for x, dtype, need in zip(stored, ctx.dtypes, needed)]
-                pairs = [(y, g[part] if ctx.size < ctx.samples else g) for y, g in zip(again(inputs, draws), grads)]
-                outputs, cotangents = zip(*(pair for pair in pairs if pair[0].requires_grad))
-                wanted = [*(x for x in inputs if x.requires_grad), *ctx.trained]
-                new = list(torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True))
-                del pairs, outputs, inputs, wanted
-                for index, need in enumerate(needed):
-                    if need and (piece := new.pop(0)) is not None:
-                        found[index] = written(found[index], piece, part, ctx.samples)
-                for index, piece in enumerate(new):
-                    total = totals[index]
-                    if total is None or piece is None:
-                        totals[index] = piece if total is None else total
-                    elif index in own:
-                        total.add_(piece)
-                    else:
-                        totals[index] = total + piece
-                        own.add(index)
+                parts_of_grads = [grad[part] if ctx.size < ctx.samples else grad for grad in grads]
+                of_inputs, of_trained = _gradients(lambda inputs: again(inputs, draws), inputs, ctx.trained, parts_of_grads)
+                del inputs, parts_of_grads
+                _write(found, of_inputs, part, ctx.samples)
+                _add(totals, of_trained, own)
+                del of_inputs, of_trained
         return None, None, None, *found, *totals
+
+
+def _gradients(
+    run: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor], trained: tuple[Tensor, ...], grads: list[Tensor]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Of the inputs that need one (None for others), and of what trains."""
+    pairs = [(y, grad) for y, grad in zip(run(inputs), grads) if y.requires_grad]
+    wanted = [*(x for x in inputs if x.requires_grad), *trained]
+    new = list(torch.autograd.grad([y for y, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True))
+    return [new.pop(0) if x.requires_grad else None for x in inputs], new
+
+
+def _add(totals: list[Tensor | None], new: list[Tensor | None], own: set[int]) -> None:
+    """Adds to the totals; in place to those that were made here alone: what autograd returns may be another's gradient, too."""
+    for index, piece in enumerate(new):
+        total = totals[index]
+        if total is None or piece is None:
+            totals[index] = piece if total is None else total
+        elif index in own:
+            total.add_(piece)
+        else:
+            totals[index] = total + piece
+            own.add(index)
 
 
 def _stored(x: Tensor, call: Call, index: int) -> tuple:
@@ -133,11 +145,19 @@ def input_bytes(x: Tensor, config: QuantConfig) -> int:
 
 def in_pieces(call: Call, inputs: list[Tensor], size: int) -> list[Tensor]:
     """call(inputs), `size` samples at a time, without a graph."""
-    samples, whole = len(inputs[0]), None
+    samples = len(inputs[0])
+    whole: list[Tensor | None] = []
     for part, draws in parts(samples, size):
-        outputs = call(inputs if size >= samples else [x[part] for x in inputs], draws=draws)
-        whole = [written(y, piece, part, samples) for y, piece in zip(whole or [None] * len(outputs), outputs)]
+        _write(whole, call(inputs if size >= samples else [x[part] for x in inputs], draws=draws), part, samples)
     return whole
+
+
+def _write(whole: list[Tensor | None], pieces: list[Tensor | None], part: slice, samples: int) -> None:
+    """Each piece as the samples `part` of one of `whole`. No piece is alive behind it."""
+    whole += [None] * (len(pieces) - len(whole))
+    for index, piece in enumerate(pieces):
+        if piece is not None:
+            whole[index] = written(whole[index], piece, part, samples)
 
 
 def written(whole: Tensor | None, piece: Tensor, part: slice, samples: int) -> Tensor:
