@@ -13,12 +13,12 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from s2a_cli.activations import attention, conv, dropout, norm, pointwise, pooling, products, reductions
 from s2a_cli.activations.blocks import BlockRunner, runners_of
@@ -41,7 +41,7 @@ class Thread(threading.local):
     on = False  # whether operators reach the mode: PyTorch takes it off while it handles one
     grad = False  # whether gradients were on when the forward pass, or the block, began
     config: QuantConfig  # of the block that runs
-    handlers: dict[Callable, Callable]  # likewise
+    handlers: ClassVar[dict[Callable, Callable]] = {}  # likewise; none in a thread that autograd handed the mode on to
     linears = 0  # calls of F.linear so far
     unread = 0  # the number of the one whose output nothing reads; or 0
     draws: Draws | None = None  # the random numbers of the piece that runs
@@ -129,7 +129,11 @@ class ActivationMode(TorchFunctionMode):
     @contextmanager
     def _entered(self) -> Iterator[None]:
         self.sites.begin()
-        with follow(self.sites), self._scope(on=True, config=self.config, handlers=self.handlers, draws=None):
+        handed_on = self in _get_current_function_mode_stack()  # by autograd, to the thread of a device
+        with follow(self.sites), self._scope(on=True, config=self.config, handlers=self.handlers, draws=None, unread=0):
+            if handed_on:
+                yield
+                return
             super().__enter__()
             try:
                 yield

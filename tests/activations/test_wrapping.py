@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from s2a_cli.activations import remember
@@ -150,6 +151,33 @@ def test_a_memory_is_of_the_thread_that_enters_it():
         thread.start()
         thread.join()
     assert seen == {"gelu": "GeluBackward0", "block": "AddBackward0"}
+
+
+def test_a_thread_that_autograd_hands_the_mode_on_to():
+    """As that of a CUDA device, when torch.autograd.grad is called within the memory."""
+    block, seen = Block(), {}
+    memory = remember(QuantConfig(bits=4, recompute="block"), [block])
+    x = torch.randn(4, 5, 32, requires_grad=True)
+
+    def device() -> None:
+        TorchFunctionMode.__enter__(memory)
+        seen["handed on"] = type(F.gelu(x).grad_fn).__name__
+        with memory.again():
+            count = memory.thread.linears
+            seen["again"] = type(F.gelu(x).grad_fn).__name__
+            block.up(x)
+            seen["linears"] = memory.thread.linears - count
+        seen["after"] = type(F.gelu(x).grad_fn).__name__
+        TorchFunctionMode.__exit__(memory, None, None, None)
+
+    thread = threading.Thread(target=device)
+    thread.start()
+    thread.join()
+    assert seen == {"handed on": "GeluBackward0", "again": "ElementwiseBackward", "linears": 1, "after": "GeluBackward0"}
+    exact = torch.autograd.grad(block(x).square().sum(), x)[0]
+    with memory:
+        found = torch.autograd.grad(block(x).square().sum(), x)[0]
+    assert F.cosine_similarity(found.flatten(), exact.flatten(), 0) > 0.99
 
 
 def test_data_parallel_is_refused():
