@@ -1,12 +1,13 @@
 """Triton kernels for CUDA: second implementations of operators `s2a::*`, each one pass over memory.
 
 The plain PyTorch ones stay in place for every other device, for arguments that a kernel does not cover (the kernels'
-docstrings say which), and where Triton is missing or cannot build a kernel on this machine. `available` says which.
+docstrings say which), and where Triton is missing or cannot build a kernel on this machine, which is said once. `available`
+says which.
 """
 
 from __future__ import annotations
 
-import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,17 +25,37 @@ def available() -> str:
     return _launchers()[0] if torch.cuda.is_available() else "plain"
 
 
-@functools.cache
-def _launchers() -> tuple[str, dict[str, Callable]]:
+Launchers = tuple[str, dict[str, Callable]]
+_known: Launchers | None = None
+_warned = False
+
+
+def _launchers() -> Launchers:
+    """What runs, in words, and the kernels by operator. Tried again after a failure that may pass, such as too little memory."""
+    global _known, _warned
+    if _known is not None:
+        return _known
     try:
         import triton
 
         from s2a_cli.activations.kernels import launch
 
         launch.probe()
-    except Exception as error:  # no Triton, no C compiler for its launchers, a device it does not support, ...
-        return f"plain (Triton: {type(error).__name__})", {}
-    return f"triton {triton.__version__}", {name: getattr(launch, name) for name in OPERATORS}
+        _known = f"triton {triton.__version__}", {name: getattr(launch, name) for name in OPERATORS}
+        return _known
+    except Exception as error:  # no Triton, no C compiler for its launchers, a device that it does not support, ...
+        plain = f"plain (Triton: {type(error).__name__})", {}
+        if not _warned:
+            _warned = True
+            reason = next(iter(str(error).strip().splitlines()), "no reason given")
+            warnings.warn(
+                f"codes are made by plain PyTorch, several times slower: Triton can't build its kernels ({type(error).__name__}: {reason})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        if "out of memory" not in str(error).lower():
+            _known = plain
+        return plain
 
 
 def _register(name: str) -> None:
