@@ -132,7 +132,7 @@ class RunConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     seed: int = 0  # same seed, same machine: same numbers
-    precision: str = "fp32"  # fp32 | amp-bf16 | amp-fp16 | bf16
+    precision: str = "fp32"  # fp32 | tf32 (CUDA: products of fp32 in 19 bits) | amp-bf16 | amp-fp16 | bf16
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     busy: str = "refuse"  # refuse | allow: a CUDA device that other processes use; beside them, the peak stays predicted
     compile: bool = False  # torch.compile: minutes at the start, faster steps
@@ -252,7 +252,7 @@ RULES = {  # a key, or a pattern that matches keys
     "optim.cutmix": NOT_NEGATIVE,
     "seed": number("an integer from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32),
     "compile_budget": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
-    "precision": one_of("fp32", "amp-bf16", "amp-fp16", "bf16"),
+    "precision": one_of("fp32", "tf32", "amp-bf16", "amp-fp16", "bf16"),
     "device": pattern("auto, cpu, cuda, cuda:N or mps", r"auto|cpu|mps|cuda(:\d+)?"),
     "busy": one_of("refuse", "allow"),
     "profile": one_of("memory"),

@@ -25,6 +25,15 @@ def weight_dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def set_matmul_precision(precision: str) -> None:
+    """Whether CUDA multiplies and convolves fp32 in TF32, which rounds to 10 bits of mantissa: under `tf32` alone.
+
+    PyTorch's own defaults differ between the two: matrix products don't, convolutions do.
+    """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
 def moving_norms(model: nn.Module) -> list[nn.Module]:
     """The BatchNorms whose weight trains: they normalise by the batch's statistics and move their running ones."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -67,6 +76,8 @@ class Step:
 
     def __init__(self, config: RunConfig, device: torch.device, blocks: Iterable[nn.Module] = ()):
         self.optim, self.device = config.optim, device
+        if device.type == "cuda":
+            set_matmul_precision(config.precision)
         self.autocast_dtype = AUTOCAST.get(config.precision)
         self.dtype = weight_dtype(config.precision)
         quant = config.quant  # handlers read it at every operator: a plain dataclass is ten times faster
