@@ -1,7 +1,7 @@
 """One run on several devices: the processes of `torchrun --nproc-per-node=N -m s2a_cli train ...`.
 
 Each process takes its part of every batch (`optim.batch_size` is that of all together) and their gradients are added up
-before the update, so that the result is that of one process, to rounding. Only the trainable tensors' gradients travel: for
+(gradients.py), so that the result is that of one process, to rounding. Only the trainable tensors' gradients travel: for
 bias tuning of ViT-B 0.4 MB a step. The first process alone writes files and speaks.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 T = TypeVar("T")
 OUT_OF_MEMORY = "s2a/out-of-memory"  # a key of the store that the processes share
@@ -105,15 +105,6 @@ def announced() -> str | None:
         return store.get(OUT_OF_MEMORY).decode()
     except (RuntimeError, dist.DistError):  # nothing came, or the process that keeps the store is gone
         return None
-
-
-def add_gradients(model: nn.Module) -> None:
-    """Adds up the gradients of all processes, in place."""
-    if part()[1] == 1:
-        return
-    for parameter in model.parameters():
-        if parameter.grad is not None:  # the same ones everywhere: every process has images in every step
-            dist.all_reduce(parameter.grad)
 
 
 def total(*values: float) -> list[float]:

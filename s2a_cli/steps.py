@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from s2a_cli.activations import ActivationMode, remember
 from s2a_cli.config import OptimConfig, RunConfig
-from s2a_cli.distributed import add_gradients
+from s2a_cli.gradients import GradientSum
 from s2a_cli.votes import at_once, vote_losses
 
 AUTOCAST = {"amp-bf16": torch.bfloat16, "amp-fp16": torch.float16}
@@ -83,6 +83,7 @@ class Step:
         quant = config.quant  # handlers read it at every operator: a plain dataclass is ten times faster
         self.memory = remember(OmegaConf.to_object(quant) if isinstance(quant, DictConfig) else quant, blocks)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
+        self._sum: GradientSum | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp-fp16")
 
     @property
@@ -128,14 +129,17 @@ class Step:
     ) -> Tensor:
         total, of = torch.zeros((), device=images.device), of or len(images)
         size = self.optim.micro_batch or len(images)
-        for part, target in zip(images.split(size), targets.split(size)):
+        if self._sum is None or not self._sum.fits(model.parameters()):
+            self._sum = GradientSum(model.parameters())
+        parts = list(zip(images.split(size), targets.split(size)))
+        for number, (part, target) in enumerate(parts, 1):
             share = len(part) / of
             with at_once(functools.partial(self.learn, target, share)):
                 losses = self.losses(model, part, target) * share
             after_forward()
-            self.scaler.scale(losses.sum()).backward()
+            with self._sum.last_backward() if number == len(parts) else nullcontext():
+                self.scaler.scale(losses.sum()).backward()
             total += losses.detach().mean()
-        add_gradients(model)
         if self.optim.clip_grad:
             self.scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), self.optim.clip_grad)
