@@ -3,8 +3,8 @@
     python benchmarks/families.py [FAMILY ...] [--workers 2]
 
 Of each family the smallest model, on a CPU: one step of each method, with the gradients of several `quant=` against stock
-PyTorch's; the layouts of hidden states against the widths of the blocks' own normalisations; what is kept for the backward pass,
-predicted; and predicted peaks against those of the same step on real tensors. A family is done in a process of its own, at the
+PyTorch's (in float64 where they should be the same); the layouts of hidden states against the widths of the blocks' own layers;
+what is kept for the backward pass, predicted; and predicted peaks against those of the same step on real tensors. A family is done in a process of its own, at the
 smallest image size that its model takes (memory: at the model's own). Writes benchmarks/results/families.json, where families
 that are not named stay as they are, and the table docs/families.md.
 """
@@ -108,10 +108,11 @@ def batch(size: int) -> tuple[Tensor, Tensor]:
     return torch.randn(BATCH, 3, size, size, generator=generator), torch.arange(BATCH) % CLASSES
 
 
-def gradient(backbone: Backbone, config: DictConfig, images: Tensor, targets: Tensor) -> Tensor:
+def gradient(backbone: Backbone, config: DictConfig, images: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
     """Of everything that trains, zero where a parameter is not used. Raises ValueError where it is not finite, or zero altogether."""
-    backbone.model.zero_grad(set_to_none=True)
+    backbone.model.to(dtype).zero_grad(set_to_none=True)
     step = Step(config, torch.device("cpu"), backbone.block_modules)
+    step.dtype = dtype
     torch.manual_seed(0)
     step.losses(backbone.model, images, targets).sum().backward()
     trained = [p for p in backbone.model.parameters() if p.requires_grad]
@@ -134,18 +135,22 @@ def methods_of(model: str, size: int) -> Row:
     for method in METHODS:
         try:
             backbone = made(model, method, size)
-            exact = gradient(backbone, configured(model, method, size, "quant=none"), images, targets)
             row = rows[method] = {"trained": int(sum(p.numel() for p in backbone.model.parameters() if p.requires_grad))}
+            stock = configured(model, method, size, "quant=none")
+            exact = {kind: gradient(backbone, stock, images, targets, kind) for kind in (torch.float32, torch.float64)}
             for name, words in (EXACT | CODED).items():
                 whole = ["quant.chunks=1"] if name == "int4" and moving_norms(backbone.model) else []  # their statistics are the batch's
                 config = configured(model, method, size, *words, *whole)
                 try:
                     training.attach(config, backbones.build(config.backbone, CLASSES, meta=True))
-                    found = gradient(backbone, config, images, targets)
+                    kind = torch.float64 if name in EXACT else torch.float32  # rounding moves what lies at a ReLU's corner
+                    found = gradient(backbone, config, images, targets, kind)
                 except UserError as refused:
                     row[name] = first_line(refused)
                     continue
-                row[name] = error(found, exact) if name in EXACT else float(nn.functional.cosine_similarity(found, exact, 0))
+                right = exact[kind]
+                row[name] = error(found, right) if name in EXACT else float(nn.functional.cosine_similarity(found, right, 0))
+            backbone.model.float()
             before = {name: t.clone() for name, t in backbone.model.state_dict().items()}
             config = configured(model, method, size)
             Step(config, torch.device("cpu"), backbone.block_modules)(backbone.model, make_optimizer(config.optim, backbone.model), images, targets)
@@ -160,7 +165,7 @@ def methods_of(model: str, size: int) -> Row:
 
 
 def layouts_of(model: str) -> Row:
-    """The blocks, and those whose hidden states have other channels than their own normalisations."""
+    """The blocks, and those none of whose own layers takes as many channels as their hidden state has."""
     backbone = backbones.build(configured(model, "linear", None).backbone, CLASSES, meta=True)
     found: Row = {"blocks": len(backbone.block_modules), "head": len(backbone.head.layers)}
     try:
@@ -169,18 +174,17 @@ def layouts_of(model: str) -> Row:
         return found | {"layouts": first_line(unknown), "wrong": []}
     wrong = []
     for block in backbone.blocks:
-        widths = {width for module in block.module.modules() for width in norm_widths(module)}
-        if widths and not widths & {block.input.channels, block.output.channels}:
+        widths = {width for module in block.module.modules() if (width := taken(module))}
+        if widths and block.input.channels not in widths:
             wrong.append(f"{block.name}: {block.input} has widths {sorted(widths)}")
     return found | {"wrong": wrong}
 
 
-def norm_widths(module: nn.Module) -> list[int]:
+def taken(module: nn.Module) -> int | None:
+    """How many channels a layer takes; None for what does not say."""
     if isinstance(module, nn.LayerNorm):
-        return [module.normalized_shape[-1]]
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return [module.num_features]
-    return [module.num_channels] if isinstance(module, nn.GroupNorm) else []
+        return module.normalized_shape[-1]
+    return next((getattr(module, name) for name in ("in_features", "in_channels", "num_features", "num_channels") if hasattr(module, name)), None)
 
 
 def kept_of(model: str) -> Row:
