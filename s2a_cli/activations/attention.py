@@ -1,12 +1,12 @@
 """Attention: fused attention keeps codes of q, k and v; a softmax keeps codes of its map.
 
 - scaled_dot_product_attention: backward decodes a few samples at a time and runs the stock attention on them again.
-  Masks are kept as they are; a float mask gets its gradient. Not covered, so stock: dropout_p > 0, inputs without a
+  A float mask gets its gradient; one with a part for each sample that needs one is coded, others are kept. Not covered, so stock: dropout_p > 0, inputs without a
   batch dimension, and q, k, v of unequal batch.
 - the same with `softmax` bits and no `attention` bits, as the S2A paper has it: unfused, q, k and v kept as they are and
   the map as codes. Alone among all operators its output is not stock's to the bit, but to rounding. It runs a few
   samples at a time, so that the map never exists whole. Not covered: also a mask with a gradient, grouped queries.
-- softmax over a dimension: dz = p (g - sum g p), with scales along that dimension.
+- softmax over a dimension: dz = p (g - sum g p), with scales along that dimension, and p decoded so that it sums to 1.
 
 Bytes kept: grouped_size(rows, width, group, bits) for each of q, k, v (width: of a head) and for p (width: keys).
 """
@@ -35,10 +35,12 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, run, op: OpContext):
         bits, group = op.config.attention, op.config.group
-        kept = [keep(x, bits, group, seed=op.calibration.seed()) for x in (q, k, v)]
+        # A mask that depends on each sample is an activation like the others, as large as the map itself.
+        coded = [q, k, v, mask] if ctx.needs_input_grad[3] and _is_own(mask, q) else [q, k, v]
+        kept = [keep(x, bits, group, seed=op.calibration.seed()) for x in coded]
         ctx.grouped = [grouped for grouped, _, _ in kept]
         ctx.run = run
-        ctx.save_for_backward(mask, *(tensor for _, *tensors in kept for tensor in tensors))
+        ctx.save_for_backward(None if len(coded) > 3 else mask, *(tensor for _, *tensors in kept for tensor in tensors))
         return run(q, k, v, mask)
 
     @staticmethod
@@ -47,23 +49,30 @@ class Attention(torch.autograd.Function):
         mask, *kept = ctx.saved_tensors
         needs_mask = ctx.needs_input_grad[3]
         totals = [grad.new_empty(g.shape) if need else None for g, need in zip(ctx.grouped, ctx.needs_input_grad)]
-        mask_total = torch.zeros_like(mask) if needs_mask else None
+        shape = ctx.grouped[3].shape if len(ctx.grouped) > 3 else () if mask is None else mask.shape
+        if needs_mask and len(totals) == 3:
+            totals.append(torch.zeros_like(mask))
         head = math.prod(grad.shape[1:])
         if needs_mask:  # such a mask makes stock attention write out its map
-            head = max(head, grad.shape[-2] * mask.shape[-1] * (head // (grad.shape[-2] * grad.shape[-1])))
+            head = max(head, grad.shape[-2] * shape[-1] * (head // (grad.shape[-2] * grad.shape[-1])))
         for part in slices(grad.shape[0], head):
-            inputs = [
-                g.decode(*kept[2 * i : 2 * i + 2], grad.dtype, part.start, part.stop) for i, g in enumerate(ctx.grouped)
-            ]
-            own = mask is not None and mask.dim() == grad.dim() and mask.shape[0] > 1
-            inputs.append(mask[part] if own else mask)
+            inputs = [g.decode(*kept[2 * i : 2 * i + 2], grad.dtype, part.start, part.stop) for i, g in enumerate(ctx.grouped)]
+            if len(inputs) == 3:
+                inputs.append(mask[part] if mask is not None and _is_own(mask, grad) else mask)
             found = _gradients(ctx.run, inputs, ctx.needs_input_grad[:4], grad[part])
-            for total, piece in zip(totals, found):
-                if total is not None:
+            for index, (total, piece) in enumerate(zip(totals, found)):
+                if total is None:
+                    continue
+                if index == 3 and not (len(shape) == grad.dim() and shape[0] > 1):
+                    total.add_(piece)
+                else:
                     total[part] = piece
-            if needs_mask:
-                (mask_total[part] if own else mask_total).add_(found[3])
-        return *totals, mask_total, None, None
+        return *totals[:3], totals[3] if needs_mask else None, None, None
+
+
+def _is_own(mask: Tensor, like: Tensor) -> bool:
+    """Whether a mask has a part for each sample."""
+    return mask.dim() == like.dim() and mask.shape[0] > 1
 
 
 def _gradients(run, inputs: list[Tensor | None], needed: tuple[bool, ...], grad: Tensor) -> list[Tensor | None]:
@@ -111,6 +120,7 @@ class Unfused(torch.autograd.Function):
             codes, scales = kept[2 * index : 2 * index + 2]
             g = grad[part]
             p = decode_groups(codes, scales, ctx.levels, width, ctx.group, ctx.bits, 0, len(scales), dtype)
+            _sum_to_one(p)
             dv[part] = torch.matmul(p.view(*g.shape[:-1], width).mT, g)
             del p
             dp = torch.matmul(g, v[part].to(dtype).mT)
@@ -156,8 +166,14 @@ def softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, levels: Tensor
     for start, g in rows(grad, width):
         stop = start + g.shape[0]
         p = decode_rows(codes, scales, table, start, stop, width, group, bits)
+        _sum_to_one(p)
         out.view(-1, width)[start:stop] = torch._softmax_backward_data(g.to(dtype), p, -1, dtype)
     return out
+
+
+def _sum_to_one(p: Tensor) -> None:
+    """Makes rows of a decoded map probabilities again: where one is nearly 1, the gradient is a small difference of the two."""
+    p.div_(p.sum(-1, keepdim=True).clamp_min_(torch.finfo(p.dtype).tiny))
 
 
 class Softmax(torch.autograd.Function):

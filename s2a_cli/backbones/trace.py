@@ -215,12 +215,18 @@ def layouts(blocks: list[Ran], seen: Trace, prefix: int) -> list[tuple[Hidden, H
 
 
 def _channel_dim(x: Tensor, read: dict[int, int], widths: Iterable[int], before: tuple[torch.Size, int] | None) -> int | None:
-    """Which dimension of x has the channels: as a layer reads it; as the widths of the layers say; as in the state before."""
+    """Which dimension of x has the channels.
+
+    As a layer reads it; as the widths of the layers say; the one beside a square map, as maps of square images are; as in the
+    state before.
+    """
     if id(x) in read:
         return read[id(x)]
     fits = [dim for dim in (1, x.ndim - 1) if x.shape[dim] in widths]
-    if len(fits) == 1:
-        return fits[0]
+    beside_square = [dim for dim in (1, 3) if x.ndim == 4 and x.shape[2] == x.shape[4 - dim]]
+    for found in (fits, beside_square):
+        if len(found) == 1:
+            return found[0]
     if before and len(before[0]) == x.ndim and before[1] in (fits or (1, x.ndim - 1)):
         return before[1]
     return None
