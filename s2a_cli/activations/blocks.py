@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from s2a_cli.activations.random_numbers import Draws, parts, random_state, set_random_state
-from s2a_cli.activations.recompute import Recompute, Replay, in_pieces, input_bytes
+from s2a_cli.activations.recompute import Recompute, Replay, in_pieces, input_bytes, splits
 from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
 from s2a_cli.config import QuantConfig
 
@@ -100,7 +100,8 @@ class BlockRunner:
         samples, config = len(inputs[0]), self.config
         size = samples if call.is_whole else piece_size(inputs[0], config.chunks)
         if not torch.is_grad_enabled():
-            return call.returned(in_pieces(call, inputs, size)) if size < samples else as_it_is()
+            outputs = in_pieces(call, inputs, size) if size < samples else None
+            return as_it_is() if outputs is None else call.returned(outputs)
         if config.recompute == "none" and size >= samples:
             return as_it_is()
         probe = self._probe(call, inputs)
@@ -108,7 +109,8 @@ class BlockRunner:
             return as_it_is()
         if not probe.trained and not any(x.requires_grad for x in inputs):
             with torch.no_grad():
-                return call.returned(in_pieces(call, inputs, size))
+                outputs = in_pieces(call, inputs, size)
+                return as_it_is() if outputs is None else call.returned(outputs)
         if config.recompute == "none" or probe.kept <= sum(input_bytes(x[:1], config) for x in states):
             if size >= samples:
                 return as_it_is()
@@ -134,7 +136,7 @@ class BlockRunner:
 class Call:
     """One call of a block, which can be made again with other tensors in the place of its inputs.
 
-    inputs: the first tensor among the arguments, which is split by sample, and all others that need a gradient.
+    inputs: the first tensor of floats among the arguments, which is split by sample, and all others that need a gradient.
     states: how many of them, the first ones, are split by sample. is_whole: whether the batch must stay in one piece, because
     other tensors may hold a part for each sample.
     """
@@ -143,11 +145,13 @@ class Call:
         self.block, self.name, self.inner = block, name, block.inner
         given, self._spec = tree_flatten((args, kwargs))
         tensors = list({id(x): x for x in given if isinstance(x, Tensor) and x.dim()}.values())
-        split = [x for i, x in enumerate(tensors) if i == 0 or (x.requires_grad and len(x) == len(tensors[0]))]
-        others = [x for x in tensors if not any(x is state for state in split)]
+        first = next((x for x in tensors if x.is_floating_point()), None)
+        split = [x for x in tensors if x is first or (first is not None and x.requires_grad and len(x) == len(first))]
+        split.sort(key=lambda x: x is not first)
+        others = [x for x in tensors if first is not None and not any(x is state for state in split)]
         self.inputs = [*split, *(x for x in others if x.requires_grad)]
         self.states = len(split)
-        self.is_whole = any(x.requires_grad or (len(x) > 1 and len(tensors[0]) % len(x) == 0) for x in others)
+        self.is_whole = any(x.requires_grad or (len(x) > 1 and len(first) % len(x) == 0) for x in others)
         numbers = {id(x): number for number, x in enumerate(self.inputs)}
         self._places = {i: numbers[id(x)] for i, x in enumerate(given) if id(x) in numbers}
         self._given = [None if i in self._places else x for i, x in enumerate(given)]
@@ -225,7 +229,7 @@ def probe(call: Call, inputs: list[Tensor]) -> Probe:
         kept=sum(kept.values()) / len(inputs[0]),
         unread=thread.linears - begun if last < thread.linears else 0,
         changes_input=versions != [sample._version for sample in samples],
-        splits=all(y.is_floating_point() and (call.is_whole or (y.dim() and len(y) == len(samples[0]))) for y in outputs),
+        splits=splits(outputs, None if call.is_whole else len(samples[0])),
         flags=[(p, p.requires_grad) for p in reads.found.values()],
     )
 

@@ -95,7 +95,7 @@ def _gradients(
     """Of the inputs that need one (None for others), and of what trains."""
     pairs = [(y, grad) for y, grad in zip(run(inputs), grads) if y.requires_grad]
     wanted = [*(x for x in inputs if x.requires_grad), *trained]
-    new = list(torch.autograd.grad([y for y, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True))
+    new = list(torch.autograd.grad([y for y, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True)) if pairs else [None] * len(wanted)
     return [new.pop(0) if x.requires_grad else None for x in inputs], new
 
 
@@ -143,21 +143,30 @@ def input_bytes(x: Tensor, config: QuantConfig) -> int:
     return 2 * x.numel() if config.input == 16 else grouped_size(x.numel() // x.shape[-1], x.shape[-1], config.group, config.input)
 
 
-def in_pieces(call: Call, inputs: list[Tensor], size: int) -> list[Tensor]:
-    """call(inputs), `size` samples at a time, without a graph."""
+def splits(outputs: list[Tensor], samples: int | None) -> bool:
+    """Whether what a block returned for so many samples can be put together from pieces; None: whether it could be recomputed."""
+    return bool(outputs) and all(y.is_floating_point() and (samples is None or (y.dim() and len(y) == samples)) for y in outputs)
+
+
+def in_pieces(call: Call, inputs: list[Tensor], size: int) -> list[Tensor] | None:
+    """call(inputs), `size` samples at a time, without a graph; None where what it returns is not split by sample."""
     samples = len(inputs[0])
     whole: list[Tensor | None] = []
     for part, draws in parts(samples, size):
-        _write(whole, call(inputs if size >= samples else [x[part] for x in inputs], draws=draws), part, samples)
+        outputs = call(inputs if size >= samples else [x[part] for x in inputs], draws=draws)
+        if size < samples and not splits(outputs, part.stop - part.start):
+            return None
+        _write(whole, outputs, part, samples)
     return whole
 
 
 def _write(whole: list[Tensor | None], pieces: list[Tensor | None], part: slice, samples: int) -> None:
-    """Each piece as the samples `part` of one of `whole`. No piece is alive behind it."""
+    """Each piece as the samples `part` of one of `whole`; empties `pieces`, so that none is alive behind it."""
     whole += [None] * (len(pieces) - len(whole))
     for index, piece in enumerate(pieces):
         if piece is not None:
             whole[index] = written(whole[index], piece, part, samples)
+    pieces.clear()
 
 
 def written(whole: Tensor | None, piece: Tensor, part: slice, samples: int) -> Tensor:

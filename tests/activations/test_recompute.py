@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import timm
 import torch
@@ -130,6 +132,52 @@ def test_several_hidden_states(quant, scale):
     assert max(sizes) == (5 if scale == "trained" else 2 if quant.chunks == 3 else 1), "pieces of the batch"
     for exact, grad in zip(*found):
         torch.testing.assert_close(grad, exact, rtol=0.05, atol=0.05 if quant is TINY else 1e-4)
+
+
+@dataclass
+class Opaque:
+    """What PyTorch does not look into."""
+
+    hidden: torch.Tensor
+
+
+class Odd(nn.Module):
+    """Takes integers first, and returns something else than tensors, or tensors that are not split by sample."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind, self.table, self.linear = kind, nn.Embedding(7, 8), nn.Linear(8, 8)
+
+    def forward(self, numbers, x):
+        y = x + torch.tanh(self.linear(x)) + self.table(numbers)
+        return {"opaque": Opaque(y), "mean": (y, y.mean(0, keepdim=True)), "dictionary": {"hidden": y, "size": 3}, "numbers": (y, y.argmax(-1))}[self.kind]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", ["opaque", "mean", "dictionary", "numbers"])
+@pytest.mark.parametrize("quant", [EXACT, QuantConfig(lossless=False, chunks=3), TINY], ids=["exact", "pieces", "tiny"])
+def test_odd_arguments_and_results(quant, kind, grad):
+    torch.manual_seed(0)
+    block, numbers, x = Odd(kind), torch.arange(5) % 7, torch.randn(5, 8)
+
+    def run(memory):
+        start = x.clone().requires_grad_(grad)
+        with memory, torch.set_grad_enabled(grad):
+            found = block(numbers, start)
+        if kind == "opaque":
+            found = found.hidden
+        elif kind == "dictionary":
+            assert found["size"] == 3
+            found = found["hidden"]
+        else:
+            found, other = found
+            assert other.shape == ((1, 8) if kind == "mean" else (5,))
+        if not grad:
+            return [found]
+        return [found.detach(), *torch.autograd.grad(found.square().sum(), [start, *block.parameters()])]
+
+    for exact, found in zip(run(torch.enable_grad()), run(remember(quant, [block]))):
+        torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05 if quant is TINY else 1e-5)
 
 
 def test_tensors_of_another_length_keep_the_batch_whole():
