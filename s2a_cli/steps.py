@@ -129,8 +129,9 @@ class Step:
     ) -> Tensor:
         total, of = torch.zeros((), device=images.device), of or len(images)
         size = self.optim.micro_batch or len(images)
-        if self._sum is None or not self._sum.fits(model.parameters()):
-            self._sum = GradientSum(model.parameters())
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        if self._sum is None or not self._sum.fits(trained):
+            self._sum = GradientSum(trained)
         parts = list(zip(images.split(size), targets.split(size)))
         for number, (part, target) in enumerate(parts, 1):
             share = len(part) / of
