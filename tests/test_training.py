@@ -165,7 +165,7 @@ def test_the_head_may_learn_at_a_rate_of_its_own():
 
 @pytest.mark.parametrize("precision", ["amp-bf16", "amp-fp16", "bf16"])
 def test_low_precision_trains_and_tests_the_same_again(tmp_path, precision):
-    words = [f"precision={precision}", "method=s2a", "optim.clip_grad=1.0", "dataset.shots=24", "optim.epochs=3"]
+    words = [f"precision={precision}", "method=s2a", "optim.clip_grad=1.0", "dataset.shots=24", "optim.epochs=2"]
     result = train(tmp_path, *words)
     assert lines(tmp_path)[-1]["train_loss"] < lines(tmp_path)[0]["train_loss"]
     scores = training.evaluate(recompose(result["config"], []), tmp_path)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -74,7 +75,8 @@ def fit(
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
     """The code (uint8) of the level nearest to each value."""
-    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    borders = ((levels[1:] + levels[:-1]) / 2).numpy()
+    return torch.from_numpy(np.searchsorted(borders, values.numpy()).astype(np.uint8))
 
 
 def optimal_levels(values: Tensor, weights: Tensor, bits: int) -> Tensor:
@@ -111,34 +113,39 @@ def _condense(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return total[held] / mass[held], mass[held]
 
 
-def _sums(points: Tensor, mass: Tensor) -> Iterator[Tensor]:
-    """For each power 0, 1, 2: [i, j] = sum of mass * points**power over i..j-1."""
-    zero = torch.zeros(1, dtype=torch.float64)
+def _sums(points: Tensor, mass: Tensor) -> Iterator[np.ndarray]:
+    """For each power 0, 1, 2: [i, j] = sum of mass * points**power over i..j-1.
+
+    numpy, here and where these are used: PyTorch would share each of these small sums among threads, which wait for each other
+    for many times as long wherever another process needs a core.
+    """
+    x, weights = points.numpy(), mass.numpy()
     for power in range(3):
-        total = torch.cat([zero, (mass * points**power).cumsum(0)])
+        total = np.concatenate([[0.0], np.cumsum(weights * x**power)])
         yield total[None, :] - total[:, None]
 
 
-def _spread(points: Tensor, mass: Tensor) -> Tensor:
+def _spread(points: Tensor, mass: Tensor) -> np.ndarray:
     """[i, j]: the square error of one level for the points i..j-1."""
     m0, m1, m2 = _sums(points, mass)
-    return m2 - m1**2 / m0.clamp_min(1e-300)
+    return m2 - m1**2 / np.maximum(m0, 1e-300)
 
 
-def _variance(points: Tensor, mass: Tensor) -> Tensor:
+def _variance(points: Tensor, mass: Tensor) -> np.ndarray:
     """[i, j]: the variance of stochastic rounding of the points i..j to one of these two."""
     m0, m1, m2 = (m[:-1, :-1] for m in _sums(points, mass))
-    a, b = points[:, None], points[None, :]
+    a, b = points.numpy()[:, None], points.numpy()[None, :]
     return (a + b) * m1 - m2 - a * b * m0
 
 
-def _path(cost: Tensor, steps: int) -> list[int]:
+def _path(cost: np.ndarray, steps: int) -> list[int]:
     """The nodes between the first and the last of the cheapest ascending path of so many steps; cost: [from, to]."""
-    cost = cost.clamp_min(0).masked_fill(torch.ones_like(cost).tril().bool(), math.inf).T.contiguous()
-    best, last = cost[:, 0].clone(), []
+    into = np.where(np.tri(len(cost), dtype=bool), math.inf, np.maximum(cost, 0)).T.copy()
+    best, last = into[:, 0], []
     for _ in range(steps - 1):
-        best, index = (best + cost).min(1)
-        last.append(index)
+        total = best + into
+        last.append(total.argmin(1))
+        best = np.take_along_axis(total, last[-1][:, None], 1)[:, 0]
     nodes, end = [], len(cost) - 1
     for index in reversed(last):
         end = int(index[end])
