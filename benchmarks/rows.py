@@ -6,12 +6,15 @@ with the product's own Step: the same loss, optimiser, precision and data.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +28,9 @@ from s2a_cli.methods import METHODS
 from s2a_cli.steps import Step, make_optimizer, moving_norms, train_mode, weight_dtype
 
 CLASSES = 100
+BUILT = 4  # backbones that are kept to be copied: making ViT-B anew takes seconds
+Batch = tuple[Tensor, Tensor]  # images [B, 3, H, W], targets [B]
+Entry = dict[str, Any]  # a row of a result file
 HEAD_STD = 0.05  # of the random head: timm's own is so small that hardly a gradient reaches the backbone
 
 
@@ -89,6 +95,9 @@ ROWS = (
     _row("lora-ckpt", "LoRA qkv r8 + timm's checkpointing", "method=linear quant=none", change=checkpointed_lora),
     _row("bias-budget0.3", "bias, compiled, memory budget 0.3", BIAS, budget=0.3),
     _row("bias-budget0.1", "bias, compiled, memory budget 0.1", BIAS, budget=0.1),
+    _row("full-micro8", "full, micro-batches of 8", "method=full quant=none optim.micro_batch=8"),
+    _row("bias-micro8", "bias, micro-batches of 8", f"{BIAS} optim.micro_batch=8"),
+    _row("bias-micro2", "bias, micro-batches of 2", f"{BIAS} optim.micro_batch=2"),
     _row("bias-offload", "bias, save_on_cpu", BIAS, offload=True),
     _row("bias-recompute", "bias, recomputed blocks", f"{BIAS} quant.recompute=block", ours=True),
     _row("bias-recompute8", "the same in 8 pieces", f"{BIAS} quant.recompute=block quant.chunks=8", ours=True),
@@ -97,6 +106,7 @@ ROWS = (
     _row("T2", "T2: bias, quant=int5", "method=bias quant=int5", ours=True),
     _row("T2-s2a", "T2: s2a, quant=int5", "method=s2a quant=int5", ours=True),
     _row("T2-int4", "T2: bias, quant=int4", "method=bias quant=int4", ours=True),
+    _row("T2-int4-micro8", "T2: bias, quant=int4, micro-batches of 8", "method=bias quant=int4 optim.micro_batch=8", ours=True),
     _row("segments", "s2a in 3 segments, quant=none; kept: of the last", "method=s2a method.segments=3 quant=none", ours=True),
     _row("segments-int4", "s2a in 3 segments, quant=int4; kept: of the last", "method=s2a method.segments=3 quant=int4", ours=True),
     _row("only-pointwise", "bias, GELU' alone in 4 bits", "method=bias quant=exact quant.pointwise=4", ours=True),
@@ -118,14 +128,15 @@ class Made:
 
     def __init__(self, row: Row, words: list[str], device: torch.device, *, meta: bool = False):
         self.row, self.device, self.config = row, device, compose([*words, *row.words])
-        torch.manual_seed(self.config.seed)
-        self.backbone = backbones.build(self.config.backbone, CLASSES, meta=meta)
+        self.backbone = _built(self.config, meta)
+        torch.manual_seed(self.config.seed)  # the same values, whether the backbone was made or copied
         for layer in self.backbone.head.layers.values():
             nn.init.normal_(layer.weight, std=HEAD_STD)
         METHODS[self.config.method.name](self.config.method).attach(self.backbone)
         if row.change:
             row.change(self.backbone)
-        if moving_norms(self.model) and (self.config.quant.recompute != "none" or self.config.quant.chunks > 1):
+        quant, micro = self.config.quant, self.config.optim.micro_batch
+        if moving_norms(self.model) and (quant.recompute != "none" or quant.chunks > 1 or micro):
             raise UserError("BatchNorms that train see the whole batch: no pieces of it")
         self.model.to(weight_dtype(self.config.precision))
         if self.config.backbone.weights != "fp32":
@@ -159,6 +170,57 @@ class Made:
     def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *batch: Tensor, **kwargs) -> Tensor:
         with self.around():
             return self.step(model, optimizer, *batch, **kwargs)
+
+
+def _built(config: DictConfig, meta: bool) -> Backbone:
+    """The backbone with the weights that the config's seed gives. A copy of one made before, where there is one."""
+    if meta:
+        return backbones.build(config.backbone, CLASSES, meta=True)
+    key = f"{config.seed} {config.backbone}"
+    if key not in _BUILT:
+        torch.manual_seed(config.seed)
+        if len(_BUILT) >= BUILT:
+            del _BUILT[next(iter(_BUILT))]
+        _BUILT[key] = backbones.build(config.backbone, CLASSES)
+    return copy.deepcopy(_BUILT[key])
+
+
+_BUILT: dict[str, Backbone] = {}
+
+
+def noise(size: int, count: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 3, size, size, generator=generator)
+    return images, torch.randint(CLASSES, (count,), generator=generator)
+
+
+def blank(row: Row) -> Entry:
+    """The entry of a row before anything is known of it."""
+    described = asdict(row) | {"change": row.change.__name__ if row.change else None, "words": list(row.words)}
+    found = dict.fromkeys(("predicted", "measured", "parameters", "gradient", "seconds", "images_per_second"))
+    return described | found | {"problems": {}}
+
+
+def take_steps(made: Made, optimizer: torch.optim.Optimizer, host: Batch, meter: memory.CudaMeter, steps: int) -> None:
+    """Steps on a batch of the host, as the meter wants them: nothing of a step is alive when the next begins."""
+    for _ in range(steps):
+        meter.step_begins()
+        images, targets = host[0].to(made.device, made.step.dtype), host[1].to(made.device)
+        made(made.model, optimizer, images, targets, after_forward=meter.after_forward)
+        del images, targets
+        meter.step_ends()
+
+
+@contextmanager
+def problems(entry: Entry, what: str) -> Iterator[None]:
+    """What goes wrong inside is written into the row instead of stopping the run."""
+    try:
+        yield
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        entry["problems"][what] = first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"[:300]
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 def predicted(row: Row, words: list[str], batch: int) -> memory.Memory:

@@ -17,14 +17,10 @@ import math
 import os
 import platform
 import random
-import statistics
 import subprocess
 import sys
-import time
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,7 +28,8 @@ from typing import Any
 import torch
 from kernel_check import check_kernels
 from PIL import Image
-from rows import BY_NAME, CLASSES, ROWS, Made, Row, gradients, predicted
+from rows import BY_NAME, CLASSES, ROWS, Batch, Entry, Made, Row, blank, gradients, noise, predicted, problems, take_steps
+from speed import time_rows
 from tiers_report import figure, markdown
 from torch import Tensor
 
@@ -48,8 +45,6 @@ from s2a_cli.training import choose_device
 
 MEASURED_STEPS = 3  # of memory, after the warm-up
 SUFFIXES = (".jpg", ".jpeg", ".png")
-Batch = tuple[Tensor, Tensor]  # images [B, 3, H, W], targets [B]
-Entry = dict[str, Any]  # a row of the result file
 
 
 @dataclass
@@ -103,18 +98,6 @@ def chosen(names: str) -> list[Row]:
     return [row for row in ROWS if row.name in wanted]
 
 
-@contextmanager
-def problems(entry: Entry, what: str) -> Iterator[None]:
-    """What goes wrong inside is written into the row instead of stopping the run."""
-    try:
-        yield
-    except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), "")
-        entry["problems"][what] = first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"[:300]
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-
-
 # Memory
 
 
@@ -149,22 +132,11 @@ def measured(row: Row, words: list[str], batch: int, device: torch.device, meter
     made = Made(row, words, device)
     made.compile()
     optimizer, host = made.optimizer(), noise(made.backbone.image.size, batch)
-    for _ in range(WARMUP_STEPS + MEASURED_STEPS):
-        meter.step_begins()
-        images, targets = host[0].to(device, made.step.dtype), host[1].to(device)
-        made(made.model, optimizer, images, targets, after_forward=meter.after_forward)
-        del images, targets  # nothing of a step is alive when the next begins
-        meter.step_ends()
+    take_steps(made, optimizer, host, meter, WARMUP_STEPS + MEASURED_STEPS)
     return as_entry(meter.memory)
 
 
 # Gradients
-
-
-def noise(size: int, count: int) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(count, 3, size, size, generator=generator)
-    return images, torch.randint(CLASSES, (count,), generator=generator)
 
 
 def photos(folder: str, config: Any, image: ImageConfig, count: int) -> Batch:
@@ -211,68 +183,11 @@ def compared(found: dict[str, Tensor], exact: dict[str, Tensor], head: Head) -> 
     }
 
 
-# Speed
-
-
-def time_rows(entries: list[Entry], words: list[str], options: Options, device: torch.device) -> None:
-    """Seconds of single steps; between two steps of a row every other row has one."""
-    cuda = device.type == "cuda"
-    batch, steps = time_batch(options, device), options.steps or (20 if cuda else 5)
-    ready: dict[str, Callable[[], float]] = {}
-    seconds: dict[str, list[float]] = {}
-    with Progress("speed", len(entries) * (steps + 1), " steps") as progress:
-        for entry in entries:
-            with problems(entry, "speed"):
-                if BY_NAME[entry["name"]].offload and not cuda:
-                    raise UserError("a CPU has no other memory to move what is kept to")
-                step = timer(Made(BY_NAME[entry["name"]], words, device), batch, device)
-                for _ in range(WARMUP_STEPS if cuda else 1):
-                    step()
-                ready[entry["name"]] = step
-            progress.add(1, row=entry["name"])
-        order, draw = list(entries), random.Random(0)
-        for _ in range(steps):
-            draw.shuffle(order)
-            for entry in order:
-                if entry["name"] in ready:
-                    with problems(entry, "speed"):
-                        seconds.setdefault(entry["name"], []).append(ready[entry["name"]]())
-                    if "speed" in entry["problems"]:
-                        del ready[entry["name"]]
-                progress.add(1, row=entry["name"])
-    for entry in entries:
-        if entry["name"] in ready:
-            entry["seconds"] = [round(value, 7) for value in seconds[entry["name"]]]
-            entry["images_per_second"] = batch / statistics.median(seconds[entry["name"]])
+# The result
 
 
 def time_batch(options: Options, device: torch.device) -> int:
     return options.time_batch or (options.batch if device.type == "cuda" else min(options.batch, 8))
-
-
-def timer(made: Made, batch: int, device: torch.device) -> Callable[[], float]:
-    """A function that takes one step and gives its seconds."""
-    made.compile()
-    optimizer = made.optimizer()
-    images, targets = noise(made.backbone.image.size, batch)
-    images, targets = images.to(device, made.step.dtype), targets.to(device)
-
-    def step() -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        made(made.model, optimizer, images, targets)
-        synchronize(device)
-        return time.perf_counter() - start
-
-    return step
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-# The result
 
 
 def with_ratios(entries: list[Entry]) -> None:
@@ -307,12 +222,6 @@ def cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
-def blank(row: Row) -> Entry:
-    described = asdict(row) | {"change": row.change.__name__ if row.change else None, "words": list(row.words)}
-    found = dict.fromkeys(("predicted", "measured", "parameters", "gradient", "seconds", "images_per_second"))
-    return described | found | {"problems": {}}
-
-
 def benchmark(argv: list[str]) -> dict[str, Any]:
     """The content of the result file. Raises UserError for settings that fit no row."""
     options, words = parse(argv)
@@ -330,7 +239,8 @@ def benchmark(argv: list[str]) -> dict[str, Any]:
     if options.gradients:
         compare_gradients(entries, words, options, device)
     if options.time:
-        time_rows(entries, words, options, device)
+        steps = options.steps or (20 if device.type == "cuda" else 5)
+        time_rows(entries, words, time_batch(options, device), steps, device)
     with_ratios(entries)
     made = Made(BY_NAME["linear"], words, torch.device("cpu"), meta=True)
     return {
@@ -349,7 +259,7 @@ def benchmark(argv: list[str]) -> dict[str, Any]:
         "weights": Path(config.backbone.checkpoint).name if config.backbone.checkpoint else "random",
         "images": f"photos of {Path(options.data).name}" if options.data else "noise",
         "environment": environment(device),
-        "kernels": check_kernels(words, device, noise) if cuda else None,
+        "kernels": check_kernels(words, device) if cuda else None,
         "rows": entries,
     }
 

@@ -99,6 +99,12 @@ def processes(device: torch.device) -> list[tuple[int, str, int | None]] | None:
     return [(int(m[1]), m[2].strip(), int(m[3]) if m[3].strip().isdigit() else None) for m in matches]
 
 
+def driver(device: torch.device) -> str | None:
+    """The version of the driver, as nvidia-smi tells it; None: it can't be asked."""
+    lines = _smi(device, "--query-gpu=driver_version") or []
+    return next((line.strip() for line in lines if re.fullmatch(r"\s*\d[\d.]*\s*", line)), None)
+
+
 def _state(device: torch.device) -> tuple[bool, int | None]:
     """Whether the device draws a screen, and in how many percent of the last moments kernels ran; None: not told."""
     lines = _smi(device, "--query-gpu=display_active,utilization.gpu") or []
