@@ -30,10 +30,11 @@ def time_rows(
 ) -> None:
     """Fills in `seconds`, `images_per_second` and, on CUDA, `beside_mib` of entries. Between two steps of a row every other row has one.
 
-    until: of time.monotonic(), when no more rows are made ready (what is left says so), and no other round of steps begins.
+    until: of time.monotonic(), when no other round of steps begins. No more rows are made ready when two thirds of the time until
+    then are over: those that are left say so.
     beside_mib: most that a step has allocated less what the other rows hold, weights, optimiser state and images included.
     """
-    cuda = device.type == "cuda"
+    cuda, began = device.type == "cuda", time.monotonic()
     ready: dict[str, Callable[[], float]] = {}
     seconds: dict[str, list[float]] = {}
     images: list[Batch] = []  # on the device, the same for all rows
@@ -43,7 +44,7 @@ def time_rows(
             with problems(entry, "speed"):
                 if BY_NAME[entry["name"]].offload and not cuda:
                     raise UserError("a CPU has no other memory to move what is kept to")
-                if time.monotonic() >= until:
+                if time.monotonic() - began > (until - began) * 2 / 3:
                     raise UserError("no time was left")
                 ready[entry["name"]] = made_ready(entry, words, batch, device, images)
             progress.add(1, row=entry["name"])

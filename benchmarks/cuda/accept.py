@@ -89,6 +89,18 @@ def environ(device: str) -> dict[str, str]:
     return env | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
 
 
+def remarks(about: dict[str, Any], device: str) -> list[str]:
+    """What one should know before the time is spent."""
+    said = [f"{about['device']}, driver {about['driver']}, torch {about['torch']}, codes made by: {about['kernels']}"]
+    if device == "cuda" and not str(about["kernels"]).startswith("triton"):
+        said.append("warning: Triton builds no kernels here (it needs a C compiler and Python's headers): none will be checked")
+    if about["rivals"]:
+        said.append(f"warning: the device is not idle: {about['rivals']}: speeds will be no figures")
+    if not about["peft"]:
+        said.append("warning: peft is not here: no rows of LoRA (pip install peft)")
+    return said
+
+
 def commit() -> str | None:
     """Of this checkout, with a + where files were changed; None where git can't tell."""
     try:
@@ -114,7 +126,6 @@ class Files:
     """The result and its page. An earlier result of the same name stays."""
 
     def __init__(self, folder: Path, name: str):
-        folder = records.make_run_dir(folder)
         taken = {path.stem for path in folder.glob("*.json")}
         numbered = (name if number == 1 else f"{name}-{number}" for number in range(1, 1000))
         self.path = folder / next(one for one in numbered if one not in taken)
@@ -137,6 +148,10 @@ class Files:
 def accept(argv: list[str]) -> Path:
     """Runs all of it; returns the path of the page. Raises UserError for bad words, and where no process starts on the device."""
     began, chosen = time.monotonic(), arguments(argv)
+    try:
+        records.make_run_dir(chosen.out)
+    except UserError:
+        raise UserError(f"out={chosen.out}: nothing can be written there; set out= to a folder that can be written to") from None
     pool = Pool(lambda: Worker(chosen.device, environ(chosen.device)), 1)
     predictors = Pool(lambda: Worker("cpu", environ("cpu")), 1)
     pools = [pool, predictors]
@@ -147,6 +162,8 @@ def accept(argv: list[str]) -> Path:
         except Failed as error:
             raise UserError(f"--device {chosen.device}: {error}") from None
         about = pool.about | {"hidden": [key for key in HIDDEN if key in os.environ]}
+        for line in remarks(about, chosen.device):
+            print(line, file=sys.stderr, flush=True)
         plan = Plan.of(chosen.device, chosen.tiny, about["total_mib"], chosen.batch)
         head = {
             "benchmark": "accept",
@@ -177,7 +194,9 @@ def accept(argv: list[str]) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was found is written
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what was found is written
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     try:
         path = accept(argv)
     except UserError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from accept_summary import error
+from accept_plan import METHODS, QUANTS
+from accept_summary import error, errors
 
 from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.result import MIB
@@ -79,7 +80,7 @@ def verdicts(result: Entry) -> str:
         ("reserved against the simulated allocator", "reserved"),
         ("peak of a step that fits codes", "fitting"),
     ):
-        if found := said[key]:
+        if (found := said[key]) and (result["cuda"] or key != "expected"):
             lines.append(
                 f"- Predicted against {word}, {what}: median error {found['median']:.1%}, with its sign {percent(found['bias'])};"
                 f" worst {percent(found['worst'])} ({found['name']}); {found['count']} combinations."
@@ -137,13 +138,20 @@ def memory(result: Entry) -> str:
     places = list(dict.fromkeys((entry["backbone"], entry["precision"]) for entry in entries))
     found = {(e["backbone"], e["precision"], e["method"], e["quant"]): e for e in entries}
     lines = table_head(["method, quant", *(f"{backbone} {precision}" for backbone, precision in places)])
-    for pair in sorted({(entry["method"], entry["quant"]) for entry in entries}):
+    pairs = {(entry["method"], entry["quant"]) for entry in entries}
+    for pair in sorted(pairs, key=lambda pair: (METHODS.index(pair[0]), QUANTS.index(pair[1]))):
         lines.append(row([", ".join(pair), *(cell(found.get((*place, *pair)), counted(result)) for place in places)]))
     batch = entries[0]["batch"] if entries else "?"
     said = [
         f"Peak of a step of {batch} images, MiB, {counted(result)}; in brackets the error of the prediction, (predicted / {counted(result)} - 1)."
         " `~`: predicted alone. refused: s2a does not take these settings. Empty: neither.",
     ]
+    groups = [(f"{backbone}, {precision}", [e for e in entries if (e["backbone"], e["precision"]) == (backbone, precision)]) for backbone, precision in places]
+    groups += [(f"quant={quant}", [e for e in entries if e["quant"] == quant]) for quant in QUANTS]
+    by_group = [(name, found) for name, group in groups if (found := errors(group, "peak_mib", "peak_mib"))]
+    if by_group:
+        shown = [row([n, str(f["count"]), f"{f['median']:.1%}", percent(f["bias"]), f"{percent(f['worst'])}: {f['name']}"]) for n, f in by_group]
+        said.append("\n".join([*table_head(["error of the predicted peak", "count", "median", "with its sign", "worst"]), *shown]))
     fits = result["summary"]["fits"]
     if fits["decisions"]:
         context = f"{result['context_mib']:,.0f} MiB"
@@ -174,7 +182,7 @@ def speed_of(result: Entry):
     def speed(race: Entry) -> str:
         rows = race["rows"]
         full = next((r.get("images_per_second") for r in rows if r["name"] == "full"), None)
-        head = ["row", "images/s", "median of steps", "peak, predicted, MiB"] + (["peak, measured beside the other rows, MiB"] if result["cuda"] else [])
+        head = ["row", "images/s", "steps", "peak, predicted, MiB"] + (["peak, measured beside the other rows, MiB"] if result["cuda"] else [])
         lines = table_head(head)
         for one in rows:
             rate, peak = one.get("images_per_second"), (one.get("predicted") or {}).get("peak_mib")
@@ -183,7 +191,7 @@ def speed_of(result: Entry):
             cells += [f"{one['beside_mib']:,.0f}" if one.get("beside_mib") else ""] if result["cuda"] else []
             lines.append(row(cells))
         device = result["environment"]["device"] if result["cuda"] else "a CPU, not CUDA"
-        said = f"Single steps of {race['batch']} images, in one process, between two steps of a row one of every other, in an order drawn anew each round. In brackets: against full fine-tuning."
+        said = f"Medians of single steps of {race['batch']} images, in one process, between two steps of a row one of every other, in an order drawn anew each round. In brackets: against full fine-tuning."
         problem = [f"The race ended early: {race['problem']}."] if race.get("problem") else []
         return "\n\n".join([f"## Speed: {race['backbone']}, {race['precision']}, on {device}", said, *problem, "\n".join(lines)])
 

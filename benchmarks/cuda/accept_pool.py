@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +167,9 @@ class Pool:
                     self._let_go()
                     if not task.open:
                         finished(task)
+            except Exception as error:  # a mistake here: the other workers go on
+                traceback.print_exc()
+                self.problems.append(f"{type(error).__name__}: {error}")
             finally:
                 if worker is not None:
                     self._idle.append(worker)

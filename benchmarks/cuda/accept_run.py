@@ -3,13 +3,13 @@ once; then, alone on the device, what is timed; then what was left."""
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+from accept_machine import cores, host_gib, processes
 from accept_plan import COMPILED, Plan, fitting, title
 from accept_pool import Pool, Task
 from accept_summary import decisions, summary
@@ -22,20 +22,10 @@ from s2a_cli.progress import Progress, duration
 MEMORY_UNTIL, SPEED_UNTIL, END = 0.55, 0.93, 0.98  # of the time
 LEAST_ROUNDS = 3  # timed steps of a row whose race was broken off
 ATTEMPTS = 4  # at a race, each without the row that ended the last
-RACE_SECONDS = 40.0  # least that a race takes
+RACE_SECONDS = 75.0  # least that a race takes
 CAPPED = 24  # decisions at most that are tried out
 CONTEXT_MIB = 700.0  # of a process on the device, for the sharing of its memory
 Entry = dict[str, Any]
-
-
-def parallel(total_mib: float | None, cores: int) -> int:
-    """Processes that share a device: each needs cores, and a step of full fine-tuning up to 16 GiB."""
-    return max(1, min(4, cores // 4, int((total_mib or 0) / 1024 // 18)))
-
-
-def predicting(cores: int, workers: int) -> int:
-    """Processes that predict beside them; each takes some hundred MiB of the host."""
-    return max(1, min(8, cores - 2 * workers))
 
 
 class Run:
@@ -57,10 +47,9 @@ class Run:
         return self.began + share * self.seconds
 
     def __call__(self) -> None:
-        total, cores = self.head["environment"]["total_mib"], os.cpu_count() or 1
-        self.pool.size = parallel(total, cores)
+        total = self.head["environment"]["total_mib"]
+        self.pool.size, self.predictors.size = processes(total, cores(), host_gib())
         self.pool.room = 0.92 * total - CONTEXT_MIB * self.pool.size if total else float("inf")
-        self.predictors.size = predicting(cores, self.pool.size)
         first = [*self.compilations, *self.checks, *self.measures]
         with Progress("acceptance", len(first) + len(self.profiles) + len(self.plan.races), " tasks") as self.progress:
             self._predict(MEMORY_UNTIL)
@@ -152,7 +141,7 @@ class Run:
         self.save(self)
 
     def _racing(self, race: Entry, entries: dict[str, Entry]) -> list[str]:
-        """The rows to time: the compiler's first, where they are compiled already; and as many as fit the device together."""
+        """The rows to time, of the compiler's those that are compiled already; as many as fit the device together."""
         backbone, precision = race["backbone"], race["precision"]
         for row in self.plan.rows:
             task = self.predictions.get((backbone, precision, row))
@@ -165,7 +154,7 @@ class Run:
                 entries[row]["problems"]["speed"] = reason
         total = self.head["environment"]["total_mib"]
         room = 0.9 * total - 2 * CONTEXT_MIB if total else float("inf")
-        able = [row for row in sorted(self.plan.rows, key=lambda row: row not in COMPILED) if not entries[row]["problems"]]
+        able = [row for row in self.plan.order() if not entries[row]["problems"]]
         chosen, left_out = fitting(able, {row: entry["predicted"] or {} for row, entry in entries.items()}, room)
         for row in left_out:
             entries[row]["problems"]["speed"] = "the device has no room for it beside the other rows"

@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import torch
 from accept_host import host_share
 from kernel_check import check_row
-from rows import BY_NAME, Made, Row, blank, noise, predicted, take_steps
+from rows import BY_NAME, Batch, Made, Row, blank, noise, predicted, take_steps
 from speed import time_rows
 from tiers import environment
 
@@ -96,11 +96,15 @@ def measure(ask: Answer, device: torch.device, told: Told) -> Answer:
     return found | {"held_mib": allocated(device) - left}
 
 
-def tracked(made: Made, host: tuple[torch.Tensor, torch.Tensor]) -> Answer:
-    few = [tensor[:2].to(made.step.dtype) if tensor.is_floating_point() else tensor[:2] for tensor in host]
-    for _ in range(WARMUP):  # codes are fitted
-        made(made.model, made.optimizer(), *few)
-    found = memory.track(made.model, (host[0].to(made.step.dtype), host[1]), made, made.optimizer)
+def tracked(made: Made, host: Batch) -> Answer:
+    fitted = []
+
+    def step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if not fitted:  # the tracker's first step: codes are fitted in it, the second is steady
+            fitted.extend(made(*args) for _ in range(WARMUP))
+        return made(*args, **kwargs)
+
+    found = memory.track(made.model, (host[0].to(made.step.dtype), host[1]), step, made.optimizer)
     return {"kind": "tracked-cpu", "peak_mib": found.peak_mib, "static_mib": found.static_mib, "kept_mib": found.kept_mib}
 
 
