@@ -103,10 +103,12 @@ class Run:
         """Times all rows; one that ends the process is left out of the next attempt."""
         name, until = f"speed {backbone} {precision}", self.at(SPEED_UNTIL)
         self.dropped_races.remove(name)
-        entries = {row: {"name": row, "title": title(row), "problems": {}} for row in self.plan.rows}
+        compiled = {t.ask["row"]: t for t in self.compilations if (t.ask["backbone"], t.ask["precision"]) == (backbone, precision)}
+        names = [row for row in self.plan.order() if row in compiled or row not in COMPILED]  # compiling takes too long for a second race
+        entries = {row: {"name": row, "title": title(row), "problems": {}} for row in self.plan.rows if row in names}
         race = {"name": name, "backbone": backbone, "precision": precision, "batch": self.plan.batch, "rows": list(entries.values())}
         self.races.append(race)
-        rows = self._racing(race, entries)
+        rows = self._racing(race, names, entries, compiled)
         told: dict[str, list[float]] = {}
         for _ in range(ATTEMPTS):
             left = until - time.monotonic()
@@ -140,21 +142,16 @@ class Run:
                 set_speed(entries[row], seconds, self.plan.batch)  # of a race that was broken off
         self.save(self)
 
-    def _racing(self, race: Entry, entries: dict[str, Entry]) -> list[str]:
+    def _racing(self, race: Entry, names: list[str], entries: dict[str, Entry], compiled: dict[str, Task]) -> list[str]:
         """The rows to time, of the compiler's those that are compiled already; as many as fit the device together."""
-        backbone, precision = race["backbone"], race["precision"]
-        for row in self.plan.rows:
-            task = self.predictions.get((backbone, precision, row))
-            entries[row]["predicted"] = task.result if task else None
-        compiled = {task.ask["row"]: task for task in self.compilations if (task.ask["backbone"], task.ask["precision"]) == (backbone, precision)}
-        for row in set(COMPILED) & entries.keys():
-            task = compiled.get(row)
-            if not task or not task.result:
-                reason = "compiled for the first race alone" if not task else task.problem or "compiling was not done in time"
-                entries[row]["problems"]["speed"] = reason
+        for row, entry in entries.items():
+            task = self.predictions.get((race["backbone"], race["precision"], row))
+            entry["predicted"] = task.result if task else None
+            if row in compiled and not compiled[row].result:
+                entry["problems"]["speed"] = compiled[row].problem or "compiling was not done in time"
         total = self.head["environment"]["total_mib"]
         room = 0.9 * total - 2 * CONTEXT_MIB if total else float("inf")
-        able = [row for row in self.plan.order() if not entries[row]["problems"]]
+        able = [row for row in names if not entries[row]["problems"]]
         chosen, left_out = fitting(able, {row: entry["predicted"] or {} for row, entry in entries.items()}, room)
         for row in left_out:
             entries[row]["problems"]["speed"] = "the device has no room for it beside the other rows"

@@ -97,11 +97,11 @@ def measure(ask: Answer, device: torch.device, told: Told) -> Answer:
 
 
 def tracked(made: Made, host: Batch) -> Answer:
-    fitted = []
+    begun = []
 
     def step(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if not fitted:  # the tracker's first step: codes are fitted in it, the second is steady
-            fitted.extend(made(*args) for _ in range(WARMUP))
+        while len(begun) < WARMUP:  # in the tracker's first step codes are fitted, so that the second is steady
+            begun.append(made(*args).shape)
         return made(*args, **kwargs)
 
     found = memory.track(made.model, (host[0].to(made.step.dtype), host[1]), step, made.optimizer)
