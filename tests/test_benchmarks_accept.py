@@ -1,7 +1,6 @@
 """benchmarks/cuda/accept.py: end to end in its small form on a CPU, and its whole form with processes that only seem to be there."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,17 +14,13 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "cuda")]
 import accept  # noqa: E402
-import accept_host  # noqa: E402
-import accept_machine  # noqa: E402
 import accept_page  # noqa: E402
 import accept_plan  # noqa: E402
 import accept_run  # noqa: E402
 import accept_summary  # noqa: E402
-import kernel_check  # noqa: E402
-from accept_pool import Failed, Pool, Task, Worker  # noqa: E402
+from accept_pool import Failed, Pool, Task  # noqa: E402
 
 from s2a_cli.errors import UserError  # noqa: E402
-from s2a_cli.memory import busy  # noqa: E402
 
 H100 = 81559.0  # MiB
 ABOUT = {"device": "NVIDIA H100 80GB HBM3", "total_mib": H100, "driver": "580.65.06", "rivals": None, "capability": "9.0", "cudnn": 91200}
@@ -37,7 +32,7 @@ ABOUT |= {"peft": "0.21.2", "python": "3.11.7"}
 def small(tmp_path_factory):
     """The result and the page of the small form."""
     out = tmp_path_factory.mktemp("accept")
-    command = [sys.executable, str(ROOT / "benchmarks/cuda/accept.py"), "--device", "cpu", "--tiny", f"out={out}", "name=small"]
+    command = [sys.executable, str(ROOT / "benchmarks/cuda/accept.py"), "--device", "cpu", "--tiny", f"out={out}", "name=small", "minutes=30"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out)
     assert done.returncode == 0, done.stderr[-4000:]
     assert {path.name for path in out.iterdir()} == {"small.json", "small.md", "small.log"}
@@ -48,7 +43,7 @@ def small(tmp_path_factory):
 def test_the_small_form_does_all_parts(small):
     assert small["dropped"] == small["not_predicted"] == small["not_started"] == [] and not accept_page.failures(small)
     pytest.importorskip("triton")
-    assert small["summary"]["kernels"]["calls"] > 50
+    assert small["summary"]["kernels"]["calls"] > 30
     assert max(small["summary"]["kernels"]["of_limit"].values()) <= 1
     [race] = small["speed"]
     assert all(row["images_per_second"] > 0 for row in race["rows"])
@@ -94,7 +89,7 @@ class FakeWorker:
 
     def _predict(self, ask, told):
         peak = {"none": 8000.0, "tiny": 600.0}.get(ask.get("quant"), 1000.0)
-        return {"peak_mib": peak, "static_mib": 300.0, "kept_mib": 500.0, "expected_mib": peak + 32, "reserved_mib": peak * 1.1}
+        return {"peak_mib": peak, "static_mib": 300.0, "kept_mib": 500.0, "expected_mib": peak + 32, "expected_reserved_mib": peak * 1.1}
 
     def _measure(self, ask, told):
         peak = self._predict(ask, told)["expected_mib"]
@@ -163,7 +158,7 @@ def test_the_whole_form_has_all_combinations(monkeypatch):
     assert rows == set(accept_plan.Plan("cuda", 64).rows) >= {"full-ckpt", "bias-micro2", "bias-budget0.3", "T3"}
     assert page.startswith("# Acceptance on NVIDIA H100 80GB HBM3\n") and "driver 580.65.06" in page
     assert "- Predicted against measured, peak: median error 3.1%, with its sign -3.1 %; worst -5.1 %" in page
-    assert "| s2a, tiny | 632 (-5.1 %) |" in page and "640.0 (1.00x) | 3 | ~1,000 | 1,100 |" in page
+    assert "| s2a, tiny | 632 (-5.1 %) |" in page and "640.0 (1.00x) | 3 | ~1,000 | 1,100 (1.0x) |" in page
     assert "| vit_b bf16 | `T3` | 40.0 | 30.0 | 20.0 | 50% | 800 | 0 | 1,000 | 100 |" in page
 
 
@@ -261,49 +256,7 @@ def test_without_a_device():
         accept.arguments([])
 
 
-# Workers
-
-ECHO = """
-import json, sys, time
-print("a library says hello")
-for line in sys.stdin:
-    ask = json.loads(line)
-    if ask["kind"] == "dies":
-        print("a last word", file=sys.stderr, flush=True)
-        sys.exit(7)
-    if ask["kind"] == "hangs":
-        time.sleep(60)
-    if ask["kind"] == "tells":
-        print(json.dumps({"told": 1}), flush=True)
-    print(json.dumps({"failed": "no", "refused": True} if ask["kind"] == "fails" else {"done": 5}), flush=True)
-"""
-
-
-@pytest.fixture
-def echo():
-    worker = Worker("cpu", dict(os.environ), (sys.executable, "-c", ECHO))
-    yield worker
-    worker.close()
-
-
-def test_a_worker_answers(echo):
-    heard = []
-    assert echo.ask(Task("", {"kind": "tells"}), 30, heard.append) == 5 and heard == [1]
-    with pytest.raises(Failed, match="no") as error:
-        echo.ask(Task("", {"kind": "fails"}), 30)
-    assert error.value.refused and not error.value.ends
-    with pytest.raises(Failed, match="its process ended with code 7: a last word") as error:
-        echo.ask(Task("", {"kind": "dies"}), 30)
-    assert error.value.ends
-    with pytest.raises(Failed, match="its process ended with code 7"):
-        echo.ask(Task("", {"kind": "tells"}), 30)
-
-
-@pytest.mark.parametrize("limit, silence, said", [(0.2, 60, "took more than 0 s"), (60, 0.2, "said nothing for 0 s")])
-def test_a_worker_that_hangs_is_ended(echo, limit, silence, said):
-    with pytest.raises(Failed, match=said) as error:
-        echo.ask(Task("", {"kind": "hangs"}, silence=silence), limit)
-    assert error.value.ends and echo.process.poll() is not None
+# Tasks
 
 
 def test_tasks_share_the_memory_of_a_device():
@@ -370,22 +323,13 @@ def test_decisions(found, gib, said, so):
 
 
 def test_decisions_between_are_tried_out(monkeypatch):
-    monkeypatch.setattr(FakeWorker, "_predict", lambda self, ask, told: {"peak_mib": 3200.0, "expected_mib": 3232.0, "static_mib": 1.0})
+    monkeypatch.setattr(FakeWorker, "_predict", lambda self, ask, told: {"peak_mib": 3200.0, "expected_reserved_mib": 3232.0})
     monkeypatch.setattr(FakeWorker, "_measure", lambda self, ask, told: {"peak_mib": 3400.0, "reserved_mib": 3800.0})
     monkeypatch.setattr(FakeWorker, "_capped", lambda self, ask, told: {"fits": ask["limit_mib"] != 4096 - 550.0})
     result, page, _ = whole(monkeypatch)
     fits = result["summary"]["fits"]
     assert len(fits["too_bold"]) == accept_run.CAPPED and len(fits["unknown"]) == 240 - accept_run.CAPPED
     assert "24 too bold" in page
-
-
-def test_what_a_trace_tells():
-    def event(category, start, length, name="x"):
-        return {"cat": category, "ts": start, "dur": length, "name": name}
-
-    events = [event("kernel", 0, 1000), event("Kernel", 500, 1500), event("gpu_memcpy", 5000, 1000), event("gpu_user_annotation", 0, 9000)]
-    events += [event("cuda_runtime", 0, 9, "cudaStreamSynchronize"), event("cuda_runtime", 0, 9, "cudaDeviceSynchronize"), {"ph": "M"}]
-    assert accept_host.of_trace(events, 2) == {"device_ms": 1.5, "kernels": 1.0, "waits": 0.5}
 
 
 def test_rows_that_fit_a_device_together():
@@ -399,45 +343,3 @@ def test_rows_that_fit_a_device_together():
 def test_a_batch_for_the_device():
     assert [accept_plan.Plan.of("cuda", False, gib * 1024.0, None).batch for gib in (80, 24, 16, 8)] == [64, 64, 32, 16]
     assert accept_plan.Plan.of("cuda", False, 8192.0, 4).batch == 4
-
-
-def test_what_a_container_has(tmp_path):
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
-    (tmp_path / "memory.max").write_text(str(8 * 2**30))
-    (tmp_path / "memory.current").write_text(str(2 * 2**30))
-    (tmp_path / "meminfo").write_text("MemTotal: 64 kB\nMemAvailable: 33554432 kB\n")
-    assert accept_machine.cores(tmp_path) == 1
-    assert accept_machine.host_gib(tmp_path, tmp_path / "meminfo") == 6
-    assert accept_machine.host_gib(tmp_path / "none", tmp_path / "meminfo") == 32
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert accept_machine.cores(tmp_path) == accept_machine.cores(tmp_path / "none") >= 1
-
-
-@pytest.mark.parametrize(
-    "total, cores, host, expected",
-    [(81559.0, 16, 128.0, (4, 8)), (81559.0, 26, 200.0, (4, 8)), (24576.0, 8, 32.0, (1, 6)), (81559.0, 4, 16.0, (1, 2)), (81559.0, 2, 4.0, (1, 1)), (None, 64, 64.0, (1, 1))],
-)  # fmt: skip
-def test_processes(total, cores, host, expected):
-    assert accept_machine.processes(total, cores, host) == expected
-
-
-def test_environments_of_workers(monkeypatch):
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    cuda, cpu = accept.environ("cuda"), accept.environ("cpu")
-    assert "PYTORCH_CUDA_ALLOC_CONF" not in cuda and cuda["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and "TRITON_INTERPRET" not in cuda
-    assert cpu["CUDA_VISIBLE_DEVICES"] == "" and cpu["TRITON_INTERPRET"] == "1"
-
-
-@pytest.mark.parametrize("lines, expected", [(["580.65.06"], "580.65.06"), (["warning: x", " 535.104 "], "535.104"), (["[N/A]"], None), (None, None)])
-def test_the_driver(monkeypatch, lines, expected):
-    monkeypatch.setattr(busy, "_smi", lambda device, query: lines)
-    assert busy.driver(torch.device("cuda")) == expected
-
-
-def test_gaps_that_no_rounding_explains():
-    a = torch.tensor([1.0, 2.0])
-    assert kernel_check.gap(a, torch.tensor([1.0, 4.0])) == 0.5 and kernel_check.gap(a, a) == 0
-    assert kernel_check.gap(a, torch.tensor([1.0, float("nan")])) == kernel_check.gap(a, a[:1]) == float("inf")
-    assert kernel_check.gap(torch.tensor([1, 2], dtype=torch.uint8), torch.tensor([1, 3], dtype=torch.uint8)) == 0.5

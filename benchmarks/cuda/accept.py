@@ -91,8 +91,10 @@ def environ(device: str) -> dict[str, str]:
 
 def remarks(about: dict[str, Any], device: str) -> list[str]:
     """What one should know before the time is spent."""
+    if device == "cpu":
+        return []
     said = [f"{about['device']}, driver {about['driver']}, torch {about['torch']}, codes made by: {about['kernels']}"]
-    if device == "cuda" and not str(about["kernels"]).startswith("triton"):
+    if not str(about["kernels"]).startswith("triton"):
         said.append("warning: Triton builds no kernels here (it needs a C compiler and Python's headers): none will be checked")
     if about["rivals"]:
         said.append(f"warning: the device is not idle: {about['rivals']}: speeds will be no figures")

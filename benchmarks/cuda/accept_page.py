@@ -15,7 +15,8 @@ Entry = dict[str, Any]
 
 
 def markdown(result: Entry) -> str:
-    parts = [heading(result), verdicts(result), kernels(result), memory(result), *map(speed_of(result), result["speed"]), host(result), left_out(result)]
+    races = [speed(result, race) for race in result["speed"]]
+    parts = [heading(result), verdicts(result), kernels(result), memory(result), *races, host(result), left_out(result)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -36,7 +37,8 @@ def heading(result: Entry) -> str:
         )
         means = (
             "Measured: torch.cuda.max_memory_allocated and max_memory_reserved, in a process that has nothing else of its own. Deterministic"
-            f" algorithms are on, as in `s2a train`. Memory was measured by {result['processes']} processes at once, speed by one alone on the device."
+            f" algorithms are on, as in `s2a train`. Memory was measured by {result['processes']} processes at once, speed by one alone"
+            " on the device."
         )
     else:
         title = "# Acceptance, small form on a CPU: no figure here is of a CUDA device"
@@ -74,13 +76,14 @@ def verdicts(result: Entry) -> str:
         lines.append("- Kernels: none was compared.")
     for what, key in (
         ("peak", "peak"),
-        ("peak with what CUDA is expected to add", "expected"),
+        ("the same with what CUDA is thought to add, such as cuBLAS' workspace", "expected"),
         ("kept for the backward pass", "kept"),
         ("between steps", "static"),
-        ("reserved against the simulated allocator", "reserved"),
+        ("reserved, by the simulated allocator", "reserved"),
+        ("the same with what CUDA is thought to add", "expected_reserved"),
         ("peak of a step that fits codes", "fitting"),
     ):
-        if (found := said[key]) and (result["cuda"] or key != "expected"):
+        if (found := said[key]) and (result["cuda"] or not key.startswith("expected")):
             lines.append(
                 f"- Predicted against {word}, {what}: median error {found['median']:.1%}, with its sign {percent(found['bias'])};"
                 f" worst {percent(found['worst'])} ({found['name']}); {found['count']} combinations."
@@ -112,12 +115,13 @@ def kernels(result: Entry) -> str:
         cells = [f"`{name}`", str(sum(entry["calls"].get(name, 0) for entry in checks))]
         for precision in precisions:
             mine = [entry for entry in checks if entry["precision"] == precision and name in entry["worst"]]
-            cells += [f"{max(float(e['worst'][name]) for e in mine):.2g}", f"{max(float(e['of_limit'][name]) for e in mine):.2f}"] if mine else ["", ""]
+            for kind, digits in (("worst", ".2g"), ("of_limit", ".2f")):
+                cells.append(f"{max(float(entry[kind][name]) for entry in mine):{digits}}" if mine else "")
         lines.append(row(cells))
     where = "on the device" if result["cuda"] else "in Triton's interpreter, on a CPU"
     said = [
-        f"Each call of {len(checks)} steps, {where}, on the arguments that the step gives it, beside plain PyTorch. Differences: of codes the share of"
-        " bytes, of others relative to the largest element; limits: 1 % of bytes, 1e-4 in fp32, 2^-5 in bf16.",
+        f"Each call of {len(checks)} steps, {where}, on the arguments that the step gives it, beside plain PyTorch. Differences: of codes the"
+        " share of bytes, of others relative to the largest element; limits: 1 % of bytes, 1e-4 in fp32, 2^-5 in bf16.",
     ]
     for kind, text in (("left_to_plain", "Calls that kernels left to plain PyTorch"), ("without", "Operators of ours without a kernel, calls")):
         count: Counter[str] = sum((Counter(entry[kind]) for entry in checks), Counter())
@@ -146,7 +150,7 @@ def memory(result: Entry) -> str:
         f"Peak of a step of {batch} images, MiB, {counted(result)}; in brackets the error of the prediction, (predicted / {counted(result)} - 1)."
         " `~`: predicted alone. refused: s2a does not take these settings. Empty: neither.",
     ]
-    groups = [(f"{backbone}, {precision}", [e for e in entries if (e["backbone"], e["precision"]) == (backbone, precision)]) for backbone, precision in places]
+    groups = [(", ".join(place), [e for e in entries if (e["backbone"], e["precision"]) == place]) for place in places]
     groups += [(f"quant={quant}", [e for e in entries if e["quant"] == quant]) for quant in QUANTS]
     by_group = [(name, found) for name, group in groups if (found := errors(group, "peak_mib", "peak_mib"))]
     if by_group:
@@ -157,9 +161,9 @@ def memory(result: Entry) -> str:
         context = f"{result['context_mib']:,.0f} MiB"
         assumed = "measured" if result["cuda"] and (result["host"] or result["speed"]) else "assumed"
         said.append(
-            f"A combination is said to fit a device of N GiB where its predicted peak and the margin do ({Margin()}). It does where what was reserved and"
-            f" the context ({context}, {assumed}) do; it does not where not even the peak that was {counted(result)} and the context do; in between it was tried out on"
-            " an allocator of that size."
+            f"A combination is said to fit a device of N GiB where its predicted peak and the margin do ({Margin()}). It does where what was"
+            f" reserved and the context ({context}, {assumed}) do; it does not where not even the peak that was {counted(result)} and the"
+            " context do; in between it was tried out on an allocator of that size."
         )
         for text, kind in (("Too bold (said to fit, and does not)", "too_bold"), ("Too careful (does fit)", "too_careful"), ("Not known", "unknown")):
             said.append(f"{text}: {'; '.join(fits[kind]) or 'none'}.")
@@ -178,31 +182,33 @@ def cell(entry: Entry | None, word: str) -> str:
     return f"~{foretold:,.0f}" if foretold else ""
 
 
-def speed_of(result: Entry):
-    def speed(race: Entry) -> str:
-        rows = race["rows"]
-        full = next((r.get("images_per_second") for r in rows if r["name"] == "full"), None)
-        head = ["row", "images/s", "steps", "peak, predicted, MiB"] + (["peak, measured beside the other rows, MiB"] if result["cuda"] else [])
-        lines = table_head(head)
-        for one in rows:
-            rate, peak = one.get("images_per_second"), (one.get("predicted") or {}).get("peak_mib")
-            cells = [f"{one['title']} (`{one['name']}`)", (f"{rate:,.1f}" + (f" ({rate / full:.2f}x)" if full else "")) if rate else ""]
-            cells += [str(len(one["seconds"])) if rate else "", f"~{peak:,.0f}" if isinstance(peak, float) else ""]
-            cells += [f"{one['beside_mib']:,.0f}" if one.get("beside_mib") else ""] if result["cuda"] else []
-            lines.append(row(cells))
-        device = result["environment"]["device"] if result["cuda"] else "a CPU, not CUDA"
-        said = f"Medians of single steps of {race['batch']} images, in one process, between two steps of a row one of every other, in an order drawn anew each round. In brackets: against full fine-tuning."
-        problem = [f"The race ended early: {race['problem']}."] if race.get("problem") else []
-        return "\n\n".join([f"## Speed: {race['backbone']}, {race['precision']}, on {device}", said, *problem, "\n".join(lines)])
-
-    return speed
+def speed(result: Entry, race: Entry) -> str:
+    rows, cuda = race["rows"], result["cuda"]
+    whole = next((r for r in rows if r["name"] == "full"), {})
+    full, most = whole.get("images_per_second"), whole.get("beside_mib")
+    head = ["row", "images/s", "steps", "peak, predicted, MiB"] + (["peak, measured beside the other rows, MiB"] if cuda else [])
+    lines = table_head(head)
+    for one in rows:
+        rate, peak, own = one.get("images_per_second"), (one.get("predicted") or {}).get("peak_mib"), one.get("beside_mib")
+        cells = [f"{one['title']} (`{one['name']}`)", (f"{rate:,.1f}" + (f" ({rate / full:.2f}x)" if full else "")) if rate else ""]
+        cells += [str(len(one["seconds"])) if rate else "", f"~{peak:,.0f}" if isinstance(peak, float) else ""]
+        cells += [(f"{own:,.0f}" + (f" ({most / own:.1f}x)" if most else "")) if own else ""] if cuda else []
+        lines.append(row(cells))
+    device = result["environment"]["device"] if cuda else "a CPU, not CUDA"
+    said = (
+        f"Medians of single steps of {race['batch']} images, in one process, between two steps of a row one of every other, in an order drawn"
+        " anew each round. In brackets: how many times more images a second, or less memory, than full fine-tuning."
+    )
+    problem = [f"The race ended early: {race['problem']}."] if race.get("problem") else []
+    return "\n\n".join([f"## Speed: {race['backbone']}, {race['precision']}, on {device}", said, *problem, "\n".join(lines)])
 
 
 def host(result: Entry) -> str:
     entries = [entry for entry in result["host"] if entry.get("wall_ms")]
     if not entries:
         return ""
-    head = ["backbone", "row", "wall, ms", "issued after, ms", "device busy, ms", "host's share", "kernels", "host waits", "operators", "of them ours"]
+    head = ["backbone", "row", "wall, ms", "issued after, ms", "device busy, ms", "host's share"]
+    head += ["kernels", "host waits", "operators", "of them ours"]
     lines = table_head(head)
     for e in entries:
         figures = [f"{e['wall_ms']:.1f}", f"{e['issued_ms']:.1f}"]
@@ -210,8 +216,8 @@ def host(result: Entry) -> str:
         figures += [f"{e[key]:,.0f}" if e[key] is not None else "" for key in ("kernels", "waits", "operators", "own_operators")]
         lines.append(row([f"{e['backbone']} {e['precision']}", f"`{e['row']}`", *figures]))
     said = [
-        f"One step of {entries[0]['batch']} images. Wall: with the device waited for at both ends; issued: when the host was done. Device busy: kernels and"
-        " copies in PyTorch's trace, overlaps once. Host's share: of the wall time the part in which the device has nothing to do."
+        f"One step of {entries[0]['batch']} images. Wall: with the device waited for at both ends; issued: when the host was done. Device busy:"
+        " kernels and copies in PyTorch's trace, overlaps once. Host's share: of the wall time the part in which the device has nothing to do."
     ]
     said += [f"No device times: {problem}." for problem in dict.fromkeys(e["problem"] for e in entries if e["problem"])]
     where = "" if result["cuda"] else ", on a CPU, not CUDA"
@@ -220,7 +226,8 @@ def host(result: Entry) -> str:
 
 def failures(result: Entry) -> list[str]:
     """What failed, with its reason."""
-    said = [f"{e['name']}: {e['problem']}" for part in ("kernels", "compiled", "host") for e in result[part] if e.get("problem") and not e.get("wall_ms")]
+    said = [f"{e['name']}: {e['problem']}" for part in ("kernels", "compiled") for e in result[part] if e.get("problem")]
+    said += [f"{e['name']}: {e['problem']}" for e in result["host"] if not e.get("wall_ms")]
     for e in result["memory"]:
         if not e["refused"]:
             said += [f"{e['name']}, {part}: {reason}" for part, reason in e["problems"].items()]

@@ -51,7 +51,7 @@ class Plan:
         if not small:
             chosen = next(images for gib, images in BATCHES if (total_mib or 0) >= gib * 1024)
             return cls(device, batch or chosen)
-        checked = CHECKED if device == "cuda" else ("T2-int4",)  # Triton's interpreter takes seconds a step
+        checked = CHECKED if device == "cuda" else ("T2-int4",)
         rows = ("full", "bias", "bias-ckpt", "bias-micro2", *(COMPILED[:1] if device == "cuda" else ()), "T2-int4", "T3", "T4")
         pairs = (("full", "none"), ("bias", "none"), ("bias", "int4"), ("full", "int4"), ("s2a", "tiny"))
         race = (("vit_micro", "bf16" if device == "cuda" else "fp32"),)
@@ -67,7 +67,7 @@ class Plan:
     def measures(self) -> list[Task]:
         """The memory of every combination."""
         return [
-            Task(f"memory {backbone} {precision} {method} {quant}", self.ask("measure", backbone, precision, method=method, quant=quant))
+            Task(f"memory {backbone} {precision} {method} {quant}", self.ask("measure", backbone, precision, method=method, quant=quant), 90, 90)
             for method, quant in self.pairs
             for backbone, precision in self.places()
         ]
@@ -84,11 +84,14 @@ class Plan:
         return of_memory + of_speed
 
     def checks(self) -> list[Task]:
-        """Kernels beside their twins; the first call of each builds it."""
+        """Kernels beside their twins; the first call of each builds it. Triton's interpreter takes seconds a step: few of them."""
+        places = self.places()[::3]
+        if self.device == "cuda":
+            places = [*self.places(), (next(iter(self.backbones)), "amp-fp16")]
         return [
             Task(f"kernels {backbone} {precision} {row}", self.ask("kernels", backbone, precision, row=row), 120, 120, KERNELS_MIB)
             for row in self.checked
-            for backbone, precision in self.places()
+            for backbone, precision in places
         ]
 
     def order(self) -> list[str]:

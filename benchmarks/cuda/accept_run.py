@@ -95,7 +95,7 @@ class Run:
         found = self.predictions[key(task)]
         if found.open and self._predicts.is_alive():
             return None
-        return 1.1 * found.result["expected_mib"] if found.result else self.pool.room / 2
+        return 1.1 * found.result["expected_reserved_mib"] if found.result else self.pool.room / 2
 
     # Speed
 
@@ -207,7 +207,7 @@ class Run:
             "processes": self.pool.size,
             "interrupted": self.interrupted,
             "dropped": [task.name for task in tasks if task.open] + self.dropped_races,
-            "not_predicted": [task.name for task in self.predictions.values() if task.result is None],
+            "not_predicted": [task.name for task in self.predictions.values() if task.result is None and not task.refused],
             "not_started": [*self.pool.problems, *(self.solo.problems if self.solo is not self.pool else []), *self.predictors.problems],
             "context_mib": self.context_mib,
             "kernels": entries(self.checks),

@@ -88,6 +88,7 @@ def summary(result: Entry) -> Entry:
         "kept": errors(entries, "kept_mib", "kept_mib"),
         "static": errors(entries, "static_mib", "static_mib"),
         "reserved": errors(entries, "reserved_mib", "reserved_mib"),
+        "expected_reserved": errors(entries, "expected_reserved_mib", "reserved_mib"),
         "fitting": errors(entries, "peak_mib", "fitting_peak_mib"),
         "held_mib": held(entries),
         "left": [entry["name"] for entry in entries if ((entry.get("measured") or {}).get("left_mib") or 0) > LEFT_MIB],

@@ -57,7 +57,7 @@ def about(ask: Answer, device: torch.device, told: Told) -> Answer:
 
 
 def predict(ask: Answer, device: torch.device, told: Told) -> Answer:
-    """MiB of a step, predicted; `expected_mib` adds to the peak what CUDA is expected to add, bounds apart."""
+    """MiB of a step, predicted; those that are `expected` have what CUDA is thought to add, bounds apart."""
     row = row_of(ask)
     if row.offload or row.budget is not None:
         found = predicted(row, ask["words"], ask["batch"])
@@ -72,7 +72,8 @@ def predict(ask: Answer, device: torch.device, told: Told) -> Answer:
         "static_mib": found.static_mib,
         "kept_mib": found.kept_mib,
         "expected_mib": found.peak_mib + more,
-        "reserved_mib": reserved(profile.timeline, profile.begins_at) / MIB,
+        "reserved_mib": (taken := reserved(profile.timeline, profile.begins_at) / MIB),
+        "expected_reserved_mib": taken + more,
     }
 
 
