@@ -152,6 +152,25 @@ def test_rows_start_from_the_same_weights():
         assert torch.equal(parameter, ours[name]), name
 
 
+def test_training_a_row_changes_no_other():
+    first, second = (rows.Made(rows.BY_NAME["full"], SHALLOW, CPU) for _ in range(2))
+    before = {name: p.clone() for name, p in second.model.named_parameters()}
+    first(first.model, first.optimizer(), *tiers.noise(16, 2))
+    third = rows.Made(rows.BY_NAME["full"], SHALLOW, CPU)
+    changed = dict(first.model.named_parameters())
+    assert all(torch.equal(p, before[name]) for made in (second, third) for name, p in made.model.named_parameters())
+    assert not torch.equal(changed["head.weight"], before["head.weight"])
+
+
+def test_rows_in_micro_batches():
+    whole, micro = (rows.predicted(rows.BY_NAME[name], SHALLOW, 16) for name in ("bias", "bias-micro2"))
+    images = 16 * 3 * 16 * 16 * 4 / 2**20
+    assert micro.kept_mib - images < 0.2 * (whole.kept_mib - images)  # an eighth, and the gradients
+    resnet = ["backbone=timm", "backbone.name=resnet10t", "backbone.timm=resnet10t", "backbone.image_size=32", "backbone.pretrained=false"]
+    with pytest.raises(UserError, match="BatchNorms that train see the whole batch"):
+        rows.Made(rows.BY_NAME["full-micro8"], resnet, CPU, meta=True)
+
+
 def test_photos_are_taken_from_all_over_the_folder(tmp_path):
     from PIL import Image
 

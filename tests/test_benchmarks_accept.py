@@ -200,6 +200,19 @@ def test_without_time_the_least_important_are_dropped_and_named(monkeypatch):
     assert not accept_page.failures(result)  # cut off is not failed
 
 
+def test_what_is_timed_does_not_wait_long_for_predictions(monkeypatch):
+    monkeypatch.setattr(accept_run, "PREDICT_SECONDS", 0.0)
+    slow = FakeWorker._predict
+
+    def predict(self, ask, told):
+        time.sleep(0.002 if self.closed or "method" in ask else 0.05)
+        return slow(self, ask, told)
+
+    monkeypatch.setattr(FakeWorker, "_predict", predict)
+    result, _, _ = whole(monkeypatch)
+    assert not result["speed"][0]["rows"][-1]["predicted"] and result["not_predicted"] == [] and not accept_page.failures(result)
+
+
 def test_a_device_that_no_process_starts_on(monkeypatch, tmp_path):
     class Broken(FakeWorker):
         def ask(self, *args):

@@ -112,6 +112,12 @@ def test_a_worker_measures_steady_steps_and_one_that_fits_codes(cuda):
     assert found["held_mib"] > 0 and found["reserved_mib"] > found["peak_mib"]
 
 
+def test_a_workers_device_has_a_number(monkeypatch):
+    monkeypatch.setattr(accept_worker, "choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert (accept_worker.chosen("cuda"), accept_worker.chosen("cpu")) == (torch.device("cuda:0"), torch.device("cpu"))
+
+
 def test_a_worker_tries_a_smaller_allocator(cuda, monkeypatch):
     ask = ASK | {"limit_mib": 20 * 1024.0}
     assert accept_worker.capped(ask, cuda.device, None) == {"fits": True}

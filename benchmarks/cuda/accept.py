@@ -185,7 +185,7 @@ def accept(argv: list[str]) -> Path:
         except KeyboardInterrupt:
             run.interrupted = True
         finally:
-            pools.append(run.solo)
+            pools += [run.solo, run.predictors]
             files.save(run, final=True)
             logs = "\n".join(one.log() for one in dict.fromkeys(pools))
             files.path.with_name(f"{files.path.name}.log").write_text(logs)

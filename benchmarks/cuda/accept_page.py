@@ -231,6 +231,7 @@ def failures(result: Entry) -> list[str]:
     for e in result["memory"]:
         if not e["refused"]:
             said += [f"{e['name']}, {part}: {reason}" for part, reason in e["problems"].items()]
+    said += [f"{race['name']}: {race['problem']}" for race in result["speed"] if race.get("problem")]
     return said + [f"{race['name']} {one['name']}: {why}" for race in result["speed"] for one in race["rows"] for why in one["problems"].values()]
 
 

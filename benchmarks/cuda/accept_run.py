@@ -23,6 +23,7 @@ MEMORY_UNTIL, SPEED_UNTIL, END = 0.55, 0.93, 0.98  # of the time
 LEAST_ROUNDS = 3  # timed steps of a row whose race was broken off
 ATTEMPTS = 4  # at a race, each without the row that ended the last
 RACE_SECONDS = 75.0  # least that a race takes
+PREDICT_SECONDS = 30.0  # at most that what is timed waits for predictions; they go on when it is over
 CAPPED = 24  # decisions at most that are tried out
 CONTEXT_MIB = 700.0  # of a process on the device, for the sharing of its memory
 Entry = dict[str, Any]
@@ -70,7 +71,11 @@ class Run:
 
     def _alone(self) -> None:
         """Nothing else computes, here or on the device."""
-        self._predicts.join()  # it has the same end
+        self._predicts.join(PREDICT_SECONDS)
+        if self._predicts.is_alive():
+            self.predictors.stop()
+            self._predicts.join()
+            self.predictors = Pool(self.predictors.start, self.predictors.size)
         if self.pool.size > 1:
             self.pool.stop()
             self.solo = Pool(self.pool.start, 1)

@@ -197,6 +197,12 @@ def answered(ask: Answer, device: torch.device, say: Callable[[Answer], None]) -
         return {"failed": f"{type(error).__name__}: {first_line(error)}", "out_of_memory": bool(OUT_OF_MEMORY.search(str(error)))}
 
 
+def chosen(name: str) -> torch.device:
+    """The device, as training sets it up. With its number: without one some functions of torch.cuda refuse it."""
+    device = choose_device(name)
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+
+
 def main(name: str) -> int:
     stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
@@ -210,7 +216,7 @@ def main(name: str) -> int:
         print(f"--- {line.strip()}", file=sys.stderr, flush=True)
         if device is None:
             try:
-                device = choose_device(name)
+                device = chosen(name)
             except Exception as error:
                 say({"failed": f"{type(error).__name__}: {first_line(error)}", "ends": True})
                 return 1
