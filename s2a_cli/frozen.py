@@ -23,6 +23,7 @@ from s2a_cli.activations.autograd import first_order
 from s2a_cli.activations.conv import input_gradient
 from s2a_cli.activations.levels import GROUP_BINS, Table
 from s2a_cli.activations.operators import SCALE, decode_groups, encode_groups
+from s2a_cli.activations.operators import decode_int8 as decode_bytes
 from s2a_cli.backbones import Backbone
 from s2a_cli.errors import UserError
 
@@ -69,8 +70,7 @@ def encode_int8(rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def decode_int8(codes: Tensor, scales: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    values = codes.to(dtype).unflatten(1, (scales.shape[1], -1))  # exact: a code has 8 bits
-    return values.mul_(scales.view(SCALE)[..., None]).flatten(1)
+    return decode_bytes(codes, scales.view(SCALE), dtype)
 
 
 def encode_nf4(rows: Tensor) -> tuple[Tensor, ...]:

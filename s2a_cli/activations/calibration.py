@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from s2a_cli.activations import levels
+from s2a_cli.activations.operators import with_inverse
 from s2a_cli.config import QuantConfig
 from s2a_cli.memory.hollow import is_hollow
 
@@ -120,7 +121,7 @@ class Calibration:
         return self._ready[key]
 
     def channels(self, site: str, x: Tensor, change: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor | None:
-        """A shift and a factor for each place of the rows of x [..., width], float32 [2, width]; None: as they are.
+        """The shift, factor and inverse of each place of the rows of x [..., width], float32 [3, width]; None: as they are.
 
         change: gives what is coded from rows [n, width] of x, where that is not x itself.
         """
@@ -128,7 +129,7 @@ class Calibration:
         if (ready := self._is_ready(key, x)) is not None:
             return ready
         if is_hollow(x) and self.config.calibrate and not self._is_paused:
-            self._traced[key] = x.new_empty((2, x.shape[-1]), dtype=torch.float32)
+            self._traced[key] = x.new_empty((3, x.shape[-1]), dtype=torch.float32)
             return self._traced[key]
         layer = self._layer(key, x)
         if layer is None:
@@ -144,7 +145,9 @@ class Calibration:
             layer.last = self._passes
         if layer.fitted is None:
             return None
-        self._ready[key] = layer.fitted.to(x.device, copy=True)
+        with _on_the_host():
+            channels = with_inverse(layer.fitted)
+        self._ready[key] = channels.to(x.device, copy=True)
         return self._ready[key]
 
     def _layer(self, key: str, x: Tensor) -> Layer | None:

@@ -24,7 +24,7 @@ class Grouped:
     order: tuple[int, ...]
     width: int
     group: int
-    channels: Tensor | None = None  # the shift and factor of each place of a row: [2, width]
+    channels: Tensor | None = None  # the shift and factor of each place of a row: [3, width], see operators.with_inverse
 
     def decode(
         self, codes: Tensor, scales: Tensor, dtype: torch.dtype, start: int = 0, stop: int | None = None

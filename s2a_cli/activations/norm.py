@@ -59,7 +59,7 @@ def encode_norm(
     up = draws(chances, seed)
     shift = weight = None
     if channels is not None:  # (x^ - shift) / factor, as the affine part of the norm
-        weight = channels[1].reciprocal()
+        weight = channels[2]
         shift = -channels[0] * weight
     for start, piece in rows(x, width):
         normal, factor = normalise(piece.float(), eps, centre, weight, shift)

@@ -6,9 +6,10 @@
     s2a::multiply_levels  gradient * level of each code
     s2a::encode_groups    x -> codes and scales, `group` elements of the last dimension a scale
     s2a::decode_groups    the rows start:stop of what encode_groups was given
+    s2a::decode_int8      codes * scale, of frozen weights
 
-Optional arguments: `chances` of a table and a `seed` round stochastically; `channels` [2, width], float32, a shift and a
-factor: (x - shift) / factor is what is coded. These are the plain PyTorch implementations, for every device; `kernels`
+Optional arguments: `chances` of a table and a `seed` round stochastically; `channels` [3, width], float32, a shift, a
+factor and what with_inverse adds: (x - shift) / factor is what is coded. These are the plain PyTorch implementations, for every device; `kernels`
 has a second one of most for CUDA. The operators are not differentiable: the autograd functions of the operator families
 call them.
 """
@@ -78,6 +79,11 @@ def assign(x: Tensor, bins: Tensor, low: float, high: float, up: Draws | None = 
     index = index.to(torch.int32).bitwise_and_(bins.numel() - 1).view(-1)  # NaN may turn into any integer
     codes = torch.index_select(bins, 0, index)
     return codes if up is None else codes.add_(up.above(index))
+
+
+def with_inverse(channels: Tensor) -> Tensor:
+    """The shift and factor of each channel [2, width], and 1 / factor: codes are made with products, not divisions."""
+    return torch.cat([channels, channels[1:].reciprocal()])
 
 
 def _fake_codes(x, bits):
@@ -195,7 +201,7 @@ def decode_rows(
     else:
         values.mul_(scale.repeat_interleave(group, 1)[:, :width])
     if channels is not None:
-        shift, factor = channels.to(table.dtype)
+        shift, factor = channels[:2].to(table.dtype)
         torch.addcmul(shift, values, factor, out=values)
     return values
 
@@ -229,7 +235,7 @@ def encode_groups(
     for start, piece in rows(x, width):
         piece = piece.float()
         if channels is not None:
-            piece = (piece - channels[0]).div_(channels[1])
+            piece = (piece - channels[0]).mul_(channels[2])
         encode_rows(piece, packed, scales, start, total, bins, low, group, bits, up)
     return packed, scales
 
@@ -269,3 +275,14 @@ def row_ranges(start: int, stop: int, width: int, device: torch.device) -> list[
     step = max(8, chunk(device) // max(width, 1) // 8 * 8)
     cuts = list(range(start // 8 * 8 + step, stop, step))
     return list(zip([start, *cuts], [*cuts, stop])) if stop > start else []
+
+
+def _fake_decode_int8(codes, scales, dtype):
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+@operator("decode_int8(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor", _fake_decode_int8)
+def decode_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes (int8 [rows, width]) times scales ([rows, groups], of equal size)."""
+    values = codes.to(dtype).unflatten(1, (scales.shape[1], -1))  # exact: a code has 8 bits
+    return values.mul_(scales[..., None]).flatten(1)

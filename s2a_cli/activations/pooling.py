@@ -25,7 +25,7 @@ def _pair(value) -> list[int]:
     return value * 2 if len(value) == 1 else value
 
 
-def _window_bits(kernel: list[int]) -> int:
+def window_bits(kernel: list[int]) -> int:
     return max(1, math.ceil(math.log2(math.prod(kernel))))
 
 
@@ -57,10 +57,15 @@ def _corners(
     return row, torch.arange(width, device=device, dtype=torch.int32) * stride[1] - padding[1]
 
 
-def _fake_pool(x, kernel, stride, padding, dilation, ceil_mode):
+def output_like(x: Tensor, kernel, stride, padding, dilation, ceil_mode) -> Tensor:
+    """A tensor for what pooling returns."""
     sides = [_output_size(*a, ceil_mode) for a in zip(x.shape[2:], kernel, stride, padding, dilation)]
-    out = x.new_empty((*x.shape[:2], *sides)).to(memory_format=_format(x))
-    return out, x.new_empty(packed_size(out.numel(), _window_bits(kernel)), dtype=torch.uint8)
+    return x.new_empty((*x.shape[:2], *sides)).to(memory_format=_format(x))
+
+
+def _fake_pool(x, kernel, stride, padding, dilation, ceil_mode):
+    out = output_like(x, kernel, stride, padding, dilation, ceil_mode)
+    return out, x.new_empty(packed_size(out.numel(), window_bits(kernel)), dtype=torch.uint8)
 
 
 @operator(
@@ -78,7 +83,7 @@ def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode):
         down = (index // x.shape[3] - row) // dilation[0]
         code = down * kernel[1] + (index % x.shape[3] - column) // dilation[1]
         code = code.contiguous().view(-1).to(torch.uint8)
-        pack_into(packed, start * out[0].numel(), code, _window_bits(kernel), out.numel())
+        pack_into(packed, start * out[0].numel(), code, window_bits(kernel), out.numel())
     return out, packed
 
 
@@ -94,7 +99,7 @@ def _fake_pool_backward(grad, packed, size, kernel, stride, padding, dilation, c
 def max_pool2d_backward(grad, packed, size, kernel, stride, padding, dilation, ceil_mode):
     dx = _fake_pool_backward(grad, packed, size, kernel, stride, padding, dilation, ceil_mode)
     row, column = _corners(*grad.shape[2:], stride, padding, grad.device)
-    each, bits = math.prod(grad.shape[1:]), _window_bits(kernel)
+    each, bits = math.prod(grad.shape[1:]), window_bits(kernel)
     for start, stop in _samples(grad, each) if grad.numel() else ():
         code = (
             unpack(packed, start * each, stop * each, bits, grad.numel())

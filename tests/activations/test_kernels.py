@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from s2a_cli.activations import codes, levels
-from s2a_cli.activations.operators import ACTIVATIONS, PLAIN
+from s2a_cli.activations.operators import ACTIVATIONS, PLAIN, with_inverse
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,7 +32,8 @@ SHAPES = ((1,), (7,), (1024,), (3, 1000), (2, 5, 517))
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the other tests are run as they are")
 def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    files = sorted(str(file) for file in Path(__file__).parent.glob("test_kernels*.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:]
@@ -89,8 +91,8 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) 
 
 
 def channelled(width: int) -> torch.Tensor:
-    """A shift and a factor for each channel."""
-    return torch.stack([normal(width), normal(width).abs() + 0.5])
+    """A shift, a factor and its inverse for each channel."""
+    return with_inverse(torch.stack([normal(width), normal(width).abs() + 0.5]))
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> bool:

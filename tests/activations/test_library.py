@@ -13,10 +13,12 @@ from s2a_cli.activations.norm import encode_norm, norm_backward
 from s2a_cli.activations.operators import (
     activate,
     decode_groups,
+    decode_int8,
     encode_groups,
     encode_interval,
     encode_levels,
     multiply_levels,
+    with_inverse,
 )
 from s2a_cli.activations.pooling import max_pool2d, max_pool2d_backward
 
@@ -25,7 +27,7 @@ IMAGE = X.reshape(3, 3, 10, 10)
 POOL = [3, 3], [2, 2], [1, 1], [1, 1], False
 GELU, SIGNED = levels.pointwise(F.gelu, {}, 3, X), levels.signed(4, 64, X)
 CODES, SCALES = encode_groups(X, SIGNED.bins, -1.0, 64, 4)
-STOCHASTIC, CHANNELS = levels.signed(4, 64, X, True), torch.stack([X.mean(0), X.std(0)])
+STOCHASTIC, CHANNELS = levels.signed(4, 64, X, True), with_inverse(torch.stack([X.mean(0), X.std(0)]))
 NORM = encode_norm(X, 100, 1e-5, True, SIGNED.bins, 64, 4)
 
 CALLS = {
@@ -35,6 +37,7 @@ CALLS = {
     "multiply_levels": (multiply_levels, (X, encode_interval(X, 0.0, 6.0), torch.tensor([0.0, 1.0]), 1)),
     "encode_groups": (encode_groups, (X, SIGNED.bins, -1.0, 64, 4)),
     "decode_groups": (decode_groups, (CODES, SCALES, SIGNED.levels, 100, 64, 4, 2, 7, torch.bfloat16)),
+    "decode_int8": (decode_int8, (torch.arange(-99, 101).view(2, 100).to(torch.int8), SCALES[:2], torch.float16)),
     "encode_norm": (encode_norm, (X, 100, 1e-5, True, SIGNED.bins, 64, 4)),
     "norm_backward": (norm_backward, (X, *NORM, SIGNED.levels, X[0], 100, 100, 100, True, 64, 4)),
     "encode_levels-stochastic": (

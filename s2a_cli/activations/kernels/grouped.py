@@ -1,29 +1,49 @@
-"""Kernels of rows that are coded with a scale a group: ROWS rows of WIDTH elements, a multiple of 8, a program."""
+"""Kernels of rows that are coded with a scale a group: ROWS rows of WIDTH elements, a multiple of 8, at a time.
+
+A row of up to 1024 elements is one warp's, so that nothing goes through shared memory but packed codes. Tables are read
+where the elements lie, in the shape of the tile: another shape would move all codes between threads.
+"""
 
 import triton
 import triton.language as tl
 
-from s2a_cli.activations.kernels.tiles import assign, load_codes, place, store_codes
+from s2a_cli.activations.kernels.tiles import assign, load_codes, place, reciprocal, store_codes
 
 
 @triton.jit
-def _row(pointer, row: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr, other: tl.constexpr):
-    """A row of a tensor [n, WIDTH] as float32 [1, COLS]."""
-    col = tl.arange(0, COLS)[None, :]
+def _row(pointer, row: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, other: tl.constexpr):
+    """A row of a tensor [n, WIDTH] as float32, ROWS times: [ROWS, COLS]."""
+    col = tl.broadcast_to(tl.arange(0, COLS)[None, :], [ROWS, COLS])
     return tl.load(pointer + row * WIDTH + col, col < WIDTH, other=other).to(tl.float32)
 
 
 @triton.jit
-def _bfloat16(x):
+def bfloat16(x):
     """float32 rounded to what bfloat16 holds, ties to even: on integers, so on every device."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
+def largest(x, SIGNED: tl.constexpr):
+    """The largest of x [., ., GROUP] in each group; SIGNED: in magnitude, and of two alike the negative one."""
+    if SIGNED:  # a magnitude before its sign is ordered as an integer
+        bits = x.to(tl.uint32, bitcast=True)
+        most = tl.max((bits << 1) | (bits >> 31), 2)
+        return ((most >> 1) | (most << 31)).to(tl.float32, bitcast=True)
+    return tl.max(x, 2)
+
+
+@triton.jit
+def inverse(scale):
+    """1 / scale, and 0 where that is not finite."""
+    factor = reciprocal(scale)
+    return tl.where(tl.abs(factor) < float("inf"), factor, 0.0)
+
+
+@triton.jit
 def _encode_rows(
     x,
-    valid,
     packed,
     scales,
     bins,
@@ -37,23 +57,16 @@ def _encode_rows(
     BINS: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """As operators.encode_rows, of float32 x [ROWS, COLS], which is 0 beyond WIDTH. A NaN leaves no trace in the scale."""
+    """As operators.encode_rows, of float32 x [ROWS, COLS], which is 0 beyond WIDTH."""
     ROWS: tl.constexpr = x.shape[0]
     COLS: tl.constexpr = x.shape[1]
     STRIDE: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
     x = tl.reshape(x, [ROWS, COLS // GROUP, GROUP])
-    scale = tl.max(x, 2)
-    if SIGNED:
-        least = tl.min(x, 2)
-        scale = tl.where(scale > -least, scale, least)
-    scale = _bfloat16(scale)
+    scale = bfloat16(largest(x, SIGNED))
     where, held = place(scales, first, STRIDE, rest // WIDTH * STRIDE, ROWS, COLS // GROUP)
     tl.store(where, scale.to(tl.bfloat16), held)
-    factor = tl.div_rn(1.0, scale)
-    factor = tl.where(tl.abs(factor) < float("inf"), factor, 0.0)
-    codes = assign(x * factor[:, :, None], bins, step, shift, BINS)
-    codes = tl.where(valid, tl.reshape(codes, [ROWS, COLS]), 0)
-    store_codes(packed, codes, first, rest, WIDTH, BITS, True)
+    x = tl.reshape(x * inverse(scale)[:, :, None], [ROWS, COLS])
+    store_codes(packed, assign(x, bins, step, shift, BINS), first, rest, WIDTH, BITS, True)
 
 
 @triton.jit
@@ -76,10 +89,10 @@ def _decode_rows(
     codes = load_codes(packed, first, rest, WIDTH, BITS, True, ROWS, COLS)
     where, held = place(scales, first, STRIDE, rest // WIDTH * STRIDE, ROWS, COLS // GROUP)
     scale = tl.load(where, held, other=0).to(tl.float32)
-    values = tl.load(levels + tl.reshape(codes, [ROWS, COLS // GROUP, GROUP])).to(tl.float32) * scale[:, :, None]
-    values = tl.reshape(values, [ROWS, COLS])
+    values = tl.reshape(tl.load(levels + codes).to(tl.float32), [ROWS, COLS // GROUP, GROUP])
+    values = tl.reshape(values * scale[:, :, None], [ROWS, COLS])
     if CALIBRATED:
-        values = _row(channels, 0, WIDTH, COLS, 0) + values * _row(channels, 1, WIDTH, COLS, 0)
+        values = _row(channels, 0, WIDTH, ROWS, COLS, 0) + values * _row(channels, 1, WIDTH, ROWS, COLS, 0)
     return values
 
 
@@ -95,6 +108,12 @@ def encode(
     eps,
     step,
     shift,
+    inner,
+    middle,
+    near,
+    far,
+    outer,
+    STRIDED: tl.constexpr,
     NORM: tl.constexpr,
     SIGNED: tl.constexpr,
     CALIBRATED: tl.constexpr,
@@ -104,23 +123,32 @@ def encode(
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    EACH: tl.constexpr,
 ):
-    """Codes and scales of x; with NORM ("layer" or "rms") of x normalised, and rstd."""
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    rest = (rows - first) * WIDTH
-    where, valid = place(x, first, WIDTH, rest, ROWS, COLS)
-    values = tl.load(where, valid, other=0).to(tl.float32)
-    if NORM is not None:
-        if NORM == "layer":
-            mean = tl.sum(values, 1, keep_dims=True) / WIDTH
-            values = tl.where(valid, values - mean, 0.0)
-        factor = tl.rsqrt(tl.sum(values * values, 1, keep_dims=True) / WIDTH + eps)
-        values *= factor
-        where, held = place(rstd, first, 1, rest // WIDTH, ROWS, 1)
-        tl.store(where, factor, held)
-    if CALIBRATED:
-        values = tl.div_rn(values - _row(channels, 0, WIDTH, COLS, 0), _row(channels, 1, WIDTH, COLS, 1))
-    _encode_rows(values, valid, packed, scales, bins, first, rest, step, shift, SIGNED, WIDTH, GROUP, BINS, BITS)
+    """Codes and scales of x; with NORM ("layer" or "rms") of x normalised, and rstd. A program makes EACH tiles.
+
+    STRIDED: row r is at (r % inner) * near + (r // inner % middle) * far + r // (inner * middle) * outer.
+    """
+    for tile in range(EACH):
+        first = (tl.program_id(0).to(tl.int64) * EACH + tile) * ROWS
+        rest = (rows - first) * WIDTH
+        where, valid = place(x, first, WIDTH, rest, ROWS, COLS)
+        if STRIDED:
+            row = first.to(tl.int32) + tl.arange(0, ROWS)[:, None]
+            start = (row // inner // middle).to(tl.int64) * outer + row // inner % middle * far + row % inner * near
+            where = x + start + tl.arange(0, COLS)[None, :]
+        values = tl.load(where, valid, other=0).to(tl.float32)
+        if NORM is not None:
+            if NORM == "layer":
+                mean = tl.sum(values, 1, keep_dims=True) / WIDTH
+                values = tl.where(valid, values - mean, 0.0)
+            factor = tl.rsqrt(tl.sum(values * values, 1, keep_dims=True) / WIDTH + eps)
+            values *= factor
+            where, held = place(rstd, first, 1, rest // WIDTH, ROWS, 1)
+            tl.store(where, factor, held)
+        if CALIBRATED:
+            values = (values - _row(channels, 0, WIDTH, ROWS, COLS, 0)) * _row(channels, 2, WIDTH, ROWS, COLS, 0)
+        _encode_rows(values, packed, scales, bins, first, rest, step, shift, SIGNED, WIDTH, GROUP, BINS, BITS)
 
 
 @triton.jit
@@ -139,14 +167,16 @@ def decode(
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    EACH: tl.constexpr,
 ):
     """The rows start:stop of `rows`."""
-    own = tl.program_id(0).to(tl.int64) * ROWS
-    first = own + start
-    rest = (rows - first) * WIDTH
-    values = _decode_rows(packed, scales, levels, channels, first, rest, CALIBRATED, WIDTH, GROUP, BITS, ROWS, COLS)
-    where, valid = place(out, own, WIDTH, (stop - first) * WIDTH, ROWS, COLS)
-    tl.store(where, values.to(out.dtype.element_ty), valid)
+    for tile in range(EACH):
+        own = (tl.program_id(0).to(tl.int64) * EACH + tile) * ROWS
+        first = own + start
+        rest = (rows - first) * WIDTH
+        values = _decode_rows(packed, scales, levels, channels, first, rest, CALIBRATED, WIDTH, GROUP, BITS, ROWS, COLS)
+        where, valid = place(out, own, WIDTH, (stop - first) * WIDTH, ROWS, COLS)
+        tl.store(where, values.to(out.dtype.element_ty), valid)
 
 
 @triton.jit
@@ -182,7 +212,7 @@ def norm_backward(
         dweight += g * x
         dbias += g
         if WEIGHTED:
-            g *= _row(weight, 0, WIDTH, COLS, 0)
+            g *= _row(weight, 0, WIDTH, ROWS, COLS, 0)
         dx = g - x * (tl.sum(g * x, 1, keep_dims=True) / WIDTH)
         if CENTRE:
             dx -= tl.sum(g, 1, keep_dims=True) / WIDTH

@@ -6,15 +6,18 @@ import math
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from s2a_cli.activations.codes import groups_of, memory_order, packed_size
-from s2a_cli.activations.kernels import grouped, pointwise
-from s2a_cli.activations.operators import PLAIN, SCALE
+from s2a_cli.activations.kernels import grouped, pointwise, ragged
+from s2a_cli.activations.kernels.pooling import max_pool2d, max_pool2d_backward  # noqa: F401 (as the other operators)
+from s2a_cli.activations.operators import PLAIN, SCALE, row_ranges
 
 BLOCK = 1024  # elements a program: 8 a thread, so 16-byte loads of bfloat16; it divides the size of most hidden layers
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # as PyTorch's own kernels are compiled
-TILE, WIDEST = 2048, 8192  # elements a program where rows have groups, at least a row; those of the longest row
+TILE, WIDEST = 1024, 8192  # elements that a warp has of rows with groups, at least a row; those of the longest row
+EACH = 4  # tiles that a program codes one after the other: fewer programs to start
 PROGRAMS = 512  # that share the rows of a backward pass: a few a multiprocessor, the same number on every device
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -78,18 +81,45 @@ def multiply_levels(grad: Tensor, codes: Tensor, levels: Tensor, bits: int) -> T
     return out
 
 
-def _tiles(width: int, group: int) -> dict | None:
-    """The last arguments of a kernel on rows of `width`; None where it does not cover them."""
+def _tiles(width: int, group: int, warp: int = TILE, warps: int = 1) -> dict | None:
+    """The last arguments of a kernel on rows of `width`, `warp` elements a warp; None where it does not cover them."""
     cols = triton.next_power_of_2(width)
     group = cols if group >= width else group
     if width % 8 or cols > WIDEST or group != triton.next_power_of_2(group):
         return None
-    rows = max(1, TILE // cols)
-    return {"WIDTH": width, "GROUP": group, "ROWS": rows, "COLS": cols, **OPTIONS, "num_warps": max(4, cols // 512)}
+    rows = max(1, warp * warps // cols)
+    return {"WIDTH": width, "GROUP": group, "ROWS": rows, "COLS": cols, **OPTIONS, "num_warps": max(warps, cols // warp)}
+
+
+def _ragged(width: int, group: int) -> dict | None:
+    """The last arguments of a kernel on rows of any `width`; None where it does not cover them."""
+    cols = triton.next_power_of_2(width)
+    group = cols if group >= width else group
+    if cols > WIDEST // 4 or group != triton.next_power_of_2(group):
+        return None
+    rows = max(8, 2 * TILE // cols)
+    return {"WIDTH": width, "GROUP": group, "ROWS": rows, "COLS": cols, **OPTIONS, "num_warps": max(4, rows * cols // TILE)}
+
+
+def _layout(x: Tensor) -> tuple[int, ...] | None:
+    """Where the rows of x begin, as `grouped.encode` has it: inner, middle, near, far, outer; None where it can't say."""
+    dims = []  # (size, stride) of the leading dimensions, the last first, those that lie one after the other as one
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1])):
+        if size == 1:
+            continue
+        if dims and stride == dims[-1][0] * dims[-1][1]:
+            dims[-1] = dims[-1][0] * size, dims[-1][1]
+        else:
+            dims.append((size, stride))
+    rows = x.numel() // x.shape[-1]
+    if x.stride(-1) != 1 or len(dims) > 3 or rows >= 2**31 or any(size * stride >= 2**31 for size, stride in dims[:2]):
+        return None
+    (inner, near), (middle, far), (_, outer) = dims + [(1, 0)] * (3 - len(dims))
+    return inner, middle, near, far, outer
 
 
 def _shortest(width: int, group: int, channels: Tensor | None) -> int:
-    """The width that rows may be read as: that of a group, where groups are all alike."""
+    """The width that contiguous rows may be read as: that of a group, where groups are all alike."""
     return group if channels is None and width % group == 0 else width
 
 
@@ -103,14 +133,22 @@ def encode_groups(
     seed: int = 0,
     channels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Plain: float64, stochastic rounding; where groups do not fill rows, groups of no power of two, rows of over
-    8192 elements; and rows, or groups that fill rows, of no multiple of 8."""
+    """Plain: float64, stochastic rounding, groups of no power of two, rows of over 8192 elements (or 2048 and no multiple of 8)."""
     width, total = x.shape[-1], math.prod(x.shape[:-1])
-    tiles = _tiles(_shortest(width, group, channels), group)
-    if x.dtype not in FLOATS or x.numel() == 0 or chances is not None or tiles is None:
+    tiles = _tiles(_shortest(width, group, channels) if x.is_contiguous() else width, group)
+    pieces = _ragged(width, group) if tiles is None and channels is None and hasattr(tl, "gather") else None
+    if x.dtype not in FLOATS or x.numel() == 0 or chances is not None or tiles is pieces is None:
         return PLAIN["encode_groups"](x, bins, low, group, bits, chances, seed, channels)
     scales = x.new_empty((total, groups_of(width, group)), dtype=SCALE)
-    return _encode_rows(x, scales, scales, None, bins, low, 0.0, bits, channels, tiles), scales
+    if tiles is not None:
+        return _encode_rows(x, scales, scales, None, bins, low, 0.0, bits, channels, tiles), scales
+    packed, step = _packed(x, bits), bins.numel() / (1.0 - low)
+    flat = triton.next_power_of_2(pieces["ROWS"] * width)
+    layout = low < 0, bins.numel()
+    ragged.encode[triton.cdiv(total, pieces["ROWS"]),](
+        x.contiguous(), packed, scales, bins, total, step, -low * step, *layout, BITS=bits, FLAT=flat, **pieces
+    )
+    return packed, scales
 
 
 def encode_norm(
@@ -127,6 +165,7 @@ def encode_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain: float64, stochastic rounding, rows of over 8192 elements or no multiple of 8, groups of no power of two."""
     tiles = _tiles(width, group)
+    x = x if x.shape[-1] == width else x.contiguous().view(-1, width)
     if x.dtype not in FLOATS or x.numel() == 0 or chances is not None or tiles is None:
         return PLAIN["encode_norm"](x, width, eps, centre, bins, group, bits, chances, seed, channels)
     total = x.numel() // width
@@ -148,23 +187,29 @@ def _encode_rows(
     channels: Tensor | None,
     tiles: dict,
 ) -> Tensor:
-    packed, rows = _packed(x, bits), x.numel() // tiles["WIDTH"]
-    step = bins.numel() / (1.0 - low)
-    x, table = x.contiguous(), bins if channels is None else channels
-    numbers = rows, eps, step, -low * step
-    grouped.encode[triton.cdiv(rows, tiles["ROWS"]),](
+    packed, step = _packed(x, bits), bins.numel() / (1.0 - low)
+    layout = None if x.is_contiguous() else _layout(x)
+    x = x.contiguous() if layout is None else x
+    rows = x.numel() // tiles["WIDTH"]
+    grouped.encode[triton.cdiv(rows, tiles["ROWS"] * EACH),](
         x,
         packed,
         scales,
         rstd,
         bins,
-        table,
-        *numbers,
+        bins if channels is None else channels,
+        rows,
+        eps,
+        step,
+        -low * step,
+        *(layout or (0,) * 5),
+        layout is not None,
         norm,
         low < 0,
         channels is not None,
         bins.numel(),
         BITS=bits,
+        EACH=EACH,
         **tiles,
     )
     return packed
@@ -182,24 +227,32 @@ def decode_groups(
     dtype: torch.dtype,
     channels: Tensor | None = None,
 ) -> Tensor:
-    """Plain: as encode_groups."""
+    """Plain: float64."""
     out = scales.new_empty((stop - start, width), dtype=dtype)
-    tiles = _tiles(_shortest(width, group, channels), group)
-    if dtype not in FLOATS or out.numel() == 0 or tiles is None:
+    if dtype not in FLOATS or out.numel() == 0:
         return PLAIN["decode_groups"](codes, scales, levels, width, group, bits, start, stop, dtype, channels)
+    known = levels if channels is None else channels
+    tiles = _tiles(_shortest(width, group, channels), group)
+    if tiles is None:
+        span = scales.shape[0] * width, start * width, stop * width
+        layout = channels is not None, width, min(group, width), bits, BLOCK
+        programs = triton.cdiv(span[2], BLOCK) - span[1] // BLOCK
+        ragged.decode[programs,](out, codes, scales, levels, known, *span, *layout, **OPTIONS)
+        return out
     each = width // tiles["WIDTH"]
     rows, start, stop = scales.shape[0] * each, start * each, stop * each
-    grouped.decode[triton.cdiv(stop - start, tiles["ROWS"]),](
+    grouped.decode[triton.cdiv(stop - start, tiles["ROWS"] * EACH),](
         out,
         codes,
         scales,
         levels,
-        levels if channels is None else channels,
+        known,
         rows,
         start,
         stop,
         channels is not None,
         BITS=bits,
+        EACH=EACH,
         **tiles,
     )
     return out
@@ -221,7 +274,7 @@ def norm_backward(
     calibrated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain: as encode_norm, and where a channel is more than one element of a row (GroupNorm)."""
-    tiles = _tiles(width, group)
+    tiles = _tiles(width, group, TILE // 2, 4)  # sums by channel are registers, too
     if grad.dtype not in FLOATS or grad.numel() == 0 or not width == channels == count or tiles is None:
         layout = width, channels, count, centre, group, bits, calibrated
         return PLAIN["norm_backward"](grad, codes, scales, rstd, table, weight, *layout)
@@ -248,3 +301,41 @@ def norm_backward(
     )
     dweight, dbias = sums.sum(1).to(grad.dtype)
     return out, dweight, dbias
+
+
+def softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, levels: Tensor, group: int, bits: int) -> Tensor:
+    """Plain: float64, groups of no power of two, rows of over 2048 elements."""
+    width, out = grad.shape[-1], grad.new_empty(grad.shape)
+    tiles = _ragged(width, group)
+    if grad.dtype not in FLOATS or grad.numel() == 0 or tiles is None:
+        return PLAIN["softmax_backward"](grad, codes, scales, levels, group, bits)
+    rows = scales.shape[0]
+    tiles |= {"ROWS": max(1, 2 * TILE // tiles["COLS"]), "num_warps": 4}
+    grid = (triton.cdiv(rows, tiles["ROWS"]),)
+    ragged.softmax_backward[grid](grad.contiguous(), out, codes, scales, levels, rows, BITS=bits, **tiles)
+    return out
+
+
+def weight_gradient(
+    grad: Tensor, codes: Tensor, scales: Tensor, table: Tensor, width: int, group: int, bits: int, channels: Tensor | None = None
+) -> Tensor:
+    """Plain: float64. Rows are decoded by a kernel and multiplied by the library's: a fused one would decode them again for each
+    tile of the result's rows, 24 times for 3072 of them, at more instructions than the product itself has."""
+    if grad.dtype not in FLOATS or grad.numel() == 0:
+        return PLAIN["weight_gradient"](grad, codes, scales, table, width, group, bits, channels)
+    flat, total = grad.reshape(-1, grad.shape[-1]), None
+    for start, stop in row_ranges(0, len(flat), width, grad.device):
+        x = decode_groups(codes, scales, table, width, group, bits, start, stop, grad.dtype, channels)
+        part = flat[start:stop].mT @ x
+        total = part.float() if total is None else total.add_(part)
+    return total.to(grad.dtype)
+
+
+def decode_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Plain: float64."""
+    if dtype not in FLOATS or codes.numel() == 0:
+        return PLAIN["decode_int8"](codes, scales, dtype)
+    out, total = codes.new_empty(codes.shape, dtype=dtype), codes.numel()
+    grid, group = (triton.cdiv(total, BLOCK),), codes.shape[1] // scales.shape[1]
+    ragged.decode_int8[grid](out, codes.contiguous(), scales, total, group, BLOCK, **OPTIONS)
+    return out
