@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 METHODS = ("full", "linear", "bias", "prompt", "side", "s2a")
-EXACT = 1e-6  # relative error of a gradient in float64 that differs by rounding alone
+EXACT_ERROR = 1e-6  # relative error of a gradient in float64 that differs by rounding alone
+LOW = 0.95  # cosine of a gradient below which a row has a control
 
 
 def usable(row: dict[str, Any]) -> list[str]:
@@ -17,6 +19,14 @@ def usable(row: dict[str, Any]) -> list[str]:
 def figures(row: dict[str, Any], kind: str) -> list[float]:
     found = [cells.get(kind) for cells in (row.get("methods") or {}).values() if isinstance(cells, dict)]
     return [value for value in found if isinstance(value, float)]
+
+
+def controlled(rows: list[dict[str, Any]], control: str, figure: Callable[[dict[str, Any]], float]) -> Iterator[str]:
+    """The rows that have this control, with the figure and the control's."""
+    for row in rows:
+        for name, cells in (row.get("methods") or {}).items():
+            if isinstance(cells, dict) and control in cells:
+                yield f"{row['family']} {name} {figure(cells):.2g} ({cells[control]:.2g})"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -41,14 +51,18 @@ def line(row: dict[str, Any]) -> str:
 def summary(rows: list[dict[str, Any]]) -> list[str]:
     usual = [row for row in rows if "s2a" in usable(row)]
     misread = [row["family"] for row in rows if not isinstance(row.get("structure"), dict) or row["structure"]["wrong"]]
-    inexact = [r["family"] for r in rows if max(figures(r, "lossless") + figures(r, "recomputed"), default=0) > EXACT]
+    inexact = list(controlled(rows, "stock, image by image", lambda cells: max(cells["lossless"], cells["recomputed"])))
+    low = list(controlled(rows, "stock, bf16", lambda cells: min(cells[kind] for kind in ("int4", "tiny") if isinstance(cells[kind], float))))
     changed = [r["family"] for r in rows for cells in (r.get("methods") or {}).values() if isinstance(cells, dict) and cells["changed though frozen"]]
     shares = [share for row in rows if isinstance(row.get("tracked"), dict) for share in row["tracked"].values()]
     near = sum(abs(share - 1) <= 0.01 for share in shares)
     return [
         f"- {len(usual)} of {len(rows)} families train with the default method and codes (`method=s2a quant=int4`).",
         f"- Layouts that contradict the widths of a block's own layers: {', '.join(misread) or 'none'}.",
-        f"- Gradients under lossless savings or recomputation that are off by more than {EXACT:g}: {', '.join(inexact) or 'none'}.",
+        f"- Gradients under lossless savings or recomputation that are off by more than {EXACT_ERROR:g}; in brackets stock PyTorch's own,"
+        f" image by image instead of all at once: {', '.join(inexact) or 'none'}.",
+        f"- Cosines of gradients under `int4` or `tiny` below {LOW:g}; in brackets that of stock PyTorch in bfloat16, since random weights"
+        f" may amplify any rounding: {', '.join(low) or 'none'}.",
         f"- Frozen tensors that a step changed: {', '.join(dict.fromkeys(changed)) or 'none'}.",
         f"- Predicted peaks within 1 % of those of real tensors: {near} of {len(shares)}.",
     ]
