@@ -21,14 +21,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError, OmegaConfBaseException
 
 from s2a_cli.config import CODED, OF_BITS, Rule, RunConfig, SweepConfig, check, leaves, members, rule_of, show
-from s2a_cli.errors import UserError, nearest
-
-PACKAGE = Path(__file__).parent
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # a wheel, or a checkout
+from s2a_cli.errors import UserError, brief, first_line, nearest
+from s2a_cli.grid import CONF, groups, read, refuse_explosions
+from s2a_cli.trust import check_kwargs, check_stored
 
 OmegaConf.register_new_resolver("times", lambda *factors: math.prod(map(float, factors)), replace=True)
 
 Problems = dict[str, str]  # key -> one line; the first one said about a key stays
+UNFIT = (OmegaConfBaseException, ArithmeticError, ValueError, TypeError, RecursionError)  # what OmegaConf raises about a value
 
 
 def compose(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
@@ -65,28 +65,36 @@ def compose_sweep(overrides: list[str]) -> SweepConfig:
 
 
 def recompose(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
-    """The config of a finished run, with changes. Raises UserError as `compose` does."""
+    """The config of a finished run, with changes. Raises UserError as `compose` does.
+
+    stored: what the run's record says. Somebody else may have written it: it is read as values alone, and a data set is
+    downloaded to no folder that it names.
+    """
+    check_stored(stored)
+    refuse_explosions(overrides)
     problems: Problems = {}
     loaded = OmegaConf.create(stored)
+    dataset = loaded.get("dataset")
+    if isinstance(dataset, DictConfig) and dataset.get("root"):
+        dataset.download = False
     known = groups()
     for override in _parsed(overrides, known, problems):
         key = override.key_or_group
         if key in known:
             problems[key] = f"{override.input_line}: a finished run keeps its {key}"
         else:
-            OmegaConf.update(loaded, key, override.value(), force_add=True)
+            try:
+                OmegaConf.update(loaded, key, override.value(), force_add=True)
+                if key == "dataset.root" and not any(word.lstrip("+").startswith("dataset.download=") for word in overrides):
+                    loaded.dataset.download = True
+            except UNFIT as error:
+                problems[key] = f"{brief(override.input_line)}: can't be set ({first_line(error)})"
     return _judged(loaded, problems)
 
 
 def composable(overrides: list[str]) -> list[str]:
     """Those of the words that Hydra can compose, in a form in which it refuses none of them: for completion."""
     return _readable(overrides, CONF, {})
-
-
-def groups(conf: Path = CONF) -> dict[str, list[str]]:
-    """{group: its options} as there are files in `conf/`."""
-    folders = sorted(folder for folder in conf.iterdir() if folder.is_dir())
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
 @contextmanager
@@ -105,29 +113,24 @@ def hydra_on(conf: Path = CONF) -> Iterator[Any]:
 
 def _parsed(overrides: list[str], known: dict[str, list[str]], problems: Problems) -> list[Any]:
     """Hydra's reading of the words, without those that set nothing or name several values."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser, parsed = OverridesParser.create(), []
+    parsed = []
     for word in overrides:
         if word.startswith("~"):
-            problems[word] = f"{word}: nothing can be deleted; leave it out, or set it to null"
+            problems[word] = f"{brief(word)}: nothing can be deleted; leave it out, or set it to null"
             continue
         if "=" not in word:
             hint = next((f" (did you mean {group}={word}?)" for group, options in known.items() if word in options), "")
-            problems[word] = f"{word}: expected key=value{hint}"
+            problems[word] = f"{brief(word)}: expected key=value{hint}"
             continue
         try:
-            override = parser.parse_override(word)
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            quoting = "write key=value, and quote special characters: 'key=\"a (b)\"'"
-            problems[word] = f"{word}: can't be read ({reason}); {quoting}"
+            override = read(word)
+        except UserError as error:
+            problems[word] = str(error)
             continue
         if not override.key_or_group or override.package is not None:
-            problems[word] = f"{word}: expected key=value"
+            problems[word] = f"{brief(word)}: expected key=value"
         elif override.is_sweep_override():
-            problems[word] = f"{word}: one value is expected here; quote a text with commas: 'key=\"a,b\"'"
+            problems[word] = f"{brief(word)}: one value is expected here; quote a text with commas: 'key=\"a,b\"'"
         elif override.key_or_group.split(".")[0] == "hydra":
             problems[word] = f"{word}: Hydra's own settings are not used here"
         else:
@@ -137,6 +140,7 @@ def _parsed(overrides: list[str], known: dict[str, list[str]], problems: Problem
 
 def _readable(overrides: list[str], conf: Path, problems: Problems) -> list[str]:
     """The words that Hydra can compose, in a form in which it refuses none of them; tells what is wrong with others."""
+    refuse_explosions(overrides)
     known, words = groups(conf), []
     for override in _parsed(overrides, known, problems):
         group, value, word = override.key_or_group, override.value(), override.input_line.lstrip("+")
@@ -146,7 +150,7 @@ def _readable(overrides: list[str], conf: Path, problems: Problems) -> list[str]
             words.append(word)
         elif group != "experiment" or value is not None:
             accepted = ", ".join(known[group])
-            problems[group] = f"{group}={show(value)}: expected one of {accepted}{nearest(str(value), known[group])}"
+            problems[group] = f"{group}={brief(show(value))}: expected one of {accepted}{nearest(str(value), known[group])}"
     return words
 
 
@@ -159,8 +163,9 @@ def _load(words: list[str], conf: Path, problems: Problems) -> DictConfig:
     try:
         with hydra_on(conf):
             loaded = hydra_compose("config", overrides=words)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        problems["config"] = " ".join(str(error).split()) + (f" ({error.__cause__})" if error.__cause__ else "")
+    except (HydraException, yaml.YAMLError, OSError, *UNFIT) as error:
+        said = " ".join(str(error).split()) + (f" ({error.__cause__})" if error.__cause__ else "")
+        problems["config"] = brief(said or type(error).__name__, 400)
         raise UserError("\n".join(problems.values())) from error
     OmegaConf.set_struct(loaded, False)
     return loaded
@@ -171,19 +176,19 @@ def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
     from s2a_cli.methods import METHODS
 
     typed = OmegaConf.structured(RunConfig)
-    method = loaded.get("method")
-    name = method.get("name") if isinstance(method, DictConfig) else None
     found: Problems = {}
+    name = _method_name(loaded)
     if name in METHODS:
         typed.method = OmegaConf.structured(METHODS[name].Config)
     else:
-        found["method"] = f"method.name={show(name)}: expected one of {', '.join(METHODS)}{nearest(str(name), METHODS)}"
+        found["method"] = f"method.name={brief(show(name))}: expected one of {', '.join(METHODS)}{nearest(str(name), METHODS)}"
     _fit(loaded, typed, "", found)
     for key in sorted(OmegaConf.missing_keys(typed) - found.keys() - {"method"}):
         found[key] = f"{key}: has no value; add {key}=..."
-    found = check(typed) | found
+    found = check(typed) | check_kwargs(OmegaConf.to_container(typed.backbone.kwargs)) | found
     raw = OmegaConf.to_container(loaded, resolve=False)
-    found = {key: line for key, line in found.items() if _source(raw, key) not in found}  # told where it was written
+    told = {key: line for key, line in found.items() if _source(raw, key) not in found}  # told where it was written
+    found = told or found  # or two are each other's source
     # A group that fell back to its default says nothing about the keys that were meant for the other option.
     wrong = tuple(f"{key}." for key in problems)
     problems |= {key: line for key, line in found.items() if key not in problems and not key.startswith(wrong)}
@@ -191,6 +196,15 @@ def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
         raise UserError("\n".join(problems.values()))
     OmegaConf.resolve(typed)
     return typed
+
+
+def _method_name(loaded: DictConfig) -> Any:
+    """What stands under method.name; None for no text, and for a reference that leads nowhere."""
+    try:
+        name = loaded.method.name
+    except (AttributeError, *UNFIT):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def _source(raw: dict[str, Any], key: str) -> str | None:
@@ -222,18 +236,24 @@ def _fit(values: DictConfig, typed: DictConfig, prefix: str, problems: Problems)
             value = values[key]
         except InterpolationToMissingValueError:
             continue  # the missing value is reported under its own key
-        except InterpolationResolutionError as error:
-            problems[full] = f"{full}: can't be resolved: {str(error).splitlines()[0]}"
+        except (InterpolationResolutionError, *UNFIT) as error:
+            problems[full] = f"{full}: can't be resolved: {first_line(error)}"
             continue
         accepted = members(schema, key)
         node = OmegaConf.get_type(typed, key) if full == "method" else next(filter(is_dataclass, accepted), None)
         if node is not None:
             _fit_node(value, typed, str(key), full, node, type(None) in accepted, problems)
             continue
-        plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         try:
+            plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except UNFIT as error:
+            problems[full] = f"{full}: can't be resolved: {first_line(error)}"
+            continue
+        try:
+            if _ambiguous(plain, accepted):
+                raise ValueError
             OmegaConf.update(typed, str(key), plain, merge=False)
-        except OmegaConfBaseException:
+        except UNFIT:
             rule = rule_of(full) or Rule(_words(accepted), bool)
             problems[full] = rule.problem(full, plain, type(None) in accepted)
 
@@ -252,7 +272,7 @@ def _fit_node(
         _fit(value, typed[key], f"{full}.", problems)
     else:
         names = ", ".join(f"{full}.{name}" for name in typing.get_type_hints(node))
-        problems[full] = f"{full}={show(value)}: expected its settings ({names}){', or false' if optional else ''}"
+        problems[full] = f"{full}={brief(show(value))}: expected its settings ({names}){', or false' if optional else ''}"
 
 
 def _unknown(values: DictConfig, typed: DictConfig, key: str, prefix: str) -> str:
@@ -268,6 +288,13 @@ def _unknown(values: DictConfig, typed: DictConfig, key: str, prefix: str) -> st
     same = [path for path in same if path.startswith(prefix)] or same
     hint = nearest(full, same or [*paths, *root]) or (f" (did you mean {same[0]!r}?)" if same else "")
     return f"{full}: no such setting; accepted{' in ' + prefix[:-1] if prefix else ''}: {', '.join(typed)}{hint}"
+
+
+def _ambiguous(value: Any, accepted: tuple[Any, ...]) -> bool:
+    """What OmegaConf would take for something else: "1_0" for 10, 1000 for true."""
+    if isinstance(value, str):
+        return str not in accepted and ("_" in value or not value.isascii())
+    return bool in accepted and isinstance(value, int | float) and value not in (0, 1)
 
 
 def _words(types: tuple[Any, ...]) -> str:

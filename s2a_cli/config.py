@@ -6,11 +6,10 @@ The comment behind a field is its line in `s2a train --help`.
 from __future__ import annotations
 
 import inspect
-import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from s2a_cli.errors import nearest
+from s2a_cli.rules import NAME, PATH, Rule, number, numbers, one_of, pattern, show
 
 
 @dataclass
@@ -163,56 +163,33 @@ class SweepConfig:
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet
 
 
-class Rule:
-    """What is accepted under a key: a test and the words for it. A null passes where the schema allows one."""
-
-    def __init__(self, accepted: str, test: Callable[[Any], bool], choices: tuple[str, ...] = ()):
-        self.accepted, self.test, self.choices = accepted, test, choices
-
-    def problem(self, key: str, value: Any, optional: bool = False) -> str:
-        or_null = ", or null" if optional else ""
-        hint = nearest(value, self.choices) if isinstance(value, str) else ""
-        return f"{key}={show(value)}: expected {self.accepted}{or_null}{hint}"
-
-
-def one_of(*choices: str) -> Rule:
-    return Rule(f"one of {', '.join(choices)}", choices.__contains__, choices)
-
-
-def number(accepted: str, test: Callable[[Any], bool]) -> Rule:
-    return Rule(accepted, lambda value: math.isfinite(value) and test(value))
-
-
-def numbers(count: int, accepted: str, test: Callable[..., bool] = lambda *values: True) -> Rule:
-    return Rule(accepted, lambda values: len(values) == count and all(map(math.isfinite, values)) and test(*values))
-
-
-def pattern(accepted: str, regex: str) -> Rule:
-    return Rule(accepted, lambda value: re.fullmatch(regex, value) is not None)
-
-
 AT_LEAST_1 = number("an integer of at least 1", lambda value: value >= 1)
 POSITIVE = number("a number above 0", lambda value: value > 0)
 NOT_NEGATIVE = number("a number of at least 0", lambda value: value >= 0)
+MIX = number("0, or a number from 0.001 to 1000", lambda value: value == 0 or 1e-3 <= value <= 1e3)  # else the draws degenerate
 BITS = number("an integer from 1 to 8", lambda value: 1 <= value <= 8)
 SHARE = number("a number above 0 and below 1", lambda value: 0 < value < 1)
 
 RULES = {  # a key, or a pattern that matches keys
-    "backbone.image_size": AT_LEAST_1,
+    "backbone.name": NAME,
+    "backbone.timm": pattern("a name of timm's", r"[\w.+-]{1,200}"),
+    "backbone.checkpoint": PATH,
+    "backbone.image_size": number("an integer from 1 to 16384", lambda value: 1 <= value <= 16384),
     "backbone.mean": numbers(3, "3 numbers, one a colour channel"),
     "backbone.std": numbers(3, "3 numbers above 0, one a colour channel", lambda *values: min(values) > 0),
     "backbone.interpolation": one_of("nearest", "bilinear", "bicubic", "lanczos"),
     "backbone.lr_scale": POSITIVE,
     "backbone.weights": one_of("fp32", "bf16", "int8", "nf4"),
-    "backbone.crop_pct": number("a number above 0, at most 1", lambda value: 0 < value <= 1),
+    "backbone.crop_pct": number("a number from 0.1 to 1", lambda value: 0.1 <= value <= 1),
     "method*.lr": POSITIVE,
-    "method*.blocks": pattern("all or last:K with K of at least 1", r"all|last:0*[1-9]\d*"),
+    "method*.blocks": pattern("all or last:K with K of at least 1", r"all|last:0{0,3}[1-9][0-9]{0,3}"),
     "method*.rank": AT_LEAST_1,
     "method*.heads": AT_LEAST_1,
     "method*.width": AT_LEAST_1,
     "method*.grid": AT_LEAST_1,
     "method*.lr_scale": POSITIVE,
     "method*.segments": AT_LEAST_1,
+    "quant.name": NAME,
     "quant.bits": BITS,
     "quant.pointwise": BITS,
     "quant.norm": BITS,
@@ -225,6 +202,7 @@ RULES = {  # a key, or a pattern that matches keys
     "quant.input": number("an integer from 1 to 8, or 16 for bfloat16", lambda value: 1 <= value <= 8 or value == 16),
     "quant.chunks": AT_LEAST_1,
     "quant.budget_mib": POSITIVE,
+    "dataset.root": PATH,
     "dataset.domain": one_of(*DOMAINS),
     "dataset.test_domain": one_of(*DOMAINS),
     "dataset.shots": AT_LEAST_1,
@@ -248,15 +226,18 @@ RULES = {  # a key, or a pattern that matches keys
     "optim.micro_batch": AT_LEAST_1,
     "optim.label_smoothing": number("a number of at least 0, below 1", lambda value: 0 <= value < 1),
     "optim.clip_grad": POSITIVE,
-    "optim.mixup": NOT_NEGATIVE,
-    "optim.cutmix": NOT_NEGATIVE,
+    "optim.mixup": MIX,
+    "optim.cutmix": MIX,
     "seed": number("an integer from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32),
     "compile_budget": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
     "precision": one_of("fp32", "tf32", "amp-bf16", "amp-fp16", "bf16"),
-    "device": pattern("auto, cpu, cuda, cuda:N or mps", r"auto|cpu|mps|cuda(:\d+)?"),
+    "device": pattern("auto, cpu, cuda, cuda:N or mps", r"auto|cpu|mps|cuda(:[0-9]{1,3})?"),
     "busy": one_of("refuse", "allow"),
     "profile": one_of("memory"),
-    "workers": NOT_NEGATIVE,
+    "workers": number("an integer from 0 to 1024", lambda value: 0 <= value <= 1024),
+    "run_dir": PATH,
+    "sweep.dir": PATH,
+    "sweep.report": PATH,
     "sweep.workers": AT_LEAST_1,
     "sweep.launcher": one_of("local", "slurm", "ray"),
     "save_minutes": POSITIVE,
@@ -288,15 +269,6 @@ def members(schema: type, key: str) -> tuple[Any, ...]:
     """The types that a field of a dataclass takes: (int, NoneType) for `int | None`."""
     hint = typing.get_type_hints(schema)[key]
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-
-
-def show(value: Any) -> str:
-    """A value as it is written on the command line."""
-    if isinstance(value, list):
-        return f"[{','.join(map(show, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {show(inner)}' for key, inner in value.items())}}}"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def check(config: DictConfig) -> dict[str, str]:
@@ -381,7 +353,7 @@ def _check_blocks(blocks: dict[int, Any]) -> dict[str, str]:
     """Problems of quant.blocks; whether the backbone has as many blocks is checked where it is made."""
     own = [f.name for f in fields(QuantConfig) if f.name not in ("name", "calibrate", "rounding", "blocks", "budget_mib")]
     for number, settings in blocks.items():
-        if not isinstance(settings, dict):
+        if not isinstance(settings, dict) or isinstance(number, bool):
             return {"quant.blocks": f"quant.blocks={show(blocks)}: expected settings for each number, such as {{3: {{norm: 8}}}}"}
         for name, value in settings.items():
             key = f"quant.blocks.{number}.{name}"

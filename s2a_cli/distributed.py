@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from s2a_cli.errors import UserError, brief, first_line
 
 T = TypeVar("T")
 OUT_OF_MEMORY = "s2a/out-of-memory"  # a key of the store that the processes share
@@ -33,29 +36,44 @@ def is_first() -> bool:
     return part()[0] == 0
 
 
+def world() -> int:
+    """How many processes torchrun started, as it says in the environment; 1 without it."""
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) < default:
+        raise UserError(f"{variable}={brief(text)} in the environment: expected the number that torchrun sets; unset it")
+    return int(text)
+
+
 def _on_cuda(device: str) -> bool:
     """Whether torchrun started several processes and each has a GPU of its own."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and device in ("auto", "cuda") and torch.cuda.is_available()
+    return world() > 1 and device in ("auto", "cuda") and torch.cuda.is_available()
 
 
 def own_device(device: str) -> str | None:
     """The device that this process has to itself; None where another of torchrun's has the same one, and was first."""
     if _on_cuda(device):
-        return f"cuda:{os.environ['LOCAL_RANK']}"
+        return f"cuda:{_number('LOCAL_RANK', 0)}"
     return device if os.environ.get("LOCAL_RANK", "0") == "0" else None
 
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[str]:
     """Joins the processes that torchrun started, if it did, until the end of the context. Yields the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if world() == 1 or dist.is_initialized():
         yield device
         return
     on_cuda = _on_cuda(device)
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda else device
+    device = f"cuda:{_number('LOCAL_RANK', 0)}" if on_cuda else device
     if on_cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_cuda else "gloo")
+    try:
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+    except ValueError as error:  # a variable that torchrun sets, and is not there or no number
+        raise UserError(f"WORLD_SIZE={world()}: {first_line(error)}; start several processes with torchrun") from None
     try:
         yield device
     finally:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -12,8 +13,21 @@ class UserError(Exception):
 
 def nearest(word: str, accepted: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the accepted word closest to `word`, or an empty string."""
-    match = difflib.get_close_matches(word, list(accepted), n=1)
+    match = len(word) <= 100 and difflib.get_close_matches(word, list(accepted), n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def brief(text: str, most: int = 100) -> str:
+    """The text, or its beginning with dots behind it."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def is_there(path: Path) -> bool:
+    """As path.exists(), and False for a name that no file can have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def first_line(error: BaseException, most: int = 160) -> str:

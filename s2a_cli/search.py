@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import shlex
 import signal
 import sys
@@ -21,8 +23,8 @@ from s2a_cli import data, records
 from s2a_cli.compose import compose, compose_sweep
 from s2a_cli.config import SweepConfig
 from s2a_cli.engines import Engine, engine
-from s2a_cli.errors import RunError, UserError, nearest
-from s2a_cli.grid import expand, parsed
+from s2a_cli.errors import RunError, UserError, brief, nearest
+from s2a_cli.grid import expand, parsed, steps
 from s2a_cli.sweeps import Known, Plan, Sweep
 
 KEYS = {
@@ -65,16 +67,26 @@ def _distribution(word: str) -> Any:
             raise UserError(
                 f"{word}: expected interval(LOW,HIGH) with LOW below HIGH{' and above 0, for log' if log else ''}"
             )
+        if not all(map(math.isfinite, (value.start, value.end))):
+            raise UserError(f"{word}: expected finite numbers")
         return (IntDistribution if isinstance(value.start, int) else FloatDistribution)(value.start, value.end, log=log)
+    if isinstance(value, RangeSweep) and not value.shuffle and steps(word, value):
+        if all(isinstance(x, int) for x in (value.start, value.stop, value.step)):
+            low, high = sorted((value.range()[0], value.range()[-1]))
+            return IntDistribution(low, high, step=abs(value.step))
     values = [one.partition("=")[2] for (one,) in expand([word])]
-    if (
-        isinstance(value, RangeSweep)
-        and not value.shuffle
-        and all(isinstance(x, int) for x in (value.start, value.stop, value.step))
-    ):
-        low, high = sorted((int(values[0]), int(values[-1])))
-        return IntDistribution(low, high, step=abs(value.step))
     return CategoricalDistribution(values)
+
+
+def _first(word: str) -> str:
+    """The word with the first of its values."""
+    from hydra.core.override_parser.types import RangeSweep
+
+    override = parsed(word)
+    value = override.value()
+    if isinstance(value, RangeSweep) and not value.shuffle and steps(word, value):
+        return f"{override.get_key_element()}={next(iter(value.range()))}"
+    return expand([word])[0][0]
 
 
 class Search:
@@ -192,11 +204,11 @@ def read(words: list[str]) -> tuple[Space, int, str | None, SweepConfig]:
         else:
             fixed.append(word)
     trials = own.get("search.trials", "20")
-    if not trials.isdecimal() or int(trials) < 1:
-        raise UserError(f"search.trials={trials}: expected an integer of at least 1")
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", trials):
+        raise UserError(f"search.trials={brief(trials)}: expected an integer of at least 1, at most 999999")
     name = own.get("search.name")
-    if name is not None and not name.replace("-", "").replace("_", "").isalnum():
-        raise UserError(f"search.name={name}: expected letters, digits, - and _")
+    if name is not None and not re.fullmatch(r"[\w-]{1,100}", name):
+        raise UserError(f"search.name={brief(name)}: expected letters, digits, - and _, at most 100 of them")
     if not ranges:
         raise UserError(
             "nothing to search: give a setting a range: optim.lr=tag(log,interval(1e-4,1e-2)) or quant=none,int4"
@@ -214,7 +226,7 @@ def search(words: list[str]) -> int:
         raise UserError("s2a search needs a package that is not here: pip install 's2a[optuna]'") from None
     space.distributions()
     config = compose(
-        [*space.fixed, *(expand([word])[0][0] for word in space.ranges.values() if "interval(" not in word)]
+        [*space.fixed, *(_first(word) for word in space.ranges.values() if "interval(" not in word)]
     )
     if not len(data.load(config.dataset).val):
         raise UserError(f"dataset={config.dataset.name}: no image is left for validation, by which a search chooses")

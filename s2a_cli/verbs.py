@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from s2a_cli.errors import UserError, nearest
+from s2a_cli.errors import UserError, brief, is_there, nearest
 
 KINDS = {kind + "s": kind for kind in ("backbone", "method", "quant", "dataset", "experiment")}  # what `ls` lists
 
@@ -182,7 +182,9 @@ TABLE = ("rows", "cols", "value", "format", "against", "groups", "reference", "f
 
 def _runs(words: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """Options, what runs must have (dataset=pets), and the folders that hold runs."""
-    folders = [word for word in words if "=" not in word or Path(word).exists()]
+    folders = [word for word in words if "=" not in word or is_there(Path(word))]
+    if odd := next((word for word in folders if not is_there(Path(word))), None):
+        raise UserError(f"{brief(odd)}: no such folder; name the folders that hold runs, or key=value to choose among them")
     pairs = dict(word.split("=", 1) for word in words if word not in folders)
     if not folders and not Path("runs").is_dir():
         raise UserError("no runs/ in this folder; name the folders that hold runs, or make a run with: s2a train")

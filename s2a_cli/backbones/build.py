@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 
 import timm
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from s2a_cli.backbones.backbone import Backbone
@@ -14,9 +16,10 @@ from s2a_cli.backbones.head import Classified, Head, find_head, pooled
 from s2a_cli.backbones.pretrained import load_checkpoint
 from s2a_cli.config import BackboneConfig
 from s2a_cli.data.transforms import ImageConfig
-from s2a_cli.errors import UserError, first_line, nearest
+from s2a_cli.errors import UserError, brief, first_line, nearest
 from s2a_cli.memory.hollow import Hollow
 from s2a_cli.memory.predict import hollow_tensors
+from s2a_cli.trust import check_names
 
 
 def build(config: BackboneConfig, num_classes: int, *, meta: bool = False) -> Backbone:
@@ -41,10 +44,13 @@ KNOWN = 4  # at most: a prediction is of a run and of full fine-tuning, a table'
 
 def _build(config: BackboneConfig, num_classes: int, meta: bool) -> Backbone:
     from_hub = config.pretrained and not config.checkpoint and not meta
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        other = _create(config, num_classes + 1, False)
+    if not meta:
+        _refuse_size(config, other)
     with torch.device("meta" if meta else "cpu"):
         model = _create(config, num_classes, from_hub)
-        with torch.device("meta"):
-            head = find_head(model, _create(config, num_classes + 1, False), num_classes)
+        head = find_head(model, other, num_classes)
         if config.checkpoint and config.pretrained and not meta:
             load_checkpoint(model, config.checkpoint, list(head.layers))
         image = _image_config(model, config)
@@ -53,6 +59,20 @@ def _build(config: BackboneConfig, num_classes: int, meta: bool) -> Backbone:
             model = _classified(model, image.size, num_classes)
             head = Head({"head": model.head}, num_classes)
     return Backbone(model, image, head)
+
+
+def _refuse_size(config: BackboneConfig, model: nn.Module) -> None:
+    """Raises UserError for a model whose weights alone are more than the memory of this machine."""
+    need = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not told on this system
+        return
+    if need > there:
+        raise UserError(
+            f"backbone: the weights of {config.timm} with backbone.kwargs={brief(str(config.kwargs))} take {need / 2**30:,.0f} GiB;"
+            f" this machine has {there / 2**30:,.0f} GiB of memory"
+        )
 
 
 def _classified(model: nn.Module, image_size: int, num_classes: int) -> nn.Module:
@@ -76,8 +96,8 @@ def _set_image_size(model: nn.Module, size: int, config: BackboneConfig) -> None
     if hasattr(model, "set_input_size"):  # resamples position embeddings, sets windows
         try:
             model.set_input_size(img_size=(size, size))
-        except (AssertionError, ValueError, RuntimeError) as error:
-            raise UserError(f"backbone.image_size={size}: {config.timm} can't take it: {error}") from None
+        except Exception as error:  # likewise
+            raise UserError(f"backbone.image_size={size}: {config.timm} can't take it: {first_line(error)}") from None
     elif model.pretrained_cfg.get("fixed_input_size"):
         raise UserError(f"backbone.image_size={size}: {config.timm} takes {native} only")
 
@@ -88,17 +108,20 @@ def _create(config: BackboneConfig, num_classes: int, from_hub: bool) -> nn.Modu
         known = timm.list_models()
         raise UserError(f"backbone: timm has no model {config.timm!r}{nearest(architecture, known)}; `s2a ls backbones` lists ours")
 
+    check_names(architecture, config.kwargs)
+    kwargs = OmegaConf.to_container(config.kwargs) if OmegaConf.is_config(config.kwargs) else config.kwargs
+
     def create(pretrained: bool) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return timm.create_model(config.timm, pretrained=pretrained, num_classes=num_classes, **config.kwargs)
+            return timm.create_model(config.timm, pretrained=pretrained, num_classes=num_classes, **kwargs)
 
     try:
         if not from_hub:
             return create(pretrained=False)
         with torch.device("meta"):  # settings that timm refuses are not a matter of the weights
             model = create(pretrained=False)
-    except (TypeError, RuntimeError) as error:
+    except Exception as error:  # models check their settings in ways of their own
         raise UserError(f"backbone: timm can't make {config.timm}: {first_line(error)}") from None
     try:
         return create(pretrained=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from s2a_cli import distributed
 from s2a_cli.compose import compose
 from s2a_cli.errors import UserError
 from s2a_cli.memory.compositions import Composition, Predictor
@@ -149,7 +149,7 @@ def resolved(words: list[str]) -> list[str]:
     device = torch.device("cuda" if config.device == "auto" else config.device)
     if device.type != "cuda":
         raise UserError(f"{AUTO} fits the memory of a CUDA device, not device={config.device}; set a number")
-    processes, there = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.get_device_properties(device).total_memory
+    processes, there = distributed.world(), torch.cuda.get_device_properties(device).total_memory
     left = f"{there / MIB:,.0f} MiB of {device}"
     if config.busy == "allow" and processes == 1 and (free := torch.cuda.mem_get_info(device)[0]) < there:
         there, left = free, f"{free / MIB:,.0f} MiB that are free on {device}"
