@@ -11,12 +11,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from s2a_cli.errors import UserError
+from s2a_cli import tensor_files
+from s2a_cli.errors import UserError, first_line
 from s2a_cli.records import atomic_file, atomic_write
 from s2a_cli.steps import moving_norms
 
 FILE = "trainable.safetensors"
 STATE = "state.pt"
+KEYS = ("content", "allocation", "accuracy", "sofar", "model", "calibration", "optimizer", "schedule", "scaler")  # of the state
 CALIBRATION = "calibration."  # before the names of what the codes of a run were fitted to
 
 
@@ -50,17 +52,18 @@ def load(folder: Path, model: nn.Module, weights: str) -> None:
     Raises UserError when the file is missing, damaged, of another model, or trained on other backbone weights.
     """
     path = Path(folder) / FILE
-    if not path.is_file():
+    if not tensor_files.is_file(path):
         raise UserError(f"{path}: no such file; the run has saved no tensors")
+    expected = {name: tuple(tensor.shape) for name, tensor in trainable_state(model).items()}
     try:
         with safetensors.safe_open(path, "pt") as file:
             trained_on = (file.metadata() or {}).get("weights")
-            state = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(CALIBRATION)}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
-    expected = trainable_state(model)
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
-        odd = sorted(state.keys() ^ expected.keys()) or [k for k in state if state[k].shape != expected[k].shape]
+            there = {name: shape for name, shape in tensor_files.shapes(file) if not name.startswith(CALIBRATION)}
+            state = {name: file.get_tensor(name) for name in there} if there == expected else {}
+    except Exception as error:  # safetensors, the system and torch raise kinds of their own for a damaged file
+        raise UserError(f"{path}: damaged ({first_line(error)})") from None
+    if there != expected:
+        odd = sorted(there.keys() ^ expected.keys()) or [k for k in there if there[k] != expected[k]]
         raise UserError(f"{path}: its tensors are not those of this backbone and method (first difference: {odd[0]})")
     if trained_on != weights:
         raise UserError(f"{path}: trained on backbone weights {trained_on}, but the config's have the fingerprint {weights}")
@@ -79,10 +82,19 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 def load_state(folder: Path) -> dict[str, Any] | None:
     """The state in a run's folder, None where there is none. Raises UserError when it is damaged."""
     path = Path(folder) / STATE
-    if not path.is_file():
+    if not path.exists():
         return None
+    if not tensor_files.is_file(path):
+        raise UserError(f"{path}: no regular file; remove it, or start again with --force")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile, pickle and torch raise kinds of their own for a damaged file
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path}: damaged ({reason}); remove it, or start again with --force") from None
+        state = tensor_files.read(path)
+    except tensor_files.Unreadable as error:
+        raise damaged(path, error) from None
+    if not isinstance(state, dict) or (lacking := [key for key in KEYS if key not in state]):
+        raise damaged(path, f"lacks {lacking[0]}" if isinstance(state, dict) else "no state")
+    return state
+
+
+def damaged(path: Path, reason: object) -> UserError:
+    """What to say about the state of an unfinished run from which none can go on."""
+    return UserError(f"{path}: damaged ({reason}); remove it, or start again with --force")

@@ -1,6 +1,7 @@
 """The one exception that means "the input was wrong"; the command line prints it as one line and exits with 2."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def is_there(path: Path) -> bool:
 
 def first_line(error: BaseException, most: int = 160) -> str:
     """The first line of what an exception says, or its type where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:most]
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return "".join(c for c in re.sub(r"\x1b\[[0-9;]*m", "", line) if c.isprintable())[:most]
 
 
 class RunError(Exception):

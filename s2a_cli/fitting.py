@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 from s2a_cli.activations.calibration import LOOKS
 from s2a_cli import checkpoints, data, distributed, memory, records
 from s2a_cli.engines import PARENT
-from s2a_cli.errors import RunError
+from s2a_cli.errors import RunError, first_line
 from s2a_cli.progress import Progress
 from s2a_cli.steps import Step, make_optimizer, train_mode
 
@@ -178,13 +178,16 @@ class Fit:
             checkpoints.save_state(self.folder, kept)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        checkpoints.restore(self.run.model, state["model"])
-        self.step.calibration = state["calibration"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.step.scaler.load_state_dict(state["scaler"])
-        self.result["accuracy"] = state["accuracy"]
-        self.sofar = Sofar(**state["sofar"])
+        try:
+            checkpoints.restore(self.run.model, state["model"])
+            self.step.calibration = state["calibration"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.step.scaler.load_state_dict(state["scaler"])
+            self.result["accuracy"] = state["accuracy"]
+            self.sofar = Sofar(**state["sofar"])
+        except Exception as error:  # torch and Python raise kinds of their own for what is no such state
+            raise checkpoints.damaged(self.folder / checkpoints.STATE, first_line(error)) from None
         if distributed.is_first():
             records.atomic_write(self.folder / "metrics.jsonl", "".join(self.sofar.lines))
 

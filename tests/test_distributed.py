@@ -99,6 +99,13 @@ def test_out_of_memory_in_one_process_is_that_of_the_run(tmp_path):
     assert not (tmp_path / "run" / "traceback.txt").exists() and "gloo" not in result["error"]
 
 
+@pytest.mark.parametrize(("variable", "value"), [("WORLD_SIZE", "abc"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "-1"), ("WORLD_SIZE", "2")])
+def test_an_environment_that_torchrun_does_not_make_is_named(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"{variable}={value}.*torchrun"), distributed.joined("cpu"):
+        pass
+
+
 def test_a_batch_that_is_too_small_to_share_is_refused(tmp_path):
     process = start(tmp_path, "optim.batch_size=1", "quant=none")
     _, err = process.communicate(timeout=60)

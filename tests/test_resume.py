@@ -134,7 +134,7 @@ def test_a_disk_that_is_full_while_a_state_is_written_says_so(tmp_path, monkeypa
         def write(self, data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    checkpoints.save_state(tmp_path, {"a": torch.ones(3)})
+    checkpoints.save_state(tmp_path, dict.fromkeys(checkpoints.KEYS) | {"a": torch.ones(3)})
     monkeypatch.setattr(checkpoints, "atomic_file", lambda path: contextlib.nullcontext(Full()))
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save_state(tmp_path, {"a": torch.zeros(10_000)})
@@ -167,6 +167,23 @@ def test_a_damaged_state_is_named(tmp_path):
     (tmp_path / checkpoints.STATE).write_bytes(b"PK not a checkpoint")
     with pytest.raises(UserError, match="state.pt: damaged .*--force"):
         train(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"optimizer": {"state": {}, "param_groups": []}}, {"optimizer": {}}, {"sofar": {"epoch": 1, "odd": 2}}, {"schedule": 3}, {"model": [1]}],
+    ids=["no groups", "empty optimizer", "odd place", "schedule", "model"],
+)
+def test_a_state_from_which_none_can_go_on_is_named(tmp_path, monkeypatch, change):
+    with monkeypatch.context() as patch:
+        breaks_at(patch, 2)
+        with pytest.raises(Killed):
+            train(tmp_path)
+    state = checkpoints.load_state(tmp_path)
+    checkpoints.save_state(tmp_path, state | change)
+    with pytest.raises(UserError, match="state.pt: damaged .*--force"):
+        train(tmp_path)
+    assert train(tmp_path, "optim.epochs=1", anew=True)["status"] == "ok"
 
 
 def test_two_processes_are_not_at_the_same_run(tmp_path):

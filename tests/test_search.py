@@ -132,6 +132,9 @@ def test_the_space_in_hydras_grammar():
         ([LR, "search.trails=3"], "search.trails: no such setting; accepted: search.trials, search.name"),
         ([LR, "search.trials=0"], "search.trials=0: expected an integer of at least 1"),
         ([LR, "search.name=../x"], "search.name=../x: expected letters, digits, - and _"),
+        ([LR, "search.trials=" + "9" * 400], "expected an integer of at least 1, at most 999999"),
+        (["optim.lr=interval(0,1e999)"], "optim.lr=interval(0,1e999): expected finite numbers"),
+        (["optim.lr=range(0,1e9)"], "has 1,000,000,000 values; a grid has at most 10,000 runs"),
         ([LR, "test=true"], "test=true: a search leaves the test split alone"),
         (["optim.lr=interval(1,0.1)"], "optim.lr=interval(1,0.1): expected interval(LOW,HIGH) with LOW below HIGH"),
         (

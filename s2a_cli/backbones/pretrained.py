@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-import zipfile
 from pathlib import Path
 
-import numpy as np
-import safetensors.torch
-import torch
 from torch import Tensor, nn
 
-from s2a_cli.errors import UserError, first_line
+from s2a_cli import tensor_files
+from s2a_cli.errors import UserError, brief, first_line
+from s2a_cli.tensor_files import Unreadable
 
 EMBEDDED = "embedded:"  # prefix of a checkpoint that ships in s2a_cli/weights/
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")  # under which training scripts keep the tensors
+BESIDE = 64 * 2**20  # bytes of a .npz beside four times the model's: a head of 21,843 classes
 
 
 def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
@@ -26,8 +26,8 @@ def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
     """
     embedded = checkpoint.startswith(EMBEDDED)
     path = Path(__file__).parents[1] / "weights" / checkpoint.removeprefix(EMBEDDED) if embedded else Path(checkpoint).expanduser()
-    if not path.is_file():
-        raise UserError(f"backbone.checkpoint={checkpoint}: no such file")
+    if not tensor_files.is_file(path):
+        raise UserError(f"backbone.checkpoint={brief(checkpoint, 200)}: no such file")
     if path.suffix == ".npz":
         return _load_npz(model, path)
     state = _read_tensors(path)
@@ -35,8 +35,8 @@ def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
     if adapt:
         try:
             state = adapt(state, model)
-        except (KeyError, RuntimeError, AttributeError, IndexError, ValueError):
-            pass  # another family's keys: reported below by name
+        except Exception:  # another family's keys: reported below by name
+            pass
     classifiers = model.pretrained_cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     heads = tuple(f"{name}." for name in (*classifiers, *head))
@@ -50,7 +50,10 @@ def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
         parts = {"missing": missing, "unexpected": unexpected, "other shapes": shapes}
         said = "; ".join(f"{len(keys)} {what}: {_few(keys)}" for what, keys in parts.items() if keys)
         raise UserError(f"backbone.checkpoint={checkpoint} is not of {type(model).__name__} as configured: {said}")
-    model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items() if k in own}, strict=False)
+    try:
+        model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items() if k in own}, strict=False)
+    except (RuntimeError, NotImplementedError) as error:
+        raise UserError(f"backbone.checkpoint={checkpoint}: can't be loaded ({first_line(error)})") from None
 
 
 def _few(keys: list[str], most: int = 6) -> str:
@@ -59,20 +62,10 @@ def _few(keys: list[str], most: int = 6) -> str:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors, zipfile, pickle and torch raise kinds of their own for a damaged file
-        reason = first_line(error)
-        raise UserError(f"backbone.checkpoint={path}: can't be read as tensors, damaged or of another format ({reason})") from None
-    while isinstance(content, dict) and not any(isinstance(v, Tensor) for v in content.values()):
-        wrapped = next((content[k] for k in ("state_dict_ema", "model_ema", "state_dict", "model", "teacher") if k in content), None)
-        if wrapped is None:
-            break
-        content = wrapped
-    if not isinstance(content, dict):
-        raise UserError(f"backbone.checkpoint={path}: holds a {type(content).__name__}, not a dictionary of tensors")
-    return {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
+        state = tensor_files.tensors(tensor_files.read(path), WRAPPERS, path.stat().st_size)
+    except Unreadable as error:
+        raise UserError(f"backbone.checkpoint={path}: can't be read as tensors: {error}") from None
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 def _load_npz(model: nn.Module, path: Path) -> None:
@@ -80,17 +73,19 @@ def _load_npz(model: nn.Module, path: Path) -> None:
         raise UserError(f"backbone.checkpoint={path}: {type(model).__name__} has no .npz format; use .safetensors or .pth")
     head = model.get_classifier()
     own = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    kind = f"{type(model).__name__} as configured"
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     try:
-        with np.load(path) as arrays:
-            blocks = {name.split("/")[1] for name in arrays.files if name.startswith("Transformer/encoderblock_")}
-        if len(blocks) > len(model.blocks):
-            raise UserError(
-                f"backbone.checkpoint={path} is not of {type(model).__name__} as configured:"
-                f" it has {len(blocks)} blocks, the model {len(model.blocks)}"
-            )
+        names = tensor_files.check_arrays(path, 4 * size + BESIDE)
+    except Unreadable as error:
+        raise UserError(f"backbone.checkpoint={path}: can't be read as arrays of a {kind}: {error}") from None
+    blocks = {name.split("/")[1] for name in names if name.startswith("Transformer/encoderblock_")}
+    if len(blocks) > len(model.blocks):
+        raise UserError(f"backbone.checkpoint={path} is not of {kind}: it has {len(blocks)} blocks, the model {len(model.blocks)}")
+    try:
         model.load_pretrained(str(path))
     except KeyError as error:
-        raise UserError(f"backbone.checkpoint={path} is not of {type(model).__name__} as configured: lacks {error}") from None
-    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        raise UserError(f"backbone.checkpoint={path} is not of {kind}: lacks {error}") from None
+    except Exception as error:  # arrays of other shapes fail wherever timm turns and reshapes them
         raise UserError(f"backbone.checkpoint={path}: can't be loaded into {type(model).__name__} ({first_line(error)})") from None
     head.load_state_dict(own)  # timm takes the file's head where the number of classes is the same
