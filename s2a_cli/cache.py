@@ -1,18 +1,29 @@
 """`dataset.cache=taps`: what the trained part reads of a frozen backbone, computed once for each image and kept in files.
 
 A file holds one split: a JSON header that says all on which its content depends, then a row of bytes for each image, and one
-for its mirror image behind it where training mirrors. Runs that would compute the same read the same files.
+for its mirror image behind it where training mirrors, then a checksum of all this. Runs of one user that would compute the
+same read the same files.
+
+Checked when a run opens a file, once: that it is a regular file of this user, that its header and its length are those
+expected, and the checksum over every byte, which reads the file as one epoch does; then that a batch of it equals what the
+model computes now. A file that is damaged or of another content is filled again, one of another user is refused. From then on
+the file that was checked stays open; what is read from it while training is not checked again.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
+import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import PIL
@@ -38,8 +49,10 @@ from s2a_cli.tail import Taps
 if TYPE_CHECKING:
     from s2a_cli.training import Run
 
-SCHEMA = 1  # of the files
+SCHEMA = 2  # of the files
 HEADER = 4096  # bytes, or a multiple of it
+PRIVATE = 0o600  # what the backbone sees of photos, which may be private
+CHUNK = 1 << 22  # bytes
 IMAGES = 16  # in a forward pass that fills a file, at most
 ELSEWHERE = ("root", "download", "cache", "scale", "hflip")  # settings of a data set that change no kept image
 
@@ -56,39 +69,92 @@ class Kept:
         self.sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in fields]
         about = key | {"rows": self.rows, "tensors": [[list(shape), str(dtype)] for shape, dtype in fields]}
         text = json.dumps(about, sort_keys=True).encode()
-        self.path = folder / f"{key['split']}-{hashlib.sha256(text).hexdigest()[:16]}.taps"
+        self.path = folder / f"{key['split']}-{sha256(text).hexdigest()[:16]}.taps"
         self.header = text.ljust(-(-(len(text) + 1) // HEADER) * HEADER - 1) + b"\n"
-        self._map: np.memmap | None = None
+        self._map: np.memmap | None = None  # of the file that was found whole
 
     @property
     def bytes(self) -> int:
-        return len(self.header) + self.rows * sum(self.sizes)
+        return len(self.header) + self.rows * sum(self.sizes) + sha256().digest_size
 
     def whole(self) -> bool:
-        """Whether the file is there, of this content, and not cut off."""
+        """Whether the file is there, and every byte as it was written; it then stays open.
+
+        Raises UserError for a file of another user, and for one that is none, such as a link or a pipe.
+        """
+        if self._map is not None:
+            return True
         try:
-            with open(self.path, "rb") as file:
-                return file.read(len(self.header)) == self.header and self.path.stat().st_size == self.bytes
-        except OSError:
+            file = open(self.path, "rb", opener=_opener)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
+                raise self._refused("is no regular file") from None
             return False
+        with file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise self._refused("is no regular file")
+            if about.st_uid != _me(self.path.parent):
+                raise self._refused("belongs to another user")
+            content = self.bytes - sha256().digest_size
+            if about.st_size != self.bytes or file.read(len(self.header)) != self.header:
+                return False
+            if os.pread(file.fileno(), self.bytes - content, content) != _checksum(file, content):
+                return False
+            self._map = np.memmap(file, np.uint8, "r", offset=len(self.header), shape=(self.rows, sum(self.sizes)))
+        return True
+
+    def _refused(self, why: str) -> UserError:
+        return UserError(f"dataset.cache=taps: {self.path} {why}: it could hold anything; remove it, or point S2A_DATA elsewhere")
 
     def write(self, batches: Iterator[Sequence[Taps]]) -> None:
         """Fills the file: whole, or not at all. batches: the taps of some images, and those of their mirror images."""
-        with atomic_file(self.path) as file:
+        self._map = None
+        with atomic_file(self.path, PRIVATE) as file:
             file.write(self.header)
             for views in batches:
                 rows = [torch.cat([t.cpu().flatten(1).contiguous().view(torch.uint8) for t in taps.tensors], 1) for taps in views]
                 file.write(torch.stack(rows, 1).numpy())
+            file.flush()
+            file.write(_checksum(file, self.bytes - sha256().digest_size))
+
+    def discard(self) -> None:
         self._map = None
+        self.path.unlink(missing_ok=True)
 
     def batch(self, rows: Sequence[int]) -> Taps:
-        """Those rows, read from the disk or the system's cache of it."""
-        if self._map is None:
-            shape = self.rows, sum(self.sizes)
-            self._map = np.memmap(self.path, np.uint8, "r", offset=len(self.header), shape=shape)
+        """Those rows, read from the disk or the system's cache of it. Raises RunError where the file is not whole."""
+        if not self.whole():
+            raise RunError(f"dataset.cache=taps: {self.path} was changed or removed since it was filled")
         parts = torch.from_numpy(self._map[list(rows)]).split(self.sizes, 1)
         own = (part.clone(memory_format=torch.contiguous_format) for part in parts)  # aligned, unlike a view of a row
         return Taps(part.view(dtype).view(-1, *shape) for part, (shape, dtype) in zip(own, self.fields))
+
+
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would wait for one that writes
+
+
+def _me(folder: Path) -> int:
+    """The owner of what this process writes there: not always its own number, on a disk of another machine."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_uid
+    except OSError:  # a disk that is full, or can't be written to
+        return os.geteuid()
+
+
+def _checksum(file: IO[bytes], size: int) -> bytes:
+    """SHA-256 of the SHA-256 of each CHUNK of the first `size` bytes, which threads read and hash together."""
+
+    def one(start: int) -> bytes:
+        return sha256(os.pread(file.fileno(), min(CHUNK, size - start), start)).digest()
+
+    whole = sha256()
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for digest in pool.map(one, range(0, size, CHUNK)):
+            whole.update(digest)
+    return whole.digest()
 
 
 class TapLoader(data.Loader):
@@ -179,7 +245,7 @@ def opened(run: Run) -> Cache:
     train = kept["train"]
     if train.whole() and not _close(train.batch(range(0, train.rows, 1 + train.mirrored)[: len(few)]), taps):
         for one in kept.values():  # other figures than those of this model
-            one.path.unlink(missing_ok=True)
+            one.discard()
     missing = {split: one for split, one in kept.items() if not one.whole()}
     size = f"{sum(one.bytes for one in kept.values()) / MIB:,.1f} MiB"
     if missing:
@@ -210,6 +276,7 @@ def _files(run: Run, folder: Path, fields: list[tuple[tuple[int, ...], torch.dty
     settings = {key: value for key, value in OmegaConf.to_container(config.dataset).items() if key not in ELSEWHERE}
     key = {
         "schema": SCHEMA,
+        "user": os.getuid() if hasattr(os, "getuid") else 0,  # in a shared folder each has files of their own
         "data": [run.splits.revision, settings],
         "backbone": [config.backbone.timm, OmegaConf.to_container(config.backbone.kwargs), config.backbone.weights, run.weights],
         "image": asdict(run.backbone.image),

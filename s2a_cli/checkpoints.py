@@ -92,6 +92,8 @@ def load_state(folder: Path) -> dict[str, Any] | None:
         raise damaged(path, error) from None
     if not isinstance(state, dict) or (lacking := [key for key in KEYS if key not in state]):
         raise damaged(path, f"lacks {lacking[0]}" if isinstance(state, dict) else "no state")
+    if not isinstance(state["sofar"], dict) or not {"epoch", "step"} <= state["sofar"].keys():
+        raise damaged(path, "says not where the run was")
     return state
 
 

@@ -8,7 +8,7 @@ import safetensors.torch
 import timm
 import torch
 
-from s2a_cli import backbones
+from s2a_cli import backbones, training
 from s2a_cli.compose import compose, groups
 from s2a_cli.config import BackboneConfig
 from s2a_cli.errors import UserError
@@ -191,6 +191,17 @@ def test_backbones_that_can_not_be_made(changes, message):
 def test_without_network_the_message_says_what_to_do():
     with pytest.raises(UserError, match=r"timm/vit_tiny_patch16_224.augreg_in21k.*backbone.checkpoint=FILE"):
         backbones.build(compose(["backbone=vit_t"]).backbone, 5)
+
+
+def test_one_image_a_step_is_refused_where_a_batchnorm_has_one_value(capsys):
+    words = ["backbone=resnet18", "backbone.pretrained=false", "method=full", "quant=none", "optim.batch_size=1"]
+    config = compose([*words, "backbone.image_size=32"])
+    with pytest.raises(UserError, match="optim.batch_size=1: method=full trains BatchNorms, and one of resnet18 then has one value"):
+        training.attach(config, backbones.build(config.backbone, 5, meta=True))
+    config = compose([*words, "backbone.image_size=64"])
+    made = backbones.build(config.backbone, 5)
+    training.attach(config, made)
+    assert made.model.bn1.running_mean.abs().sum() == 0, "nothing was moved by the look at it"
 
 
 def test_the_fingerprint_knows_the_weights_and_not_the_head():

@@ -12,7 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from s2a_cli import checkpoints
+from s2a_cli import checkpoints, distributed
+from s2a_cli.errors import UserError
 
 pytestmark = pytest.mark.slow
 

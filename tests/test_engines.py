@@ -208,6 +208,28 @@ def test_a_missing_package_is_named(monkeypatch, launcher, package):
         engine(SweepConfig(launcher=launcher), ["cpu"])
 
 
+def test_a_cluster_gets_what_a_run_needs_and_no_secret(monkeypatch, tmp_path):
+    from s2a_cli.engines.ray import Task
+
+    for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "GITHUB_TOKEN", "S2A_DATA", "OMP_NUM_THREADS", "HF_HOME", "PHOTOS"):
+        monkeypatch.setenv(name, f"of {name}")
+    sent = []
+
+    class Remote:
+        def remote(self, *arguments):
+            sent.append(arguments)
+
+    words = ["dataset=folder", "dataset.root=${oc.env:PHOTOS}/pets", "seed=1"]
+    Task(Remote(), words, tmp_path / "log")
+    got = sent[0][3]
+    assert {name: got[name] for name in ("S2A_DATA", "OMP_NUM_THREADS", "HF_HOME", "PHOTOS")} == {
+        name: f"of {name}" for name in ("S2A_DATA", "OMP_NUM_THREADS", "HF_HOME", "PHOTOS")
+    }
+    assert not {"AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "GITHUB_TOKEN", "PATH", "HOME"} & got.keys()
+    Task(Remote(), ["seed=1"], tmp_path / "log")
+    assert "PHOTOS" not in sent[1][3]
+
+
 def test_runs_are_packed_on_gpus_of_this_machine_alone():
     with pytest.raises(UserError, match="sweep.pack=true"):
         engine(SweepConfig(launcher="slurm", pack=True), ["cpu"])

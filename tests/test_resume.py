@@ -134,7 +134,7 @@ def test_a_disk_that_is_full_while_a_state_is_written_says_so(tmp_path, monkeypa
         def write(self, data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    checkpoints.save_state(tmp_path, dict.fromkeys(checkpoints.KEYS) | {"a": torch.ones(3)})
+    checkpoints.save_state(tmp_path, dict.fromkeys(checkpoints.KEYS) | {"sofar": {"epoch": 1, "step": 0}, "a": torch.ones(3)})
     monkeypatch.setattr(checkpoints, "atomic_file", lambda path: contextlib.nullcontext(Full()))
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save_state(tmp_path, {"a": torch.zeros(10_000)})
@@ -171,8 +171,8 @@ def test_a_damaged_state_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"optimizer": {"state": {}, "param_groups": []}}, {"optimizer": {}}, {"sofar": {"epoch": 1, "odd": 2}}, {"schedule": 3}, {"model": [1]}],
-    ids=["no groups", "empty optimizer", "odd place", "schedule", "model"],
+    [{"optimizer": {"state": {}, "param_groups": []}}, {"optimizer": {}}, {"sofar": {"epoch": 1, "step": 2, "odd": 2}}, {"sofar": {"epoch": 1}}, {"schedule": 3}, {"model": [1]}],
+    ids=["no groups", "empty optimizer", "odd place", "no place", "schedule", "model"],
 )
 def test_a_state_from_which_none_can_go_on_is_named(tmp_path, monkeypatch, change):
     with monkeypatch.context() as patch:

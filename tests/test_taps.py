@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
+import stat
 import subprocess
 import sys
 
@@ -120,10 +122,17 @@ def test_runs_that_read_something_else_have_other_files(tmp_path):
         assert not own & names(word), word
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"x" + b[1:], lambda b: b""])
-def test_a_damaged_file_is_filled_anew(tmp_path, own_folder, filled, damage):
+def rows_turned(content):
+    """Every byte of the file is there, and those of its rows stand for other images."""
+    half = cache.HEADER + (len(content) - cache.HEADER - 32) // 2
+    return content[: cache.HEADER] + content[half:-32] + content[cache.HEADER : half] + content[-32:]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"x" + b[1:], lambda b: b"", rows_turned], ids=["cut", "header", "empty", "turned"])
+def test_a_damaged_file_is_filled_anew(tmp_path, own_folder, filled, damage, split):
     train(tmp_path / "1", TAPS)
-    path = next(own_folder.glob("train-*.taps"))
+    path = next(own_folder.glob(f"{split}-*.taps"))
     good = path.read_bytes()
     path.write_bytes(damage(good))
     train(tmp_path / "2", TAPS)
@@ -131,11 +140,46 @@ def test_a_damaged_file_is_filled_anew(tmp_path, own_folder, filled, damage):
     assert outcome(tmp_path / "1")[:2] == outcome(tmp_path / "2")[:2]
 
 
+def test_a_file_is_private_and_none_of_another_user_or_kind_is_read(tmp_path, own_folder, monkeypatch):
+    train(tmp_path / "1", TAPS)
+    path = next(own_folder.glob("train-*.taps"))
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in own_folder.glob("*.taps"))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_me", lambda folder: path.stat().st_uid + 1)
+        with pytest.raises(UserError, match="train-.*.taps belongs to another user: it could hold anything; remove it"):
+            train(tmp_path / "2", TAPS)
+    good = path.rename(tmp_path / "moved")
+    path.symlink_to(good)
+    with pytest.raises(UserError, match="is no regular file"):
+        train(tmp_path / "3", TAPS)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is no regular file"):
+        train(tmp_path / "4", TAPS)
+
+
+def test_the_file_that_was_checked_is_the_one_that_is_read(tmp_path):
+    fields = [((3,), torch.float32)]
+    kept, other = (Kept(tmp_path, {"split": "train"}, 2, False, fields) for _ in range(2))
+    kept.write(iter([[Taps([torch.ones(2, 3)])]]))
+    assert kept.whole()
+    other.write(iter([[Taps([torch.zeros(2, 3)])]]))  # in its place
+    assert kept.batch([0]).tensors[0].sum() == 3 and other.batch([0]).tensors[0].sum() == 0
+    other.discard()
+    with pytest.raises(RunError, match="was changed or removed"):
+        other.batch([0])
+
+
 def test_a_file_of_other_values_is_filled_anew(tmp_path, own_folder, filled):
     train(tmp_path / "1", TAPS)
     path = next(own_folder.glob("train-*.taps"))
     good = path.read_bytes()
-    path.write_bytes(good[: cache.HEADER] + bytes(len(good) - cache.HEADER))
+    content = good[: cache.HEADER] + bytes(len(good) - cache.HEADER - 32)
+    path.write_bytes(content)
+    with open(path, "r+b") as file:  # with a checksum that is right: of another model, or made by hand
+        checksum = cache._checksum(file, len(content))
+        file.seek(0, 2)
+        file.write(checksum)
     train(tmp_path / "2", TAPS)
     assert len(filled) == 6 and path.read_bytes() == good
 

@@ -81,7 +81,11 @@ def load(config: DatasetConfig) -> Splits:
 def data_folder(config: DatasetConfig) -> Path:
     """Where a data set's files lie or go: `root`, $S2A_DATA or ~/.cache/s2a, then its name."""
     given = None if config.name == "folder" else config.root  # there `root` is the data, and this its cache
-    return Path(given or os.environ.get("S2A_DATA") or "~/.cache/s2a").expanduser() / config.name
+    root = given or os.environ.get("S2A_DATA") or "~/.cache/s2a"
+    try:
+        return Path(root).expanduser() / config.name
+    except RuntimeError:  # ~ of a user without a home, or of none
+        raise UserError(f"{root}: there is no such home folder; set S2A_DATA to a folder for data, or HOME") from None
 
 
 def title(config: DatasetConfig) -> str:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from s2a_cli.engines import PARENT
 from s2a_cli.engines.local import POLL, Process
 from s2a_cli.engines.remote import INTERRUPTED, LOST, Again, Queue, note, settle
 from s2a_cli.errors import UserError
+
+
+PREFIXES = ("S2A_", "OMP_", "MKL_", "CUDA_", "CUBLAS_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_", "NCCL_")
+NEEDED = {
+    *("PYTHONPATH", "PYTHONHASHSEED", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "TORCH_HOME"),
+    *("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT"),  # not HF_TOKEN
+}
 
 
 class Ray(Queue):
@@ -49,7 +58,7 @@ class Task:
 
     def __init__(self, remote: object, words: list[str], log: Path):
         self._log = log
-        self._reference = remote.remote(words, log, os.getcwd(), dict(os.environ))
+        self._reference = remote.remote(words, log, os.getcwd(), handed(words, os.environ))
 
     def poll(self) -> int | None:
         import ray
@@ -73,10 +82,19 @@ class Task:
         ray.cancel(self._reference)
 
 
+def handed(words: list[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """What a run needs of the sweep's environment: where its data and caches lie, how torch computes, and what its words name.
+
+    The cluster may be another's: tokens and all else stay here. A worker that needs more has it in its own environment.
+    """
+    named = set(re.findall(r"\$\{\s*oc\.env\s*:\s*(\w+)", " ".join(words)))
+    return {key: value for key, value in environment.items() if key in NEEDED | named or key.startswith(PREFIXES)}
+
+
 def attend(words: list[str], log: Path, folder: str, environment: dict[str, str]) -> int:
     """On a worker: runs `s2a train` as a process beside this one and returns its exit code.
 
-    environment: of the sweep; what the worker itself has set goes first. A cancelled task is a KeyboardInterrupt here.
+    environment: see `handed`; what the worker itself has set goes first. A cancelled task is a KeyboardInterrupt here.
     """
     settle(log.parent)
     process = Process(words, log, environment | os.environ | {PARENT: str(os.getpid())}, folder)

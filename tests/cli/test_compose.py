@@ -263,3 +263,12 @@ def test_cfg_job_prints_a_config_that_reads_back_to_itself(capsys):
     config = compose(words)
     assert OmegaConf.create(printed) == config
     assert recompose(OmegaConf.to_container(OmegaConf.create(printed)), []) == config
+
+
+def test_without_a_home_folder_it_says_what_to_set(monkeypatch, capsys):
+    monkeypatch.delenv("S2A_DATA", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user that no list knows, with HOME unset
+    assert main(["train", "method=linear", "quant=none", "device=cpu"]) == 2
+    assert "~/.cache/s2a: there is no such home folder; set S2A_DATA" in capsys.readouterr().err
+    assert main(["validate", "'dataset.root=\"~/photos\"'".strip("'")]) == 2
+    assert "expected a path" in capsys.readouterr().err
