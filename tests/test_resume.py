@@ -169,20 +169,18 @@ def test_a_damaged_state_is_named(tmp_path):
         train(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"optimizer": {"state": {}, "param_groups": []}}, {"optimizer": {}}, {"sofar": {"epoch": 1, "step": 2, "odd": 2}}, {"sofar": {"epoch": 1}}, {"schedule": 3}, {"model": [1]}],
-    ids=["no groups", "empty optimizer", "odd place", "no place", "schedule", "model"],
-)
-def test_a_state_from_which_none_can_go_on_is_named(tmp_path, monkeypatch, change):
+def test_a_state_from_which_none_can_go_on_is_named(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         breaks_at(patch, 2)
         with pytest.raises(Killed):
             train(tmp_path)
     state = checkpoints.load_state(tmp_path)
-    checkpoints.save_state(tmp_path, state | change)
-    with pytest.raises(UserError, match="state.pt: damaged .*--force"):
-        train(tmp_path)
+    changes = [{"optimizer": {"state": {}, "param_groups": []}}, {"optimizer": {}}, {"schedule": 3}, {"model": [1]}]
+    changes += [{"sofar": {"epoch": 1, "step": 2, "odd": 2}}, {"sofar": {"epoch": 1}}]
+    for change in changes:
+        checkpoints.save_state(tmp_path, state | change)
+        with pytest.raises(UserError, match="state.pt: damaged .*--force"):
+            train(tmp_path)
     assert train(tmp_path, "optim.epochs=1", anew=True)["status"] == "ok"
 
 

@@ -128,8 +128,11 @@ def rows_turned(content):
     return content[: cache.HEADER] + content[half:-32] + content[cache.HEADER : half] + content[-32:]
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"x" + b[1:], lambda b: b"", rows_turned], ids=["cut", "header", "empty", "turned"])
+@pytest.mark.parametrize(
+    ("damage", "split"),
+    [(lambda b: b[:-1], "train"), (lambda b: b"x" + b[1:], "val"), (lambda b: b"", "train"), (rows_turned, "train"), (rows_turned, "test")],
+    ids=["cut", "header", "empty", "turned", "turned test"],
+)
 def test_a_damaged_file_is_filled_anew(tmp_path, own_folder, filled, damage, split):
     train(tmp_path / "1", TAPS)
     path = next(own_folder.glob(f"{split}-*.taps"))
