@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from s2a_cli import tensor_files
-from s2a_cli.errors import UserError, first_line
+from s2a_cli.errors import UserError, first_line, printable
 from s2a_cli.records import atomic_file, atomic_write
 from s2a_cli.steps import moving_norms
 
@@ -64,9 +64,9 @@ def load(folder: Path, model: nn.Module, weights: str) -> None:
         raise UserError(f"{path}: damaged ({first_line(error)})") from None
     if there != expected:
         odd = sorted(there.keys() ^ expected.keys()) or [k for k in there if there[k] != expected[k]]
-        raise UserError(f"{path}: its tensors are not those of this backbone and method (first difference: {odd[0]})")
+        raise UserError(f"{path}: its tensors are not those of this backbone and method (first difference: {printable(odd[0])})")
     if trained_on != weights:
-        raise UserError(f"{path}: trained on backbone weights {trained_on}, but the config's have the fingerprint {weights}")
+        raise UserError(f"{path}: trained on backbone weights {printable(str(trained_on))}, but the config's have the fingerprint {weights}")
     restore(model, state)
 
 

@@ -287,7 +287,7 @@ def _unknown(values: DictConfig, typed: DictConfig, key: str, prefix: str) -> st
     same = [path for path in paths if last[path] in close]
     same = [path for path in same if path.startswith(prefix)] or same
     hint = nearest(full, same or [*paths, *root]) or (f" (did you mean {same[0]!r}?)" if same else "")
-    return f"{full}: no such setting; accepted{' in ' + prefix[:-1] if prefix else ''}: {', '.join(typed)}{hint}"
+    return f"{brief(full)}: no such setting; accepted{' in ' + prefix[:-1] if prefix else ''}: {', '.join(typed)}{hint}"
 
 
 def _ambiguous(value: Any, accepted: tuple[Any, ...]) -> bool:

@@ -19,8 +19,9 @@ def nearest(word: str, accepted: Iterable[str]) -> str:
 
 
 def brief(text: str, most: int = 100) -> str:
-    """The text, or its beginning with dots behind it."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    """The text, or its beginning with dots behind it, on one line."""
+    shown = printable(text, most)
+    return shown if len(text) <= most else f"{shown[: most - 3]}..."
 
 
 def is_there(path: Path) -> bool:
@@ -33,8 +34,12 @@ def is_there(path: Path) -> bool:
 
 def first_line(error: BaseException, most: int = 160) -> str:
     """The first line of what an exception says, or its type where it says nothing."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return "".join(c for c in re.sub(r"\x1b\[[0-9;]*m", "", line) if c.isprintable())[:most]
+    return printable(next(iter(str(error).strip().splitlines()), type(error).__name__), most)
+
+
+def printable(text: str, most: int = 160) -> str:
+    """The beginning of a text that a file or a library gave, without what would move a terminal's cursor or colour it."""
+    return "".join(c for c in re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text[: 2 * most]) if c.isprintable())[:most]
 
 
 class RunError(Exception):

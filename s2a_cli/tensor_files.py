@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from s2a_cli.errors import first_line
+from s2a_cli.errors import first_line, printable
 
 INDEX = 16 * 2**20  # bytes of the pickle that names the tensors; that of a model of a thousand layers takes one
 LEGACY = 5  # pickles at the beginning of a file of torch before 1.6: magic, version, sizes, content, storages
@@ -37,6 +37,9 @@ SCALARS += [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") f
 
 class Unreadable(Exception):
     """The text is one line: what is wrong with a file."""
+
+    def __init__(self, text: str):
+        super().__init__(printable(text, 300))
 
 
 def is_file(path: Path) -> bool:

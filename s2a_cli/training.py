@@ -23,8 +23,6 @@ from s2a_cli.compiling import compile_model
 from s2a_cli.config import QuantConfig, show
 from s2a_cli.errors import RunError, UserError
 from s2a_cli.fitting import Fit, accuracy
-from s2a_cli.memory.hollow import Hollow
-from s2a_cli.memory.predict import hollow_tensors
 from s2a_cli.methods import METHODS, Method
 from s2a_cli.steps import Step, make_optimizer, moving_norms, train_mode, weight_dtype
 
@@ -111,30 +109,17 @@ def attach(config: DictConfig, backbone: Backbone) -> None:
             )
     if moving_norms(backbone.model):
         _refuse_parts(config)
-        if config.optim.batch_size == 1:
-            _refuse_single(config, backbone)
+        if config.optim.batch_size == 1 and backbones.lacks_variance(backbone, train_mode):
+            raise UserError(
+                f"optim.batch_size=1: method={config.method.name} trains BatchNorms, and one of {config.backbone.name} then has one"
+                " value a channel and no variance; set it to 2 or more"
+            )
     if config.quant.recompute == "block":
         backbone.check_recomputable()
     if odd := [number for number in config.quant.blocks if not 0 <= number < len(backbone.block_modules)]:
         raise UserError(f"quant.blocks: there is no block {odd[0]}; this backbone has those from 0 to {len(backbone.block_modules) - 1}")
     backbone.model.to(weight_dtype(config.precision))
     frozen.store(backbone, config.backbone.weights)
-
-
-def _refuse_single(config: DictConfig, backbone: Backbone) -> None:
-    """Raises UserError where BatchNorms that train see one value a channel of a batch of one image."""
-    size, dtype = backbone.image.size, next(backbone.model.parameters()).dtype
-    try:
-        with Hollow(), hollow_tensors(backbone.model), torch.no_grad():
-            train_mode(backbone.model)
-            backbone.model(torch.empty(1, 3, size, size, dtype=dtype, device="cpu"))
-    except ValueError as error:
-        if "more than 1 value per channel" in str(error):
-            raise UserError(
-                f"optim.batch_size=1: method={config.method.name} trains BatchNorms, and one of {config.backbone.name} then has one"
-                " value a channel and no variance; set it to 2 or more"
-            ) from None
-        raise
 
 
 def _refuse_parts(config: DictConfig) -> None:

@@ -79,6 +79,11 @@ def test_a_grid_in_hydras_grammar():
     ("words", "said"),
     [
         (["seed=range(3,0)"], "seed=range.*no values"),
+        (["seed=range(0,3,0)"], "seed=range.*with a step other than 0"),
+        (["seed=range(nan,3)"], "seed=range.*of finite numbers"),
+        (["seed=range(0,1000000000)"], "seed=range.*has 1,000,000,000 values; a grid has at most 10,000 runs"),
+        (["optim.lr=range(0,1,1e-320)"], "a grid has at most 10,000 runs"),
+        (["seed=range(0,5000)", "optim.epochs=range(1,5000)"], "stand for 24,995,000 runs; a grid has at most 10,000"),
         (["method=glob(x*)"], "matches nothing; there are bias, full"),
         (["optim.lr=glob(*)"], "glob.. is for backbone"),
         (["optim.lr=interval(0,1)"], "no end of values; give some"),

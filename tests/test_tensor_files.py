@@ -100,6 +100,13 @@ def test_content_that_is_no_state_dict_is_named_in_one_line(tmp_path, kind, zipp
     assert "\n" not in str(raised.value) and "\x1b" not in str(raised.value)
 
 
+def test_names_in_a_file_do_not_reach_the_terminal_as_they_are(tmp_path):
+    torch.save({**STATE, "\x1b[2Jodd\nkey\0": torch.zeros(2)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="1 unexpected: oddkey$") as raised:
+        load(tmp_path / "w.pth")
+    assert str(raised.value).isprintable()
+
+
 @pytest.mark.parametrize("write", [archive, old])
 @pytest.mark.parametrize("function", [bytearray, torch.FloatTensor, os.system], ids=["bytearray", "FloatTensor", "system"])
 def test_a_small_file_gets_no_large_memory_and_no_call(tmp_path, write, function):

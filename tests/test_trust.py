@@ -98,6 +98,12 @@ def test_references_that_multiply_and_endless_nesting_are_refused_at_once(foreig
         recompose([1], [])
 
 
+def test_what_a_stored_config_says_stays_on_one_line(foreign, capsys):
+    assert main(["eval", f"run={foreign({'backbone.kwargs': {}, 'odd' + chr(27) + '[2J' + chr(10) + 'key': 1})}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("s2a: oddkey: no such setting") and "\x1b" not in said and len(said.splitlines()) == 1
+
+
 def test_a_stored_root_is_read_and_never_filled(foreign, tmp_path, capsys):
     run = foreign({"dataset.name": "cifar10", "dataset.root": str(tmp_path / "planted")})
     assert main(["eval", f"run={run}"]) == 2

@@ -1,8 +1,8 @@
 """Pretrained models of timm (or checkpoints of them) as backbones: blocks, the layout of their hidden states, a head, images."""
 
 from s2a_cli.backbones.backbone import ADDED, Backbone, Block
-from s2a_cli.backbones.build import build
+from s2a_cli.backbones.build import build, lacks_variance
 from s2a_cli.backbones.head import Head
 from s2a_cli.backbones.hidden import Hidden
 
-__all__ = ["ADDED", "Backbone", "Block", "Head", "Hidden", "build"]
+__all__ = ["ADDED", "Backbone", "Block", "Head", "Hidden", "build", "lacks_variance"]

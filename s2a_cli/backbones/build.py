@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from collections.abc import Callable
 
 import timm
 import torch
@@ -87,6 +88,18 @@ def _classified(model: nn.Module, image_size: int, num_classes: int) -> nn.Modul
     if channels != getattr(model, "num_features", channels):
         raise UserError(f"backbone: {kind} has no classifier, and returns features of another layout than [B, C], [B, N, C] or [B, C, H, W]")
     return Classified(model, channels, num_classes)
+
+
+def lacks_variance(backbone: Backbone, train: Callable[[nn.Module], None]) -> bool:
+    """Whether a BatchNorm sees one value a channel of a batch of one image. train: puts a model into training mode."""
+    size, dtype = backbone.image.size, next(backbone.model.parameters()).dtype
+    try:
+        with Hollow(), hollow_tensors(backbone.model), torch.no_grad():
+            train(backbone.model)
+            backbone.model(torch.empty(1, 3, size, size, dtype=dtype, device="cpu"))
+    except ValueError as error:
+        return "more than 1 value per channel" in str(error)
+    return False
 
 
 def _set_image_size(model: nn.Module, size: int, config: BackboneConfig) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from s2a_cli import tensor_files
-from s2a_cli.errors import UserError, brief, first_line
+from s2a_cli.errors import UserError, brief, first_line, printable
 from s2a_cli.tensor_files import Unreadable
 
 EMBEDDED = "embedded:"  # prefix of a checkpoint that ships in s2a_cli/weights/
@@ -57,7 +57,7 @@ def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
 
 
 def _few(keys: list[str], most: int = 6) -> str:
-    return ", ".join(keys[:most]) + (f", and {len(keys) - most} more" if len(keys) > most else "")
+    return ", ".join(printable(key) for key in keys[:most]) + (f", and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
