@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -254,7 +255,8 @@ def in_process(family: str) -> Row:
     asked = subprocess.run([sys.executable, __file__, family, "--one"], capture_output=True, text=True, timeout=3600)
     lines = asked.stdout.splitlines()
     if asked.returncode or not lines:
-        return {"family": family, "model": None, "failed": (asked.stderr.strip().splitlines() or ["ended without a word"])[-1]}
+        killed = "killed: its gradients in float64 take more memory than this machine has" if asked.returncode == -signal.SIGKILL else ""
+        return {"family": family, "model": None, "failed": killed or (asked.stderr.strip().splitlines() or ["ended without a word"])[-1]}
     return json.loads(lines[-1]) | {"stderr": asked.stderr.strip().splitlines()[-1:] if asked.stderr.strip() else []}
 
 

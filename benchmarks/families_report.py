@@ -50,7 +50,7 @@ def line(row: dict[str, Any]) -> str:
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
     usual = [row for row in rows if "s2a" in usable(row)]
-    misread = [row["family"] for row in rows if not isinstance(row.get("structure"), dict) or row["structure"]["wrong"]]
+    misread = [row["family"] for row in rows if isinstance(row.get("structure"), dict) and row["structure"]["wrong"]]
     inexact = list(controlled(rows, "stock, image by image", lambda cells: max(cells["lossless"], cells["recomputed"])))
     low = list(controlled(rows, "stock, bf16", lambda cells: min(cells[kind] for kind in ("int4", "tiny") if isinstance(cells[kind], float))))
     changed = [r["family"] for r in rows for cells in (r.get("methods") or {}).values() if isinstance(cells, dict) and cells["changed though frozen"]]
@@ -58,7 +58,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     near = sum(abs(share - 1) <= 0.01 for share in shares)
     return [
         f"- {len(usual)} of {len(rows)} families train with the default method and codes (`method=s2a quant=int4`).",
-        f"- Layouts that contradict the widths of a block's own layers: {', '.join(misread) or 'none'}.",
+        f"- Layouts that contradict the widths of a block's own layers: {', '.join(misread) or 'none'} of {sum('structure' in row for row in rows)}.",
         f"- Gradients under lossless savings or recomputation that are off by more than {EXACT_ERROR:g}; in brackets stock PyTorch's own,"
         f" image by image instead of all at once: {', '.join(inexact) or 'none'}.",
         f"- Cosines of gradients under `int4` or `tiny` below {LOW:g}; in brackets that of stock PyTorch in bfloat16, since random weights"
