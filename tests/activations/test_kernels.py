@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,52 +37,6 @@ def test_under_the_interpreter():
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:]
     assert "passed" in done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="compiles without a device")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_without_a_device(capability):
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import jit
-
-    class NoDevice:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
-        get_current_device = staticmethod(lambda: capability)  # a number under which kernels are cached
-        get_current_stream = staticmethod(lambda device: 0)
-
-    made = []
-
-    def compiled(kernel, *args, **kwargs):
-        made.append((kernel.__name__, run(kernel, *args, **kwargs | {"warmup": True})))
-
-    run = jit.JITFunction.run
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jit.JITFunction, "run", compiled)
-        patch.setattr(jit, "driver", SimpleNamespace(active=NoDevice))
-        launch_all()
-    assert {name for name, _ in made} == {"encode", "interval", "multiply", "decode", "norm_backward"}
-    assert all(kernel.asm["cubin"] and kernel.metadata.target.arch == capability for _, kernel in made)
-
-
-def launch_all() -> None:
-    """Every launcher with sizes that fill tiles and sizes that do not, in one plane and in three."""
-    from s2a_cli.activations.kernels import launch
-
-    for dtype, bits, rows in ((torch.float32, 7, 1), (torch.float32, 7, 2), (torch.bfloat16, 4, 1024)):
-        x, table = normal(rows, 200, dtype=dtype), bent(bits)
-        codes = launch.encode_levels(x, table.bins, table.low, table.high, bits)
-        launch.multiply_levels(x, codes, table.levels, bits)
-        launch.encode_interval(x, 0.0, 6.0)
-        for function in ACTIVATIONS:
-            launch.activate(x, function, table.bins, table.low, table.high, bits)
-        table = table_of(bits, -1.0)
-        for channels in (None, channelled(200)):
-            codes, scales = launch.encode_groups(x, table.bins, -1.0, 64, bits, None, 0, channels)
-            launch.decode_groups(codes, scales, table.levels, 200, 64, bits, rows // 2, rows, dtype, channels)
-            kept = launch.encode_norm(x, 200, 1e-5, bits == 4, table.bins, 64, bits, None, 0, channels)
-            launch.norm_backward(x, *kept, table.levels, None, 200, 200, 200, bits == 4, 64, bits, channels)
-            launch.norm_backward(x, *kept, table.levels, x[0], 200, 200, 200, bits == 4, 64, bits, channels)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
