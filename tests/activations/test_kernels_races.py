@@ -75,8 +75,8 @@ class Watch:
 
 
 @here
-@pytest.mark.parametrize("bits", [1, 4, 7])
-def test_no_kernel_races(monkeypatch, bits):
+def test_no_kernel_races(monkeypatch):
+    bits = 7  # planes of 4, 2 and 1
     monkeypatch.setattr(launch, "EACH", 2)
     monkeypatch.setattr(launch, "PROGRAMS", 3)
     signed, unit, wide = table_of(bits, -1.0), table_of(bits, 0.0), table_of(bits, -16.0, 16.0)

@@ -18,8 +18,7 @@ def heads(samples: int, tokens: int, count: int, width: int, dtype: torch.dtype)
 
 
 @here
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("width", [32, 64, 80])
+@pytest.mark.parametrize("dtype, width", zip(TYPES, (32, 64, 80)))
 def test_views_are_coded_where_they_lie(monkeypatch, dtype, width):
     """No copy is made of q, k and v, of a slice, or of what is laid out anew."""
     table, read = table_of(4, -1.0), []
@@ -64,10 +63,9 @@ def test_reciprocals_of_scales_are_rounded_correctly():
 
 
 @here
-@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("width, group", [(197, 64), (49, 64), (196, 64), (64, 64), (5, 64), (257, 32), (1, 64)])
-def test_softmax_maps(dtype, width, group):
-    for rows, bits in ((1, 4), (8, 3), (21, 8), (40, 5)):
+def test_softmax_maps(width, group):
+    for rows, bits, dtype in zip((1, 8, 21, 40), (4, 3, 8, 5), (*TYPES, torch.bfloat16)):
         p = torch.softmax(normal(rows, width, scale=3), -1).to(dtype)
         p[-1] = torch.zeros(width)
         p[-1, -1] = 1
@@ -100,8 +98,7 @@ def test_maps_of_no_multiple_of_a_byte(bits):
 
 
 @here
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("width, calibrated", [(64, True), (64, False), (27, False)])
+@pytest.mark.parametrize("dtype, width, calibrated", zip(TYPES, (64, 64, 27), (True, False, False)))
 def test_weight_gradients(monkeypatch, dtype, width, calibrated):
     monkeypatch.setattr("s2a_cli.activations.codes.CHUNK", 512)  # several pieces
     table, channels = table_of(4, -1.0), channelled(width) if calibrated else None
@@ -114,8 +111,7 @@ def test_weight_gradients(monkeypatch, dtype, width, calibrated):
 
 
 @here
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("rows, width", [(5, 64), (3, 27), (7, 147), (1, 1), (2, 1100)])
+@pytest.mark.parametrize("dtype, rows, width", zip(TYPES * 2, (5, 3, 7, 1, 2), (64, 27, 147, 1, 1100)))
 def test_frozen_weights(dtype, rows, width):
     """int8 and NF4 as they are stored, decoded for a layer."""
     from s2a_cli import frozen
@@ -159,8 +155,7 @@ POOLS = [  # kernel, stride, padding, dilation, ceil_mode
 
 
 @here
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("pool, dtype", zip(POOLS, TYPES * 2))
 @pytest.mark.parametrize("last", [False, True])
 def test_max_pooling(dtype, pool, last):
     x = normal(2, 3, 13, 17, dtype=dtype)
