@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2a_cli import __version__
-from s2a_cli.data.archives import extract_once
-from s2a_cli.data.files import lock, one_line, sha256
+from s2a_cli.data.archives import extract_once, whole
+from s2a_cli.data.files import lock, one_line, sha256_of
 from s2a_cli.progress import Progress, size
 from s2a_cli.errors import UserError
 
@@ -49,7 +49,7 @@ def fetch(file: RemoteFile, folder: Path, download: bool = True) -> Path:
             if not path.exists():
                 _download(file, folder)
                 return path
-    if (found := sha256(path)) != file.sha256:
+    if (found := sha256_of(path)) != file.sha256:
         raise UserError(
             f"{path} is not {file.name}: its SHA-256 is {found}, not {file.sha256}; remove it to fetch it anew"
         )
@@ -57,10 +57,14 @@ def fetch(file: RemoteFile, folder: Path, download: bool = True) -> Path:
 
 
 def fetch_tree(file: RemoteFile, folder: Path, download: bool = True) -> Path:
-    """The folder into which the archive `file` is extracted: there completely, or not at all."""
+    """The folder into which the archive `file` is extracted: there completely, or not at all, and as the archive has it.
+
+    Raises UserError as `fetch` does, and where the folder was changed since. An archive that is gone is fetched again only
+    where the folder itself can't tell what it held.
+    """
     tree = folder / file.name.split(".")[0]
-    if not tree.exists():
-        extract_once(fetch(file, folder, download), tree)
+    if not (tree.exists() and whole(tree, file.sha256)):
+        extract_once(fetch(file, folder, download), tree, file.sha256)
     return tree
 
 
@@ -89,7 +93,7 @@ def _complete(part: Path, file: RemoteFile, url: str) -> None:
             if _length(part) <= before:
                 raise _Broken(one_line(error)) from error
             continue  # broke off midway: on from there
-        if _length(part) == file.bytes and sha256(part) == file.sha256:
+        if _length(part) == file.bytes and sha256_of(part) == file.sha256:
             return
         part.unlink()
         if not before:  # else what an earlier attempt left may have been at fault: once more from the start
@@ -116,7 +120,11 @@ def _append(part: Path, file: RemoteFile, url: str, start: int) -> None:
 
 
 def _length(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    if not path.exists():
+        return 0
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: remove it")
+    return path.stat().st_size
 
 
 def _by_hand(file: RemoteFile, folder: Path) -> str:
