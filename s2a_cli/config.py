@@ -101,6 +101,7 @@ class DatasetConfig:
     test_fraction: float = 0.2  # of a folder that is one tree
     split_seed: int = 0  # seeds the splits, shots and fraction; independent of the run's seed
     on_corrupt: str = "stop"  # stop | skip: what a damaged image does
+    layout: str | None = None  # splits | classes: what the folders below root are; null: what their names say
     scale: list[float] | None = field(default_factory=lambda: [0.5, 1.0])  # random crop, share of the area; null: none
     hflip: float = 0.5  # probability of a mirrored training image
     cache: str | None = None  # taps: what linear and side read of the backbone, once for each image and its mirror image, on disk
@@ -211,6 +212,7 @@ RULES = {  # a key, or a pattern that matches keys
     "dataset.test_fraction": SHARE,
     "dataset.split_seed": NOT_NEGATIVE,
     "dataset.on_corrupt": one_of("stop", "skip"),
+    "dataset.layout": one_of("splits", "classes"),
     "dataset.scale": numbers(2, "2 numbers, 0 < smallest <= largest <= 1", lambda low, high: 0 < low <= high <= 1),
     "dataset.cache": one_of("taps"),
     "dataset.hflip": number("a number from 0 to 1", lambda value: 0 <= value <= 1),

@@ -26,7 +26,7 @@ NOT_IDENTITY = (
     *("dataset.root", "dataset.download", "backbone.checkpoint"),
 )
 # Settings that are younger than schema 1: at these values a run is the one that it was before there were any.
-YOUNGER = {"dataset.cache": None, "method.segments": 1, "optim.head_lr": None}
+YOUNGER = {"dataset.cache": None, "dataset.layout": None, "method.segments": 1, "optim.head_lr": None}
 
 
 class Accuracy(TypedDict):

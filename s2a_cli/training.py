@@ -213,6 +213,8 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> records.Resu
             if distributed.is_first():
                 records.atomic_write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
             board = _tensorboard(folder, stack) if config.tensorboard and distributed.is_first() else None
+            if distributed.is_first():
+                print(data.describe(run.splits))
             result["memory"] = None if config.compile else predict(run)  # the compiler decides what it keeps
             _foretell(result["memory"], run.device)
             run.model.to(run.device)
@@ -224,6 +226,7 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> records.Resu
             if state:
                 print(f"going on in {folder}: epoch {state['sofar']['epoch']}, step {state['sofar']['step'] + 1}")
             Fit(run, folder, result, board)(state)
+            _judge(run, result["accuracy"]["test_top1"])
         result["status"], result["error"] = "ok", None
     except KeyboardInterrupt:  # torchrun ends all processes when one has ended
         elsewhere = distributed.announced()
@@ -251,6 +254,12 @@ def _foretell(predicted: dict[str, Any] | None, device: torch.device) -> None:
         print(said)
         if warning:
             print(f"s2a: {warning}", file=sys.stderr)
+
+
+def _judge(run: Run, top1: float | None) -> None:
+    """Warns where a test accuracy in % is one that no training is needed for."""
+    if (said := data.majority(run.splits, top1)) and distributed.is_first():
+        print(f"s2a: {said}", file=sys.stderr)
 
 
 def _failed(folder: Path, result: records.Result, error: Exception) -> None:
@@ -389,4 +398,6 @@ def evaluate(config: DictConfig, folder: Path) -> dict[str, float | None]:
         raise UserError(f"{folder}: trained on data of revision {recorded['data']['revision']}, found {run.splits.revision}")
     run.model.to(run.device)
     checkpoints.load(folder, run.model, run.weights)
-    return accuracy(run, run.loader("test"))
+    scores = accuracy(run, run.loader("test"))
+    _judge(run, scores["top1"])
+    return scores

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 from s2a_cli.config import DatasetConfig, rule_of
@@ -16,6 +16,7 @@ from s2a_cli.data.batches import Loader, loader, mix
 from s2a_cli.data.images import Images
 from s2a_cli.data.source import Source
 from s2a_cli.data.splits import few_shots, hold_out, share
+from s2a_cli.data.summary import Splits, describe, majority
 from s2a_cli.data.transforms import ImageConfig, Transform, build_transform
 from s2a_cli.errors import UserError, nearest
 
@@ -27,8 +28,10 @@ __all__ = [
     "Splits",
     "Transform",
     "build_transform",
+    "describe",
     "load",
     "loader",
+    "majority",
     "mix",
     "problems",
 ]
@@ -42,18 +45,6 @@ DATASETS: dict[str, Callable[[DatasetConfig, Path], Source]] = {
     "digits": digits.read,
     "folder": folder.read,
 }
-
-
-@dataclass
-class Splits:
-    """What a run trains on, chooses by and is judged by."""
-
-    name: str  # in tables and paths
-    train: Images
-    val: Images  # for choosing; never the test split
-    test: Images
-    classes: list[str]  # a label is an index into it
-    revision: str  # a short hash of the data's content, wherever it lies
 
 
 def load(config: DatasetConfig) -> Splits:
@@ -71,11 +62,16 @@ def load(config: DatasetConfig) -> Splits:
         train, test = _split(train, config.test_fraction, seed, "test")
     if val is None:
         train, val = _split(train, config.val_fraction, seed, "val")
+    whole = len(train)
     if config.shots is not None:
         train = train.subset(few_shots(train.labels, config.shots, seed, source.classes))
     if config.fraction is not None:
         train = train.subset(share(train.labels, config.fraction, seed))
-    return Splits(title(config), train, val, test, source.classes, source.revision)
+    left_out = list(source.left_out)
+    if (thinned := whole - len(train)) > 0:
+        setting = f"shots={config.shots}" if config.shots is not None else f"fraction={config.fraction}"
+        left_out.append(f"{thinned} training images by dataset.{setting}")
+    return Splits(title(config), train, val, test, source.classes, source.revision, left_out, source.notes, source.same)
 
 
 def data_folder(config: DatasetConfig) -> Path:
@@ -111,6 +107,8 @@ def problems(config: DatasetConfig) -> list[str]:
         found.append("dataset=folder needs dataset.root=FOLDER, your images")
     if config.name != "folder" and config.on_corrupt == "skip":
         found.append("dataset.on_corrupt=skip is for dataset=folder; the other data sets are whole or refused by checksum")
+    if config.name != "folder" and config.layout:
+        found.append("dataset.layout is for dataset=folder: it says what the folders below dataset.root are")
     if config.name == "domainnet" and config.domain is None:
         found.append(f"dataset=domainnet needs dataset.domain=: one of {', '.join(domainnet.FILES)}")
     if config.name != "domainnet" and (config.domain or config.test_domain):

@@ -26,7 +26,7 @@ from s2a_cli.records import atomic_write
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 BLOWN_UP, LARGE = 200, 10**9  # times the archive's own size, and bytes: images do not pack that well
 BLOCK = 4096  # bytes that the smallest file takes on a disk
-HEADER = 32 << 10  # bytes of a long name or of extended attributes in a tar, which are read at once; paths end at 4096
+HEADER = 16 << 10  # bytes of a long name or of extended attributes in a tar, which are read at once; paths end at 4096
 READ_AT_ONCE = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
 )  # fmt: skip

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
+from collections import Counter
 from pathlib import Path
 
 from s2a_cli.config import DatasetConfig
 from s2a_cli.data.archives import SUFFIXES, extract_once
-from s2a_cli.data.files import sha256
-from s2a_cli.data.images import ImageFiles
-from s2a_cli.data.integrity import examine
+from s2a_cli.data.files import listed, reason, sha256_of, shown
+from s2a_cli.data.images import EXTENSIONS, INSTALL, ImageFiles
+from s2a_cli.data.integrity import DARK, Report, examine
+from s2a_cli.data.layout import folders, hidden, is_folder, names_split, split_folders, within
 from s2a_cli.data.source import Source
 from s2a_cli.errors import UserError
-
-log = logging.getLogger(__name__)
-
-EXTENSIONS = (
-    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
-)  # fmt: skip
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
 def read(config: DatasetConfig, cache: Path) -> Source:
@@ -29,29 +23,34 @@ def read(config: DatasetConfig, cache: Path) -> Source:
     train, and, unless config.on_corrupt is "skip", for an image that cannot be decoded.
     """
     root = _open_root(Path(config.root).expanduser(), cache)
-    trees = _trees(root)
-    found = {split: _class_files(root, tree) for split, tree in trees.items()}
+    trees = split_folders(root, config.layout)
+    walk = _Walk(root)
+    found = {split: _class_files(walk, tree) for split, tree in trees.items()}
     classes = sorted(found["train"])
     for split, by_class in found.items():
         if extra := sorted(set(by_class) - set(classes)):
-            raise UserError(f"{root / trees[split]} has classes that train does not have: {_listed(extra)}")
+            raise UserError(f"{shown(root / trees[split])} has classes that train does not have: {listed(extra)}")
     if len(classes) < 2:
-        raise UserError(f"{root / trees['train']} has one class folder, {classes[0]!r}; two or more are needed")
+        (only,) = classes
+        inner = folders(root / trees["train"] / only)
+        hint = f"; is dataset.root={shown(root / only)} what you mean?" if trees["train"] == "" and len(inner) > 1 else ""
+        raise UserError(f"{shown(root / trees['train'])} has one class folder, {only!r}; two or more are needed{hint}")
 
     files = sorted(file for by_class in found.values() for files in by_class.values() for file in files)
     report = examine(root, files, cache / "checked")
     if report.damaged and config.on_corrupt == "stop":
-        (first, reason), *more = report.damaged.items()
-        others = f", and {len(more)} more: {_listed([file for file, _ in more])}" if more else ""
+        (first, why), *more = report.damaged.items()
+        others = f", and {len(more)} more: {listed([file for file, _ in more])}" if more else ""
         raise UserError(
-            f"{root / first} is not a readable image ({reason}){others}; "
+            f"{shown(root / first)} is not a readable image ({why}){others}; "
             "mend or remove it, or leave such images out with dataset.on_corrupt=skip"
         )
-    for file, reason in report.damaged.items():
-        log.warning("left out: %s is not a readable image (%s)", root / file, reason)
-
     splits = {split: _images(root, found[split], classes, report.damaged) for split in found}
-    return Source(splits["train"], splits.get("val"), splits.get("test"), classes, report.revision)
+    left_out = [*walk.left_out(), *_outside(root, trees), *_damaged(report)]
+    return Source(
+        *(splits.get(split) for split in ("train", "val", "test")), classes, report.revision,
+        left_out=left_out, notes=_dark(report), same=report.same,
+    )  # fmt: skip
 
 
 def _open_root(root: Path, cache: Path) -> Path:
@@ -61,51 +60,127 @@ def _open_root(root: Path, cache: Path) -> Path:
         raise UserError(f"dataset.root={root} does not exist; give a folder of images, or an archive of one")
     if not root.name.lower().endswith(SUFFIXES):
         raise UserError(f"dataset.root={root} is neither a folder nor an archive ({', '.join(SUFFIXES)})")
-    tree = cache / f"{root.name.split('.')[0]}-{sha256(root)[:16]}"
-    if not tree.exists():
-        extract_once(root, tree)
-    inside = _folders(tree)
-    wrapped = len(inside) == 1 and inside[0] not in SPLITS and _folders(tree / inside[0])
+    digest = sha256_of(root)
+    tree = cache / f"{root.name.split('.')[0]}-{digest[:16]}"
+    extract_once(root, tree, digest)
+    inside = folders(tree)
+    wrapped = len(inside) == 1 and not names_split(inside[0]) and folders(tree / inside[0])
     return tree / inside[0] if wrapped else tree  # archives often hold one folder with everything in it
 
 
-def _trees(root: Path) -> dict[str, str]:
-    """Split -> folder under `root`; {"train": ""} where the whole of `root` is one tree."""
-    names = _folders(root)
-    trees = {split: name for split, accepted in SPLITS.items() for name in names if name in accepted}
-    if not trees:
-        return {"train": ""}
-    if "train" not in trees or "test" not in trees:
-        missing = "train" if "train" not in trees else "test"
-        raise UserError(
-            f"{root} has {_listed(sorted(trees.values()))} but no {missing}; give train, test and perhaps val, "
-            "or one tree of class folders, which is split by dataset.test_fraction and dataset.val_fraction"
-        )
-    return trees
+class _Walk:
+    """Lists the files of classes, and keeps count of what it passes over. A folder is visited once, whatever links to it."""
+
+    def __init__(self, root: Path):
+        self.root, self.real = root, os.path.realpath(root)
+        self.seen: dict[tuple[int, int], str] = {}  # device and inode of a folder: the class folder it was visited from
+        self.endings: Counter[str] = Counter()
+        self.strays: list[str] = []  # links out of their class
+
+    def images(self, top: str) -> list[str]:
+        """The image files below a class folder, as sorted paths relative to the root; links may lead elsewhere, not to other classes.
+
+        Raises UserError for a folder that can't be read, and for one that two class folders lead to.
+        """
+        own = os.path.realpath(self.root / top)
+        if own != os.path.join(self.real, top) and self._astray(own, None):
+            raise UserError(f"{shown(self.root / top)} is a link to {shown(own)}: its images would be in two classes or splits")
+        found, left = [], [top]
+        while left:
+            folder = left.pop()
+            try:
+                if self._visited(folder, top):
+                    continue
+                with os.scandir(self.root / folder) as entries:
+                    for entry in sorted(entries, key=lambda entry: entry.name):
+                        path = f"{folder}/{entry.name}"
+                        if hidden(entry.name):
+                            continue
+                        if entry.is_symlink() and self._astray(os.path.realpath(entry.path), own):
+                            self.strays.append(path)
+                        elif is_folder(entry):
+                            left.append(path)
+                        elif entry.name.lower().endswith(EXTENSIONS):
+                            found.append(path)
+                        else:
+                            self.endings[os.path.splitext(entry.name)[1].lower()] += 1
+            except OSError as error:
+                raise UserError(f"{shown(self.root / folder)} cannot be read ({reason(error)})") from error
+        return sorted(found)
+
+    def _astray(self, target: str, own: str | None) -> bool:
+        """Whether a link leads to another part of the data, or to a folder that has the data in it."""
+        inside = own is not None and os.path.commonpath([target, own]) == own
+        return within(target, self.real) and not inside
+
+    def _visited(self, folder: str, top: str) -> bool:
+        status = os.stat(self.root / folder)
+        key = status.st_dev, status.st_ino
+        if self.seen.get(key, top) != top:
+            raise UserError(f"{shown(self.root / folder)} is a folder of {shown(self.seen[key])}, too: its images would be in both")
+        again = key in self.seen
+        self.seen[key] = top
+        return again
+
+    def left_out(self) -> list[str]:
+        """What was passed over, a phrase each, such as "27 .heic (install pillow-heif to read them)"."""
+        named = sorted(self.endings.items(), key=lambda item: (item[0] not in INSTALL, -item[1], item[0]))
+        phrases = [_ending(ending, count) for ending, count in named[:6]]
+        if rest := sum(count for _, count in named[6:]):
+            phrases.append(f"{rest} of {len(named) - 6} other endings")
+        if self.strays:
+            links = f"{len(self.strays)} link{'s' * (len(self.strays) > 1)}"
+            phrases.append(f"{links} to other classes, splits or the folder above ({listed(self.strays, 3)})")
+        return phrases
 
 
-def _class_files(root: Path, tree: str) -> dict[str, list[str]]:
-    """Class -> its image files as sorted paths relative to `root`, nested folders included."""
-    top = root / tree
-    by_class = {name: _image_files(root, top / name) for name in _folders(top)}
+def _ending(ending: str, count: int) -> str:
+    hint = f" (install {INSTALL[ending]} to read them)" if ending in INSTALL else ""
+    return f"{count} {shown(ending) or 'without an ending'}{hint}"
+
+
+def _class_files(walk: _Walk, tree: str) -> dict[str, list[str]]:
+    """Class -> its image files as sorted paths relative to the root, nested folders included."""
+    top, by_class = walk.root / tree, {}
+    for name in folders(top):
+        before = walk.endings.copy()
+        by_class[name] = walk.images(f"{tree}/{name}" if tree else name)
+        if not by_class[name]:
+            others = ", ".join(_ending(*item) for item in (walk.endings - before).most_common(4))
+            accepted = f"accepted: {', '.join(EXTENSIONS)}"
+            raise UserError(f"no image in {shown(top / name)}{f', but {others}' if others else ''}; {accepted}")
     if not by_class:
-        raise UserError(f"{top} has no class folders; put the images of each class into a folder named after it")
-    if empty := [name for name, files in by_class.items() if not files]:
-        accepted = ", ".join(EXTENSIONS)
-        raise UserError(f"no image in {_listed([str(top / name) for name in empty])}; accepted: {accepted}")
+        raise UserError(f"{shown(top)} has no class folders; put the images of each class into a folder named after it")
     return by_class
 
 
-def _image_files(root: Path, top: Path) -> list[str]:
-    found = []
-    for folder, inner, names in os.walk(top, followlinks=True):
-        inner[:] = [name for name in inner if not _hidden(name)]
-        found += [
-            Path(folder, name).relative_to(root).as_posix()
-            for name in names
-            if not _hidden(name) and name.lower().endswith(EXTENSIONS)
-        ]
-    return sorted(found)
+def _outside(root: Path, trees: dict[str, str]) -> list[str]:
+    """What lies beside the splits, and images beside the class folders."""
+    phrases = []
+    if trees["train"] and (beside := [name for name in folders(root) if name not in trees.values()]):
+        phrases.append(f"{listed([f'{name}/' for name in beside])}, which is no split")
+    for top in {root, *(root / tree for tree in trees.values())}:
+        with os.scandir(top) as entries:
+            images = [entry.name for entry in entries if entry.name.lower().endswith(EXTENSIONS) and not hidden(entry.name) and not is_folder(entry)]
+        if images:
+            phrases.append(f"{len(images)} image{'s' * (len(images) > 1)} in no class folder ({listed([str(top / min(images))])})")
+    return phrases
+
+
+def _damaged(report: Report) -> list[str]:
+    if not report.damaged:
+        return []
+    first = [f"{file}: {why}" for file, why in report.damaged.items()]
+    return [f"{len(first)} that can't be read ({listed(first, 10)})"]
+
+
+def _dark(report: Report) -> list[str]:
+    if not report.dark:
+        return []
+    return [
+        f"nearly black: {len(report.dark)} ({listed(report.dark, 3)}): no value reaches {DARK} of 255;"
+        " do these files hold fewer bits than they have room for?"
+    ]
 
 
 def _images(root: Path, by_class: dict[str, list[str]], classes: list[str], damaged: dict[str, str]) -> ImageFiles:
@@ -113,19 +188,7 @@ def _images(root: Path, by_class: dict[str, list[str]], classes: list[str], dama
     for name, of_class in by_class.items():
         good = [file for file in of_class if file not in damaged]
         if not good:
-            raise UserError(f"no readable image in class {name!r} of {root}: all {len(of_class)} are damaged")
+            raise UserError(f"no readable image in class {name!r} of {shown(root)}: all {len(of_class)} are damaged")
         files += good
         labels += [classes.index(name)] * len(good)
     return ImageFiles(root, files, labels)
-
-
-def _folders(path: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not _hidden(entry.name))
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"  # the latter is what a Mac adds to a zip
-
-
-def _listed(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

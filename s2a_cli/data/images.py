@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from s2a_cli.data.files import one_line
+from s2a_cli.data.files import one_line, open_regular, shown
 from s2a_cli.errors import UserError
+
+try:
+    from PIL.AvifImagePlugin import SUPPORTED as AVIF
+except ImportError:  # Pillow before 11.3
+    AVIF = False
+
+HEIF = find_spec("pillow_heif") is not None
+# By content: many a .jpg of a real collection is a PNG. Pillow knows more, of which some start other programs (EPS: Ghostscript).
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", *(["AVIF"] if AVIF else []))
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+    *([".avif"] if AVIF else []), *([".heic", ".heif"] if HEIF else []),
+)  # fmt: skip
+INSTALL = {".avif": "Pillow 11.3 or newer", ".heic": "pillow-heif", ".heif": "pillow-heif"}
+FLOAT_RANGES = ((0, 1), (-1, 1), (0, 255), (0, 65535))
+MIN_SAMPLE, MAX_SAMPLE = (280, 340), (281, 341)  # TIFF: MinSampleValue, SMinSampleValue; MaxSampleValue, SMaxSampleValue
 
 
 class Images:
@@ -50,7 +68,7 @@ class ImageFiles(Images):
         try:
             return open_rgb(path, at_least)
         except Exception as error:  # on damaged bytes decoders raise nearly anything
-            raise UserError(f"{path} is not a readable image ({one_line(error)})") from error
+            raise UserError(f"{shown(path)} is not a readable image ({one_line(error)})") from error
 
     def name(self, index):
         return str(self.root / self.files[index])
@@ -77,20 +95,67 @@ class ImageArray(Images):
 
 
 def open_rgb(path: Path, at_least: int | None = None) -> Image.Image:
-    """Decodes a file to RGB: turned upright by its EXIF tag, transparency over white, 16-bit grey scaled to 8.
+    """Decodes a file to RGB: turned upright by its EXIF tag, transparency over white, deep grey values scaled to 8 bits.
 
     With `at_least`, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side stays at least
-    that many pixels. Raises what Pillow raises for a file that is missing, damaged or truncated.
+    that many pixels. Raises what Pillow raises for a file that is missing, damaged or truncated, NotRegular for a pipe or a
+    device, ValueError for a format that is not in FORMATS.
     """
-    with Image.open(path) as image:
-        # draft() also switches to a coarser inverse DCT, which only a real reduction hides
-        if at_least and min(image.size) >= 2 * at_least:
-            image.draft("RGB", (at_least, at_least))
-        image.load()
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # convert("RGB") would clip 16 bits instead of scaling them
-        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
+    try:
+        with open_regular(path) as stream, Image.open(stream, formats=_formats(path)) as image:
+            # draft() also switches to a coarser inverse DCT, which only a real reduction hides
+            if at_least and min(image.size) >= 2 * at_least:
+                image.draft("RGB", (at_least, at_least))
+            image.load()
+            stated = _stated_range(image)
+            image = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:
+        raise ValueError(f"its content is none of {', '.join(_formats(path))}") from None
+    if image.mode == "F" or image.mode.startswith("I"):  # convert("RGB") would clip these instead of scaling them
+        image = Image.fromarray(_eight_bits(np.asarray(image), stated))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _formats(path: Path) -> tuple[str, ...]:
+    return (*FORMATS, _heif()) if HEIF and path.suffix.lower() in (".heic", ".heif") else FORMATS
+
+
+@cache
+def _heif() -> str:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return "HEIF"
+
+
+def _stated_range(image: Image.Image) -> tuple[float, float] | None:
+    """The values that a TIFF says are black and white; None where it does not say."""
+    tags = getattr(image, "tag_v2", {})
+    low, high = ([tags[tag] for tag in pair if tag in tags] for pair in (MIN_SAMPLE, MAX_SAMPLE))
+    if not high:
+        return None
+    try:
+        first = [float(value[0] if isinstance(value, tuple) else value) for value in (*high, *(low or [0.0]))]
+    except (TypeError, ValueError, IndexError):  # tags of an odd kind
+        return None
+    return (first[-1], first[0]) if np.isfinite(first).all() and first[0] > first[-1] else None
+
+
+def _eight_bits(values: np.ndarray, stated: tuple[float, float] | None) -> np.ndarray:
+    """Grey values of 16 or 32 bits, or floats, [H, W], as uint8.
+
+    The range is the one that the file states, if all values lie in it. Else floats take the first of FLOAT_RANGES that has
+    all of them, integers all of 16 bits; values beyond, such as Hounsfield units, go from the smallest to the largest.
+    """
+    whole = np.issubdtype(values.dtype, np.integer)
+    finite = values if whole else values[np.isfinite(values)]
+    least, most = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    ranges = [*([stated] if stated else []), *([(0, 65535)] if whole else FLOAT_RANGES)]
+    low, high = next(((a, b) for a, b in ranges if a <= least and most <= b), (least, most))
+    if whole and (low, high) == (0, 65535):
+        return (values >> 8).astype(np.uint8)
+    scaled = (np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) - low) * (255 / ((high - low) or 1))
+    return np.rint(scaled.clip(0, 255)).astype(np.uint8)

@@ -7,40 +7,42 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 
-from s2a_cli.data.files import one_line
-from s2a_cli.data.images import open_rgb
-from s2a_cli.progress import Progress
-from s2a_cli.errors import UserError
+import PIL
+
+from s2a_cli.data.files import NotRegular, one_line, open_regular, reason, stamp
+from s2a_cli.data.images import FORMATS, open_rgb
+from s2a_cli.progress import Progress, size
 from s2a_cli.records import atomic_write
+
+SCHEMA = 2  # of the kept reports
+LARGEST = 2 << 30  # bytes of a file; Pillow refuses images of so many pixels that they would be larger
+DARK = 16  # of 255: what 12 bits in a file of 16 come to
 
 
 @dataclass(frozen=True)
 class Report:
     revision: str  # 12 hex digits: relative paths and contents, wherever the folder lies
     damaged: dict[str, str]  # relative path: why it cannot be decoded
+    dark: list[str]  # images without a value of DARK or more
+    same: list[list[str]]  # groups of files with the same bytes
 
 
 def examine(root: Path, files: Sequence[str], cache: Path) -> Report:
     """Decodes and hashes `files` (sorted relative paths under `root`), on threads, with progress.
 
-    The report is kept in `cache` under a hash of all names, sizes and times, so that each state of a folder is read
-    once. Raises UserError for a file that cannot be read at all.
+    The report is kept in `cache` under a hash of all names, sizes, times and inodes, so that each state of a folder is read
+    once. A file that cannot be opened is a damaged one.
     """
-    seen = sha256(str(root.resolve()).encode())
-    for file in files:
-        try:
-            status = (root / file).stat()
-        except OSError as error:
-            raise UserError(f"{root / file} cannot be read ({one_line(error)})") from error
-        seen.update(f"\0{file}\0{status.st_size}\0{status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
-    kept = cache / f"{seen.hexdigest()[:32]}.json"
-    try:
-        return Report(**json.loads(kept.read_text()))
-    except (OSError, ValueError, TypeError):
-        report = _read_all(root, files)
+    seen = _state(root, files)
+    kept = cache / f"{seen}.json"
+    if found := _kept(kept):
+        return found
+    report, lasting = _read_all(root, files)
+    if not lasting or _state(root, files) != seen:  # changed while it was read: this state is none to come back to
+        return report
     try:
         cache.mkdir(parents=True, exist_ok=True)
         atomic_write(kept, json.dumps(asdict(report)))
@@ -49,28 +51,74 @@ def examine(root: Path, files: Sequence[str], cache: Path) -> Report:
     return report
 
 
-def _read_all(root: Path, files: Sequence[str]) -> Report:
-    content, damaged = sha256(), {}
+def _state(root: Path, files: Sequence[str]) -> str:
+    seen = sha256(f"{SCHEMA} {PIL.__version__} {FORMATS} ".encode())
+    seen.update(os.fsencode(root.resolve()))
+    for file in files:
+        try:
+            status = os.stat(root / file)
+            about = f"{status.st_mode} {stamp(status)}"
+        except OSError as error:  # a link to nothing, for one
+            about = reason(error)
+        seen.update(f"\0{file}\0{about}".encode("utf-8", "surrogateescape"))
+    return seen.hexdigest()[:32]
+
+
+def _kept(path: Path) -> Report | None:
+    try:
+        with open_regular(path) as stream:
+            report = Report(**json.load(stream))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    kinds = ((report.revision, str), (report.damaged, dict), (report.dark, list), (report.same, list))
+    return report if all(isinstance(value, kind) for value, kind in kinds) else None
+
+
+def _read_all(root: Path, files: Sequence[str]) -> tuple[Report, bool]:
+    """The report, and whether it will be the same until a file changes: not where one could not be opened for now."""
+    content, damaged, dark, by_digest, lasting = sha256(), {}, [], {}, True
     pool = ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 1))  # decoders release the interpreter's lock
     try:
         with Progress(f"checking {root.name}", len(files), "images") as progress:
-            for file, (digest, trouble) in zip(files, pool.map(lambda file: _read(root / file), files)):
-                content.update(f"{file}\0{digest}\0".encode("utf-8", "surrogateescape"))
-                if trouble:
-                    damaged[file] = trouble
+            for file, found in zip(files, pool.map(lambda file: _read(root / file), files)):
+                content.update(f"{file}\0{found.digest}\0".encode("utf-8", "surrogateescape"))
+                if found.trouble:
+                    damaged[file] = found.trouble
+                if found.dark:
+                    dark.append(file)
+                if found.digest and not found.trouble:
+                    by_digest.setdefault(found.digest, []).append(file)
+                lasting &= found.lasting
                 progress.add(1)
     finally:
         pool.shutdown(cancel_futures=True)
-    return Report(content.hexdigest()[:12], damaged)
+    same = [group for group in by_digest.values() if len(group) > 1]
+    return Report(content.hexdigest()[:12], damaged, dark, same), lasting
 
 
-def _read(path: Path) -> tuple[str, str | None]:
+@dataclass(frozen=True)
+class _File:
+    digest: str = ""
+    trouble: str | None = None
+    dark: bool = False
+    lasting: bool = True
+
+
+def _read(path: Path) -> _File:
     try:
-        digest = sha256(path.read_bytes()).hexdigest()
+        with open_regular(path) as stream:
+            length = os.fstat(stream.fileno()).st_size
+            if length > LARGEST:
+                return _File(trouble=f"{size(length)}, more than an image has")
+            digest = file_digest(stream, "sha256").hexdigest()
+    except NotRegular as error:
+        return _File(trouble=one_line(error))
+    except FileNotFoundError:
+        return _File(trouble="a link to what is not there" if path.is_symlink() else "it is gone")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)})") from error
+        return _File(trouble=reason(error), lasting=False)
     try:
-        open_rgb(path)
+        image = open_rgb(path)
     except Exception as error:  # on damaged bytes decoders raise nearly anything
-        return digest, one_line(error)
-    return digest, None
+        return _File(digest, one_line(error))
+    return _File(digest, dark=max(most for _, most in image.getextrema()) < DARK)

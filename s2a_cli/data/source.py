@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 
 from s2a_cli.data.download import RemoteFile
@@ -18,6 +18,9 @@ class Source:
     test: Images | None
     classes: list[str]
     revision: str  # a short hash that changes when the data does
+    left_out: list[str] = field(default_factory=list)  # what of the folder is not read, and why, a phrase each
+    notes: list[str] = field(default_factory=list)  # what looks wrong with the images
+    same: list[list[str]] = field(default_factory=list)  # groups of files (of ImageFiles) with the same bytes
 
 
 def revision_of(*files: RemoteFile) -> str:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from s2a_cli import backbones, training
 from s2a_cli.config import DatasetConfig
-from s2a_cli.data.folder import SPLITS
+from s2a_cli.data.layout import class_folders
 from s2a_cli.errors import UserError
 from s2a_cli.memory.breakdown import Profile
 
@@ -122,5 +122,4 @@ def _class_folders(dataset: DatasetConfig) -> int:
     root = Path(dataset.root or "").expanduser()
     if not dataset.root or not root.is_dir():
         return 0
-    tree = next((root / name for name in SPLITS["train"] if (root / name).is_dir()), root)
-    return sum(entry.is_dir() and not entry.name.startswith(".") for entry in tree.iterdir())
+    return class_folders(root, dataset.layout)

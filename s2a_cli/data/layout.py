@@ -1,0 +1,117 @@
+"""What the folders of the user's data are: splits or classes. Where both are possible, the user is asked."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from s2a_cli.data.files import listed, reason, shown
+from s2a_cli.errors import UserError
+
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}  # in any case
+WORDS = {split: names for split, names in SPLITS.items()} | {"val": (*SPLITS["val"], "dev"), "test": (*SPLITS["test"], "eval")}
+SPLITS_OR_CLASSES = "say dataset.layout=splits or dataset.layout=classes"
+
+
+def split_folders(root: Path, layout: str | None) -> dict[str, str]:
+    """Split -> its folder under `root`; {"train": ""} where the whole of `root` is one tree of classes.
+
+    layout: "splits" or "classes", or None: what the names of the folders say. Raises UserError where they say both or neither.
+    """
+    names = folders(root)
+    if layout == "classes":
+        return {"train": ""}
+    found = {split: [name for name in names if name.lower() in accepted] for split, accepted in SPLITS.items()}
+    found = {split: of_split for split, of_split in found.items() if of_split}
+    if not found and layout is None:
+        _refuse_hidden_splits(root, names)
+        return {"train": ""}
+    as_classes = f"if these are {len(names)} classes, say dataset.layout=classes"
+    for split, of_split in found.items():
+        if len(of_split) > 1:
+            raise UserError(f"{shown(root)} has {' and '.join(of_split)}, both of which name the {split} split; keep one, or, {as_classes}")
+    if missing := [split for split in ("train", "test") if split not in found]:
+        has = listed([name for of_split in found.values() for name in of_split] or names)
+        raise UserError(
+            f"{shown(root)} has {has} but no {' and no '.join(missing)}: as splits, give it the folders train, test and perhaps val; "
+            f"{as_classes}: one tree of class folders, which is split by dataset.test_fraction and dataset.val_fraction"
+        )
+    trees = {split: of_split[0] for split, of_split in found.items()}
+    for split, name in trees.items():
+        if not folders(root / name):
+            raise UserError(f"{shown(root / name)} has no class folders; put the images of each class into one named after it; {as_classes}")
+        if (target := os.path.realpath(root / name)) != str(root.resolve() / name) and within(target, os.path.realpath(root)):
+            raise UserError(f"{shown(root / name)} is a link to {shown(target)}: the {split} split would have the images of another")
+    return trees
+
+
+def _refuse_hidden_splits(root: Path, names: list[str]) -> None:
+    """Raises UserError where folders that would be taken for classes look like splits."""
+    meant = {name: _split_of(name) for name in names}
+    both = f"{SPLITS_OR_CLASSES}; folders of splits are to be called train, test and perhaps val"
+    if all(meant.values()) and len(set(meant.values())) > 1:
+        raise UserError(f"{shown(root)} has {listed(names)}, which look like splits, but would be read as {len(names)} classes: {both}")
+    if len(names) < 2:
+        return
+    common: set[str] | None = None
+    for name in names:
+        inner = set(folders(root / name))
+        common = inner if common is None else common & inner
+        if len(common) < 2:
+            return
+    if all(_has_files(root / name) for name in names):
+        return  # classes with folders in them: as splits, these images would have no class
+    raise UserError(
+        f"{shown(root)} has {listed(names, 3)}, all of which hold the folders {listed(sorted(common), 3)}: "
+        f"splits of {len(common)} classes, or {len(names)} classes? {both}"
+    )
+
+
+def _split_of(name: str) -> str | None:
+    """The split that a name such as training_set, test2017 or valData seems to mean."""
+    spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()
+    words = [re.sub("(set|data|images|split)$", "", word) for word in re.findall("[a-z]+", spaced)]
+    return next((split for split, meant in WORDS.items() if any(word in meant for word in words)), None)
+
+
+def class_folders(root: Path, layout: str | None = None) -> int:
+    """How many classes a folder has by its names alone; 0 where that can't be told."""
+    try:
+        return len(folders(root / split_folders(root, layout)["train"]))
+    except UserError:
+        return 0
+
+
+def folders(path: Path) -> list[str]:
+    """The names of the folders in a folder, hidden ones apart, sorted. Raises UserError for one that can't be read."""
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if not hidden(entry.name) and is_folder(entry))
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be read ({reason(error)})") from error
+
+
+def _has_files(path: Path) -> bool:
+    with os.scandir(path) as entries:
+        return any(not hidden(entry.name) and not is_folder(entry) for entry in entries)
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def names_split(name: str) -> bool:
+    return any(name.lower() in accepted for accepted in SPLITS.values())
+
+
+def hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"  # the latter is what a Mac adds to a zip
+
+
+def within(path: str, folder: str) -> bool:
+    """Whether a real path is a folder or lies in it, or the folder lies in it."""
+    return os.path.commonpath([path, folder]) in (path, folder)

@@ -1,0 +1,108 @@
+"""What is said of a data set: before training what it is and what of it is left out, after evaluation what no model had been needed for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from s2a_cli.data.files import listed, shown
+from s2a_cli.data.images import ImageFiles, Images
+
+ROWS = 8  # classes that get a line each; of more, the largest and the smallest
+WIDTH = 30  # characters of a name
+SPLITS = ("train", "val", "test")
+
+
+@dataclass
+class Splits:
+    """What a run trains on, chooses by and is judged by."""
+
+    name: str  # in tables and paths
+    train: Images
+    val: Images  # for choosing; never the test split
+    test: Images
+    classes: list[str]  # a label is an index into it
+    revision: str  # a short hash of the data's content, wherever it lies
+    left_out: list[str] = field(default_factory=list)  # a phrase each
+    notes: list[str] = field(default_factory=list)  # what looks wrong with the images
+    same: list[list[str]] = field(default_factory=list)  # groups of files with the same bytes
+
+    def counts(self) -> np.ndarray:
+        """Images by class and split, [classes, 3]."""
+        return np.stack([np.bincount(getattr(self, split).labels, minlength=len(self.classes)) for split in SPLITS], 1)
+
+
+def describe(splits: Splits) -> str:
+    """A block of lines: classes and counts by split, what was left out and why, and what a reader of the figures should know."""
+    counts, names = splits.counts(), splits.classes
+    totals = counts.sum(1)
+    largest, smallest = int(totals.argmax()), int(totals.argmin())
+    even = totals[largest] == totals[smallest]
+    rows: list[tuple[str, Sequence[int], str]] = []
+    if len(names) <= ROWS:
+        marks = {} if even else {largest: "largest", smallest: "smallest"}
+        rows += [(names[label], counts[label], marks.get(label, "")) for label in range(len(names))]
+    elif (counts == counts[0]).all():
+        rows.append((f"each of {len(names)} classes", counts[0], ""))
+    else:
+        rows += [(names[largest], counts[largest], "largest"), (names[smallest], counts[smallest], "smallest")]
+    rows.append((f"all {len(names)} classes", counts.sum(0), ""))
+    table = [(shown(name) if len(shown(name)) <= WIDTH else shown(name)[: WIDTH - 3] + "...", cells, mark) for name, cells, mark in rows]
+    title = f"data: {shown(splits.name)}"
+    width = max(len(title) - 2, *(len(name) for name, _, _ in table))
+    lines = [f"{title:<{width + 2}}" + "".join(f"{split:>8}" for split in SPLITS)]
+    lines += [f"  {name:<{width}}" + "".join(f"{cell:>8}" for cell in cells) + (f"  {mark}" if mark else "") for name, cells, mark in table]
+    if splits.left_out:
+        lines.append(f"  left out: {'; '.join(splits.left_out)}")
+    return "\n".join([*lines, *(f"  {note}" for note in [*splits.notes, *_shared(splits), *_untested(splits, counts)])])
+
+
+def _untested(splits: Splits, counts: np.ndarray) -> list[str]:
+    """Classes of which a test figure says nothing, and those that can't be learned."""
+    notes = []
+    for column, said in ((2, "never tested, as no image of it is in test"), (0, "never trained on, as no image of it is in train")):
+        if missing := [
+            f"{splits.classes[label]} ({_images(int(counts[label].sum()))})" for label in np.flatnonzero(counts[:, column] == 0)
+        ]:
+            notes.append(f"{said if len(missing) == 1 else said.replace('of it', 'of them')}: {listed(missing, 4)}")
+    return notes
+
+
+def _shared(splits: Splits) -> list[str]:
+    """The same bytes in two splits make a figure too good; under two labels, one of them is wrong."""
+    home: dict[str, tuple[str, int]] = {}
+    for split in SPLITS if splits.same else ():
+        part = getattr(splits, split)
+        if isinstance(part, ImageFiles):
+            home |= {file: (split, label) for file, label in zip(part.files, part.labels)}
+    groups = [[file for file in group if file in home] for group in splits.same]
+    notes = []
+    for place, said in ((0, "in two splits"), (1, "in two classes")):
+        if torn := [group for group in groups if len({home[file][place] for file in group}) > 1]:
+            first = torn[0][0]
+            other = next(file for file in torn[0] if home[file][place] != home[first][place])
+            notes.append(f"the same image {said}: {_times(len(torn))}, such as {shown(first)} ({home[first][0]}) and {shown(other)} ({home[other][0]})")
+    return notes
+
+
+def majority(splits: Splits, top1: float | None) -> str | None:
+    """What to say of a test accuracy in % that always answering the most frequent class of the test images would reach; else None."""
+    if top1 is None or not len(splits.test):
+        return None
+    of_class = np.bincount(splits.test.labels, minlength=len(splits.classes))
+    label, count, total = int(of_class.argmax()), int(of_class.max()), len(splits.test)
+    share = 100 * count / total
+    if top1 > share + 0.005:  # figures have two decimals
+        return None
+    than = "no more than" if top1 > share - 0.005 else f"less than the {share:.2f} % that"
+    return f"{top1:.2f} % is {than} always answering {shown(splits.classes[label])!r} gives: {count} of {_images(total)} in test are of that class"
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' * (count != 1)}"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
