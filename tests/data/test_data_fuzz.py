@@ -1,0 +1,11 @@
+"""Whatever is given as an image, an archive or a folder: it is read, or refused in one line, soon, and nothing else changes."""
+
+from __future__ import annotations
+
+import fuzz_data
+import pytest
+
+
+@pytest.mark.parametrize("check", fuzz_data.DRAWN, ids=lambda check: check.__name__)
+def test_whatever_is_given(check):
+    fuzz_data.fuzz(check, 25)
