@@ -54,8 +54,7 @@ def describe(splits: Splits) -> str:
     width = max(len(title) - 2, *(len(name) for name, _, _ in table))
     lines = [f"{title:<{width + 2}}" + "".join(f"{split:>8}" for split in SPLITS)]
     lines += [f"  {name:<{width}}" + "".join(f"{cell:>8}" for cell in cells) + (f"  {mark}" if mark else "") for name, cells, mark in table]
-    if splits.left_out:
-        lines.append(f"  left out: {'; '.join(splits.left_out)}")
+    lines += [("  left out: " if phrase is splits.left_out[0] else " " * 12) + phrase for phrase in splits.left_out]
     return "\n".join([*lines, *(f"  {note}" for note in [*splits.notes, *_shared(splits), *_untested(splits, counts)])])
 
 

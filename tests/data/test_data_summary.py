@@ -28,7 +28,8 @@ def test_a_few_classes_get_a_line_each():
         "  cat               128      32      40  largest",
         "  dog                 3       1       1  smallest",
         "  all 2 classes     131      33      41",
-        "  left out: 27 .heic (install pillow-heif to read them); 1 .txt",
+        "  left out: 27 .heic (install pillow-heif to read them)",
+        "            1 .txt",
     ]
 
 
