@@ -76,11 +76,10 @@ def _split_of(name: str) -> str | None:
 
 
 def class_folders(root: Path, layout: str | None = None) -> int:
-    """How many classes a folder has by its names alone; 0 where that can't be told."""
-    try:
-        return len(folders(root / split_folders(root, layout)["train"]))
-    except UserError:
-        return 0
+    """How many classes a folder has by its names alone, also where it is not complete yet, so that reading it would be refused."""
+    names = folders(root)
+    trees = [] if layout == "classes" else [name for name in names if name.lower() in SPLITS["train"]]
+    return len(folders(root / trees[0])) if trees else len(names)
 
 
 def folders(path: Path) -> list[str]:
