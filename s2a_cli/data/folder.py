@@ -54,12 +54,16 @@ def read(config: DatasetConfig, cache: Path) -> Source:
 
 
 def _open_root(root: Path, cache: Path) -> Path:
-    if root.is_dir():
-        return root
-    if not root.exists():
-        raise UserError(f"dataset.root={root} does not exist; give a folder of images, or an archive of one")
+    try:
+        if root.is_dir():
+            return root
+        there = root.exists()
+    except OSError as error:  # a folder above that may not be entered, a name too long
+        raise UserError(f"dataset.root={shown(root)} cannot be read ({reason(error)})") from error
+    if not there:
+        raise UserError(f"dataset.root={shown(root)} does not exist; give a folder of images, or an archive of one")
     if not root.name.lower().endswith(SUFFIXES):
-        raise UserError(f"dataset.root={root} is neither a folder nor an archive ({', '.join(SUFFIXES)})")
+        raise UserError(f"dataset.root={shown(root)} is neither a folder nor an archive ({', '.join(SUFFIXES)})")
     digest = sha256_of(root)
     tree = cache / f"{root.name.split('.')[0]}-{digest[:16]}"
     extract_once(root, tree, digest)

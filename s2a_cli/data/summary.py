@@ -82,7 +82,8 @@ def _shared(splits: Splits) -> list[str]:
         if torn := [group for group in groups if len({home[file][place] for file in group}) > 1]:
             first = torn[0][0]
             other = next(file for file in torn[0] if home[file][place] != home[first][place])
-            notes.append(f"the same image {said}: {_times(len(torn))}, such as {shown(first)} ({home[first][0]}) and {shown(other)} ({home[other][0]})")
+            pair = " and ".join(f"{shown(file)} ({home[file][0]})" for file in (first, other))
+            notes.append(f"the same image {said}: {_times(len(torn))}, such as {pair}")
     return notes
 
 

@@ -118,10 +118,12 @@ class Tree:
 
 
 good_images = st.builds(image_bytes, st.sampled_from(WRITTEN[:6]), st.just("RGB"), sides, sides, st.integers(0, 9))
-links = st.tuples(st.just("link"), st.sampled_from([".", "..", "../..", "/", "/dev/zero", "nowhere", "../cat", "../dog/0.png", "../../test", "loop.png"]))
+targets = [".", "..", "../..", "/", "/dev/zero", "nowhere", "../cat", "../dog/0.png", "../../test", "loop.png"]
+links = st.tuples(st.just("link"), st.sampled_from(targets))
 contents = good_images | good_images | images | links | st.just("pipe")
 paths = st.tuples(names, files) | st.tuples(names, names, files) | st.tuples(files) | st.tuples(names, names, names, files)
-usual = st.tuples(st.sampled_from(["cat", "dog", "train/cat", "train/dog", "test/cat", "test/dog"]), files).map(lambda p: (*p[0].split("/"), p[1]))
+class_paths = st.sampled_from(["cat", "dog", "train/cat", "train/dog", "test/cat", "test/dog"])
+usual = st.tuples(class_paths, files).map(lambda drawn: (*drawn[0].split("/"), drawn[1]))
 entries = st.lists(st.tuples(usual | paths, contents), max_size=8)
 
 
@@ -193,9 +195,13 @@ def with_flag(content: bytes, name: bytes) -> bytes:
 
 
 archive_names = st.builds("/".join, usual | st.tuples(names, names, files)) | st.sampled_from(
-    ["../out.txt", "/tmp/out.txt", "..\\out.txt", "C:\\out.txt", "", ".", "./", "a/../../out.txt", "cat", "cat/x/y", ".s2a-extracted.json", "x" * 300, "é"]
+    [
+        *("../out.txt", "/tmp/out.txt", "..\\out.txt", "C:\\out.txt", "a/../../out.txt", "cat", "cat/x/y"),
+        *("", ".", "./", archives.MANIFEST, "x" * 300, "é"),
+    ]
 )
-kinds = st.sampled_from([tarfile.REGTYPE] * 12 + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.GNUTYPE_SPARSE, tarfile.XHDTYPE, b"?"])
+odd_kinds = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.GNUTYPE_SPARSE, tarfile.XHDTYPE, b"?"]
+kinds = st.sampled_from([tarfile.REGTYPE] * 12 + odd_kinds)
 members = st.builds(
     Member, archive_names, good_images | images | st.just(bytes(5000)), kinds,
     st.none() | st.none() | st.none() | st.none() | st.none() | st.sampled_from([-1, -512, -(2**60), 2**70, 10**9, 3]), st.sampled_from(["/etc/passwd", "cat/0.png"]),

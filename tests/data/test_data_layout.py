@@ -79,7 +79,8 @@ def test_what_is_a_tree_of_classes_all_the_same(tmp_path):
 def test_classes_that_are_called_like_splits(tmp_path):
     root = tree(tmp_path / "vehicles", classes=["bus", "car", "train"])
     message = refusal(root)
-    assert "has train but no test: as splits, give it the folders train, test" in message and "if these are 3 classes, say dataset.layout=classes" in message
+    assert "has train but no test: as splits, give it the folders train, test" in message
+    assert "if these are 3 classes, say dataset.layout=classes" in message
     splits = load(folder_config(root, layout="classes"))
     assert splits.classes == ["bus", "car", "train"]
     assert sizes(DatasetConfig(name="folder", root=str(root), layout="classes"))[0] == 3
