@@ -33,7 +33,7 @@ from speed import time_rows
 from tiers_report import figure, markdown
 from torch import Tensor
 
-from s2a_cli import memory, records
+from s2a_cli import folders, memory, records
 from s2a_cli.backbones import Head
 from s2a_cli.compose import compose
 from s2a_cli.data import build_transform
@@ -272,7 +272,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps(measured(BY_NAME[options.measure], words, options.batch, device, meter)))
         return
     result = benchmark(argv)
-    out = records.make_run_dir(Path(options.out))
+    out = folders.make_run_dir(Path(options.out))
     device = "_cuda" if any(row["measured"] for row in result["rows"]) else ""
     name = f"{result['backbone']}_{result['image_size']}px_b{result['batch']}_{result['precision']}{device}"
     path = out / (options.name or name)

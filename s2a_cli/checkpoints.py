@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from s2a_cli import tensor_files
 from s2a_cli.errors import UserError, first_line, printable
+from s2a_cli.folders import STATE, TENSORS
 from s2a_cli.records import atomic_file, atomic_write
 from s2a_cli.steps import moving_norms
 
-FILE = "trainable.safetensors"
-STATE = "state.pt"
+FILE = TENSORS
 KEYS = ("content", "allocation", "accuracy", "sofar", "model", "calibration", "optimizer", "schedule", "scaler")  # of the state
 CALIBRATION = "calibration."  # before the names of what the codes of a run were fitted to
 

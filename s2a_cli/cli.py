@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 from importlib.metadata import version
 
-from s2a_cli import __version__
-from s2a_cli.errors import RunError, UserError, nearest
+from s2a_cli import __version__, streams
+from s2a_cli.errors import RunError, UserError, nearest, printable
 from s2a_cli.verbs import VERBS, Verb, composed, first_of_grid
 
 FLAGS = {  # flag -> its value and meaning
@@ -19,11 +20,19 @@ FLAGS = {  # flag -> its value and meaning
     "--completion": ("bash|zsh|fish", 'print shell completion: eval "$(s2a --completion bash)"; fish: ... | source'),
     "--complete": ("", ""),  # what the shells call
 }
+TRAINING = ("train", "sweep", "search")  # verbs that end with their work, and not with what can't be printed
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 a failed run, 2 bad input, 75 busy, 130 Ctrl-C, 141 a closed pipe."""
     as_command, argv = argv is None, sys.argv[1:] if argv is None else argv
+    streams.opened()
+    verb = next((word for word in argv if not word.startswith("-")), "")
+    with streams.unfailing() if verb in TRAINING else contextlib.nullcontext():
+        return _run(argv, as_command)
+
+
+def _run(argv: list[str], as_command: bool) -> int:
     try:
         code = _dispatch(argv)
         sys.stdout.flush()
@@ -31,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             _leave(code)
         return code
     except BrokenPipeError:  # `s2a ls | head -1`; Python flushes stdout once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.nowhere(sys.stdout)
         return 141
     except KeyboardInterrupt:
         print("s2a: interrupted", file=sys.stderr)
@@ -39,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in argv:
             raise
-        lines = str(error).strip().splitlines() or [""]
+        lines = [printable(line) for line in str(error).strip().splitlines()] or [""]
         if isinstance(error, UserError) and len(lines) > 1:
             print(f"s2a: {len(lines)} problems:", *lines, sep="\n  ", file=sys.stderr)
         elif isinstance(error, UserError | RunError):

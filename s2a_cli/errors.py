@@ -1,9 +1,12 @@
 """The one exception that means "the input was wrong"; the command line prints it as one line and exits with 2."""
 
 import difflib
-import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+
+SHOWN = ("Zs", "Co", "Cn")  # kinds of characters that isprintable() refuses, and that are harmless
+JOINERS = "\u200c\u200d"  # within words of some languages, and emoji
 
 
 class UserError(Exception):
@@ -32,14 +35,18 @@ def is_there(path: Path) -> bool:
         return False
 
 
+def printable(text: str, most: int | None = None) -> str:
+    """The text, at most so many characters of it, with control characters, which could end a line or move a terminal's cursor, as escapes."""
+    text = text[:most]
+    if text.isprintable():
+        return text
+    shown = (one.isprintable() or one in JOINERS or unicodedata.category(one) in SHOWN for one in text)
+    return "".join(one if is_shown else ascii(one)[1:-1] for one, is_shown in zip(text, shown, strict=True))[:most]
+
+
 def first_line(error: BaseException, most: int = 160) -> str:
     """The first line of what an exception says, or its type where it says nothing."""
     return printable(next(iter(str(error).strip().splitlines()), type(error).__name__), most)
-
-
-def printable(text: str, most: int = 160) -> str:
-    """The beginning of a text that a file or a library gave, without what would move a terminal's cursor or colour it."""
-    return "".join(c for c in re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text[: 2 * most]) if c.isprintable())[:most]
 
 
 class RunError(Exception):

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
+from s2a_cli import render
 from s2a_cli.errors import UserError
 from s2a_cli.render import natural
 
@@ -25,6 +26,7 @@ PANELS = 12
 AXES = {"peak_mib": "peak MiB", "trainable": "trainable M, head apart"}
 STYLE = {
     **{key: INK for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
+    "text.parse_math": False,  # a name may hold any number of $
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -152,24 +154,22 @@ def svg(figure: plt.Figure, name: str) -> str:
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", found)
 
 
-def save(rows: pd.DataFrame, path: Path) -> None:
-    """Accuracy against peak memory as a file. Raises UserError for a format that matplotlib can't write, or no points."""
-    from s2a_cli import records
+def save(rows: pd.DataFrame, path: Path, force: bool = False) -> None:
+    """Accuracy against peak memory as a file. Raises UserError for a format that matplotlib can't write, or no points.
 
+    A file that is no figure of ours is overwritten by `force` only.
+    """
     kind = path.suffix.removeprefix(".")
-    if kind not in ("svg", "png", "pdf"):
+    if kind not in render.MAKER:
         raise UserError(f"figure={path}: expected a file that ends in .svg, .png or .pdf")
     with plt.rc_context(STYLE):
         figure, said = pareto(rows, "peak_mib")
         if figure is None:
             raise UserError(f"figure={path}: nothing to draw. {said}")
         data = io.BytesIO()
-        figure.savefig(data, format=kind, bbox_inches="tight", facecolor="white", dpi=160)
+        figure.savefig(data, format=kind, bbox_inches="tight", facecolor="white", dpi=160, metadata={render.MAKER[kind]: render.MADE_BY})
         plt.close(figure)
-    try:
-        records.atomic_write(path, data.getvalue())
-    except OSError as error:
-        raise UserError(f"figure={path}: can't be written ({error.strerror})") from None
+    render.save(path, data.getvalue(), "figure", force)
 
 
 def _styles(names: pd.Series, choices: str | tuple[str, ...]) -> dict[str, str]:

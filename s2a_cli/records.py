@@ -7,18 +7,21 @@ import hashlib
 import json
 import os
 import platform
+import stat
 import tempfile
+import types
+import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, TypedDict
-
-from filelock import FileLock, Timeout
+from typing import IO, Any, Literal, TypedDict
 
 from s2a_cli import __version__
-from s2a_cli.errors import UserError
+from s2a_cli.errors import UserError, first_line
 
 SCHEMA = 1
-LOCK = ".lock"  # in a run's folder, held by the process that is at it
+MOST = 16 << 20  # bytes of a record; the largest has a name for each of some ten thousand classes
+LARGEST = 1e20  # no figure of a record is as large
+DEEPEST, LONGEST = 50, 300  # levels of a record; characters of a name
 
 # Settings that do not change what a run computes: where it runs, where its files lie, what it logs.
 NOT_IDENTITY = (
@@ -44,7 +47,7 @@ class Parameters(TypedDict):
 
 
 class MemoryRecord(TypedDict):
-    kind: str  # measured-cuda | predicted
+    kind: Literal["measured-cuda", "predicted"]
     peak_mib: float  # of a training step
     static_mib: float  # weights, buffers, optimiser state
     kept_mib: float  # for the backward pass: after the forward pass, less static
@@ -69,7 +72,7 @@ class Data(TypedDict):
 class Result(TypedDict):
     schema: int
     id: str  # 12 hex digits, see identity()
-    status: str  # ok | oom | failed | interrupted; the last also while the run is going on
+    status: Literal["ok", "oom", "failed", "interrupted"]  # the last also while the run is going on
     error: str | None  # one line
     config: dict[str, Any]  # resolved
     allocation: dict[str, Any] | None  # the quant settings that quant=auto chose; null where config has them
@@ -153,61 +156,154 @@ def _umask() -> int:
     return mask
 
 
-def make_run_dir(path: Path) -> Path:
-    """Creates a run's folder. Raises UserError when nothing can be written there."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"run_dir={path}: can't be written to ({error.strerror}); set run_dir= to a folder that can") from None
-    return path
-
-
-class Busy(UserError):
-    """Another process is at a run."""
-
-    code = 75  # EX_TEMPFAIL: the input is not at fault, later it may go
-
-
-@contextlib.contextmanager
-def claimed(folder: Path, wait: float = 0) -> Iterator[None]:
-    """Keeps other processes from running what this folder is for. Freed by the system when the process is killed.
-
-    Raises Busy when another process has it, and still has it after `wait` seconds.
-    """
-    held = FileLock(folder / LOCK)
-    try:
-        held.acquire(timeout=wait)
-    except Timeout:
-        raise Busy(f"{folder}: another process is at this run; wait for it, or set run_dir= to another folder") from None
-    try:
-        for litter in folder.glob(".*.????????"):  # temporary files of a process that was killed inside a write
-            litter.unlink(missing_ok=True)
-        yield
-    finally:
-        held.release()
-
-
 def write_result(folder: Path, result: Result) -> None:
     atomic_write(folder / "result.json", json.dumps(result, indent=2, default=str) + "\n")
 
 
+def regular(path: Path | str, most: int = MOST) -> bytes:
+    """The bytes of a file. Raises ValueError for what is none, such as a pipe or a device, unread, and for more than `most` bytes."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("no regular file")
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"more than {most >> 20} MiB")
+    return data
+
+
+def load(path: Path | str) -> Result:
+    """The record in a file, with None for what an older one lacks.
+
+    Raises OSError for a file that can't be read and ValueError, in one line, for one that is no record: others' programs rely on
+    what Result says.
+    """
+    try:
+        result = json.loads(regular(path))
+        if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+            raise ValueError(f"not a result of schema {SCHEMA}; train this run again")
+        if odd := _odd_value(result) or _odd_type(result, Result, ""):
+            raise ValueError(odd)
+        return _completed(result)
+    except KeyError as error:
+        raise ValueError(f"no {error} in it") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _odd_value(result: dict[str, Any]) -> str | None:
+    """What no record holds: texts that can't be written, numbers that can't be reckoned with, endless nesting."""
+    left: list[tuple[Any, str, int]] = [(result, "", 0)]
+    while left:
+        value, where, depth = left.pop()
+        if depth > DEEPEST:
+            return f"{where[:80]}: nested too deeply"
+        if isinstance(value, dict):
+            left += [(inner, f"{where}.{key}".lstrip("."), depth + 1) for key, inner in value.items()]
+            left += [(key, f"the key {key!r}", depth + 1) for key in value]
+        elif isinstance(value, list):
+            left += [(inner, where, depth + 1) for inner in value]
+        elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            return f"{where}: a text that is no Unicode"
+        elif isinstance(value, int | float) and not abs(value) < LARGEST:  # nan, too
+            return f"{where}: {str(value)[:40]} is no figure"
+    return None
+
+
+def _odd_type(value: Any, kind: Any, where: str) -> str | None:
+    """Where a value is not of a type of Result, in words; None where it is. A key that is missing is not looked for."""
+    if typing.is_typeddict(kind):
+        if not isinstance(value, dict):
+            return f"{where}: {_short(value)}, expected its keys"
+        hints = typing.get_type_hints(kind).items()
+        return next(filter(None, (_odd_type(value[key], of, f"{where}.{key}".lstrip(".")) for key, of in hints if key in value)), None)
+    origin, of = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        odd = [_odd_type(value, one, where) for one in of]
+        return None if None in odd else odd[0]
+    if origin is typing.Literal:
+        fits = value in of if isinstance(value, str) else False
+    elif origin is list:
+        fits = isinstance(value, list) and all(isinstance(one, of[0]) for one in value)
+    elif kind is Any or kind is float:
+        fits = kind is Any or (isinstance(value, int | float) and not isinstance(value, bool))
+    else:
+        fits = isinstance(value, origin or kind) and not (kind is int and isinstance(value, bool))
+    if fits:
+        return None
+    expected = ", ".join(of) if origin is typing.Literal else (origin or kind).__name__
+    return f"{where}: {_short(value)}, expected {expected}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else f"{text[:50]}..."
+
+
+def _completed(result: dict[str, Any]) -> Result:
+    """Raises KeyError without what every record has, ValueError for a config that can be none."""
+    config = result["config"]
+    for group in ("backbone", "method", "quant", "dataset", "optim"):
+        if not isinstance(config[group], dict):
+            raise ValueError(f"config.{group}: {_short(config[group])}, expected its settings")
+    names = {f"config.{group}.name": config[group]["name"] for group in ("backbone", "method", "quant")}
+    for key, name in (names | {"data.name": result["data"]["name"]}).items():
+        if not isinstance(name, str) or not 0 < len(name) <= LONGEST:
+            raise ValueError(f"{key}: {_short(name)}, expected a name")
+    if not isinstance(config.get("seed", 0), int):
+        raise ValueError(f"config.seed: {_short(config['seed'])}, expected an integer")
+    for key in ("id", "status", "weights"):
+        result[key] = result[key]
+    result["data"]["revision"] = result["data"]["revision"]
+    for key in ("error", "allocation", "memory"):
+        result.setdefault(key, None)
+    for key in ("accuracy", "throughput"):
+        result[key] = dict.fromkeys(typing.get_type_hints(Result)[key].__annotations__) | result.get(key, {})
+    for quant in (config["quant"], result["allocation"] or {}):
+        if quant.get("blocks"):  # JSON has no integer keys
+            quant["blocks"] = {int(number): settings for number, settings in _items(quant["blocks"])}
+    return {key: value for key, value in result.items() if key in Result.__annotations__}
+
+
+def _items(blocks: Any) -> Any:
+    if not isinstance(blocks, dict):
+        raise ValueError(f"quant.blocks: {_short(blocks)}, expected numbers of blocks with their settings")
+    return blocks.items()
+
+
+class NoResult(UserError):
+    """A folder without a record."""
+
+
 def read_result(folder: Path) -> Result:
-    """The record in a run's folder. Raises UserError when there is none or it can't be read."""
+    """The record in a run's folder. Raises NoResult when there is none, UserError when it can't be read or is none."""
     path = Path(folder) / "result.json"
     try:
-        result = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no result.json there; give the folder of a run") from None
+        return load(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NoResult(f"{folder}: no result.json there; give the folder of a run") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read ({error})") from None
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
-        raise UserError(f"{path}: not a result of schema {SCHEMA}")
-    for quant in (result["config"]["quant"], result.get("allocation") or {}):
-        if "blocks" in quant:  # JSON has no integer keys
-            quant["blocks"] = {int(number): settings for number, settings in quant["blocks"].items()}
-    return result
+        raise UserError(f"{path}: can't be read ({first_line(error)})") from None
+
+
+def read_metrics(path: Path) -> list[tuple[int, float]]:
+    """(epoch, validation top-1 in %) of a metrics.jsonl; a last line that was cut short is skipped.
+
+    Raises OSError for a file that can't be read, ValueError for one that a run does not write.
+    """
+    lines, points = regular(path).decode().splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            point = json.loads(line)
+            epoch, top1 = point["epoch"], point.get("val_top1")
+            if top1 is None:  # there was no validation
+                continue
+            if isinstance(epoch, bool | str) or isinstance(top1, bool | str) or not 0 <= top1 <= 100 or not 0 < epoch < LARGEST:
+                raise ValueError(f"line {number}: no epoch with a validation top-1 in %")
+            points.append((int(epoch), float(top1)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if number < len(lines):
+                raise ValueError(f"line {number}: {first_line(error)}") from None
+    return points
 
 
 def finished(folder: Path, content: str) -> Result | None:
@@ -223,3 +319,18 @@ def finished(folder: Path, content: str) -> Result | None:
 def content_of(result: Result) -> str:
     """The `content` of the run that a record is of."""
     return content(result["config"], result["data"]["revision"], result["weights"])
+
+
+def differences(there: str, here: str) -> list[str]:
+    """What sets a run's `content` apart from another's, a text each: "optim.epochs=2, here 4", "other data"."""
+    one, two = (_leaves(json.loads(text)) for text in (there, here))
+    odd = [key for key in [*one, *(two.keys() - one.keys())] if one.get(key, "not set") != two.get(key, "not set")]
+    named = {"data": "other data", "weights": "other pretrained weights"}
+    said = [named.get(key) or f"{key.removeprefix('config.')}={one.get(key, 'not set')}, here {two.get(key, 'not set')}" for key in odd]
+    return list(dict.fromkeys(said))
+
+
+def _leaves(node: Any, prefix: str = "") -> dict[str, str]:
+    if not isinstance(node, dict) or not node:
+        return {prefix: json.dumps(node)}
+    return {key: text for name, inner in node.items() for key, text in _leaves(inner, f"{prefix}.{name}".lstrip(".")).items()}

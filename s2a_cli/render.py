@@ -5,11 +5,17 @@ from __future__ import annotations
 import html
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 
 from s2a_cli.errors import UserError, nearest
+from s2a_cli.records import atomic_write
 
+MADE_BY = "s2a figure"  # in the files of figures
+MAKER = {"svg": "Creator", "png": "Software", "pdf": "Creator"}  # what each kind of file calls the program that made it
+OURS = (b"<title>s2a report</title>", MADE_BY.encode())
+FORMULA = ("=", "+", "-", "@")
 FORMATS = ("terminal", "md", "csv", "latex", "html")
 ESCAPED = {character: f"\\{character}" for character in "&%$#_{}"}
 ESCAPED |= {
@@ -84,6 +90,40 @@ def render(sheets: list[Sheet], notes: list[str], format: str) -> str:
         table = text.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)
         printed.append(f"{sheet.title}\n\n{table}" if sheet.title else table)
     return "\n\n".join([*printed, "\n".join(notes) if format == "terminal" else "  \n".join(notes)])
+
+
+def as_csv(rows: pd.DataFrame) -> str:
+    """The rows as CSV. A text that a spreadsheet would run as a formula has a ' before it."""
+
+    def safe(value: object) -> object:
+        return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+    return rows.map(safe).rename(columns=safe).to_csv(index=False).rstrip("\n")
+
+
+def save(path: Path, data: bytes | str, word: str, force: bool = False) -> None:
+    """Writes a page or a figure under the name that the `word` of a command gave.
+
+    Raises UserError when it can't be written, and without `force` when it would replace a file that is not one of ours.
+    """
+    check_out(path, word, force)
+    try:
+        atomic_write(path, data)
+    except OSError as error:
+        raise UserError(f"{word}={path}: can't be written ({error.strerror})") from None
+
+
+def check_out(path: Path, word: str, force: bool = False) -> None:
+    """Raises UserError for a path under which there is something else than a page or figure of ours, or no file."""
+    try:
+        if not path.exists() or not path.stat().st_size and path.is_file():
+            return
+        if not path.is_file():
+            raise UserError(f"{word}={path}: is no file; expected the name of one")
+        if not force and not any(mark in path.read_bytes() for mark in OURS):
+            raise UserError(f"{word}={path}: is there, and was not made by s2a {word}=; --force overwrites it")
+    except OSError as error:
+        raise UserError(f"{word}={path}: can't be written ({error.strerror})") from None
 
 
 def _marked(sheet: Sheet, mark: str) -> pd.DataFrame:

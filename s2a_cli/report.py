@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,26 +9,28 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from s2a_cli import figures, grids, records, sheets, tables
-from s2a_cli.errors import UserError
-from s2a_cli.render import mib, number
+from s2a_cli import figures, folders, grids, records, sheets, tables
+from s2a_cli.errors import UserError, first_line, printable
+from s2a_cli.render import check_out, mib, number, save
 
 TEMPLATE = Path(__file__).with_name("report.html")
 CURVES = {"panels": 9, "lines": 10, "runs": 3, "points": 60}  # most of each in the learning curves
 BARS = 40  # most memory bars
 
 
-def write(folders: list[str], wanted: dict[str, str], out: Path) -> str:
-    """Writes the page and returns a line about it. Raises UserError when there are no runs, or `out` can't be written."""
-    frame, odd = tables.read(folders)
+def write(places: list[str], wanted: dict[str, str], out: Path, force: bool = False) -> str:
+    """Writes the page and returns a line about it; what can't be read is named on stderr and in the page.
+
+    Raises UserError when there are no runs, when `out` can't be written, and without `force` when it is no page of ours.
+    """
+    check_out(out, "out", force)
+    frame, odd = tables.read(places)
     if frame.empty:
         read = f" ({len(odd)} can't be read, the first: {odd[0]})" if odd else ""
-        raise UserError(f"no finished runs below {', '.join(map(str, folders))}{read}; make one with: s2a train")
+        raise UserError(f"no finished runs below {', '.join(map(str, places))}{read}; make one with: s2a train")
     page = html(grids.keep(frame, wanted, ("out",)), odd, out.parent)
-    try:
-        records.atomic_write(out, page)
-    except OSError as error:
-        raise UserError(f"out={out}: can't be written ({error.strerror})") from None
+    tables.tell(odd)
+    save(out, page, "out", force)
     left = f", {len(odd)} that can't be read" if odd else ""
     return f"{out}: {len(page.encode()) / 2**20:.1f} MiB, {len(frame)} results{left}"
 
@@ -42,7 +43,7 @@ def html(frame: pd.DataFrame, odd: list[str], beside: Path) -> str:
     )
     with figures.plt.rc_context(figures.STYLE):
         drawn = [_pareto(rows, "peak_mib"), _pareto(rows, "trainable")]
-        curves, curves_said = _curves(runs)
+        curves, curves_said = _curves(runs, odd)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         counts=runs["status"].value_counts().to_dict(),
         settings=_numbered(tables.readable(rows)),
@@ -80,8 +81,11 @@ def _pareto(rows: pd.DataFrame, cost: str) -> dict[str, str]:
     return {"title": title, "svg": figures.svg(figure, cost) if figure else "", "said": said}
 
 
-def _curves(runs: pd.DataFrame) -> tuple[str, str]:
-    """Learning curves from metrics.jsonl beside result.json, thinned to CURVES, and a line on what was left out."""
+def _curves(runs: pd.DataFrame, odd: list[str]) -> tuple[str, str]:
+    """Learning curves from metrics.jsonl beside result.json, thinned to CURVES, and a line on what was left out.
+
+    Adds a line to `odd` for each file that can't be read.
+    """
     if "path" not in runs:
         return "", "No run folders: no learning curves."
     settings = runs.groupby(["backbone", "dataset", "method", "quant"])["path"].agg(list)
@@ -90,7 +94,7 @@ def _curves(runs: pd.DataFrame) -> tuple[str, str]:
     for place in panels.index[: CURVES["panels"]]:
         lines = []
         for (method, quant), paths in settings.loc[place][: CURVES["lines"]].items():
-            read = [points for path in paths[: CURVES["runs"]] if (points := _metrics(path)) is not None]
+            read = [points for path in paths[: CURVES["runs"]] if (points := _metrics(path, odd)) is not None]
             if read:
                 mean = pd.concat(read).groupby("epoch", as_index=False)["val_top1"].mean()
                 lines.append((f"{method} {quant}", mean.iloc[:: -(-len(mean) // CURVES["points"])]))
@@ -103,16 +107,15 @@ def _curves(runs: pd.DataFrame) -> tuple[str, str]:
     return figures.svg(figures.curves(found), "curves"), said.format(**CURVES) + left
 
 
-def _metrics(path: str) -> pd.DataFrame | None:
-    """epoch and val_top1 of a run; None without the file or without validation; a line cut short is skipped."""
-    points = []
+def _metrics(path: str, odd: list[str]) -> pd.DataFrame | None:
+    """epoch and val_top1 of a run; None without the file or without validation, or where it can't be read: `odd` says so then."""
+    beside = Path(path).with_name(folders.METRICS)
     try:
-        for line in Path(path).with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            try:
-                points.append((int((point := json.loads(line))["epoch"]), float(point["val_top1"])))
-            except (ValueError, KeyError, TypeError):
-                continue
-    except OSError:
+        points = records.read_metrics(beside)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        odd.append(printable(f"{beside}: {getattr(error, 'strerror', None) or first_line(error)}"))
         return None
     return pd.DataFrame(points, columns=["epoch", "val_top1"]) if points else None
 
@@ -177,7 +180,7 @@ def _runs(runs: pd.DataFrame, beside: Path) -> list[list[str]]:
 
 
 def _failures(runs: pd.DataFrame, beside: Path) -> list[list[str]]:
-    failed = runs[runs["status"] != "ok"].reindex(columns=[*tables.BASE, "config.seed", "status", "error", "path"])
+    failed = runs[~runs["status"].isin(["ok", "running"])].reindex(columns=[*tables.BASE, "config.seed", "status", "error", "path"])
     return [
         [*names, grids.label(seed), status, str(error or ""), _folder(path, beside)]
         for *names, seed, status, error, path in failed.itertuples(index=False, name=None)

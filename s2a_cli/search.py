@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2a_cli import data, records
+from s2a_cli import data, folders, records
 from s2a_cli.compose import compose, compose_sweep
 from s2a_cli.config import SweepConfig
 from s2a_cli.engines import Engine, engine
@@ -162,7 +162,7 @@ def open_study(folder: Path, name: str, space: Space) -> Any:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    path = records.make_run_dir(folder) / f"{name}.db"
+    path = folders.make_run_dir(folder) / f"{name}.db"
     try:
         study = optuna.create_study(
             storage=f"sqlite:///{path}", study_name=name, direction="maximize", load_if_exists=True

@@ -8,7 +8,7 @@ from s2a_cli import grids, published, tables
 from s2a_cli.compare import LEAST, difference, holm, verdict
 from s2a_cli.errors import UserError, nearest
 from s2a_cli.grids import Grid, Mean
-from s2a_cli.render import Sheet, cell, checked, mib, number, render
+from s2a_cli.render import Sheet, as_csv, cell, checked, mib, number, render
 
 ARROWS = {1: " ↑", -1: " ↓"}
 TESTED = (
@@ -222,7 +222,7 @@ def csv(grid: Grid) -> str:
     order = sorted(
         range(len(cells)), key=lambda i: grids._order(tuple(map(cell, cells.iloc[i][grid.rows + grid.cols])))
     )
-    return cells.iloc[order].to_csv(index=False).rstrip("\n")
+    return as_csv(cells.iloc[order])
 
 
 def show(frame: pd.DataFrame, options: dict[str, str]) -> str:

@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from s2a_cli import backbones, data, records, training
+from s2a_cli import backbones, data, folders, records, training
 from s2a_cli.compose import compose, compose_sweep
 from s2a_cli.config import SweepConfig
 from s2a_cli.engines import Engine, Job, engine
-from s2a_cli.errors import UserError, nearest
+from s2a_cli.errors import UserError, first_line, nearest, printable
 from s2a_cli.grid import expand
 from s2a_cli.memory.fit import AUTO, need_device, resolved
 from s2a_cli.progress import Progress, duration
+from s2a_cli.render import check_out
 
 GROUPS = ("backbone", "method", "quant", "dataset", "optim")
 LOG = "log.txt"  # in a run's folder: what it said, over all its attempts
@@ -45,24 +46,19 @@ class Member:
     classes: int
     images: int  # to train on
     peak_mib: float | None = None  # predicted, where it was asked for
+    told: bool = False  # that its record can't be read
 
     @property
     def command(self) -> list[str]:
         return [*self.words, f"run_dir={self.folder}"]
 
     def state(self) -> str:
-        """new | done | failed | oom | interrupted | busy, as its folder says."""
-        if not self.folder.is_dir():
-            return "new"
-        try:
-            with records.claimed(self.folder):
-                result = records.read_result(self.folder)
-        except records.Busy:
-            return "busy"
-        except UserError:  # no record, or one that is damaged or of another schema: as if there were none
-            return "new"
-        same = records.content_of(result) == self.content
-        return "new" if not same else "done" if result["status"] == "ok" else result["status"]
+        """new | done | failed | oom | interrupted | running, as its folder says; a record that can't be read is named on stderr."""
+        state, damage = folders.state(self.folder, self.content)
+        if damage and not self.told:
+            print(f"s2a: {printable(damage)}: to be trained anew", file=sys.stderr)
+            self.told = True
+        return state
 
 
 @dataclass
@@ -247,7 +243,7 @@ class Sweep:
     def _sort(self, member: Member, force: bool = False, retry: bool = False) -> None:
         """Puts a run where its folder says that it belongs."""
         state = member.state()
-        if state == "busy":
+        if state == "running":
             self.busy.append(member)
         elif state == "done" and not force:
             self.summary.skipped.append(member)
@@ -261,7 +257,7 @@ class Sweep:
         try:
             with Progress("sweep", self.total, " runs") as progress:
                 while self.todo or self.jobs or self.busy:
-                    self._begin()
+                    self._begin(progress)
                     self._collect(progress)
                     if not self.jobs and not self.todo:
                         self._wait_for_others(progress)
@@ -276,15 +272,20 @@ class Sweep:
             raise
         return self.summary
 
-    def _begin(self) -> None:
+    def _begin(self, progress: Progress) -> None:
         while self.todo:
             slot = self.engine.free({slot: member.peak_mib for slot, (member, _, _) in self.jobs.items()}, self.todo[0].peak_mib)
             if slot is None:
                 return
             member = self.todo.pop(0)
-            records.make_run_dir(member.folder)
             words = [*member.command, "--force" if self.force else "--once"]  # another sweep may have finished it by now
-            self.jobs[slot] = member, self.engine.start(words, member.folder / LOG, slot), time.monotonic()
+            try:
+                folders.make_run_dir(member.folder)
+                job = self.engine.start(words, member.folder / LOG, slot)
+            except (UserError, OSError) as error:  # nothing can be written there
+                self._failed(member, first_line(error), progress)
+                continue
+            self.jobs[slot] = member, job, time.monotonic()
 
     def _collect(self, progress: Progress) -> None:
         for slot, (member, job, since) in list(self.jobs.items()):
@@ -293,18 +294,20 @@ class Sweep:
                 continue
             del self.jobs[slot]
             state, took = member.state(), duration(time.monotonic() - since)
-            if state == "busy" or code == records.Busy.code:  # another sweep was a moment faster
+            if state == "running" or code == folders.Busy.code:  # another sweep was a moment faster
                 self.busy.append(member)
                 continue
             if state == "done" and (code == 0 or not self.force):
                 self.summary.done.append(member)
                 progress.note(f"done: {member.name}: {_figures(member)}, {took}", 1)
                 continue
-            line = _last_line(member) if code > 0 else f"killed by signal {-code}"
-            self.summary.failed.append((member, line))
-            progress.note(f"failed: {member.name}: {line}", 1)
-            if self.fail_fast:
-                self.summary.left, self.todo = self.todo, []
+            self._failed(member, _last_line(member) if code > 0 else f"killed by signal {-code}", progress)
+
+    def _failed(self, member: Member, line: str, progress: Progress) -> None:
+        self.summary.failed.append((member, line))
+        progress.note(f"failed: {member.name}: {line}", 1)
+        if self.fail_fast:
+            self.summary.left, self.todo = self.todo, []
 
     def _wait_for_others(self, progress: Progress) -> None:
         """Takes up what other processes have left, counts what they have finished."""
@@ -327,12 +330,12 @@ def _figures(member: Member) -> str:
 def _last_line(member: Member) -> str:
     """What a run said last: its error."""
     try:
-        lines = (member.folder / LOG).read_text(errors="replace").splitlines()
-    except OSError:
+        lines = records.regular(member.folder / LOG, most=1 << 30).decode(errors="replace").splitlines()
+    except (OSError, ValueError):
         lines = []
     said = [line.strip() for line in lines if line.strip()]
     if said:
-        return said[-1].removeprefix("s2a: ")
+        return printable(said[-1].removeprefix("s2a: "))
     try:
         return records.read_result(member.folder)["error"] or "said nothing"
     except UserError:
@@ -370,6 +373,8 @@ def sweep(words: list[str]) -> int:
     flags, words = [w for w in words if w.startswith("--")], [w for w in words if not w.startswith("--")]
     planned = plan(words)
     settings = planned.settings
+    if settings.report:
+        check_out(Path(settings.report), "sweep.report")
     if "--dry-run" in flags or settings.pack:
         predict(planned.members)
     if "--dry-run" in flags:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pandas as pd
 
-from s2a_cli.errors import UserError
-from s2a_cli.records import NOT_IDENTITY, SCHEMA
-from s2a_cli.render import Sheet, cell, checked, mib, number
+from s2a_cli import folders, records
+from s2a_cli.errors import UserError, first_line, printable
+from s2a_cli.records import NOT_IDENTITY
+from s2a_cli.render import Sheet, as_csv, cell, checked, mib, number
 from s2a_cli.render import render as render_sheets
 
 # Runs that differ in these alone share a row. method.lr and lr_scale but make the default of optim.lr.
@@ -40,43 +41,43 @@ RIGHT = {"top-1 %", "n", "trainable M", "%", "peak MiB", "x", "images/s", "mean 
 PREDICTED_FULL = "*: measured, against full fine-tuning's predicted peak; to measure that, run method=full quant=none."
 
 
-def load(folders: Iterable[str | Path]) -> pd.DataFrame:
-    """One row for each result.json below `folders`, with dotted columns ("config.optim.lr", "accuracy.test_top1", ...).
+def load(places: Iterable[str | Path]) -> pd.DataFrame:
+    """One row for each result.json below the `places`, with dotted columns ("config.optim.lr", "accuracy.test_top1", ...).
 
     Files that can't be read are named on stderr and left out. Raises UserError when a folder or every run is missing.
     """
-    found, odd = read(folders)
-    if odd:
-        print(
-            f"s2a: {len(odd)} of {len(odd) + len(found)} results can't be read, left out:",
-            *odd,
-            sep="\n  ",
-            file=sys.stderr,
-        )
+    found, odd = read(places)
+    tell(odd, f"of {len(odd) + len(found)} results")
     if found.empty:
-        raise UserError(f"no finished runs below {', '.join(map(str, folders))}; make one with: s2a train")
+        raise UserError(f"no finished runs below {', '.join(map(str, places))}; make one with: s2a train")
     return found
 
 
-def read(folders: Iterable[str | Path]) -> tuple[pd.DataFrame, list[str]]:
-    """As `load`, and a line for each file that can't be read. Raises UserError when a folder is missing."""
-    folders = [Path(folder) for folder in folders]
-    for folder in folders:
+def tell(odd: list[str], of: str = "files") -> None:
+    """Names on stderr the files that were left out."""
+    if odd:
+        print(f"s2a: {len(odd)} {of} can't be read, left out:", *odd, sep="\n  ", file=sys.stderr)
+
+
+def read(places: Iterable[str | Path]) -> tuple[pd.DataFrame, list[str]]:
+    """As `load`, and a line for each file that can't be read; the status of a run that is at work is "running".
+
+    Raises UserError when a folder is missing.
+    """
+    for folder in map(Path, places):
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give folders that hold runs")
-    paths = {os.path.realpath(path) for folder in folders for path in _results(folder)}
+    paths = {os.path.realpath(path) for folder in places for path in _results(folder)}
     results, odd = [], []
     for path in sorted(paths):
         try:
-            with open(path, encoding="utf-8") as file:
-                result = json.load(file)
-            if result["schema"] != SCHEMA:
-                raise ValueError(f"schema {result['schema']}, expected {SCHEMA}; train this run again")
-            results.append(flat(result) | {"path": path})
-        except KeyError as error:
-            odd.append(f"{path}: no {error} in it")
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            odd.append(f"{path}: {error}")
+            result = records.load(path)
+        except (OSError, ValueError) as error:
+            odd.append(printable(f"{path}: {getattr(error, 'strerror', None) or first_line(error)}"))
+            continue
+        if result["status"] == "interrupted" and folders.at_work(Path(path).parent):
+            result |= {"status": "running", "error": None}
+        results.append(flat(result) | {"path": path})
     return pd.DataFrame(results), odd
 
 
@@ -85,14 +86,18 @@ def frame(results: Iterable[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame([flat(result) for result in results])
 
 
-def _results(folder: Path) -> Iterable[str]:
-    for parent, _, files in os.walk(folder):
-        if "result.json" in files:
-            yield os.path.join(parent, "result.json")
+def _results(folder: str | Path) -> Iterable[str]:
+    for parent, inner, files in os.walk(folder):
+        inner[:] = [name for name in inner if name != folders.NEXT]  # what may once replace the run in `parent`
+        if folders.RECORD in files:
+            yield os.path.join(parent, folders.RECORD)
 
 
 def flat(result: dict[str, Any]) -> dict[str, Any]:
-    """A result with dotted keys; lists as JSON text. Raises KeyError without the keys that every result has."""
+    """A result with dotted keys; lists as JSON text, control characters in texts as escapes.
+
+    Raises KeyError without the keys that every result has.
+    """
     columns: dict[str, Any] = {}
 
     def walk(node: dict[str, Any], prefix: str) -> None:
@@ -100,7 +105,8 @@ def flat(result: dict[str, Any]) -> dict[str, Any]:
             if isinstance(value, dict):
                 walk(value, f"{prefix}{key}.")
             else:
-                columns[prefix + key] = json.dumps(value) if isinstance(value, list) else value
+                text = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+                columns[printable(f"{prefix}{key}")] = printable(text) if isinstance(text, str) else text
 
     walk(result, "")
     for key in ("id", "status", *NAMES):
@@ -256,7 +262,7 @@ def render(rows: pd.DataFrame, format: str = "terminal", notes: Iterable[str] = 
     csv holds the plain numbers of `table`. `notes` are lines under it. Raises UserError for another format.
     """
     if checked(format) == "csv":
-        return rows.to_csv(index=False).rstrip("\n")
+        return as_csv(rows)
     text, wide = readable(rows), pivot(rows)
     under = [*NOTES, *([PREDICTED_FULL] if text["x"].str.endswith("*").any() else []), *notes]
     texts = [text] if wide is None else [text, wide.rename(columns={"mean": "mean of top-1 %"})]

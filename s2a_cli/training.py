@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from s2a_cli import allocation, backbones, cache, checkpoints, data, distributed, frozen, memory, records
+from s2a_cli import allocation, backbones, cache, checkpoints, data, distributed, folders, frozen, memory, records
 from s2a_cli.activations import STOCK
 from s2a_cli.backbones import Backbone
 from s2a_cli.compiling import compile_model
@@ -27,7 +27,6 @@ from s2a_cli.methods import METHODS, Method
 from s2a_cli.steps import Step, make_optimizer, moving_norms, train_mode, weight_dtype
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk; what failed can go on when there is space
-LOOKING = 1.0  # seconds; a sweep that looks at a run has its folder for a moment
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 
 
@@ -162,11 +161,11 @@ def choose_device(name: str) -> torch.device:
 def train(config: DictConfig, anew: bool = False, once: bool = False) -> tuple[records.Result, Path]:
     """Trains one run and returns its record and its folder.
 
-    Where the folder holds the state of the same run, broken off, it goes on from there, unless it is to start `anew`;
-    what another run left in it is removed. With `once` a run that is finished is left as it is. Out of memory and Ctrl-C
-    end in a record with that status, as does a full disk,
-    with `interrupted`. Any other failure is recorded as `failed` and raised. Raises UserError when another process is at
-    the same run, and when others use its CUDA device, unless `busy` allows that.
+    A run that is finished is left as it is, and one that was broken off goes on, unless it is to start `anew`. That, and
+    another run in the same folder, leaves a finished one in place until the new one is whole (see folders). Out of memory and
+    Ctrl-C end in a record with that status, as does a full disk, with `interrupted`. Any other failure is recorded as `failed`
+    and raised. Raises UserError when another process is at the same run, when the folder holds a run of another config or
+    somebody's files, and, sooner without `once`, when others use the run's CUDA device, unless `busy` allows that.
     """
     own = distributed.own_device(config.device)  # asked about before this process, or one it is joined to, holds any of it
     refused = memory.refusal(own) if config.busy == "refuse" and own else None
@@ -175,28 +174,34 @@ def train(config: DictConfig, anew: bool = False, once: bool = False) -> tuple[r
     with ExitStack() as stack:
         config.device = stack.enter_context(distributed.joined(config.device))
         if config.run_dir:
-            records.make_run_dir(Path(config.run_dir))  # before anything is downloaded
+            folders.usable(Path(config.run_dir))  # before anything is downloaded
         run = prepare(config)
         folder = Path(config.run_dir or f"runs/{run.splits.name}/{config.backbone.name}/{config.method.name}/{run.identity}")
-        if distributed.is_first():
-            stack.enter_context(records.claimed(records.make_run_dir(folder), wait=LOOKING))
-        if once and (found := distributed.from_first(lambda: records.finished(folder, run.content))):
-            return found, folder
+        place = distributed.from_first(lambda: folders.claim(folder, run.content, anew, stack))
+        if place is None:
+            print(f"finished before, nothing is trained; --force trains it anew: {folder}")
+            return records.read_result(folder), folder
         if refused:
             raise refused
-        return _train(run, folder, _begin(run, folder, anew)), folder
+        state = _begin(run, place, anew)
+        if place != folder:
+            print(f"{folder}: its files stay until this run is whole")
+        result = _train(run, place, state)
+        if distributed.is_first():
+            folders.settle(folder)
+        return result, folder
 
 
-def _begin(run: Run, folder: Path, anew: bool) -> dict[str, Any] | None:
-    """The state from which to go on; None after the folder was cleared for a run from the start."""
-    distributed.wait()  # the first process has the folder
-    state = None if anew else checkpoints.load_state(folder)
+def _begin(run: Run, place: Path, anew: bool) -> dict[str, Any] | None:
+    """The state from which to go on; None after the place was cleared for a run from the start."""
+    state = None if anew else checkpoints.load_state(place)
     if state and state["content"] == run.content:
         return state
     distributed.wait()  # all have looked
     if distributed.is_first():
-        for name in (checkpoints.STATE, "result.json", "metrics.jsonl", "traceback.txt", checkpoints.FILE):
-            (folder / name).unlink(missing_ok=True)
+        place.mkdir(exist_ok=True)
+        for name in (folders.STATE, folders.RECORD, folders.METRICS, folders.TRACEBACK, folders.TENSORS):
+            (place / name).unlink(missing_ok=True)
     return None
 
 

@@ -7,13 +7,14 @@ import atexit
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from s2a_cli.errors import UserError, brief, is_there, nearest
 
+OVERWRITE = {"--force": "overwrite a file that s2a did not make"}
 KINDS = {kind + "s": kind for kind in ("backbone", "method", "quant", "dataset", "experiment")}  # what `ls` lists
 
 
@@ -99,6 +100,10 @@ def _finished(words: list[str]) -> tuple[Path, list[str]]:
     folders = [word.removeprefix("run=") for word in words if word.startswith("run=")]
     if len(folders) != 1 or not folders[0]:
         raise UserError("run=DIR is needed once: the folder of a finished run, which `s2a train` prints")
+    from s2a_cli.folders import settle
+
+    with suppress(OSError):  # on a read-only disk
+        settle(Path(folders[0]))
     return Path(folders[0]), [word for word in words if not word.startswith("run=")]
 
 
@@ -182,6 +187,7 @@ TABLE = ("rows", "cols", "value", "format", "against", "groups", "reference", "f
 
 def _runs(words: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """Options, what runs must have (dataset=pets), and the folders that hold runs."""
+    words = [word for word in words if word != "--force"]
     folders = [word for word in words if "=" not in word or is_there(Path(word))]
     if odd := next((word for word in folders if not is_there(Path(word))), None):
         raise UserError(f"{brief(odd)}: no such folder; name the folders that hold runs, or key=value to choose among them")
@@ -202,7 +208,7 @@ def table(words: list[str]) -> int:
     if "figure" in options:
         from s2a_cli import figures
 
-        figures.save(tables.table(frame), Path(options["figure"]))
+        figures.save(tables.table(frame), Path(options["figure"]), "--force" in words)
     print(shown)
     return 0
 
@@ -212,7 +218,7 @@ def report(words: list[str]) -> int:
 
     options, wanted, folders = _runs(words, ("out",))
     out = Path(options.get("out", "report.html"))
-    print(page.write(folders, wanted, out))
+    print(page.write(folders, wanted, out, "--force" in words))
     return 0
 
 
@@ -234,7 +240,7 @@ VERBS = {
     "train": Verb(
         train,
         "s2a train [key=value ...]",
-        "train one run and print its table; one that was broken off goes on",
+        "train one run and print its table; one that was broken off goes on, one that is finished is shown",
         (
             "s2a train",
             "s2a train backbone=vit_b method=s2a dataset=folder dataset.root=photos",
@@ -242,8 +248,8 @@ VERBS = {
         ),
         config=composed,
         flags={
-            "--force": "from the start, even if the run was broken off and could go on",
-            "--once": "not at all if the run is finished",
+            "--force": "from the start, even if the run is finished or could go on, and over another run in run_dir",
+            "--once": "not if the run is finished: as without, and said before a busy GPU is",
         },
     ),
     "sweep": Verb(
@@ -286,6 +292,7 @@ VERBS = {
         ),
         words=("figure=", "fit=", "context=", "fragmentation=", "processes=", "format=terminal", "format=json", "format=csv"),
         config=first_of_memory,
+        flags=OVERWRITE,
     ),
     "eval": Verb(
         evaluate,
@@ -331,6 +338,7 @@ VERBS = {
             *(f"{word}=" for word in TABLE if word != "format"),
             *("format=terminal", "format=md", "format=csv", "format=latex", "format=html"),
         ),
+        flags=OVERWRITE,
     ),
     "report": Verb(
         report,
@@ -338,5 +346,6 @@ VERBS = {
         "one self-contained page of the runs below folders: tables, figures, learning curves, memory, failures",
         ("s2a report", "s2a report runs/pets runs/dtd out=pets_dtd.html", "s2a report runs backbone=vit_t"),
         words=("out=",),
+        flags=OVERWRITE,
     ),
 }

@@ -120,7 +120,7 @@ def test_a_run_records_what_was_chosen(tmp_path, capsys):
     assert result["status"] == "ok" and result["memory"]["peak_mib"] <= 2.5
     assert result["allocation"]["name"] == "auto" and len(result["allocation"]["blocks"]) == 2
     assert result["config"]["quant"]["blocks"] == {} and json.loads((folder / "result.json").read_text())["allocation"]
-    assert training.train(compose([*words, f"run_dir={tmp_path}"]))[0]["allocation"] == result["allocation"]
+    assert training.train(compose([*words, f"run_dir={tmp_path}"]), anew=True)[0]["allocation"] == result["allocation"]
 
 
 def test_a_budget_is_needed():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from s2a_cli import checkpoints, records
+from s2a_cli import checkpoints, folders
 from s2a_cli.config import SweepConfig
 from s2a_cli.engines import engine, remote
 from s2a_cli.errors import UserError
@@ -237,7 +237,7 @@ def test_runs_are_packed_on_gpus_of_this_machine_alone():
 
 def test_a_run_waits_until_the_last_attempt_has_let_go(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "SAVING", 0.1)
-    with records.claimed(tmp_path):
+    with folders.claimed(tmp_path):
         began = time.monotonic()
         remote.settle(tmp_path)
     assert time.monotonic() - began >= 0.1

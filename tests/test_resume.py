@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import time
 import pytest
 import torch
 
-from s2a_cli import checkpoints, fitting, records, training
+from s2a_cli import checkpoints, fitting, folders, records, training
 from s2a_cli.compose import compose
 from s2a_cli.errors import UserError
 
@@ -129,6 +130,42 @@ def test_whatever_write_breaks_the_old_file_stays_whole(tmp_path, monkeypatch, e
         assert outcome(folder) == outcome(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), Killed()], ids=["full disk", "kill"])
+def test_whatever_write_of_a_repetition_breaks_a_finished_run_is_there(tmp_path, monkeypatch, error):
+    words = ["optim.epochs=1", "save_steps=2"]
+    old = train(tmp_path / "old", *words)
+    train(tmp_path / "new", *words, "seed=1")
+    whole = {name: outcome(tmp_path / name) for name in ("old", "new")}
+    real, number, broken = os.replace, 0, True
+    while broken:
+        number, count = number + 1, [0]
+        folder = shutil.copytree(tmp_path / "old", tmp_path / f"broken {number}")
+
+        def breaks(source, target, number=number, count=count):
+            count[0] += 1
+            if count[0] == number or (count[0] > number and isinstance(error, OSError)):  # a disk stays full
+                raise error
+            real(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", breaks)
+            try:
+                train(folder, *words, "seed=1", anew=True)
+                broken = False
+            except type(error):
+                pass
+        if (folder / "result.json").read_bytes() == (tmp_path / "old" / "result.json").read_bytes():
+            with folders.claimed(folder):  # completes what was broken off among the last moves
+                pass
+        assert outcome(folder) in whole.values(), number
+        if number == 1:  # nothing of the new run had been written
+            with pytest.raises(UserError, match="--force replaces it"):
+                train(folder, *words, "seed=1")
+        train(folder, *words, "seed=1", anew=number == 1)
+        assert outcome(folder) == whole["new"]
+    assert number > 8 and old["status"] == "ok"
+
+
 def test_a_disk_that_is_full_while_a_state_is_written_says_so(tmp_path, monkeypatch):
     class Full(io.BytesIO):
         def write(self, data):
@@ -147,23 +184,29 @@ def test_temporary_files_of_a_process_killed_inside_a_write_are_removed(tmp_path
     assert not list(tmp_path.glob(".state*"))
 
 
-def test_a_state_of_another_run_or_one_that_is_not_wanted_is_not_used(tmp_path, monkeypatch):
+def killed_at(step, folder, monkeypatch):
     with monkeypatch.context() as patch:
-        breaks_at(patch, 3)
+        breaks_at(patch, step)
         with pytest.raises(Killed):
-            train(tmp_path)
-    state = (tmp_path / checkpoints.STATE).read_bytes()
+            train(folder)
+
+
+def test_a_state_of_another_run_or_one_that_is_not_wanted_is_not_used(tmp_path, monkeypatch):
+    killed_at(3, tmp_path / "0", monkeypatch)
+    for copy in "123":
+        shutil.copytree(tmp_path / "0", tmp_path / copy)
     seen = []
     monkeypatch.setattr(fitting.Fit, "__call__", lambda self, state: seen.append(state))
-    train(tmp_path, "seed=1")
-    (tmp_path / checkpoints.STATE).write_bytes(state)
-    train(tmp_path, anew=True)
-    (tmp_path / checkpoints.STATE).write_bytes(state)
-    train(tmp_path, "workers=1", "save_minutes=9")  # neither changes what a run computes
+    with pytest.raises(UserError, match="holds an unfinished run of another config .seed=0, here 1.; --force replaces it"):
+        train(tmp_path / "1", "seed=1")
+    train(tmp_path / "1", "seed=1", anew=True)
+    train(tmp_path / "2", anew=True)
+    train(tmp_path / "3", "workers=1", "save_minutes=9")  # neither changes what a run computes
     assert seen[:2] == [None, None] and seen[2]["sofar"]["step"] == 2
 
 
-def test_a_damaged_state_is_named(tmp_path):
+def test_a_damaged_state_is_named(tmp_path, monkeypatch):
+    killed_at(1, tmp_path, monkeypatch)
     (tmp_path / checkpoints.STATE).write_bytes(b"PK not a checkpoint")
     with pytest.raises(UserError, match="state.pt: damaged .*--force"):
         train(tmp_path)
@@ -185,9 +228,9 @@ def test_a_state_from_which_none_can_go_on_is_named(tmp_path, monkeypatch):
 
 
 def test_two_processes_are_not_at_the_same_run(tmp_path):
-    with records.claimed(tmp_path), pytest.raises(UserError, match="another process is at this run"):
+    with folders.claimed(tmp_path), pytest.raises(UserError, match="another process is at this run"):
         train(tmp_path)
-    with records.claimed(tmp_path):
+    with folders.claimed(tmp_path):
         pass
 
 

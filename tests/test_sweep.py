@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from s2a_cli import records, sweeps
+from s2a_cli import folders, records, sweeps
 from s2a_cli.cli import main
+from s2a_cli.engines import local
 from s2a_cli.engines.local import Local
 from s2a_cli.errors import UserError
 from s2a_cli.grid import expand
@@ -42,9 +46,9 @@ class Fake:
         status, code = next((end for word, end in self.ends.items() if word in words), ("ok", 0))
         content = json.loads(member.content)
         result = {
-            "schema": records.SCHEMA, "status": status, "error": None if code == 0 else "it broke", "memory": None,
+            "schema": records.SCHEMA, "id": "0" * 12, "status": status, "error": None if code == 0 else "it broke", "memory": None,
             "config": OmegaConf.to_container(member.config), "allocation": None, "accuracy": {"test_top1": 50.0},
-            "data": {"revision": content["data"]}, "weights": content["weights"],
+            "data": {"name": "digits", "revision": content["data"]}, "weights": content["weights"],
         }  # fmt: skip
         records.write_result(log.parent, result)
         log.write_text(f"$ s2a train\nabout to\ns2a: {status}: it broke\n")
@@ -145,22 +149,69 @@ def test_after_the_first_failure_no_more_are_begun():
     assert len(started) == 2 and len(summary.left) == 2 and "2 left" in summary.text()
 
 
-def test_a_record_of_another_run_in_the_folder_does_not_count():
+def test_a_record_of_another_run_in_the_folder_does_not_count(capsys):
     planned = sweeps.plan([*TINY, "seed=0,1"])
     go(["seed=0,1"])
     one, two = (member.folder / "result.json" for member in planned.members)
     two.write_bytes(one.read_bytes())
     one.write_text("{half")
     assert [member.state() for member in planned.members] == ["new", "new"]
+    said = capsys.readouterr().err
+    assert f"{one}: can't be read (" in said and "to be trained anew" in said
+    one.write_text("[" * 100_000)
+    assert main(["sweep", *TINY, "seed=0,1", "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert "2 runs: 2 new" in said.out and f"{one}: can't be read (nested too deeply)" in said.err
+
+
+def test_what_can_not_be_locked_or_written_stops_no_sweep(monkeypatch):
+    go(["seed=0"])
+
+    def readonly(self, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(folders.FileLock, "acquire", readonly)
+    started, summary = go(["seed=0"])
+    assert not started and len(summary.skipped) == 1
+    monkeypatch.undo()
+    Path("runs").rename("before")
+    (run,) = Path("before").glob("*/*/*/*")
+    blocked = Path("runs").joinpath(*run.parts[1:])
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("a file where the folder should be")
+    started, summary = go(["seed=0,1"])
+    assert len(started) == 1 and len(summary.done) == 1 and "can't be written to" in summary.failed[0][1]
+
+
+def test_a_replacement_that_was_broken_off_is_to_be_done():
+    started, _ = go(["seed=0"])
+    (member,) = sweeps.plan([*TINY, "seed=0"]).members
+    assert member.state() == "done"
+    begun = records.read_result(member.folder) | {"status": "interrupted"}
+    records.write_result(folders.make_run_dir(member.folder / folders.NEXT), begun)
+    assert member.state() == "interrupted"
+
+
+@pytest.mark.parametrize("make", [lambda log: os.mkfifo(log), lambda log: log.symlink_to("/dev/null")], ids=["pipe", "link"])
+def test_a_log_is_a_file(tmp_path, make):
+    make(tmp_path / "log.txt")
+    with pytest.raises(OSError):
+        local.opened(tmp_path / "log.txt")
+
+
+def test_a_report_that_would_replace_a_file_of_somebody_is_refused_before_anything_is_trained(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert main(["sweep", *TINY, f"sweep.report={tmp_path / 'thesis.tex'}"]) == 2
+    assert "sweep.report=" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 def test_a_run_of_another_process_is_waited_for():
     planned = sweeps.plan([*TINY, "seed=0,1"])
-    member = records.make_run_dir(planned.members[0].folder)
+    member = folders.make_run_dir(planned.members[0].folder)
     engine = Fake(planned)
-    with records.claimed(member):
+    with folders.claimed(member):
         sweep = sweeps.Sweep(planned, engine)
-        assert [m.state() for m in planned.members] == ["busy", "new"]
+        assert [m.state() for m in planned.members] == ["running", "new"]
         assert len(sweep.busy) == 1 and len(sweep.todo) == 1
     summary = sweep()
     assert len(summary.done) == 2 and len(engine.started) == 2, "freed without a result: it is taken up"

@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 from omegaconf import OmegaConf
 
-from s2a_cli import fitting, records, steps, training
+from s2a_cli import fitting, folders, records, steps, training
+from s2a_cli.cli import main
 from s2a_cli.compose import compose, recompose
 from s2a_cli.errors import RunError, UserError
 
@@ -253,16 +254,43 @@ def test_a_block_that_is_not_there_is_refused():
         training.prepare(compose([*QUICK, "quant.blocks={99: {norm: 8}}"]))
 
 
-def test_what_an_earlier_run_left_does_not_stay(tmp_path, monkeypatch):
-    train(tmp_path)
+def test_an_earlier_run_stays_until_another_is_whole_and_goes_by_force_alone(tmp_path, monkeypatch):
+    old = train(tmp_path)
+    with pytest.raises(UserError, match="holds a finished run of another config .seed=0, here 1.; --force replaces it"):
+        train(tmp_path, "seed=1")
 
     def fails(self, state):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.Fit, "__call__", fails)
-    result = train(tmp_path, "seed=1")
-    assert result["status"] == "interrupted" and not (tmp_path / "trainable.safetensors").exists()
-    assert not (tmp_path / "metrics.jsonl").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Fit, "__call__", fails)
+        result = training.train(compose([*QUICK, f"run_dir={tmp_path}", "seed=1"]), anew=True)[0]
+    assert result["status"] == "interrupted" and records.read_result(tmp_path) == old
+    assert len(lines(tmp_path)) == 2 and (tmp_path / "trainable.safetensors").exists()
+    new = train(tmp_path, "seed=1")
+    assert records.read_result(tmp_path)["id"] == new["id"] != old["id"] and not (tmp_path / folders.NEXT).exists()
+
+
+def test_the_same_line_on_a_finished_run_says_so_and_trains_nothing(tmp_path, monkeypatch, capsys):
+    result = train(tmp_path)
+    monkeypatch.setattr(training.Fit, "__call__", lambda *args: pytest.fail("trained again"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main(["train", *QUICK, f"run_dir={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert f"finished before, nothing is trained; --force trains it anew: {tmp_path}" in said
+    assert f"{result['accuracy']['test_top1']:.2f}" in said and said.endswith(f"\nrun: {tmp_path}\n")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_holds_no_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "prepare", lambda config: pytest.fail("too late"))
+    for name in (".env.template", "result.json", "notes.txt"):
+        (tmp_path / name).write_text("mine")
+    assert main(["train", *QUICK, "run_dir=."]) == 2
+    said = capsys.readouterr().err
+    assert said == "s2a: run_dir=.: holds .env.template, notes.txt, result.json, and no run; set run_dir= to a new or an empty folder, or to that of a run\n"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys((".env.template", "result.json", "notes.txt"), "mine")
 
 
 def test_another_split_is_refused_in_eval(tmp_path):

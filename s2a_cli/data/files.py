@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from filelock import FileLock
 
-from s2a_cli.errors import UserError
+from s2a_cli.errors import UserError, printable
 
 KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
 
@@ -90,7 +90,7 @@ def reason(error: OSError) -> str:
 
 def shown(name: object) -> str:
     """A name from a disk or an archive, fit for a line of text: what is not printable is escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(name))
+    return printable(str(name))
 
 
 def listed(names: list[str], limit: int = 5) -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 from s2a_cli.engines import PARENT
 
@@ -31,12 +32,18 @@ def gpu_mib() -> float:
     return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / 2**20
 
 
+def opened(log: Path) -> IO[bytes]:
+    """A run's log, to write to its end. Raises OSError for a link or a pipe, which somebody may have put there."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.fdopen(os.open(log, flags, 0o666), "ab")
+
+
 class Process:
     """A run as a process of this machine, in a working folder: null is the present one."""
 
     def __init__(self, words: list[str], log: Path, environment: dict[str, str], folder: str | None = None):
         command = [sys.executable, "-m", "s2a_cli", "train", *words]
-        with open(log, "ab") as file:
+        with opened(log) as file:
             file.write(f"$ s2a {shlex.join(command[3:])}\n".encode())
             file.flush()
             # a group of its own: a Ctrl-C is for the sweep, which passes it on once

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from s2a_cli import records
+from s2a_cli import folders
 from s2a_cli.engines import Job
+from s2a_cli.engines.local import opened
 
 LOST = 69  # EX_UNAVAILABLE: the machine, the worker or the job of a run is gone; its log says more
 INTERRUPTED = 130
@@ -66,13 +67,13 @@ def settle(folder: Path) -> None:
     until = time.monotonic() + SAVING
     while time.monotonic() < until:
         try:
-            with records.claimed(folder):
+            with folders.claimed(folder):
                 return
-        except records.Busy:
+        except folders.Busy:
             time.sleep(0.5)
 
 
 def note(log: Path, line: str) -> None:
     """Puts a line of ours to the end of a run's log."""
-    with open(log, "a") as file:
-        file.write(f"s2a: {line}\n")
+    with opened(log) as file:
+        file.write(f"s2a: {line}\n".encode())

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from s2a_cli import records
+from s2a_cli import folders, records
 from s2a_cli.engines import PARENT
 from s2a_cli.engines.local import POLL, Process
 from s2a_cli.engines.remote import INTERRUPTED, LOST, Again, Queue, note, resumed, settle
@@ -80,7 +80,7 @@ class Slurm(Queue):
         """The job of a run: the one that waits or runs already, or else a new one."""
         folder = log.parent / FOLDER
         folder.mkdir(exist_ok=True)
-        with FileLock(folder / records.LOCK):
+        with FileLock(folder / folders.LOCK):
             if there := self._there(folder, log):
                 return there
             try:
@@ -92,7 +92,7 @@ class Slurm(Queue):
 
     def _there(self, folder: Path, log: Path) -> Submitted | None:
         try:
-            kept = json.loads((folder / JOB).read_text())
+            kept = json.loads(records.regular(folder / JOB))
             age = time.time() - (folder / JOB).stat().st_mtime
             kind = {"slurm": self._submitit.SlurmJob, "local": self._submitit.LocalJob}[kept["cluster"]]
             submitted = Submitted(kind(folder, kept["id"]), log)

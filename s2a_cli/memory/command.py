@@ -23,6 +23,7 @@ FIGURES = (".png", ".svg", ".pdf")
 
 def run(words: list[str]) -> int:
     """Prints the prediction of one composition, or a table of several. Raises UserError for bad input."""
+    force, words = "--force" in words, [word for word in words if word != "--force"]
     given = dict(word.split("=", 1) for word in words if word.partition("=")[0] in OPTIONS)
     rest = [word for word in words if word.partition("=")[0] not in OPTIONS]
     form, figure = given.get("format", "terminal"), Path(given["figure"]) if "figure" in given else None
@@ -30,6 +31,10 @@ def run(words: list[str]) -> int:
         raise UserError(f"format={form}: expected one of {', '.join(FORMATS)}{nearest(form, FORMATS)}")
     if figure and figure.suffix not in FIGURES:
         raise UserError(f"figure={figure}: expected a file that ends in one of {', '.join(FIGURES)}")
+    if figure:
+        from s2a_cli import render
+
+        render.check_out(figure, "figure", force)
     available, margin = device_size(given["fit"]) if "fit" in given else None, _margin(given)
     predictor = Predictor(_processes(given.get("processes", "1")))
     grid = expand(rest)
@@ -53,7 +58,7 @@ def run(words: list[str]) -> int:
     if figure:
         from s2a_cli.memory import figure as drawing
 
-        drawing.save(rows, figure)
+        drawing.save(rows, figure, force)
     return 0
 
 

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 
-from s2a_cli import records
+from s2a_cli import render
 from s2a_cli.errors import UserError
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.memory.report import NAMES, Row
@@ -24,23 +24,25 @@ COLORS = {
 }  # cold for what stays between steps, warm for what a step needs
 POINTS = 1500  # of a timeline
 STYLE = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "s2a", "axes.spines.top": False, "axes.spines.right": False}
-STYLE |= {"axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False, "axes.axisbelow": True}
+STYLE |= {"text.parse_math": False, "axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False, "axes.axisbelow": True}
 
 
-def save(rows: list[Row], path: Path) -> None:
-    """One composition as a timeline beside bars, several as bars. Raises UserError where nothing can be drawn or written."""
+def save(rows: list[Row], path: Path, force: bool = False) -> None:
+    """One composition as a timeline beside bars, several as bars. Raises UserError where nothing can be drawn or written.
+
+    A file that is no figure of ours is overwritten by `force` only.
+    """
     drawn = [row for row in rows if row.profile]
     if not drawn:
         raise UserError(f"figure={path}: nothing to draw; none of the compositions can be predicted")
     with plt.rc_context(STYLE):
         figure = single(drawn[0]) if len(rows) == 1 else several(drawn)
         data = io.BytesIO()
-        figure.savefig(data, format=path.suffix.removeprefix("."), dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+        kind = path.suffix.removeprefix(".")
+        made = {render.MAKER[kind]: render.MADE_BY} | ({"Date": None} if kind == "svg" else {})
+        figure.savefig(data, format=kind, dpi=160, metadata=made)
         plt.close(figure)
-    try:
-        records.atomic_write(path, data.getvalue())
-    except OSError as error:
-        raise UserError(f"figure={path}: can't be written ({error.strerror})") from None
+    render.save(path, data.getvalue(), "figure", force)
 
 
 def single(row: Row) -> plt.Figure:

@@ -1,0 +1,264 @@
+"""Records and metrics as strangers' folders may hold them, and the folders themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import fuzz_records
+import pytest
+
+from s2a_cli import folders, records, tables
+from s2a_cli.cli import main
+from s2a_cli.errors import UserError, printable
+
+
+def written(folder, record):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_bytes(record if isinstance(record, bytes) else json.dumps(record).encode())
+    return folder
+
+
+def with_value(record, place, value):
+    *parents, last = place.split(".")
+    node = record
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    return record
+
+
+def test_any_damage_is_one_line_of_one_file():
+    fuzz_records.fuzz(60, page_every=15)
+
+
+ODD = [
+    ("accuracy.test_top1", "ninety", "accuracy.test_top1: \"ninety\", expected float"),
+    ("parameters.trainable", {}, "parameters.trainable: {}, expected int"),
+    ("memory.peak_mib", 10**400, "is no figure"),
+    ("memory.kind", "guessed", "memory.kind: \"guessed\", expected measured-cuda, predicted"),
+    ("config.seed", "zero", "config.seed: \"zero\", expected an integer"),
+    ("config.method", "s2a", "config.method: \"s2a\", expected its settings"),
+    ("config.method.name", 7, "config.method.name: 7, expected a name"),
+    ("data.name", "\ud800", "data.name: a text that is no Unicode"),
+    ("data.name", "x" * 10_000, "expected a name"),
+    ("status", "fine", "status: \"fine\", expected ok, oom, failed, interrupted"),
+    ("schema", 0, "not a result of schema 1; train this run again"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place, value, reason", ODD)
+def test_a_value_that_no_run_writes_leaves_the_file_out_by_name(write_result, make_result, tmp_path, capsys, place, value, reason):
+    write_result("good")
+    written(tmp_path / "runs" / "odd", with_value(make_result(), place, value))
+    for words in (["table"], ["table", "rows=dataset,seed"], ["report", f"out={tmp_path / 'p.html'}"]):
+        assert main([*words, str(tmp_path / "runs")]) == 0
+        said = capsys.readouterr()
+        assert "runs/odd/result.json" in said.err and reason in said.err
+    with pytest.raises(UserError, match="can't be read"):
+        records.read_result(tmp_path / "runs" / "odd")
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"schema": 1}', b"\xff\xfe", b"", b"null", b'{"schema": 1, "id": 1e400}'])
+def test_a_file_that_is_no_record_is_left_out_by_name(write_result, tmp_path, capsys, content):
+    write_result("good")
+    written(tmp_path / "runs" / "odd", content)
+    assert main(["table", str(tmp_path / "runs")]) == 0
+    assert "1 of 2 results can't be read, left out:\n  " in capsys.readouterr().err
+
+
+def test_a_pipe_or_a_device_is_never_read(write_result, tmp_path, capsys):
+    good = write_result("good")
+    os.mkfifo(good / "metrics.jsonl")
+    for name in ("pipe", "device", "folder"):
+        (tmp_path / "runs" / name).mkdir()
+    os.mkfifo(tmp_path / "runs" / "pipe" / "result.json")
+    (tmp_path / "runs" / "device" / "result.json").symlink_to("/dev/zero")
+    (tmp_path / "runs" / "folder" / "result.json").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "s2a_cli", "report", "runs"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no regular file") == 3 and "metrics.jsonl: no regular file" in done.stderr
+    for name in ("pipe", "device"):
+        with pytest.raises(UserError, match="no regular file"):
+            records.read_result(tmp_path / "runs" / name)
+    with pytest.raises(ValueError, match="more than 0 MiB"):
+        records.regular(good / "result.json", most=10)
+
+
+@pytest.mark.parametrize("line", [b"\xff\n", b'{"epoch": 1e400, "val_top1": 5}\n', b'{"epoch": "1", "val_top1": 5}\n', b"[]\n"])
+def test_metrics_that_no_run_writes_are_left_out_by_name(write_result, tmp_path, capsys, line):
+    for name in ("good", "odd"):
+        folder = write_result(name, method={"good": "s2a", "odd": "bias"}[name])
+        (folder / "metrics.jsonl").write_bytes((line if name == "odd" else b"") + fuzz_records.LINES)
+    assert main(["report", str(tmp_path / "runs"), f"out={tmp_path / 'p.html'}"]) == 0
+    assert "odd/metrics.jsonl" in capsys.readouterr().err and "odd/metrics.jsonl" in (tmp_path / "p.html").read_text()
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(fuzz_records.LINES + b'{"epoch": 4, "val')
+    assert records.read_metrics(cut) == [(1, 51.0), (2, 52.0), (3, 53.0)]
+
+
+def test_a_record_of_an_older_version_has_none_for_what_it_lacks(make_result, tmp_path):
+    older = make_result()
+    del older["throughput"], older["error"], older["accuracy"]["test_top5"]
+    read = records.read_result(written(tmp_path, older))
+    assert read["throughput"] == {"train_images_per_second": None} and read["error"] is None and read["accuracy"]["test_top5"] is None
+    assert read["allocation"] is None and read["accuracy"]["test_top1"] == 90.0
+
+
+HOSTILE = "a$b$\n\x1b[31m=x"
+
+
+def test_names_with_dollars_newlines_and_escapes(write_result, tmp_path, capsys):
+    for method, peak in (("=cmd()", 10.0), ("bias", 20.0)):
+        folder = write_result(method, dataset=HOSTILE, method=method, peak=peak)
+        (folder / "metrics.jsonl").write_bytes(fuzz_records.LINES)
+    runs, page = str(tmp_path / "runs"), tmp_path / "page.html"
+    assert main(["report", runs, f"out={page}"]) == 0
+    assert "a$b$\\n\\x1b[31m=x" in page.read_text() and page.read_text().count("<svg") == 3
+    assert main(["table", runs, f"figure={tmp_path / 'f.pdf'}"]) == 0
+    capsys.readouterr()
+    for form in ("terminal", "md", "latex", "csv", "html"):
+        assert main(["table", runs, f"format={form}"]) == 0
+        said = capsys.readouterr().out
+        assert "\x1b" not in said and not any(line.startswith(("\x1b", "[31m")) for line in said.splitlines())
+        if form == "csv":
+            assert ",'=cmd()," in said and ",=cmd()" not in said
+    assert printable("Katze\u00a0é 猫 👩\u200d🔬") == "Katze\u00a0é 猫 👩\u200d🔬"
+
+
+def test_an_error_about_a_name_moves_no_cursor(tmp_path, capsys):
+    assert main(["table", str(tmp_path / "\x1b[2Jrnus")]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_a_run_that_is_training_is_shown_as_running(write_result, tmp_path, capsys):
+    folder = write_result("a", status="interrupted")
+    write_result("b", status="interrupted", seed=1)
+    with folders.claimed(folder):
+        rows = tables.table(tables.load([tmp_path / "runs"]))
+        assert set(rows["status"][0].split(", ")) == {"1 interrupted", "1 running"}
+        assert main(["report", str(tmp_path / "runs"), f"out={tmp_path / 'p.html'}"]) == 0
+        assert "1 running" in (tmp_path / "p.html").read_text()
+    assert tables.table(tables.load([tmp_path / "runs"]))["status"].tolist() == ["2 interrupted"]
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "page.html", "figure.svg", "figure.pdf"])
+def test_only_what_s2a_made_is_overwritten(write_result, tmp_path, capsys, name):
+    for method, peak in (("s2a", 10.0), ("bias", 20.0)):
+        write_result(method, method=method, peak=peak)
+    out = tmp_path / name
+    words = ["table", str(tmp_path / "runs"), f"figure={out}"] if "figure" in name else ["report", str(tmp_path / "runs"), f"out={out}"]
+    out.write_text("years of work")
+    assert main(words) == 2 and out.read_text() == "years of work"
+    assert "is there, and was not made by s2a" in capsys.readouterr().err
+    assert main([*words, "--force"]) == 0 and out.read_bytes() != b"years of work"
+    assert main(words) == 0, "its own file, again"
+    out.unlink()
+    out.symlink_to("/dev/null")
+    assert main([*words, "--force"]) == 2 and "is no file" in capsys.readouterr().err
+
+
+def test_a_folder_of_somebody_is_refused_and_nothing_in_it_is_touched(tmp_path):
+    for name in (".env.template", ".env.defaults", "notes.txt", "result.json", "config.yaml"):
+        (tmp_path / name).write_text('{"mine": true}')
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"run_dir=.*: holds .env.defaults, .env.template, notes.txt and 2 more, and no run; set run_dir= to a new"):
+        folders.usable(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    for name in (".env.template", ".env.defaults", "notes.txt"):
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match="holds config.yaml, result.json, and no run"):
+        folders.usable(tmp_path)
+
+
+def test_only_litter_with_names_of_ours_is_removed(make_result, tmp_path):
+    written(tmp_path, make_result())
+    for name in (".env.template", ".result.json.0123abcd", ".state.pt.abcdefgh", ".notes.txt.abcdefgh", "photo.jpg"):
+        (tmp_path / name).write_text("")
+    folders.usable(tmp_path)
+    with folders.claimed(tmp_path):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {".env.template", ".notes.txt.abcdefgh", "photo.jpg", "result.json", ".lock"}
+
+
+def test_where_a_run_is_made(make_result, tmp_path):
+    mine, other = make_result(), make_result(optim__lr=0.5, seed=3)
+    content, another = records.content_of(mine), records.content_of(other)
+    assert folders.place(tmp_path, content, False) == tmp_path, "an empty folder"
+    written(tmp_path, mine)
+    assert folders.place(tmp_path, content, False) is None, "finished"
+    assert folders.place(tmp_path, content, True) == tmp_path / folders.NEXT
+    with pytest.raises(UserError, match=r"holds a finished run of another config \(optim.lr=0.001, here 0.5; seed=0, here 3\); --force replaces"):
+        folders.place(tmp_path, another, False)
+    assert folders.place(tmp_path, another, True) == tmp_path / folders.NEXT
+    written(tmp_path / folders.NEXT, other | {"status": "interrupted"})
+    assert folders.place(tmp_path, another, False) == tmp_path / folders.NEXT, "asked for before, and broken off"
+    assert folders.place(tmp_path, content, False) is None and folders.state(tmp_path, content) == ("done", None)
+    written(tmp_path, mine | {"status": "interrupted"})
+    assert folders.place(tmp_path, another, False) == tmp_path, "nothing was trained"
+    (tmp_path / folders.STATE).write_text("")
+    with pytest.raises(UserError, match="holds an unfinished run of another config"):
+        folders.place(tmp_path, another, False)
+    assert folders.place(tmp_path, content, False) == folders.place(tmp_path, another, True) == tmp_path
+
+
+def test_tensors_beside_a_damaged_record_are_not_lost(make_result, tmp_path, capsys):
+    content = records.content_of(make_result())
+    for name in ("named", records.identity(content)):
+        folder = written(tmp_path / name, b"{half")
+        (folder / folders.TENSORS).write_text("dear")
+        with folders.claimed(folder):
+            if name == "named":
+                with pytest.raises(UserError, match="result.json: can't be read .*--force trains anew"):
+                    folders.place(folder, content, False)
+            assert folders.place(folder, content, name == "named") == folder / folders.NEXT
+        assert "named" not in name or "trained anew, the old files stay" in capsys.readouterr().err
+
+
+def test_a_replacement_counts_when_its_record_says_ok_and_is_moved_whatever_breaks(make_result, tmp_path, monkeypatch):
+    new = make_result(top1=50.0)
+    real, calls = os.replace, []
+    for breaks in range(1, 5):
+        folder = written(tmp_path / str(breaks), make_result())
+        (folder / folders.TENSORS).write_text("old")
+        begun = written(folder / folders.NEXT, new | {"status": "interrupted"})
+        (begun / folders.TENSORS).write_text("new")
+        (begun / folders.METRICS).write_text("new")
+        folders.settle(folder)
+        assert records.read_result(folder)["accuracy"]["test_top1"] == 90.0
+        written(begun, new)
+        calls.clear()
+
+        def replace(*args, breaks=breaks):
+            calls.append(args)
+            if len(calls) == breaks:
+                raise KeyboardInterrupt
+            real(*args)
+
+        monkeypatch.setattr(os, "replace", replace)
+        if breaks < 4:
+            with pytest.raises(KeyboardInterrupt):
+                folders.settle(folder)
+        monkeypatch.setattr(os, "replace", real)
+        with folders.claimed(folder):
+            pass
+        assert records.read_result(folder)["accuracy"]["test_top1"] == 50.0
+        assert (folder / folders.TENSORS).read_text() == (folder / folders.METRICS).read_text() == "new" and not begun.exists()
+
+
+def test_a_link_where_a_lock_or_a_replacement_should_be_is_refused(make_result, tmp_path):
+    folder, outside = written(tmp_path / "run", make_result()), tmp_path / "outside"
+    outside.mkdir()
+    (folder / folders.NEXT).symlink_to(outside)
+    with pytest.raises(UserError, match="is a link; remove it"):
+        folders.place(folder, records.content_of(make_result()), True)
+    (outside / "file").write_text("mine")
+    (folder / folders.LOCK).symlink_to(outside / "file")
+    with pytest.raises(UserError, match="can't be locked"), folders.claimed(folder):
+        pass
+    assert (outside / "file").read_text() == "mine"
