@@ -14,7 +14,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from conftest import result
+from example_result import result
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 

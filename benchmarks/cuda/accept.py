@@ -40,7 +40,7 @@ try:
     from accept_pool import Failed, Pool, Worker
     from accept_run import Run
 
-    from s2a_cli import records
+    from s2a_cli import folders, records
     from s2a_cli.errors import UserError
 except ImportError as error:
     sys.exit(f"a package is not here ({error}): pip install -e {ROOT}, and peft for the rows of LoRA")
@@ -151,7 +151,7 @@ def accept(argv: list[str]) -> Path:
     """Runs all of it; returns the path of the page. Raises UserError for bad words, and where no process starts on the device."""
     began, chosen = time.monotonic(), arguments(argv)
     try:
-        records.make_run_dir(chosen.out)
+        folders.make_run_dir(chosen.out)
     except UserError:
         raise UserError(f"out={chosen.out}: nothing can be written there; set out= to a folder that can be written to") from None
     pool = Pool(lambda: Worker(chosen.device, environ(chosen.device)), 1)
