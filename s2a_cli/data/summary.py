@@ -36,26 +36,30 @@ class Splits:
 
 def describe(splits: Splits) -> str:
     """A block of lines: classes and counts by split, what was left out and why, and what a reader of the figures should know."""
-    counts, names = splits.counts(), splits.classes
+    counts, title = splits.counts(), f"data: {shown(splits.name)}"
+    rows = [(_short(shown(name)), cells, mark) for name, cells, mark in _rows(splits.classes, counts)]
+    width = max(len(title), *(2 + len(name) for name, _, _ in rows))
+    lines = [f"{title:<{width}}" + "".join(f"{split:>8}" for split in SPLITS)]
+    for name, cells, mark in rows:
+        lines.append((f"{'  ' + name:<{width}}" + "".join(f"{cell:>8}" for cell in cells) + f"  {mark}").rstrip())
+    lines += [("  left out: " if number == 0 else " " * 12) + phrase for number, phrase in enumerate(splits.left_out)]
+    return "\n".join([*lines, *(f"  {note}" for note in [*splits.notes, *_shared(splits), *_untested(splits, counts)])])
+
+
+def _rows(names: Sequence[str], counts: np.ndarray) -> list[tuple[str, Sequence[int], str]]:
+    """(name, images by split, mark) of each class, or of many the largest and the smallest, and of all."""
     totals = counts.sum(1)
     largest, smallest = int(totals.argmax()), int(totals.argmin())
-    even = totals[largest] == totals[smallest]
-    rows: list[tuple[str, Sequence[int], str]] = []
-    if len(names) <= ROWS:
-        marks = {} if even else {largest: "largest", smallest: "smallest"}
-        rows += [(names[label], counts[label], marks.get(label, "")) for label in range(len(names))]
-    elif (counts == counts[0]).all():
-        rows.append((f"each of {len(names)} classes", counts[0], ""))
-    else:
-        rows += [(names[largest], counts[largest], "largest"), (names[smallest], counts[smallest], "smallest")]
-    rows.append((f"all {len(names)} classes", counts.sum(0), ""))
-    table = [(shown(name) if len(shown(name)) <= WIDTH else shown(name)[: WIDTH - 3] + "...", cells, mark) for name, cells, mark in rows]
-    title = f"data: {shown(splits.name)}"
-    width = max(len(title) - 2, *(len(name) for name, _, _ in table))
-    lines = [f"{title:<{width + 2}}" + "".join(f"{split:>8}" for split in SPLITS)]
-    lines += [f"  {name:<{width}}" + "".join(f"{cell:>8}" for cell in cells) + (f"  {mark}" if mark else "") for name, cells, mark in table]
-    lines += [("  left out: " if phrase is splits.left_out[0] else " " * 12) + phrase for phrase in splits.left_out]
-    return "\n".join([*lines, *(f"  {note}" for note in [*splits.notes, *_shared(splits), *_untested(splits, counts)])])
+    marks = {} if totals[largest] == totals[smallest] else {largest: "largest", smallest: "smallest"}
+    every = f"all {len(names)} classes", counts.sum(0), ""
+    if len(names) > ROWS and (counts == counts[0]).all():
+        return [(f"each of {len(names)} classes", counts[0], ""), every]
+    labels = range(len(names)) if len(names) <= ROWS else (largest, smallest)
+    return [*((names[label], counts[label], marks.get(label, "")) for label in labels), every]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= WIDTH else f"{name[: WIDTH - 3]}..."
 
 
 def _untested(splits: Splits, counts: np.ndarray) -> list[str]:
