@@ -47,7 +47,7 @@ def check_run_dir(path: Path) -> None:
     """Raises UserError for a folder that holds something and no run: its files are somebody's."""
     try:
         found = sorted(os.listdir(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # to be made, or not to be made
         return
     except OSError as error:
         raise UserError(f"run_dir={path}: can't be used ({error.strerror}); set run_dir= to a folder") from None

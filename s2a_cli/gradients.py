@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from s2a_cli.distributed import from_first, part
+from s2a_cli.memory.hollow import Hollow, is_hollow
 
 BUCKET = 25 * 2**20  # bytes; the size that DistributedDataParallel begins with
 IN_FLIGHT = 2  # buckets at most whose copies are alive
@@ -27,10 +28,12 @@ class Bucket:
 
     def start(self) -> None:
         self.flat = torch.cat([p.grad.reshape(-1) for p in self.parameters])
-        self.work = dist.all_reduce(self.flat, async_op=True)
+        if not is_hollow(self.flat):  # a prediction is each process's own
+            self.work = dist.all_reduce(self.flat, async_op=True)
 
     def finish(self) -> None:
-        self.work.wait()
+        if self.work:
+            self.work.wait()
         for p, total in zip(self.parameters, self.flat.split([p.numel() for p in self.parameters])):
             p.grad.copy_(total.view_as(p.grad))
         self.flat = self.work = None
@@ -101,7 +104,8 @@ class GradientSum:
         for bucket in self._started[-IN_FLIGHT:]:
             bucket.finish()
         if self._buckets is None:
-            self._buckets = _filled([self.parameters[number] for number in from_first(lambda: self._came)])
+            came = self._came if Hollow.active else from_first(lambda: self._came)
+            self._buckets = _filled([self.parameters[number] for number in came])
 
 
 def _filled(parameters: list[nn.Parameter]) -> list[Bucket]:

@@ -40,6 +40,7 @@ def small(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("accept")  # `small` is made once
 def test_the_small_form_does_all_parts(small):
     assert small["dropped"] == small["not_predicted"] == small["not_started"] == [] and not accept_page.failures(small)
     pytest.importorskip("triton")
@@ -53,6 +54,7 @@ def test_the_small_form_does_all_parts(small):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("accept")  # `small` is made once
 def test_the_small_form_predicts_what_the_tracker_counts(small):
     done = [entry for entry in small["memory"] if not entry["refused"]]
     assert len(done) == len(small["memory"]) - 2 == 18  # full fine-tuning of a ResNet takes no pieces
@@ -62,6 +64,7 @@ def test_the_small_form_predicts_what_the_tracker_counts(small):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("accept")  # `small` is made once
 def test_the_small_form_presents_nothing_as_cudas(small):
     page = small["page"]
     assert page.startswith("# Acceptance, small form on a CPU: no figure here is of a CUDA device\n")

@@ -63,7 +63,7 @@ def test_two_processes_train_what_one_does(tmp_path):
 
 
 def test_codes_are_those_of_the_first_process_and_a_broken_run_goes_on(tmp_path):
-    words = ["quant=int4", "optim.epochs=6"]
+    words = ["quant=int4", "optim.epochs=4"]
     finish(start(tmp_path / "whole", *words))
     process = start(tmp_path / "broken", *words)
     while process.poll() is None and not (tmp_path / "broken" / checkpoints.STATE).exists():

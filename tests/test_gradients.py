@@ -9,6 +9,7 @@ from torch import nn
 
 from s2a_cli import gradients
 from s2a_cli.gradients import GradientSum
+from s2a_cli.memory.hollow import Hollow
 
 
 class Work:
@@ -128,3 +129,14 @@ def test_alone_nothing_is_sent(monkeypatch):
     found = backward(model, GradientSum(model.parameters()), x)
     for a, b in zip(found, exact(model, x)):
         torch.testing.assert_close(2 * a, b)
+
+
+def test_a_prediction_sends_nothing(monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", None)
+    monkeypatch.setattr(dist, "broadcast_object_list", None)
+    monkeypatch.setattr(gradients, "part", lambda: (0, 2))
+    model, x = network(), torch.randn(3, 4)
+    total = GradientSum(model.parameters())
+    with Hollow():
+        for _ in range(2):
+            backward(model, total, x)

@@ -170,10 +170,10 @@ def test_what_can_not_be_locked_or_written_stops_no_sweep(monkeypatch):
     def readonly(self, *args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(folders.FileLock, "acquire", readonly)
-    started, summary = go(["seed=0"])
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.FileLock, "acquire", readonly)
+        started, summary = go(["seed=0"])
     assert not started and len(summary.skipped) == 1
-    monkeypatch.undo()
     Path("runs").rename("before")
     (run,) = Path("before").glob("*/*/*/*")
     blocked = Path("runs").joinpath(*run.parts[1:])

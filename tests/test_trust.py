@@ -81,7 +81,10 @@ def test_a_stored_config_is_never_resolved(foreign, monkeypatch, capsys, key):
     monkeypatch.setenv("A_SECRET", "hunter2")
     assert main(["eval", f"run={foreign({key: 'x${oc.env:A_SECRET}'})}"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"s2a: config.{key}=x${{oc.env:A_SECRET}}: a stored config refers to nothing")
+    if key == "seed":  # no record has a text there
+        assert "result.json: can't be read (config.seed: " in said and "expected an integer" in said
+    else:
+        assert said.startswith(f"s2a: config.{key}=x${{oc.env:A_SECRET}}: a stored config refers to nothing")
     assert "hunter2" not in said and len(said.splitlines()) == 1
 
 
@@ -101,7 +104,7 @@ def test_references_that_multiply_and_endless_nesting_are_refused_at_once(foreig
 def test_what_a_stored_config_says_stays_on_one_line(foreign, capsys):
     assert main(["eval", f"run={foreign({'backbone.kwargs': {}, 'odd' + chr(27) + '[2J' + chr(10) + 'key': 1})}"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("s2a: oddkey: no such setting") and "\x1b" not in said and len(said.splitlines()) == 1
+    assert said.startswith("s2a: odd\\x1b[2J\\nkey: no such setting") and "\x1b" not in said and len(said.splitlines()) == 1
 
 
 def test_a_stored_root_is_read_and_never_filled(foreign, tmp_path, capsys):
