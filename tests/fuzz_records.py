@@ -1,5 +1,5 @@
 """Damaged records and metrics, drawn by hypothesis, and what s2a must make of them: used by test_records.py with few examples, and
-with as many as wanted by `python tests/fuzz_records.py 20000`."""
+by benchmarks/fuzz.py with many."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -123,19 +122,14 @@ def _files(root: Path) -> dict[str, bytes]:
     return {os.path.relpath(path, root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def fuzz(examples: int, page_every: int) -> None:
-    """Draws so many damaged runs; a page is made of one in `page_every`, since that takes most of the time."""
-    count = [0]
+def fuzz(examples: int, page_every: int = 20, same: bool = False) -> None:
+    """Draws so many damaged runs, each time the same ones or others; a page is made of one in `page_every`: it takes most of the time."""
+    count, phases = [0], (Phase.generate, Phase.shrink)
 
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink), database=None)
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), phases=phases, database=None, derandomize=same)
     @given(RECORDS, METRICS)
     def one(record: bytes, metrics: bytes) -> None:
         count[0] += 1
         check(record, metrics, page=count[0] % page_every == 0)
 
     one()
-    print(f"{count[0]} damaged runs: no traceback, no hang, no other exit code than {CODES}")
-
-
-if __name__ == "__main__":
-    fuzz(int(sys.argv[1]), page_every=20)

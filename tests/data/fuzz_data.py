@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import stat
-import sys
 import tarfile
 import tempfile
 import warnings
@@ -314,12 +313,7 @@ DRAWN: dict[Callable, dict[str, st.SearchStrategy]] = {
 }
 
 
-def fuzz(check: Callable, examples: int) -> None:
-    """Tries a check with so many drawn examples; raises what the smallest failing one raises."""
-    settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)(given(**DRAWN[check])(check))()
-
-
-if __name__ == "__main__":
-    for check in DRAWN:
-        fuzz(check, int(sys.argv[1]))
-        print(f"{check.__name__}: {sys.argv[1]} examples", flush=True)
+def fuzz(check: Callable, examples: int, same: bool = False) -> None:
+    """Tries a check with so many drawn examples, each time the same ones or others; raises what the smallest failing one raises."""
+    how = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=same)
+    how(given(**DRAWN[check])(check))()

@@ -8,4 +8,4 @@ import pytest
 
 @pytest.mark.parametrize("check", fuzz_data.DRAWN, ids=lambda check: check.__name__)
 def test_whatever_is_given(check):
-    fuzz_data.fuzz(check, 20)
+    fuzz_data.fuzz(check, 20, same=True)
