@@ -7,6 +7,7 @@ moments fall into the work of a run, and not into the start of Python.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import random
@@ -44,6 +45,7 @@ class Life:
                 os.environ[PARENT] = str(os.getppid())
             handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             os.dup2(handle, 1), os.dup2(handle, 2)
+            faulthandler.enable()
             print(f"$ s2a {' '.join(words)}", flush=True)
             code = main(words)
         os._exit(code)
@@ -120,7 +122,7 @@ class Killing:
         began = time.monotonic()
         assert Life(["train", *CACHED, f"run_dir={root / 'cached'}"], self.log).wait() == 0, self.log.read_text()
         self.whole = outcomes(root / "whole")
-        self.seconds = time.monotonic() - began  # of a life
+        self.seconds = time.monotonic() - began  # of a life, the shortest of those that ended by themselves
         self.folders = {outcome(folder)[1]: folder for folder in map(Path, (root / "whole").glob("*/*/*/*"))}
         self.old, self.new = (next(f for f in self.folders.values() if records.read_result(f)["config"]["seed"] == seed) for seed in (0, 1))
         self.cached = outcome(root / "cached")
@@ -129,12 +131,16 @@ class Killing:
     def _sweep(self, folder: Path) -> Life:
         return Life(["sweep", *WORDS, "seed=0,1", f"sweep.dir={folder}"], self.log)
 
-    def _moment(self) -> float:
-        return self.chance.uniform(0, 1) * self.seconds
-
-    def _count(self, what: str, killed: bool) -> None:
-        self.seen += [what] * killed
-        self.missed += not killed
+    def _killed(self, what: str, life: Life, times: float = 1) -> bool:
+        """Kills a life, of `times` the usual length, at a random moment. Whether it had not ended by itself."""
+        began = time.monotonic()
+        killed = life.killed(self.chance.uniform(0, 1) * times * self.seconds)
+        if killed:
+            self.seen.append(what)
+        else:
+            self.missed += 1
+            self.seconds = min(self.seconds, (time.monotonic() - began) / times)
+        return killed
 
     def train(self) -> None:
         self._train("train", WORDS, outcome(self.old))
@@ -147,8 +153,7 @@ class Killing:
         """A run that is killed, maybe several times, and goes on until it is whole."""
         folder, killed = self._fresh(), True
         while killed and len(self.seen) < self.kills:
-            killed = Life(["train", *words, f"run_dir={folder}"], self.log).killed(self._moment())
-            self._count(what, killed)
+            killed = self._killed(what, Life(["train", *words, f"run_dir={folder}"], self.log))
             if self.chance.random() < 0.5:
                 break
         assert Life(["train", *words, f"run_dir={folder}"], self.log).wait() == 0, self.log.read_text()
@@ -160,8 +165,7 @@ class Killing:
         shutil.copytree(self.old, folder)
         new = ["train", *WORDS, "seed=1", f"run_dir={folder}"]
         while killed and len(self.seen) < self.kills:
-            killed = Life([*new, *force], self.log).killed(self._moment())
-            self._count("re-run over a finished run", killed)
+            killed = self._killed("re-run over a finished run", Life([*new, *force], self.log))
             assert records.read_result(folder)["status"] == "ok", folder
             assert outcome(settled(folder)) in (outcome(self.old), outcome(self.new)), folder
             force = [] if (folder / folders.NEXT / "result.json").exists() else ["--force"]
@@ -173,14 +177,13 @@ class Killing:
         folder, killed = self._fresh(), True
         while killed and len(self.seen) < self.kills:
             before = outcomes(folder)
-            sweep = self._sweep(folder)
-            killed = sweep.killed(2 * self._moment())
-            self._count("sweep", killed)
+            killed = self._killed("sweep", self._sweep(folder), times=2)
             for run in folder.glob("*/*/*/*"):  # runs end when they see that their sweep is gone
                 settled(run)
             after = outcomes(folder)
             assert before.items() <= after.items() <= self.whole.items(), folder
-        assert self._sweep(folder).wait() == 0, self.log.read_text()
+        logs = folder.glob("*/*/*/*/log.txt")
+        assert self._sweep(folder).wait() == 0, "\n".join(path.read_text() for path in (self.log, *logs))
         assert outcomes(folder) == self.whole, folder
 
     def _fresh(self) -> Path:
@@ -189,10 +192,12 @@ class Killing:
 
     def __call__(self, kills: int) -> None:
         self.kills = kills
+        scenes = [self.again, self.train, self.sweep, self.cache]
         while len(self.seen) < kills:
-            for scene in (self.again, self.train, self.sweep, self.cache):
-                if len(self.seen) < kills:
-                    scene()
+            before = len(self.seen)
+            scenes[0]()
+            if len(self.seen) > before:  # else its lives ended before their moments, and it comes again
+                scenes.append(scenes.pop(0))
         litter = [path for path in self.root.glob("**/.*") if folders.LITTER.fullmatch(path.name)]
         assert not litter, litter
 

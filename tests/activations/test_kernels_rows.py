@@ -18,7 +18,7 @@ def heads(samples: int, tokens: int, count: int, width: int, dtype: torch.dtype)
 
 
 @here
-@pytest.mark.parametrize("dtype, width", zip(TYPES, (32, 64, 80)))
+@pytest.mark.parametrize("dtype, width", list(zip(TYPES, (32, 64, 80))))
 def test_views_are_coded_where_they_lie(monkeypatch, dtype, width):
     """No copy is made of q, k and v, of a slice, or of what is laid out anew."""
     table, read = table_of(4, -1.0), []
@@ -98,7 +98,7 @@ def test_maps_of_no_multiple_of_a_byte(bits):
 
 
 @here
-@pytest.mark.parametrize("dtype, width, calibrated", zip(TYPES, (64, 64, 27), (True, False, False)))
+@pytest.mark.parametrize("dtype, width, calibrated", list(zip(TYPES, (64, 64, 27), (True, False, False))))
 def test_weight_gradients(monkeypatch, dtype, width, calibrated):
     monkeypatch.setattr("s2a_cli.activations.codes.CHUNK", 512)  # several pieces
     table, channels = table_of(4, -1.0), channelled(width) if calibrated else None
@@ -111,7 +111,7 @@ def test_weight_gradients(monkeypatch, dtype, width, calibrated):
 
 
 @here
-@pytest.mark.parametrize("dtype, rows, width", zip(TYPES * 2, (5, 3, 7, 1, 2), (64, 27, 147, 1, 1100)))
+@pytest.mark.parametrize("dtype, rows, width", list(zip(TYPES * 2, (5, 3, 7, 1, 2), (64, 27, 147, 1, 1100))))
 def test_frozen_weights(dtype, rows, width):
     """int8 and NF4 as they are stored, decoded for a layer."""
     from s2a_cli import frozen
@@ -155,7 +155,7 @@ POOLS = [  # kernel, stride, padding, dilation, ceil_mode
 
 
 @here
-@pytest.mark.parametrize("pool, dtype", zip(POOLS, TYPES * 2))
+@pytest.mark.parametrize("pool, dtype", list(zip(POOLS, TYPES * 2)))
 @pytest.mark.parametrize("last", [False, True])
 def test_max_pooling(dtype, pool, last):
     x = normal(2, 3, 13, 17, dtype=dtype)
