@@ -46,6 +46,7 @@ class Life:
             handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             os.dup2(handle, 1), os.dup2(handle, 2)
             faulthandler.enable()
+            torch.set_num_threads(1)  # PyTorch renews its pool of threads after a fork at the first use, which may not be in two threads at once
             print(f"$ s2a {' '.join(words)}", flush=True)
             code = main(words)
         os._exit(code)
@@ -203,7 +204,6 @@ class Killing:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     training.predict = lambda run: None  # what takes most of the time of so short a run
     sweeps.engine = lambda settings, devices: Forks()
     killing = Killing(Path(sys.argv[2]).resolve(), seed=int(sys.argv[3]) if len(sys.argv) > 3 else 0)
