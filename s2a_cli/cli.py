@@ -29,15 +29,16 @@ def main(argv: list[str] | None = None) -> int:
     streams.opened()
     verb = next((word for word in argv if not word.startswith("-")), "")
     with streams.unfailing() if verb in TRAINING else contextlib.nullcontext():
-        return _run(argv, as_command)
+        code = _run(argv)
+        if as_command and "torch" in sys.modules:
+            _leave(code)
+        return code
 
 
-def _run(argv: list[str], as_command: bool) -> int:
+def _run(argv: list[str]) -> int:
     try:
         code = _dispatch(argv)
         sys.stdout.flush()
-        if as_command and argv[:1] == ["memory"]:
-            _leave(code)
         return code
     except BrokenPipeError:  # `s2a ls | head -1`; Python flushes stdout once more at exit
         streams.nowhere(sys.stdout)
@@ -61,7 +62,9 @@ def _run(argv: list[str], as_command: bool) -> int:
 def _leave(code: int) -> None:
     """Ends the process at once: to take down torch's modules, one by one, costs a second and does nothing else."""
     atexit._run_exitfuncs()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(code)
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.xdist_group("engines")  # `whole` is made once
 
 QUICK = [
     *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=bias", "device=cpu", "workers=0"),
-    *("optim.epochs=8", "optim.batch_size=20", "save_steps=1", "seed=0,1,2"),
+    *("optim.epochs=8", "optim.batch_size=20", "save_steps=1"),
 ]
 ENGINES = {
     "slurm": ["sweep.launcher=slurm", "sweep.slurm={cluster: local, timeout_min: 10}"],
@@ -87,9 +87,8 @@ def whole(tmp_path_factory):
     """The same runs, undisturbed and in this process."""
     folder = tmp_path_factory.mktemp("whole")
     with contextlib.chdir(folder):
-        *words, seeds = QUICK
-        for seed in seeds.removeprefix("seed=").split(","):
-            assert main(["train", *words, f"seed={seed}"]) == 0
+        for seed in range(3):
+            assert main(["train", *QUICK, f"seed={seed}"]) == 0
     found = outcomes(folder / "runs")
     assert len(found) == 3
     return found
@@ -101,7 +100,7 @@ def whole(tmp_path_factory):
 def test_runs_whose_process_or_worker_is_killed_or_out_of_time_go_on(tmp_path, whole, launcher, blows):
     pytest.importorskip({"slurm": "submitit", "ray": "ray"}[launcher], reason=f"pip install 's2a[{launcher}]'")
     folder, hit = tmp_path / "runs", []
-    process = sweep(folder, *ENGINES[launcher])
+    process = sweep(folder, *ENGINES[launcher], f"seed={','.join(map(str, range(len(blows))))}")
     for blow in blows:
         training, run = half_way(folder, hit)
         if blow == "run":
@@ -110,8 +109,9 @@ def test_runs_whose_process_or_worker_is_killed_or_out_of_time_go_on(tmp_path, w
             os.kill(parent(training), signal.SIGKILL if blow == "worker" else signal.SIGUSR2)
         hit.append(run)
     said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and "3 done" in said, said
-    assert outcomes(folder) == whole
+    assert process.returncode == 0 and f"{len(blows)} done" in said, said
+    found = outcomes(folder)
+    assert len(found) == len(blows) and found.items() <= whole.items()
     for log in folder.glob("*/*/*/*/log.txt"):
         struck = int(log.parent in hit)
         assert log.read_text().count("going on in") == struck and log.read_text().count("$ s2a train") == 1 + struck
@@ -123,16 +123,18 @@ def test_runs_whose_process_or_worker_is_killed_or_out_of_time_go_on(tmp_path, w
 def test_jobs_outlive_their_sweep_and_the_next_one_finds_them(tmp_path, whole):
     pytest.importorskip("submitit", reason="pip install 's2a[slurm]'")
     folder = tmp_path / "runs"
-    process = sweep(folder, *ENGINES["slurm"])
-    until(lambda: len(list(folder.glob("*/*/*/*/slurm/job.json"))) == 3)  # submitted; no run has its folder yet
+    words = [*ENGINES["slurm"], "seed=0,1"]
+    process = sweep(folder, *words)
+    until(lambda: len(list(folder.glob("*/*/*/*/slurm/job.json"))) == 2)  # submitted; no run has its folder yet
     process.kill()
     process.communicate()
     jobs = {path: path.read_text() for path in folder.glob("*/*/*/*/slurm/job.json")}
-    process = sweep(folder, *ENGINES["slurm"])
+    process = sweep(folder, *words)
     said = process.communicate(timeout=240)[0]
     assert process.returncode == 0 and "0 failed" in said, said
     assert {path: path.read_text() for path in jobs} == jobs, "a job was submitted twice"
-    assert outcomes(folder) == whole
+    found = outcomes(folder)
+    assert len(found) == 2 and found.items() <= whole.items()
     assert all(path.read_text().count("$ s2a train") == 1 for path in folder.glob("*/*/*/*/log.txt"))
 
 

@@ -25,16 +25,9 @@ pytestmark = [
 
 GRID = [
     *("dataset=digits", "dataset.shots=16", "backbone=vit_micro", "device=cpu", "workers=0", "quant=none"),
-    *(
-        "optim.epochs=5",
-        "optim.batch_size=20",
-        "save_steps=2",
-        "method=bias",
-        "seed=0,1,2",
-        "sweep.workers=2",
-    ),
+    *("optim.epochs=5", "optim.batch_size=20", "save_steps=2", "method=bias", "seed=0,1", "sweep.workers=2"),
 ]
-RUNS = 3
+RUNS = 2
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen:
@@ -105,7 +98,7 @@ def whole(tmp_path_factory):
 
 def test_kill_9_of_the_sweep_and_of_runs_at_random_moments(tmp_path, whole):
     folder, chance, killed = tmp_path / "runs", random.Random(3), []
-    for life in range(3):
+    for life in range(2):
         sweep = start(folder)
         mark, end = (trainings, states)[life % 2], time.monotonic() + 120
         while sweep.poll() is None and not mark(folder) and time.monotonic() < end:

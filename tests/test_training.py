@@ -209,7 +209,7 @@ def test_what_codes_are_fitted_to_is_saved_and_the_same_in_every_run(tmp_path):
 @pytest.mark.xdist_group("compiled")  # the compiler starts once
 @pytest.mark.parametrize(
     "words",
-    [("method=s2a", "quant=none"), ("method=side", "quant=none"), ("method=full",)],
+    [("method=s2a", "quant=none"), ("method=full",)],
     ids=" ".join,
 )
 def test_a_compiled_run_computes_the_same(tmp_path, words):
