@@ -83,7 +83,7 @@ def _row(name: str, title: str, words: str, **settings) -> Row:
     return Row(name, title, tuple(words.split()), **settings)
 
 
-BIAS, SIDE = "method=bias quant=none", "method=side quant=tiny"
+BIAS, TINY8 = "method=bias quant=none", "quant=tiny quant.chunks=8"
 ROWS = (
     _row("full", "full fine-tuning", "method=full quant=none"),
     _row("full-unfused", "full, unfused attention", "method=full quant=none", change=unfuse),
@@ -113,12 +113,15 @@ ROWS = (
     _row("only-norm", "bias, x^ alone in 4 bits", "method=bias quant=exact quant.norm=4", ours=True),
     _row("only-attention", "bias, q, k, v alone in 4 bits", "method=bias quant=exact quant.attention=4", ours=True),
     _row("T3", "T3: bias, quant=tiny", "method=bias quant=tiny", ours=True),
+    _row("T3-8", "T3 in 8 pieces", f"method=bias {TINY8}", ours=True),
     _row("T3-s2a", "T3: s2a, quant=tiny", "method=s2a quant=tiny", ours=True),
-    _row("T4", "T4: side, quant=tiny", SIDE, ours=True),
-    _row("T5-T3-int8", "T5: T3, weights int8", "method=bias quant=tiny backbone.weights=int8", ours=True),
-    _row("T5-T3-nf4", "T5: T3, weights NF4", "method=bias quant=tiny backbone.weights=nf4", ours=True),
-    _row("T5-T4-int8", "T5: T4, weights int8", f"{SIDE} backbone.weights=int8", ours=True),
-    _row("T5-T4-nf4", "T5: T4, weights NF4", f"{SIDE} backbone.weights=nf4", ours=True),
+    _row("T3-s2a-8", "T3: s2a, in 8 pieces", f"method=s2a {TINY8}", ours=True),
+    _row("T4", "T4: side, quant=tiny", "method=side quant=tiny", ours=True),
+    _row("T4-8", "T4 in 8 pieces", f"method=side {TINY8}", ours=True),
+    _row("T5-T3-int8", "T5: T3 in 8 pieces, weights int8", f"method=bias {TINY8} backbone.weights=int8", ours=True),
+    _row("T5-T3-nf4", "T5: T3 in 8 pieces, weights NF4", f"method=bias {TINY8} backbone.weights=nf4", ours=True),
+    _row("T5-T4-int8", "T5: T4 in 8 pieces, weights int8", f"method=side {TINY8} backbone.weights=int8", ours=True),
+    _row("T5-T4-nf4", "T5: T4 in 8 pieces, weights NF4", f"method=side {TINY8} backbone.weights=nf4", ours=True),
 )
 BY_NAME = {row.name: row for row in ROWS}
 
@@ -136,7 +139,7 @@ class Made:
         if row.change:
             row.change(self.backbone)
         quant, micro = self.config.quant, self.config.optim.micro_batch
-        if moving_norms(self.model) and (quant.recompute != "none" or quant.chunks > 1 or micro):
+        if moving_norms(self.model) and (quant.recompute != "none" or quant.chunks != 1 or micro):
             raise UserError("BatchNorms that train see the whole batch: no pieces of it")
         self.model.to(weight_dtype(self.config.precision))
         if self.config.backbone.weights != "fp32":

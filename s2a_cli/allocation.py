@@ -37,8 +37,8 @@ REFERENCE = 4
 BITS = (2, 3, 4, 5, 6, 8)
 INPUT_BITS = (4, 5, 6, 8)
 CODED = ("pointwise", "norm", "attention", "softmax")  # families of operators
-PIECES = (1, 8)  # of the batch, for coded blocks
-FINER = (4, 8, 16)  # for recomputed ones
+PIECES = (None, 8)  # of the batch, for coded blocks
+FINER = (None, 8, 16)  # for recomputed ones
 ROUNDS = 4  # of predicting an allocation and correcting what it may keep
 IMAGES = 8  # that costs are measured on
 
@@ -95,8 +95,8 @@ class Choice:
             words += [f"{family} {_span(bits)}"] if bits else []
         if not words:
             words.append("lossless savings" if quant.lossless else "stock PyTorch")
-        if quant.chunks > 1:
-            words.append(f"{quant.chunks} pieces of the batch")
+        if quant.chunks != 1:
+            words.append(f"{quant.chunks} pieces of the batch" if quant.chunks else "the batch in pieces as the device wants them")
         error = f"relative error of the gradient {self.error:.2g}" if self.error else "the gradient is exact"
         return f"quant=auto: {', '.join(words)}: predicted peak {self.peak_mib:,.1f} of {quant.budget_mib:g} MiB, {error}"
 

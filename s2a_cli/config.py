@@ -57,7 +57,7 @@ class QuantConfig:
     calibrate: bool = True  # levels from each layer's own first batch; false: fixed tables
     recompute: str = "none"  # none | block: keep only the input of each block, compute the block again in the backward pass
     input: int | None = None  # bits of that input: 1 to 8, 16 for bfloat16; null: as it is
-    chunks: int = 1  # most pieces of the batch in which a block runs, each of a million inputs or more; smaller temporaries
+    chunks: int | None = 1  # pieces of the batch in which a block runs: smaller temporaries, more launches; null: as pays on the device
     blocks: dict[int, Any] = field(default_factory=dict)  # settings of single blocks, by number from 0: {3: {norm: 8}}
     budget_mib: float | None = None  # quant=auto: the peak that these settings are chosen for
 

@@ -71,7 +71,7 @@ def joined(device: str) -> Iterator[str]:
     if on_cuda:
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if on_cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     except ValueError as error:  # a variable that torchrun sets, and is not there or no number
         raise UserError(f"WORLD_SIZE={world()}: {first_line(error)}; start several processes with torchrun") from None
     try:
@@ -126,10 +126,9 @@ def announced() -> str | None:
 
 
 def total(*values: float) -> list[float]:
-    """Each value, summed over all processes; float64."""
+    """Each value, summed over all processes; float64. No GPU is waited for."""
     if part()[1] == 1:
         return list(values)
-    device = f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu"
-    summed: Tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    summed: Tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(summed)
     return summed.tolist()

@@ -30,6 +30,7 @@ from s2a_cli.activations.calibration import LOOKS
 from s2a_cli import checkpoints, data, distributed, memory, records
 from s2a_cli.engines import PARENT
 from s2a_cli.errors import RunError, first_line
+from s2a_cli.pending import Pending
 from s2a_cli.progress import Progress
 from s2a_cli.steps import Step, make_optimizer, train_mode
 
@@ -71,6 +72,7 @@ class Fit:
         self.mix = mixing(self.optim, len(run.splits.classes))
         self.meter = memory.meter(run.device, WARMUP_STEPS)
         self.sofar = Sofar()
+        self._pending: Pending | None = None  # the last step, where a GPU may still be at it
 
     def __call__(self, state: dict[str, Any] | None) -> None:
         if state:
@@ -102,16 +104,19 @@ class Fit:
         begun, saved = time.perf_counter() - at.seconds, time.monotonic()
         for images, targets in guarded(self.loader, asked):
             torch.manual_seed(data.mix(config.seed, epoch, at.step))  # dropout and mixing: f(seed, epoch, step)
-            stop = self._train(images, targets, asked)
+            due = time.monotonic() - saved > 60 * config.save_minutes
+            stop, save = self._train(images, targets, asked, due)
             del images, targets  # nothing of a step is alive when the next begins
-            progress.add(self.loader.size(at.step - 1), epoch=f"{epoch}/{self.optim.epochs}", loss=f"{at.loss / at.images:.3f}")
+            mean = f"{at.loss / at.images:.3f}" if at.images else "..."
+            progress.add(self.loader.size(at.step - 1), epoch=f"{epoch}/{self.optim.epochs}", loss=mean)
             at.seconds = time.perf_counter() - begun
-            due = config.save_steps and at.step % config.save_steps == 0
-            if stop or due or time.monotonic() - saved > 60 * config.save_minutes:
+            if stop or save or (config.save_steps and at.step % config.save_steps == 0):
+                self._catch_up()
                 self._save()
                 saved = time.monotonic()
             if stop:
                 raise KeyboardInterrupt
+        self._catch_up()
         try:
             scores = accuracy(self.run, self.validation, asked)
         except KeyboardInterrupt:
@@ -139,28 +144,45 @@ class Fit:
         for key in line.keys() - {"epoch"} if self.board else ():
             self.board.add_scalar(key, line[key], epoch)
 
-    def _train(self, images: Tensor, targets: Tensor, asked: Callable[[], bool]) -> bool:
-        """One step, measured. Returns whether to stop behind it, in all processes or in none."""
+    def _train(self, images: Tensor, targets: Tensor, asked: Callable[[], bool], due: bool) -> tuple[bool, bool]:
+        """One step, measured. Returns whether to stop behind it and whether to save, each in all processes or in none."""
         at, device, meter = self.sofar, self.run.device, self.meter
-        count, started, at.lr = self.loader.size(at.step), time.perf_counter(), self.optimizer.param_groups[0]["lr"]
+        count, at.lr = self.loader.size(at.step), self.optimizer.param_groups[0]["lr"]
+        pending = Pending(device, at.step + 1, count)
         if meter:
             meter.step_begins()
-        images, targets = self.mix(images.to(device), targets.to(device))
+        images, targets = self.mix(images.to(device, non_blocking=True), targets.to(device, non_blocking=True))
         images = images.to(self.step.dtype)  # here, where no copy stays beside it
         after = [meter.after_forward] if meter else []
         loss = self.step(self.run.trained, self.optimizer, images, targets, *after, of=count)
-        loss, stops = distributed.total(loss.item(), asked())  # item() synchronises
+        pending.ends(loss)
         if meter:
             meter.step_ends()
         self.schedule.step()
-        steps = (at.epoch - 1) * len(self.loader) + at.step
+        at.step += 1
+        before, self._pending = (self._pending, pending) if pending.is_late else (pending, None)
+        stops, saves = self._count(before, asked(), due and distributed.is_first())
+        steps = (at.epoch - 1) * len(self.loader) + at.step - 1
         if distributed.part()[1] > 1 and steps <= LOOKS[-1]:  # the first one's codes, in all processes
             self.step.calibration = distributed.from_first(lambda: self.step.calibration)
+        return stops > 0, saves > 0
+
+    def _count(self, step: Pending | None, *flags: bool) -> list[float]:
+        """Adds a step's figures to those so far, those of all processes. Returns how many of them raise each flag."""
+        at, (loss, seconds) = self.sofar, step.read() if step else (0.0, 0.0)
+        loss, *flags = distributed.total(loss, *flags)
         if not math.isfinite(loss):
-            raise RunError(f"the loss is {loss} in epoch {at.epoch}, step {at.step + 1}: lower optim.lr={self.optim.lr:g}")
-        at.rates.append(count / (time.perf_counter() - started))
-        at.loss, at.images, at.step = at.loss + loss * count, at.images + count, at.step + 1
-        return stops > 0
+            raise RunError(f"the loss is {loss} in epoch {at.epoch}, step {step.number}: lower optim.lr={self.optim.lr:g}")
+        if step:
+            at.rates.append(step.images / seconds)
+            at.loss, at.images = at.loss + loss * step.images, at.images + step.images
+        return flags
+
+    def _catch_up(self) -> None:
+        """Counts the last step."""
+        if self._pending:
+            pending, self._pending = self._pending, None
+            self._count(pending)
 
     def _save(self) -> None:
         if distributed.is_first():
@@ -263,18 +285,19 @@ def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: 
     """
     run.model.eval()
     step = Step(run.config, run.device, run.backbone.block_modules)
-    loss = top1 = top5 = count = 0
+    sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # read once: the host does not wait for the device
+    count = 0
     five = len(run.splits.classes) > 5
     alone = distributed.part()[1] == 1  # with others there is no stop before the sums that they wait for
     for images, targets in guarded(loader, asked):
-        images, targets = images.to(run.device), targets.to(run.device)
+        images, targets = (x.to(run.device, non_blocking=True) for x in (images, targets))
         logits = step.logits(run.trained, images)
-        loss += nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-        top1 += (logits.argmax(1) == targets).sum().item()
-        if five:
-            top5 += (logits.topk(5).indices == targets[:, None]).sum().item()
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        top1 = (logits.argmax(1) == targets).sum()
+        top5 = (logits.topk(5).indices == targets[:, None]).sum() if five else torch.zeros_like(top1)
+        sums += torch.stack([loss.double(), top1.double(), top5.double()])
         count += len(images)
         if alone and asked():
             raise KeyboardInterrupt
-    loss, top1, top5, count = distributed.total(loss, top1, top5, count)
+    loss, top1, top5, count = distributed.total(*sums.tolist(), count)
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count if five else None}

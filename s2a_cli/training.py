@@ -132,7 +132,7 @@ def _refuse_parts(config: DictConfig) -> None:
     ):
         if value != default:
             raise UserError(
-                f"{key}={value} changes the result here: method={config.method.name} trains BatchNorms, whose statistics"
+                f"{key}={show(value)} changes the result here: method={config.method.name} trains BatchNorms, whose statistics"
                 f" are those of one forward pass of the batch; set it to {show(default)}"
             )
     if distributed.part()[1] > 1:

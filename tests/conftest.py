@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,18 @@ def real_data() -> Path:
     if not os.environ.get("S2A_REAL_DATA"):
         pytest.skip("S2A_REAL_DATA is not set: the folder of real photos")
     return Path(os.environ["S2A_REAL_DATA"])
+
+
+@pytest.fixture
+def set_piece_sizes(monkeypatch):
+    """set_piece_sizes(block=1) changes a PieceSizes for every device."""
+    from s2a_cli.activations.piece_sizes import BY_DEVICE
+
+    def change(**sizes):
+        for device, known in BY_DEVICE.items():
+            monkeypatch.setitem(BY_DEVICE, device, replace(known, **sizes))
+
+    return change
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from s2a_cli import allocation, backbones, training
-from s2a_cli.activations import STOCK, blocks
+from s2a_cli.activations import STOCK
 from s2a_cli.allocation import Costs, Gradient, allocate, measure
 from s2a_cli.compose import compose
 from s2a_cli.errors import UserError
@@ -21,11 +21,6 @@ from s2a_cli.methods import METHODS
 from s2a_cli.steps import train_mode
 
 TINY = ["backbone=vit_micro", "backbone.pretrained=false", "+backbone.kwargs.depth=2", "optim.batch_size=32"]
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(blocks, "LEAST", 1)
 
 
 def gradient_of(*words: str) -> Gradient:

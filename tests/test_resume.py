@@ -61,7 +61,7 @@ def breaks_at(monkeypatch, step, how=Killed):
             if how is Killed:
                 raise Killed
             signal.raise_signal(how)
-            return True
+            return True, False
         return stops
 
     monkeypatch.setattr(fitting.Fit, "_train", one)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from s2a_cli.activations.autograd import covers, first_order
 from s2a_cli.activations.codes import byte_table, inverse, rows
-from s2a_cli.activations.groups import Grouped, keep, slices
+from s2a_cli.activations.groups import Grouped, keep, slices, written
 from s2a_cli.activations.operators import decode_groups, decode_rows, encode_groups, operator, working_type
 
 if TYPE_CHECKING:
@@ -48,25 +48,25 @@ class Attention(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         mask, *kept = ctx.saved_tensors
         needs_mask = ctx.needs_input_grad[3]
-        totals = [grad.new_empty(g.shape) if need else None for g, need in zip(ctx.grouped, ctx.needs_input_grad)]
+        totals: list[Tensor | None] = [None] * len(ctx.grouped)
         shape = ctx.grouped[3].shape if len(ctx.grouped) > 3 else () if mask is None else mask.shape
         if needs_mask and len(totals) == 3:
             totals.append(torch.zeros_like(mask))
         head = math.prod(grad.shape[1:])
         if needs_mask:  # such a mask makes stock attention write out its map
             head = max(head, grad.shape[-2] * shape[-1] * (head // (grad.shape[-2] * grad.shape[-1])))
-        for part in slices(grad.shape[0], head):
+        for part in slices(grad, head):
             inputs = [g.decode(*kept[2 * i : 2 * i + 2], grad.dtype, part.start, part.stop) for i, g in enumerate(ctx.grouped)]
             if len(inputs) == 3:
                 inputs.append(mask[part] if mask is not None and _is_own(mask, grad) else mask)
             found = _gradients(ctx.run, inputs, ctx.needs_input_grad[:4], grad[part])
             for index, (total, piece) in enumerate(zip(totals, found)):
-                if total is None:
+                if piece is None:
                     continue
                 if index == 3 and not (len(shape) == grad.dim() and shape[0] > 1):
                     total.add_(piece)
                 else:
-                    total[part] = piece
+                    totals[index] = written(total, piece, part, len(grad))
         return *totals[:3], totals[3] if needs_mask else None, None, None
 
 
@@ -93,7 +93,7 @@ class Unfused(torch.autograd.Function):
     def forward(ctx, q, k, v, mask, scale: float, op: OpContext):
         ctx.scale, ctx.bits, ctx.group = scale, op.config.softmax, op.config.group
         site, kept, out = op.site, [], None
-        ctx.parts = list(slices(len(q), math.prod(q.shape[1:-1]) * k.shape[-2]))
+        ctx.parts = list(slices(q, math.prod(q.shape[1:-1]) * k.shape[-2]))
         for part in ctx.parts:
             scores = torch.matmul(q[part], k[part].mT).mul_(scale)
             if mask is not None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from s2a_cli.activations.piece_sizes import PieceSizes, piece_sizes
 from s2a_cli.activations.random_numbers import Draws, parts, random_state, set_random_state
 from s2a_cli.activations.recompute import Recompute, Replay, in_pieces, input_bytes, splits
 from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from s2a_cli.activations.mode import ActivationMode
 
 
-LEAST = 1 << 20  # elements of a piece's input: smaller ones would save few MiB and cost much time
 TENSOR = object()  # stands for one among what a block returns
 _patching = threading.Lock()
 
@@ -46,7 +46,13 @@ def runners_of(mode: ActivationMode, blocks: Iterable[nn.Module]) -> list[BlockR
         known = found.setdefault(block, BlockRunner(mode, index, block, config))
         if known.config != config:
             raise ValueError(f"blocks {known.index} and {index} are one module: they can't have different settings")
-    return list(found.values())
+    coded = [r for r in found.values() if r.config.recompute == "none" and r.config.chunks is None]
+    return [*found.values(), *(MlpRunner(mode, r.index, mlp, r.config) for r in coded for mlp in mlps(r.module))]
+
+
+def mlps(block: nn.Module) -> list[nn.Module]:
+    """The multi-layer perceptrons within a block, as timm builds them, whose hidden layer is its largest tensor."""
+    return [m for m in block.modules() if m is not block and hasattr(m, "fc1") and hasattr(m, "fc2")]
 
 
 class BlockRunner:
@@ -98,7 +104,7 @@ class BlockRunner:
         if not inputs or not len(inputs[0]):
             return as_it_is()
         samples, config = len(inputs[0]), self.config
-        size = samples if call.is_whole else piece_size(inputs[0], config.chunks)
+        size = self.piece_size(call, inputs[0], config.recompute != "none")
         if not torch.is_grad_enabled():
             outputs = in_pieces(call, inputs, size) if size < samples else None
             return as_it_is() if outputs is None else call.returned(outputs)
@@ -112,7 +118,7 @@ class BlockRunner:
                 outputs = in_pieces(call, inputs, size)
                 return as_it_is() if outputs is None else call.returned(outputs)
         if config.recompute == "none" or probe.kept <= sum(input_bytes(x[:1], config) for x in states):
-            if size >= samples:
+            if (size := self.piece_size(call, inputs[0], recomputes=False)) >= samples:
                 return as_it_is()
             # Split at once: the gradients of slices would each be as large as the whole.
             pieces = zip(parts(samples, size), zip(*(x.split(size) for x in inputs)))
@@ -120,6 +126,17 @@ class BlockRunner:
             return call.returned([torch.cat(outputs) for outputs in zip(*made)])
         replay = Replay(call, inputs[0].device, probe.unread)
         return call.returned(list(Recompute.apply(replay, size, len(inputs), *inputs, *probe.trained)))
+
+    def piece_size(self, call: Call, x: Tensor, recomputes: bool) -> int:
+        """Samples in a piece of the batch x."""
+        if call.is_whole:
+            return len(x)
+        pieces = self.config.chunks or x.numel() // self.least(piece_sizes(x.device), recomputes)
+        return -(-len(x) // max(pieces, 1))
+
+    def least(self, sizes: PieceSizes, recomputes: bool) -> int:
+        """Elements of x in a piece, or about as many, where the number of pieces is left to us."""
+        return sizes.recomputed if recomputes else sizes.block
 
     def _probe(self, call: Call, inputs: list[Tensor]) -> Probe:
         x = inputs[0]
@@ -131,6 +148,13 @@ class BlockRunner:
             set_random_state(x.device, state)
             self.mode.thread.linears = linears
         return self._probes[key]
+
+
+class MlpRunner(BlockRunner):
+    """Stands in for the forward of a multi-layer perceptron of a block that keeps codes: its hidden layer never exists whole."""
+
+    def least(self, sizes: PieceSizes, recomputes: bool) -> int:
+        return sizes.mlp
 
 
 class Call:
@@ -232,12 +256,6 @@ def probe(call: Call, inputs: list[Tensor]) -> Probe:
         splits=splits(outputs, None if call.is_whole else len(samples[0])),
         flags=[(p, p.requires_grad) for p in reads.found.values()],
     )
-
-
-def piece_size(x: Tensor, chunks: int) -> int:
-    """Samples in a piece: there are at most `chunks` pieces, and none but the last is small without need."""
-    least = -(-LEAST * len(x) // max(x.numel(), 1))
-    return min(len(x), max(-(-len(x) // chunks), least))
 
 
 class Draws:

@@ -103,7 +103,7 @@ class CodedConv(torch.autograd.Function):
         dx = input_gradient(grad, weight, ctx.grouped.shape[2:], *ctx.geometry) if ctx.needs_input_grad[0] else None
         cast = weight.to(grad.dtype)
         dweight = torch.zeros_like(weight)
-        for part in slices(grad.shape[0], math.prod(ctx.grouped.shape[1:])):
+        for part in slices(grad, math.prod(ctx.grouped.shape[1:])):
             x = ctx.grouped.decode(*kept, grad.dtype, part.start, part.stop)
             arguments = stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False]
             dweight += torch.ops.aten.convolution_backward(grad[part], x, cast, None, *arguments)[1]

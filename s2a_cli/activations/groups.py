@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,8 +12,7 @@ from torch import Tensor
 from s2a_cli.activations import levels
 from s2a_cli.activations.codes import inverse, memory_order
 from s2a_cli.activations.operators import decode_groups, encode_groups
-
-TRANSIENT = 1 << 21  # elements decoded at a time, where the result feeds a matrix product or a convolution
+from s2a_cli.activations.piece_sizes import piece_sizes
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,23 @@ def keep(
     return Grouped(table, tuple(x.shape), order, width, group, channels), codes, scales
 
 
-def slices(samples: int, elements: int) -> Iterator[slice]:
-    """Slices of the first dimension that hold at most TRANSIENT elements, at least a sample, of `elements` each."""
-    step = max(1, TRANSIENT // max(elements, 1))
+def slices(x: Tensor, elements: int | None = None) -> Iterator[slice]:
+    """Slices of the samples of x that are decoded at a time, of about the same size. `elements` a sample; None: as x has."""
+    samples, most = x.shape[0], piece_sizes(x.device).decoded
+    step = max(1, most // max(math.prod(x.shape[1:]) if elements is None else elements, 1))
+    step = max(1, -(-samples // max(1, -(-samples // step))))
     for start in range(0, samples, step):
         yield slice(start, min(start + step, samples))
+
+
+def written(whole: Tensor | None, piece: Tensor, part: slice, samples: int) -> Tensor:
+    """`piece` as the samples `part` of `whole`, which is made, laid out like the piece, where it is None."""
+    if part.stop - part.start == samples:
+        return piece
+    if whole is None:
+        shape, strides, step = (samples, *piece.shape[1:]), [0] * piece.dim(), 1
+        for dim in reversed(memory_order(piece)):
+            strides[dim], step = step, step * shape[dim]
+        whole = piece.new_empty_strided(shape, strides)  # no view, which could not be changed in place
+    whole[part] = piece
+    return whole

@@ -38,7 +38,7 @@ class MatMul(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         left, right = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
         da, db = grad.new_empty(ctx.left.shape), grad.new_empty(ctx.right.shape)
-        for part in slices(grad.shape[0], max(math.prod(t.shape[1:]) for t in (da, db, grad))):
+        for part in slices(grad, max(math.prod(t.shape[1:]) for t in (da, db, grad))):
             torch.matmul(grad[part], ctx.right.decode(*right, grad.dtype, part.start, part.stop).mT, out=da[part])
             torch.matmul(ctx.left.decode(*left, grad.dtype, part.start, part.stop).mT, grad[part], out=db[part])
         return da, db, None, None
@@ -81,7 +81,7 @@ class Gate(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         kept, gate_kept = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
         dx, dgate = torch.empty_like(grad), grad.new_empty(ctx.size)
-        for part in slices(grad.shape[0], math.prod(grad.shape[1:])):
+        for part in slices(grad):
             g, span = grad[part], (part.start, part.stop)
             gate = ctx.gate.decode(*gate_kept, grad.dtype, *span) if ctx.gate else gate_kept[0][part]
             torch.mul(g, gate, out=dx[part])
@@ -121,7 +121,7 @@ class Divide(torch.autograd.Function):
         divisor, *kept = ctx.saved_tensors
         dx = torch.empty_like(grad) if ctx.needs_input_grad[0] else None
         total = grad.new_empty(ctx.size)
-        for part in slices(grad.shape[0], math.prod(grad.shape[1:])):
+        for part in slices(grad):
             quotient = grad[part] / divisor[part]
             y = ctx.y.decode(*kept, grad.dtype, part.start, part.stop)
             total[part] = (quotient * y).sum_to_size(total[part].shape).neg_()
@@ -157,7 +157,7 @@ class Power(torch.autograd.Function):
     @first_order
     def backward(ctx, grad: Tensor):
         dx = torch.empty_like(grad)
-        for part in slices(grad.shape[0], math.prod(grad.shape[1:])):
+        for part in slices(grad):
             x = ctx.x.decode(*ctx.saved_tensors, grad.dtype, part.start, part.stop)
             torch.mul(x.pow_(ctx.exponent - 1).mul_(ctx.exponent), grad[part], out=dx[part])
         return dx, None, None, None

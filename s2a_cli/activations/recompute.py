@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations.autograd import first_order
-from s2a_cli.activations.codes import grouped_size, memory_order
-from s2a_cli.activations.groups import keep
+from s2a_cli.activations.codes import grouped_size
+from s2a_cli.activations.groups import keep, written
 from s2a_cli.activations.random_numbers import Draws, parts, random_state, set_random_state
 from s2a_cli.config import QuantConfig
 
@@ -167,19 +167,6 @@ def _write(whole: list[Tensor | None], pieces: list[Tensor | None], part: slice,
         if piece is not None:
             whole[index] = written(whole[index], piece, part, samples)
     pieces.clear()
-
-
-def written(whole: Tensor | None, piece: Tensor, part: slice, samples: int) -> Tensor:
-    """`piece` as the samples `part` of `whole`, which is made, laid out like the piece, where it is None."""
-    if part.stop - part.start == samples:
-        return piece
-    if whole is None:
-        shape, strides, step = (samples, *piece.shape[1:]), [0] * piece.dim(), 1
-        for dim in reversed(memory_order(piece)):
-            strides[dim], step = step, step * shape[dim]
-        whole = piece.new_empty_strided(shape, strides)  # no view, which could not be changed in place
-    whole[part] = piece
-    return whole
 
 
 class UnreadLinear(torch.autograd.Function):

@@ -49,7 +49,7 @@ class Length(torch.autograd.Function):
         for dim in sorted(ctx.dims):
             factor = factor.unsqueeze(dim)
         dx = grad.new_empty(ctx.grouped.shape)
-        for part in slices(len(dx), math.prod(dx.shape[1:])):
+        for part in slices(dx):
             x = ctx.grouped.decode(*kept, grad.dtype, part.start, part.stop)
             torch.mul(x, factor[part] if len(factor) > 1 else factor, out=dx[part])
         return dx, None, None, None, None

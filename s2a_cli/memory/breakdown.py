@@ -39,6 +39,7 @@ class Profile:
     peak_at: int  # entries of the timeline up to the peak
     phases: tuple[tuple[int, str], ...]  # (entry of the timeline, forward | backward | update), in order
     calls: tuple[Call, ...]
+    operators: int  # dispatched in the step, views apart: each costs the host some 10 microseconds or more
 
     @property
     def peak_bytes(self) -> int:
@@ -92,6 +93,7 @@ class Profile:
             peak_at,
             tuple((len(before) + at, phase) for at, phase in watch.phases),
             tuple(tracker.calls),
+            tracker.operators,
         )
 
 

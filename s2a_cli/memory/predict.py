@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from s2a_cli.activations.piece_sizes import planned_for
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.memory.cuda import CudaAutocast
 from s2a_cli.memory.hollow import Hollow
@@ -39,7 +40,7 @@ def observe(model: nn.Module, batch: Iterable[Tensor], step: Step, make_optimize
     """
     batch = list(batch)
     batches = _few(batch), batch
-    with CudaAutocast(), Tracker() as tracker:
+    with planned_for("cuda"), CudaAutocast(), Tracker() as tracker:
         optimizer = make_optimizer(model)
         for group in optimizer.param_groups:
             if group.get("foreach", False) is None and not group.get("fused"):

@@ -60,6 +60,7 @@ class Tracker(TorchDispatchMode):
         self.place = ""  # in the model, of what runs now
         self.reading = False  # whether a forward pass runs: what reads a tensor then may keep it
         self.calls: list[Call] = []  # attention and convolutions of this step
+        self.operators = 0  # dispatched in this step, views apart
         self._storages: dict[int, tuple[weakref.ref, Allocation]] = {}  # address -> the storage, its record
         self._bounds: list[int] = []  # autograd's sequence number where the place changed in a forward pass
         self._places: list[str] = []  # and to which
@@ -94,6 +95,7 @@ class Tracker(TorchDispatchMode):
         self.peak, self.peak_at = self.live, 0
         self.events.clear()
         self.calls.clear()
+        self.operators = 0
 
     def moved(self, place: str) -> None:
         """The forward pass goes on in this place; its backward pass will be known by autograd's sequence numbers."""
@@ -118,6 +120,7 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        self.operators += not func.is_view
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         self.add(results, func)
         if self.reading and (keeper := reads(func)):

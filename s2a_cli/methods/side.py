@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from s2a_cli.activations.autograd import first_order
+from s2a_cli.activations.piece_sizes import piece_sizes
 from s2a_cli.backbones import ADDED, Backbone, Block, Hidden
 from s2a_cli.errors import UserError
 from s2a_cli.methods.base import Method
@@ -28,7 +29,6 @@ class SideConfig:
 
 
 STEP = 1 / 8  # of the codes of normalised tokens
-PIECE = 2**21  # elements that are pooled and normalised at a time; all at once would be the peak of a step
 
 
 class Tap(nn.Module):
@@ -55,8 +55,8 @@ class Tap(nn.Module):
 
 
 def pieces(h: Tensor) -> tuple[Tensor, ...]:
-    """A hidden state as parts of the batch of about `PIECE` elements, at least one image each."""
-    return h.split(max(1, PIECE * len(h) // h.numel()))
+    """A hidden state as the parts of the batch that are read at a time: all at once would be the peak of a step."""
+    return h.split(max(1, piece_sizes(h.device).pooled * len(h) // h.numel()))
 
 
 class Read(torch.autograd.Function):

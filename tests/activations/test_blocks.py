@@ -56,11 +56,6 @@ BACKBONES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(blocks, "LEAST", 1)
-
-
 def made(backbone: str, method: str, **kwargs) -> backbones.Backbone:
     torch.manual_seed(0)
     config = BACKBONES[backbone]
@@ -93,8 +88,11 @@ def quant(lossless: bool = False, **kwargs) -> QuantConfig:
 
 @pytest.mark.parametrize("method", ["full", "bias", "s2a", "side"])
 @pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("config", [{"recompute": "block"}, {"chunks": 2}, {"recompute": "block", "chunks": 3, "lossless": True}], ids=str)
-def test_gradients_are_those_of_stock(backbone, method, config):
+@pytest.mark.parametrize(
+    "config", [{"recompute": "block"}, {"chunks": 2}, {"chunks": None}, {"recompute": "block", "chunks": 3, "lossless": True}], ids=str
+)
+def test_gradients_are_those_of_stock(backbone, method, config, set_piece_sizes):
+    set_piece_sizes(mlp=1)
     if (backbone, method) == ("resnet", "full"):
         pytest.skip("BatchNorms that train normalise over the whole batch")
     found = made(backbone, method)
@@ -212,10 +210,28 @@ def test_evaluation_runs_in_pieces():
     assert sizes == [3, 2]
 
 
-def test_pieces_are_not_smaller_than_pays(monkeypatch):
-    monkeypatch.setattr(blocks, "LEAST", 1 << 20)
-    sizes = [blocks.piece_size(torch.empty(batch, 197, 768, device="meta"), 8) for batch in (64, 48, 16, 1, 0)]
-    assert sizes == [8, 7, 7, 1, 0]
+def test_pieces_as_the_device_wants_them(set_piece_sizes):
+    """A block that keeps codes runs whole and its MLP in pieces; one that is computed again runs in pieces itself."""
+    found = made("vit", "bias")
+    inner, sizes = found.block_modules[0], {"norm1": [], "mlp.fc1": []}
+    for name, seen in sizes.items():
+        inner.get_submodule(name).register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(len(inputs[0])))
+    images = torch.randn(10, 3, found.image.size, found.image.size, dtype=torch.float64)
+    image = found.model.forward_features(images)[0].numel()  # elements of the hidden state
+    set_piece_sizes(block=10 * image, mlp=5 * image, recomputed=3 * image)
+    for config, expected in (
+        (quant(chunks=None), {"norm1": [10], "mlp.fc1": [5, 5]}),
+        (quant(chunks=None, recompute="block"), {"norm1": [4, 4, 2], "mlp.fc1": [4, 4, 2]}),
+        (quant(chunks=1), {"norm1": [10], "mlp.fc1": [10]}),
+        (quant(chunks=5), {"norm1": [2] * 5, "mlp.fc1": [2] * 5}),
+    ):
+        memory = remember(config, found.block_modules)
+        for _ in range(2):  # the first pass looks at one sample beforehand
+            for seen in sizes.values():
+                seen.clear()
+            with memory:
+                found.model(images)
+        assert sizes == expected, config
 
 
 def test_the_modules_are_left_as_they_were():

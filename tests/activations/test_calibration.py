@@ -86,8 +86,7 @@ def test_without_calibration_there_is_no_state(model):
     assert not fitted(memory) and not memory.calibration.state_dict()["layers"]
 
 
-def test_pieces_and_recomputation_calibrate_the_same_sites(model, monkeypatch):
-    monkeypatch.setattr("s2a_cli.activations.blocks.LEAST", 1)  # pieces however small
+def test_pieces_and_recomputation_calibrate_the_same_sites(model):
     plain = remember(config(**FAMILIES), model[1:])
     gradient(model, plain, batch(0))
     chunked = remember(config(**FAMILIES, chunks=4), model[1:])

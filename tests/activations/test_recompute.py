@@ -10,17 +10,11 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from s2a_cli.activations import blocks as runners
 from s2a_cli.activations import remember
 from s2a_cli.config import QuantConfig
 
 EXACT = QuantConfig(lossless=False, recompute="block", chunks=8)
 TINY = QuantConfig(recompute="block", input=8, chunks=8)
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(runners, "LEAST", 1)
 
 
 class Positions(nn.Module):

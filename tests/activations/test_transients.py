@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from s2a_cli.activations import groups, levels, remember
+from s2a_cli.activations import levels, remember
 from s2a_cli.activations.norm import encode_norm
 from s2a_cli.activations.operators import decode_groups, encode_groups, encode_interval, encode_levels, multiply_levels, with_inverse
 from s2a_cli.config import QuantConfig
@@ -68,8 +68,8 @@ def test_calibration_looks_at_a_sample():
     assert peak(run) < 2 * BYTES + 2 * codes + 0.7 * BYTES  # two results, two codes, chunks
 
 
-def test_an_unfused_map_never_exists_whole(monkeypatch):
-    monkeypatch.setattr(groups, "TRANSIENT", 1 << 18)
+def test_an_unfused_map_never_exists_whole(set_piece_sizes):
+    set_piece_sizes(decoded=1 << 18)
     q = torch.randn(64, 2, 256, 8, requires_grad=True)
     whole = 64 * 2 * 256 * 256 * 4
 

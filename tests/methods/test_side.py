@@ -45,7 +45,7 @@ def test_a_side_branch_sends_no_gradient_through_the_backbone(backbone):
 
 
 @each_backbone
-def test_a_tap_in_pieces_is_the_tap_of_the_whole_batch(backbone, monkeypatch):
+def test_a_tap_in_pieces_is_the_tap_of_the_whole_batch(backbone, set_piece_sizes):
     made = make(backbone, "side")
     images, _ = batch(made)
     tap, outputs = made.model.s2a["side"].taps[0], []
@@ -53,7 +53,7 @@ def test_a_tap_in_pieces_is_the_tap_of_the_whole_batch(backbone, monkeypatch):
     with torch.no_grad():
         made.model(images)
     whole = tap(outputs[0])
-    monkeypatch.setattr(side, "PIECE", outputs[0][:3].numel())
+    set_piece_sizes(pooled=outputs[0][:3].numel())
     assert torch.equal(tap(outputs[0]), whole) and whole.dtype == torch.int8 and len(whole) == 4
 
 
@@ -179,13 +179,13 @@ def test_learning_at_once_is_learning_afterwards(backbone):
 
 
 @each_backbone
-def test_the_gradient_of_a_vote_at_a_border_is_computed_in_pieces(backbone, monkeypatch):
+def test_the_gradient_of_a_vote_at_a_border_is_computed_in_pieces(backbone, set_piece_sizes):
     made = make(backbone, "side")
     tap = made.model.s2a["side"].taps[0]
     h = torch.randn(4, *made.blocks[0].output.shape, requires_grad=True)
     whole = tap.tokens(h)
     upstream = torch.randn_like(whole)
-    monkeypatch.setattr(side, "PIECE", h[:3].numel())
+    set_piece_sizes(pooled=h[:3].numel())
     with remember(quant(2)):  # no code is made of it
         read = side.Read.apply(h, tap)
         found = torch.autograd.grad(read, h, upstream)[0]
