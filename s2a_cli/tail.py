@@ -23,9 +23,9 @@ class Taps:
     def device(self) -> torch.device:
         return self.tensors[0].device
 
-    def to(self, target: torch.device | torch.dtype) -> Taps:
+    def to(self, target: torch.device | torch.dtype, non_blocking: bool = False) -> Taps:
         """On a device. A dtype, to which images are converted, leaves them as the forward pass gave them."""
-        return self if isinstance(target, torch.dtype) else Taps(t.to(target) for t in self.tensors)
+        return self if isinstance(target, torch.dtype) else Taps(t.to(target, non_blocking=non_blocking) for t in self.tensors)
 
     def split(self, size: int) -> list[Taps]:
         return [Taps(parts) for parts in zip(*(t.split(size) for t in self.tensors))]

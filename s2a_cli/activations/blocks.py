@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from s2a_cli.activations.piece_sizes import PieceSizes, piece_sizes
+from s2a_cli.activations.piece_sizes import piece_sizes
 from s2a_cli.activations.random_numbers import Draws, parts, random_state, set_random_state
 from s2a_cli.activations.recompute import Recompute, Replay, in_pieces, input_bytes, splits
 from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
@@ -104,7 +104,8 @@ class BlockRunner:
         if not inputs or not len(inputs[0]):
             return as_it_is()
         samples, config = len(inputs[0]), self.config
-        size = self.piece_size(call, inputs[0], config.recompute != "none")
+        kind = "block" if config.recompute == "none" else "recomputed"
+        size = self.piece_size(call, inputs[0], kind)
         if not torch.is_grad_enabled():
             outputs = in_pieces(call, inputs, size) if size < samples else None
             return as_it_is() if outputs is None else call.returned(outputs)
@@ -115,10 +116,10 @@ class BlockRunner:
             return as_it_is()
         if not probe.trained and not any(x.requires_grad for x in inputs):
             with torch.no_grad():
-                outputs = in_pieces(call, inputs, size)
+                outputs = in_pieces(call, inputs, self.piece_size(call, inputs[0], "forward"))
                 return as_it_is() if outputs is None else call.returned(outputs)
         if config.recompute == "none" or probe.kept <= sum(input_bytes(x[:1], config) for x in states):
-            if (size := self.piece_size(call, inputs[0], recomputes=False)) >= samples:
+            if (size := self.piece_size(call, inputs[0], "block")) >= samples:
                 return as_it_is()
             # Split at once: the gradients of slices would each be as large as the whole.
             pieces = zip(parts(samples, size), zip(*(x.split(size) for x in inputs)))
@@ -127,16 +128,12 @@ class BlockRunner:
         replay = Replay(call, inputs[0].device, probe.unread)
         return call.returned(list(Recompute.apply(replay, size, len(inputs), *inputs, *probe.trained)))
 
-    def piece_size(self, call: Call, x: Tensor, recomputes: bool) -> int:
-        """Samples in a piece of the batch x."""
+    def piece_size(self, call: Call, x: Tensor, kind: str) -> int:
+        """Samples in a piece of the batch x. kind: the piece size that holds where the number of pieces is left to us."""
         if call.is_whole:
             return len(x)
-        pieces = self.config.chunks or x.numel() // self.least(piece_sizes(x.device), recomputes)
+        pieces = self.config.chunks or x.numel() // getattr(piece_sizes(x.device), kind)
         return -(-len(x) // max(pieces, 1))
-
-    def least(self, sizes: PieceSizes, recomputes: bool) -> int:
-        """Elements of x in a piece, or about as many, where the number of pieces is left to us."""
-        return sizes.recomputed if recomputes else sizes.block
 
     def _probe(self, call: Call, inputs: list[Tensor]) -> Probe:
         x = inputs[0]
@@ -153,8 +150,8 @@ class BlockRunner:
 class MlpRunner(BlockRunner):
     """Stands in for the forward of a multi-layer perceptron of a block that keeps codes: its hidden layer never exists whole."""
 
-    def least(self, sizes: PieceSizes, recomputes: bool) -> int:
-        return sizes.mlp
+    def piece_size(self, call: Call, x: Tensor, kind: str) -> int:
+        return super().piece_size(call, x, "mlp")
 
 
 class Call:

@@ -21,13 +21,14 @@ class PieceSizes:
     block: int  # of the input of a block, at least
     mlp: int  # of the input of an MLP within a block, whose hidden layer is some four times as wide, at least
     recomputed: int  # of the input of a block that is computed again in the backward pass, at least
+    forward: int  # of the input of a block without a backward pass, at least
     decoded: int  # at most so many are decoded at a time, where the result feeds a matrix product or a convolution
     pooled: int  # at most so many of a hidden state are pooled and normalised at a time
 
 
 BY_DEVICE = {
-    "cpu": PieceSizes(block=1 << 20, mlp=1 << 20, recomputed=1 << 20, decoded=1 << 21, pooled=1 << 21),
-    "cuda": PieceSizes(block=1 << 25, mlp=1 << 22, recomputed=1 << 22, decoded=1 << 24, pooled=1 << 23),
+    "cpu": PieceSizes(block=1 << 20, mlp=1 << 20, recomputed=1 << 20, forward=1 << 20, decoded=1 << 21, pooled=1 << 21),
+    "cuda": PieceSizes(block=1 << 25, mlp=1 << 22, recomputed=1 << 22, forward=1 << 21, decoded=1 << 24, pooled=1 << 23),
 }
 _planned: str | None = None
 
