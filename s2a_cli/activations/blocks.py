@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from s2a_cli.activations.piece_sizes import piece_sizes
+from s2a_cli.activations.piece_sizes import MOST, piece_sizes
 from s2a_cli.activations.random_numbers import Draws, parts, random_state, set_random_state
 from s2a_cli.activations.recompute import Recompute, Replay, in_pieces, input_bytes, splits
 from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
@@ -61,6 +61,7 @@ class BlockRunner:
     def __init__(self, mode: ActivationMode, index: int, module: nn.Module, config: QuantConfig):
         self.mode, self.index, self.module = mode, index, module
         self.config, self.handlers = config, mode.handlers_of(config)  # those of this block
+        self.has_mlp = bool(mlps(module))
         self._probes: dict[tuple, Probe] = {}
         self._users = 0  # threads that are within the mode
 
@@ -109,7 +110,7 @@ class BlockRunner:
         if not torch.is_grad_enabled():
             outputs = in_pieces(call, inputs, size) if size < samples else None
             return as_it_is() if outputs is None else call.returned(outputs)
-        if config.recompute == "none" and size >= samples:
+        if config.recompute == "none" and size >= samples and (config.chunks or self.has_mlp):
             return as_it_is()
         probe = self._probe(call, inputs)
         if probe.changes_input or not probe.splits:
@@ -119,7 +120,8 @@ class BlockRunner:
                 outputs = in_pieces(call, inputs, self.piece_size(call, inputs[0], "forward"))
                 return as_it_is() if outputs is None else call.returned(outputs)
         if config.recompute == "none" or probe.kept <= sum(input_bytes(x[:1], config) for x in states):
-            if (size := self.piece_size(call, inputs[0], "block")) >= samples:
+            size = self.piece_size(call, inputs[0], "wide" if probe.is_wide and not self.has_mlp else "block")
+            if size >= samples:
                 return as_it_is()
             # Split at once: the gradients of slices would each be as large as the whole.
             pieces = zip(parts(samples, size), zip(*(x.split(size) for x in inputs)))
@@ -132,7 +134,7 @@ class BlockRunner:
         """Samples in a piece of the batch x. kind: the piece size that holds where the number of pieces is left to us."""
         if call.is_whole:
             return len(x)
-        pieces = self.config.chunks or x.numel() // getattr(piece_sizes(x.device), kind)
+        pieces = self.config.chunks or min(MOST, x.numel() // getattr(piece_sizes(x.device), kind))
         return -(-len(x) // max(pieces, 1))
 
     def _probe(self, call: Call, inputs: list[Tensor]) -> Probe:
@@ -203,6 +205,7 @@ class Probe:
     unread: int  # which of its linear layers is the last and has an output that nothing in backward reads: 1, 2, ...; or 0
     changes_input: bool  # in place
     splits: bool  # whether what it returns is split by sample as its inputs are
+    is_wide: bool  # whether a tensor within has more than twice the elements of its input and of its output
     flags: list[tuple[Tensor, bool]]  # the parameters that it read, and whether they were trained
 
     def holds(self) -> bool:
@@ -211,17 +214,21 @@ class Probe:
 
 
 class Reads(TorchFunctionMode):
-    """Collects the parameters that functions are called with."""
+    """Collects the parameters that functions are called with, and the elements of the largest tensor that one returns."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[int, Tensor] = {}
+        self.widest = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         for x in tree_leaves((args, kwargs or {})):
             if isinstance(x, nn.Parameter):
                 self.found[id(x)] = x
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.widest = max(self.widest, out.numel())
+        return out
 
 
 def probe(call: Call, inputs: list[Tensor]) -> Probe:
@@ -251,6 +258,7 @@ def probe(call: Call, inputs: list[Tensor]) -> Probe:
         unread=thread.linears - begun if last < thread.linears else 0,
         changes_input=versions != [sample._version for sample in samples],
         splits=splits(outputs, None if call.is_whole else len(samples[0])),
+        is_wide=reads.widest > 2 * max(x.numel() for x in (*samples, *outputs)),
         flags=[(p, p.requires_grad) for p in reads.found.values()],
     )
 

@@ -19,6 +19,7 @@ class PieceSizes:
     """In elements, for quant.chunks=null. A piece has at least one sample, whatever these say."""
 
     block: int  # of the input of a block, at least
+    wide: int  # of the input of a block that holds layers more than twice as wide, and no MLP, at least
     mlp: int  # of the input of an MLP within a block, whose hidden layer is some four times as wide, at least
     recomputed: int  # of the input of a block that is computed again in the backward pass, at least
     forward: int  # of the input of a block without a backward pass, at least
@@ -27,9 +28,10 @@ class PieceSizes:
 
 
 BY_DEVICE = {
-    "cpu": PieceSizes(block=1 << 20, mlp=1 << 20, recomputed=1 << 20, forward=1 << 20, decoded=1 << 21, pooled=1 << 21),
-    "cuda": PieceSizes(block=1 << 25, mlp=1 << 22, recomputed=1 << 22, forward=1 << 21, decoded=1 << 24, pooled=1 << 23),
+    "cpu": PieceSizes(block=1 << 20, wide=1 << 20, mlp=1 << 20, recomputed=1 << 20, forward=1 << 20, decoded=1 << 21, pooled=1 << 21),
+    "cuda": PieceSizes(block=1 << 25, wide=1 << 21, mlp=1 << 22, recomputed=1 << 22, forward=1 << 21, decoded=1 << 24, pooled=1 << 23),
 }
+MOST = 8  # pieces of a batch
 _planned: str | None = None
 
 

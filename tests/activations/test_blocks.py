@@ -234,6 +234,22 @@ def test_pieces_as_the_device_wants_them(set_piece_sizes):
         assert sizes == expected, config
 
 
+@pytest.mark.parametrize("expansion, expected", [(6, [2, 2, 2, 2, 2]), (2, [10])])
+def test_a_block_with_wide_layers_and_no_mlp_runs_in_smaller_pieces(set_piece_sizes, expansion, expected):
+    set_piece_sizes(wide=2 * 4 * 8 * 8)  # two images of 4 x 8 x 8
+    block = torch.nn.Sequential(torch.nn.Conv2d(4, 4 * expansion, 1), torch.nn.ReLU(), torch.nn.Conv2d(4 * expansion, 4, 1))
+    x, seen = torch.randn(10, 4, 8, 8, requires_grad=True), []
+    exact = torch.autograd.grad(block(x).square().sum(), x)[0]
+    block[0].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    memory = remember(quant(lossless=True, chunks=None), [block])
+    for _ in range(2):
+        seen.clear()
+        with memory:
+            y = block(x)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], exact)
+    assert seen == expected
+
+
 def test_the_modules_are_left_as_they_were():
     found = made("vit", "bias")
     memory = remember(quant(chunks=2), found.block_modules)
