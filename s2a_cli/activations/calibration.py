@@ -79,7 +79,7 @@ class Calibration:
         """The seed of the next stochastic rounding; None where codes are the nearest."""
         if not self.is_stochastic:
             return None
-        self._draws += 1
+        self._draws += not self._is_paused  # what only looks at a block is made anew by a run that goes on
         return (self._origin * 6364136223846793005 + self._draws * 1442695040888963407) % 2**62
 
     def pointwise(self, site: str, function: Callable[..., Tensor], parameters: dict, bits: int, x: Tensor) -> levels.Table:
