@@ -14,6 +14,10 @@ class UserError(Exception):
 
     code = 2  # that the process exits with
 
+    def __init__(self, message: str):
+        # Names come from files that others made: what could end a line or move a cursor is shown as an escape.
+        super().__init__("\n".join(map(printable, message.split("\n"))))
+
 
 def nearest(word: str, accepted: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the accepted word closest to `word`, or an empty string."""
