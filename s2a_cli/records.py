@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, TypedDict
 
 from s2a_cli import __version__
-from s2a_cli.errors import UserError, first_line
+from s2a_cli.errors import UserError, first_line, printable
 
 SCHEMA = 1
 MOST = 16 << 20  # bytes of a record; the largest has a name for each of some ten thousand classes
@@ -327,7 +327,7 @@ def differences(there: str, here: str) -> list[str]:
     odd = [key for key in [*one, *(two.keys() - one.keys())] if one.get(key, "not set") != two.get(key, "not set")]
     named = {"data": "other data", "weights": "other pretrained weights"}
     said = [named.get(key) or f"{key.removeprefix('config.')}={one.get(key, 'not set')}, here {two.get(key, 'not set')}" for key in odd]
-    return list(dict.fromkeys(said))
+    return list(dict.fromkeys(map(printable, said)))
 
 
 def _leaves(node: Any, prefix: str = "") -> dict[str, str]:

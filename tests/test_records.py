@@ -266,10 +266,10 @@ def test_a_link_where_a_lock_or_a_replacement_should_be_is_refused(make_result, 
 
 def test_a_key_that_could_end_a_line_is_shown_as_an_escape(make_result, tmp_path):
     """Keys of a stranger's config are named where it differs."""
-    odd = with_value(make_result(), "config.method.lr", {"a\x1eb\x1b[2J": None})
+    odd = with_value(make_result(), "config.method.lr", {"a\nb\x1b[2J": None})
     folder = written(tmp_path / "odd", odd)
     (folder / "trainable.safetensors").touch()
     with pytest.raises(UserError, match="another config") as raised:
         folders.place(folder, records.content_of(make_result(method="bias")), False)
-    assert len(str(raised.value).splitlines()) == 1 and "a\\x1eb\\x1b[2J" in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1 and "a\\nb\\x1b[2J" in str(raised.value)
     assert str(UserError("one\ntwo\r")) == "one\ntwo\\r"
