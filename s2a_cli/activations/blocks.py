@@ -105,8 +105,7 @@ class BlockRunner:
         if not inputs or not len(inputs[0]):
             return as_it_is()
         samples, config = len(inputs[0]), self.config
-        kind = "block" if config.recompute == "none" else "recomputed"
-        size = self.piece_size(call, inputs[0], kind)
+        size = self.piece_size(call, inputs[0], "block" if config.recompute == "none" else "recomputed")
         if not torch.is_grad_enabled():
             outputs = in_pieces(call, inputs, size) if size < samples else None
             return as_it_is() if outputs is None else call.returned(outputs)
@@ -115,12 +114,14 @@ class BlockRunner:
         probe = self._probe(call, inputs)
         if probe.changes_input or not probe.splits:
             return as_it_is()
+        codes = "wide" if probe.is_wide and not self.has_mlp else "block"
         if not probe.trained and not any(x.requires_grad for x in inputs):
+            size = self.piece_size(call, inputs[0], codes if config.recompute == "none" else "forward")
             with torch.no_grad():
-                outputs = in_pieces(call, inputs, self.piece_size(call, inputs[0], "forward"))
+                outputs = in_pieces(call, inputs, size)
                 return as_it_is() if outputs is None else call.returned(outputs)
         if config.recompute == "none" or probe.kept <= sum(input_bytes(x[:1], config) for x in states):
-            size = self.piece_size(call, inputs[0], "wide" if probe.is_wide and not self.has_mlp else "block")
+            size = self.piece_size(call, inputs[0], codes)
             if size >= samples:
                 return as_it_is()
             # Split at once: the gradients of slices would each be as large as the whole.
