@@ -151,7 +151,7 @@ class Fit:
         pending = Pending(device, at.step + 1, count)
         if meter:
             meter.step_begins()
-        images, targets = self.mix(images.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+        images, targets = self.mix(sent(images, device), sent(targets, device))
         images = images.to(self.step.dtype)  # here, where no copy stays beside it
         after = [meter.after_forward] if meter else []
         loss = self.step(self.run.trained, self.optimizer, images, targets, *after, of=count)
@@ -277,6 +277,11 @@ def mixing(optim: DictConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[
     return v2.RandomChoice(kinds) if kinds else lambda images, targets: (images, targets)
 
 
+def sent(batch: Tensor, device: torch.device) -> Tensor:
+    """A batch on the device. The host waits for a copy to CUDA no longer than until it is on its way: batches are pinned."""
+    return batch.to(device, non_blocking=device.type == "cuda")
+
+
 @torch.no_grad()
 def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: False) -> dict[str, float | None]:
     """Mean loss, top-1 and top-5 in % over a split; top-5 is None with fewer than six classes.
@@ -285,19 +290,19 @@ def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: 
     """
     run.model.eval()
     step = Step(run.config, run.device, run.backbone.block_modules)
-    sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # read once: the host does not wait for the device
+    found = [torch.zeros(3, device=run.device)]  # loss, top-1 and top-5 of each batch; read once: the host does not wait for the device
     count = 0
     five = len(run.splits.classes) > 5
     alone = distributed.part()[1] == 1  # with others there is no stop before the sums that they wait for
     for images, targets in guarded(loader, asked):
-        images, targets = (x.to(run.device, non_blocking=True) for x in (images, targets))
+        images, targets = sent(images, run.device), sent(targets, run.device)
         logits = step.logits(run.trained, images)
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
         top1 = (logits.argmax(1) == targets).sum()
         top5 = (logits.topk(5).indices == targets[:, None]).sum() if five else torch.zeros_like(top1)
-        sums += torch.stack([loss.double(), top1.double(), top5.double()])
+        found.append(torch.stack([loss, top1, top5]))  # counts in fp32 are exact
         count += len(images)
         if alone and asked():
             raise KeyboardInterrupt
-    loss, top1, top5, count = distributed.total(*sums.tolist(), count)
+    loss, top1, top5, count = distributed.total(*torch.stack(found).cpu().double().sum(0).tolist(), count)
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count if five else None}

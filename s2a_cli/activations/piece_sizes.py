@@ -1,8 +1,9 @@
 """How many elements are worked on at a time, by device.
 
 Small pieces keep what a step has beside the kept activations small. Each costs as many kernel launches as the whole, which
-a CPU does not notice, and a GPU does: its work on 2^20 elements takes less time than the host's work to launch it. The
-counts of operators and the peaks that follow are in benchmarks/results/operators.md.
+a CPU hardly notices, and a fast GPU should: its work on 2^20 elements is a few microseconds, no more than what the host
+needs to launch it (an estimate from memory bandwidth; no GPU has confirmed the sizes). The counts of operators and the
+predicted peaks that follow are in benchmarks/results/operators.md.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Profile:
     peak_at: int  # entries of the timeline up to the peak
     phases: tuple[tuple[int, str], ...]  # (entry of the timeline, forward | backward | update), in order
     calls: tuple[Call, ...]
-    operators: int  # dispatched in the step, views apart: each costs the host some 10 microseconds or more
+    operators: int  # dispatched in the step, views apart
 
     @property
     def peak_bytes(self) -> int:
