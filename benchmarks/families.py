@@ -2,11 +2,12 @@
 
     python benchmarks/families.py [FAMILY ...] [--workers 2]
 
-Of each family the smallest model, on a CPU: one step of each method, with the gradients of several `quant=` against stock
-PyTorch's (in float64 where they should be the same); the layouts of hidden states against the widths of the blocks' own layers;
-what is kept for the backward pass, predicted; and predicted peaks against those of the same step on real tensors. A family
-is done in a process of its own, at the smallest image size that its model takes (memory: at the model's own). Writes benchmarks/results/families.json, where families
-that are not named stay as they are, and the table docs/families.md.
+Of each family the smallest model, on a CPU: one step of each method, with the gradients of several `quant=` against
+stock PyTorch's (in float64 where they should be the same); the layouts of hidden states against the widths of the
+blocks' own layers; what is kept for the backward pass, predicted; and predicted peaks against those of the same step on
+real tensors. A family is done in a process of its own, at the smallest image size that its model takes (memory: at the
+model's own). Writes benchmarks/results/families.json, where families that are not named stay as they are, and the table
+docs/families.md.
 """
 
 from __future__ import annotations
@@ -113,13 +114,22 @@ def batch(size: int) -> tuple[Tensor, Tensor]:
 
 
 def gradient(backbone: Backbone, config: DictConfig, images: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of everything that trains, zero where a parameter is not used. Raises ValueError where it is not finite, or zero altogether."""
+    """Of everything that trains, zero where a parameter is not used.
+
+    Raises ValueError where it is not finite, or zero altogether.
+    """
     backbone.model.to(dtype).zero_grad(set_to_none=True)
     step = Step(config, torch.device("cpu"), backbone.block_modules)
     step.dtype = dtype
     torch.manual_seed(0)
     step.losses(backbone.model, images, targets).sum().backward()
-    found = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in backbone.model.parameters() if p.requires_grad])
+    found = torch.cat(
+        [
+            (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+            for p in backbone.model.parameters()
+            if p.requires_grad
+        ]
+    )
     backbone.model.zero_grad(set_to_none=True)
     if not found.isfinite().all() or not found.any():
         raise ValueError("the gradient is not finite, or zero")
@@ -137,7 +147,9 @@ def cosine(found: Tensor, right: Tensor) -> float:
 
 
 def controls(row: Row, backbone: Backbone, stock: DictConfig, images: Tensor, targets: Tensor, right: Tensor) -> Row:
-    """What rounding alone does to stock PyTorch's gradient, where ours is off: random weights may amplify it without bound."""
+    """What rounding alone does to stock PyTorch's gradient, where ours is off: random weights may amplify it without
+    bound.
+    """
     if right.dtype == torch.float64 and any(isinstance(row[name], float) and row[name] > EXACT_ERROR for name in EXACT):
         each = [gradient(backbone, stock, x, y, torch.float64) for x, y in zip(images.split(1), targets.split(1))]
         return {"stock, image by image": error(sum(each) / len(each), right)}
@@ -154,12 +166,19 @@ def methods_of(model: str, size: int) -> Row:
     for method in METHODS:
         try:
             backbone = made(model, method, size)
-            row = rows[method] = {"trained": int(sum(p.numel() for p in backbone.model.parameters() if p.requires_grad))}
+            row = rows[method] = {
+                "trained": int(sum(p.numel() for p in backbone.model.parameters() if p.requires_grad))
+            }
             stock = configured(model, method, size, "quant=none")
-            for kind, ways in ((torch.float64, EXACT), (torch.float32, CODED)):  # rounding in fp32 moves what lies at a ReLU's corner
+            for kind, ways in (
+                (torch.float64, EXACT),
+                (torch.float32, CODED),
+            ):  # rounding in fp32 moves what lies at a ReLU's corner
                 right = gradient(backbone, stock, images, targets, kind)
                 for name, words in ways.items():
-                    whole = ["quant.chunks=1"] if name == "int4" and moving_norms(backbone.model) else []  # their statistics are the batch's
+                    whole = (
+                        ["quant.chunks=1"] if name == "int4" and moving_norms(backbone.model) else []
+                    )  # their statistics are the batch's
                     config = configured(model, method, size, *words, *whole)
                     try:
                         training.attach(config, backbones.build(config.backbone, CLASSES, meta=True))
@@ -174,10 +193,14 @@ def methods_of(model: str, size: int) -> Row:
             backbone.model.float()
             before = {name: t.clone() for name, t in backbone.model.state_dict().items()}
             config = configured(model, method, size)
-            Step(config, torch.device("cpu"), backbone.block_modules)(backbone.model, make_optimizer(config.optim, backbone.model), images, targets)
+            Step(config, torch.device("cpu"), backbone.block_modules)(
+                backbone.model, make_optimizer(config.optim, backbone.model), images, targets
+            )
             tensors = dict([*backbone.model.named_parameters(remove_duplicate=False), *backbone.model.named_buffers()])
             frozen = [name for name, tensor in tensors.items() if not tensor.requires_grad] if method != "full" else []
-            row["changed though frozen"] = [name for name in frozen if name in before and not torch.equal(tensors[name], before[name])]
+            row["changed though frozen"] = [
+                name for name in frozen if name in before and not torch.equal(tensors[name], before[name])
+            ]
         except Exception as problem:  # one model must not end the table
             rows[method] = f"{type(problem).__name__}: {first_line(problem)}"
             if not isinstance(problem, UserError):
@@ -205,7 +228,14 @@ def taken(module: nn.Module) -> int | None:
     """How many channels a layer takes; None for what does not say."""
     if isinstance(module, nn.LayerNorm):
         return module.normalized_shape[-1]
-    return next((getattr(module, name) for name in ("in_features", "in_channels", "num_features", "num_channels") if hasattr(module, name)), None)
+    return next(
+        (
+            getattr(module, name)
+            for name in ("in_features", "in_channels", "num_features", "num_channels")
+            if hasattr(module, name)
+        ),
+        None,
+    )
 
 
 def kept_of(model: str) -> Row:
@@ -227,7 +257,9 @@ def tracked_of(model: str, size: int) -> Row:
         backbone = made(model, method, size)
         predicted = training.predict_step(backbone, config, BATCH)
         step = Step(config, torch.device("cpu"), backbone.block_modules)
-        real = memory.track(backbone.model, batch(size), step, lambda model, config=config: make_optimizer(config.optim, model))
+        real = memory.track(
+            backbone.model, batch(size), step, lambda model, config=config: make_optimizer(config.optim, model)
+        )
         shares[f"{method} {quant.removeprefix('quant=')}"] = predicted.peak_mib / real.peak_mib
     return shares
 
@@ -256,8 +288,16 @@ def in_process(family: str) -> Row:
     asked = subprocess.run([sys.executable, __file__, family, "--one"], capture_output=True, text=True, timeout=3600)
     lines = asked.stdout.splitlines()
     if asked.returncode or not lines:
-        killed = "killed: its gradients in float64 take more memory than this machine has" if asked.returncode == -signal.SIGKILL else ""
-        return {"family": family, "model": None, "failed": killed or (asked.stderr.strip().splitlines() or ["ended without a word"])[-1]}
+        killed = (
+            "killed: its gradients in float64 take more memory than this machine has"
+            if asked.returncode == -signal.SIGKILL
+            else ""
+        )
+        return {
+            "family": family,
+            "model": None,
+            "failed": killed or (asked.stderr.strip().splitlines() or ["ended without a word"])[-1],
+        }
     return json.loads(lines[-1]) | {"stderr": asked.stderr.strip().splitlines()[-1:] if asked.stderr.strip() else []}
 
 

@@ -13,7 +13,9 @@ LOW = 0.95  # cosine of a gradient below which a row has a control
 def usable(row: dict[str, Any]) -> list[str]:
     """The methods that train this family's model, with the default way to keep activations."""
     methods = row.get("methods") or {}
-    return [name for name in METHODS if isinstance(methods.get(name), dict) and isinstance(methods[name].get("int4"), float)]
+    return [
+        name for name in METHODS if isinstance(methods.get(name), dict) and isinstance(methods[name].get("int4"), float)
+    ]
 
 
 def figures(row: dict[str, Any], kind: str) -> list[float]:
@@ -41,10 +43,23 @@ def line(row: dict[str, Any]) -> str:
         "all" if len(names) == len(METHODS) else ", ".join(names) or "none",
         f"{max(figures(row, 'lossless') + figures(row, 'recomputed'), default=float('nan')):.0e}",
         *(f"{min(figures(row, kind), default=float('nan')):.4f}" for kind in ("int4", "tiny")),
-        *([f"{kept['none']:.1f}", *(f"{kept[q]:.2f} ({kept['none'] / kept[q]:.1f}x)" if kept[q] > 0.005 else "0" for q in ("int4", "tiny"))]
-          if isinstance(kept, dict) else [kept, "", ""]),
-        ", ".join(f"{share:.3f}" for share in row["tracked"].values()) if isinstance(row["tracked"], dict) else row["tracked"],
-    ]  # fmt: skip
+        *(
+            [
+                f"{kept['none']:.1f}",
+                *(
+                    f"{kept[q]:.2f} ({kept['none'] / kept[q]:.1f}x)" if kept[q] > 0.005 else "0"
+                    for q in ("int4", "tiny")
+                ),
+            ]
+            if isinstance(kept, dict)
+            else [kept, "", ""]
+        ),
+        (
+            ", ".join(f"{share:.3f}" for share in row["tracked"].values())
+            if isinstance(row["tracked"], dict)
+            else row["tracked"]
+        ),
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -52,17 +67,35 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     usual = [row for row in rows if "s2a" in usable(row)]
     misread = [row["family"] for row in rows if isinstance(row.get("structure"), dict) and row["structure"]["wrong"]]
     inexact = list(controlled(rows, "stock, image by image", lambda cells: max(cells["lossless"], cells["recomputed"])))
-    low = list(controlled(rows, "stock, bf16", lambda cells: min(cells[kind] for kind in ("int4", "tiny") if isinstance(cells[kind], float))))
-    changed = [r["family"] for r in rows for cells in (r.get("methods") or {}).values() if isinstance(cells, dict) and cells["changed though frozen"]]
+    low = list(
+        controlled(
+            rows,
+            "stock, bf16",
+            lambda cells: min(cells[kind] for kind in ("int4", "tiny") if isinstance(cells[kind], float)),
+        )
+    )
+    changed = [
+        r["family"]
+        for r in rows
+        for cells in (r.get("methods") or {}).values()
+        if isinstance(cells, dict) and cells["changed though frozen"]
+    ]
     shares = [share for row in rows if isinstance(row.get("tracked"), dict) for share in row["tracked"].values()]
     near = sum(abs(share - 1) <= 0.01 for share in shares)
     return [
         f"- {len(usual)} of {len(rows)} families train with the default method and codes (`method=s2a quant=int4`).",
-        f"- Layouts that contradict the widths of a block's own layers: {', '.join(misread) or 'none'} of {sum('structure' in row for row in rows)}.",
-        f"- Gradients under lossless savings or recomputation that are off by more than {EXACT_ERROR:g}; in brackets stock PyTorch's own,"
-        f" image by image instead of all at once: {', '.join(inexact) or 'none'}.",
-        f"- Cosines of gradients under `int4` or `tiny` below {LOW:g}; in brackets that of stock PyTorch in bfloat16, since random weights"
-        f" may amplify any rounding: {', '.join(low) or 'none'}.",
+        (
+            f"- Layouts that contradict the widths of a block's own layers: {', '.join(misread) or 'none'} of"
+            f" {sum('structure' in row for row in rows)}."
+        ),
+        (
+            f"- Gradients under lossless savings or recomputation that are off by more than {EXACT_ERROR:g}; in"
+            f" brackets stock PyTorch's own, image by image instead of all at once: {', '.join(inexact) or 'none'}."
+        ),
+        (
+            f"- Cosines of gradients under `int4` or `tiny` below {LOW:g}; in brackets that of stock PyTorch in"
+            f" bfloat16, since random weights may amplify any rounding: {', '.join(low) or 'none'}."
+        ),
         f"- Frozen tensors that a step changed: {', '.join(dict.fromkeys(changed)) or 'none'}.",
         f"- Predicted peaks within 1 % of those of real tensors: {near} of {len(shares)}.",
     ]
@@ -75,19 +108,37 @@ def table(result: dict[str, Any]) -> str:
     head = [
         "# Every family of timm",
         "",
-        "The smallest model of each family with random weights, through every method, made by `benchmarks/families.py`; "
-        f"timm {about.get('timm')}, torch {about.get('torch')}, on a CPU. Memory is predicted.",
+        (
+            "The smallest model of each family with random weights, through every method, made by"
+            f" `benchmarks/families.py`; timm {about.get('timm')}, torch {about.get('torch')}, on a CPU. Memory is"
+            " predicted."
+        ),
         "",
         *summary(rows),
         *failed,
         "",
-        "Columns: hidden states at the blocks' outputs; methods that train with `quant=int4`; the largest relative error of a gradient",
-        "in float64 under `quant=exact` and under recomputation from whole inputs, over the methods; the least cosine of a gradient under `int4` and",
-        "`tiny`; MiB kept for the backward pass by bias tuning, an image of the model's own size; predicted peak over that of the same",
-        "step on real tensors of the CPU, for bias with stock, bias with int4 and s2a with tiny. Where these differ, the CPU's own kernels"
-        " lay results out in another way, or compute weights' gradients that nobody asked for.",
+        (
+            "Columns: hidden states at the blocks' outputs; methods that train with `quant=int4`; the largest relative"
+            " error of a gradient"
+        ),
+        (
+            "in float64 under `quant=exact` and under recomputation from whole inputs, over the methods; the least"
+            " cosine of a gradient under `int4` and"
+        ),
+        (
+            "`tiny`; MiB kept for the backward pass by bias tuning, an image of the model's own size; predicted peak"
+            " over that of the same"
+        ),
+        (
+            "step on real tensors of the CPU, for bias with stock, bias with int4 and s2a with tiny. Where these"
+            " differ, the CPU's own kernels lay results out in another way, or compute weights' gradients that nobody"
+            " asked for."
+        ),
         "",
-        "| family: model | blocks | methods | exact: error | int4: cosine | tiny: cosine | kept, stock | int4 | tiny | peak |",
+        (
+            "| family: model | blocks | methods | exact: error | int4: cosine | tiny: cosine | kept, stock | int4 |"
+            " tiny | peak |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*head, *map(line, done)]) + "\n"

@@ -8,11 +8,11 @@ flowers5/train, dtd6_textures/train, pacs/sketch/train. About 25 minutes on one 
 bits. Prints and writes fidelity.md, fidelity.csv (a row a setting and state), fidelity_groups.csv (the presets, a row a
 parameter group) and, where matplotlib is installed, fidelity.png. With --only, the other tables stay as they are there.
 
-Two states. "start": pretrained weights, a random head of deviation 0.05, 64 photos, 16 of each of the four folders, with
-random labels. "trained": after 16 steps of AdamW (2e-3, 64 photos each) on cifar10_subset, the gradient of 64 photos that
-were not trained on. Compared are the gradients of the backbone's biases (with `linear`, of all its parameters): cosine and
-relative error (the norm of the difference over that of the exact gradient) of all together, and of the worst group, which
-is one bias vector (one parameter).
+Two states. "start": pretrained weights, a random head of deviation 0.05, 64 photos, 16 of each of the four folders,
+with random labels. "trained": after 16 steps of AdamW (2e-3, 64 photos each) on cifar10_subset, the gradient of 64
+photos that were not trained on. Compared are the gradients of the backbone's biases (with `linear`, of all its
+parameters): cosine and relative error (the norm of the difference over that of the exact gradient) of all together, and
+of the worst group, which is one bias vector (one parameter).
 """
 
 from __future__ import annotations
@@ -265,7 +265,9 @@ def shipped(state: State, groups: list[dict]) -> Iterator[Row]:
 
 
 def average_bits(config: QuantConfig) -> float | None:
-    """Of GELU' (4 elements), two x^ and q, k, v of a ViT block, scales included; None where not all of them are coded."""
+    """Of GELU' (4 elements), two x^ and q, k, v of a ViT block, scales included; None where not all of them are
+    coded.
+    """
     if None in (config.pointwise, config.norm, config.attention):
         return None
     scale = 16 / config.group

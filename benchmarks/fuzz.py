@@ -2,8 +2,8 @@
 
     python benchmarks/fuzz.py [COUNT=2000] [KIND ...]
 
-Kinds: lines (of the command line), tensors (checkpoint files), records (and metrics), and images, archives, folders of data. Stops with the
-smallest input that ends in a traceback, a hang or a changed file.
+Kinds: lines (of the command line), tensors (checkpoint files), records (and metrics), and images, archives, folders of
+data. Stops with the smallest input that ends in a traceback, a hang or a changed file.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "data")]
-import fuzz_data  # noqa: E402
-import fuzz_inputs  # noqa: E402
-import fuzz_records  # noqa: E402
-from hypothesis import HealthCheck, given, settings  # noqa: E402
+import fuzz_data
+import fuzz_inputs
+import fuzz_records
+from hypothesis import HealthCheck, given, settings
 
 
 def lines(count: int) -> None:

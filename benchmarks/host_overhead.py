@@ -2,9 +2,9 @@
 
     python benchmarks/host_overhead.py
 
-Times operators on tiny tensors, in CPU seconds of the thread: stock, with 4-bit codes, and with 4-bit codes whose encoding
-and decoding give back what they gave the first time, which leaves the interception. Best of several rounds. Writes
-results/host_overhead.json and .md. A GPU's launches come on top; benchmarks/cuda measures those.
+Times operators on tiny tensors, in CPU seconds of the thread: stock, with 4-bit codes, and with 4-bit codes whose
+encoding and decoding give back what they gave the first time, which leaves the interception. Best of several rounds.
+Writes results/host_overhead.json and .md. A GPU's launches come on top; benchmarks/cuda measures those.
 """
 
 from __future__ import annotations
@@ -92,11 +92,26 @@ def main() -> int:
         with no_work():
             row["interception"] = timed(function, memory)
         rows.append(row)
-    lines = ["| operator | stock | 4-bit codes on a CPU | 4-bit codes, without their work |", "| --- | ---: | ---: | ---: |"]
-    lines += ["| " + " | ".join([r["operator"], *(" + ".join(f"{t:.0f}" for t in r[k]) for k in ("stock", "int4", "interception"))]) + " |" for r in rows]
-    said = f"`python benchmarks/host_overhead.py`. Microseconds of the host, forward + backward (with a sum), on tiny tensors; best of {ROUNDS}."
+    lines = [
+        "| operator | stock | 4-bit codes on a CPU | 4-bit codes, without their work |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    lines += [
+        "| "
+        + " | ".join(
+            [r["operator"], *(" + ".join(f"{t:.0f}" for t in r[k]) for k in ("stock", "int4", "interception"))]
+        )
+        + " |"
+        for r in rows
+    ]
+    said = (
+        "`python benchmarks/host_overhead.py`. Microseconds of the host, forward + backward (with a sum), on tiny"
+        f" tensors; best of {ROUNDS}."
+    )
     page = "\n".join(["# What an intercepted operator costs the host", "", said, "", *lines, ""])
-    atomic_write(OUT / "host_overhead.json", json.dumps({"environment": environment("cpu"), "rows": rows}, indent=1) + "\n")
+    atomic_write(
+        OUT / "host_overhead.json", json.dumps({"environment": environment("cpu"), "rows": rows}, indent=1) + "\n"
+    )
     atomic_write(OUT / "host_overhead.md", page)
     print(page)
     return 0

@@ -22,9 +22,9 @@ LIMITS = {torch.uint8: 0.01, torch.float32: 1e-4, torch.bfloat16: 2.0**-5, torch
 class Twins(TorchDispatchMode):
     """Compares each operator that has a Triton kernel, on the arguments that a step gives it, with its plain twin.
 
-    worst: {operator: the largest difference}; of codes the share of bytes that differ, of floats relative to the largest.
-    of_limit: {operator: the largest difference as a multiple of `LIMITS`}. calls: of each. without: operators of ours that
-    have no kernel, with their calls.
+    worst: {operator: the largest difference}; of codes the share of bytes that differ, of floats relative to the
+    largest. of_limit: {operator: the largest difference as a multiple of `LIMITS`}. calls: of each. without: operators
+    of ours that have no kernel, with their calls.
     """
 
     def __init__(self, names: tuple[str, ...], plain: dict[str, Callable]):
@@ -97,7 +97,9 @@ def check_row(row: Row, words: list[str], device: torch.device) -> dict[str, Any
 
 
 def check_kernels(words: list[str], device: torch.device) -> dict[str, Any]:
-    """What runs the operators on this device, and how far the kernels are from their twins in a step of T2 and of T1."""
+    """What runs the operators on this device, and how far the kernels are from their twins in a step of T2 and of
+    T1.
+    """
     from s2a_cli.activations import kernels
 
     differences: dict[str, float] = {}

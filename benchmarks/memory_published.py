@@ -62,7 +62,9 @@ def adaptformer(backbone: Backbone, width: int = 8) -> None:
     """A ReLU bottleneck beside each MLP (arXiv 2205.13535)."""
     for block in backbone.block_modules:
         channels = block.mlp.fc1.in_features
-        block.mlp.beside = nn.Sequential(nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, channels)).to(block.mlp.fc1.weight.device)
+        block.mlp.beside = nn.Sequential(nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, channels)).to(
+            block.mlp.fc1.weight.device
+        )
         block.mlp.register_forward_hook(lambda module, args, out: out + module.beside(args[0]) * 0.1)
 
 
@@ -85,12 +87,13 @@ LOW = ("backbone=vit_b", "precision=amp-fp16", "optim.batch_size=64")
 FULL, BIAS, LINEAR = ("method=full", "quant=none"), ("method=bias", "quant=none"), ("method=linear", "quant=none")
 
 
-
 def mesa(short: str, name: str) -> list[Case]:
     """In both precisions: the source does not say which."""
     words = ("backbone=timm", f"backbone.name={name}", "optim.batch_size=128", *FULL)
-    return [Case("Mesa", short, "full", (*words, f"precision={precision}"), unfused, 1000) for precision in ("fp32", "amp-fp16")]
-
+    return [
+        Case("Mesa", short, "full", (*words, f"precision={precision}"), unfused, 1000)
+        for precision in ("fp32", "amp-fp16")
+    ]
 
 
 CASES = (
@@ -126,10 +129,17 @@ def predicted(case: Case, *more: str) -> memory.Profile:
 def main(path: str) -> None:
     with open(path, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "peak_memory"]
-    print("| source | backbone | method | precision | published | predicted peak | predicted / published | kept | between steps | simulated reserve |")
+    print(
+        "| source | backbone | method | precision | published | predicted peak | predicted / published | kept | between"
+        " steps | simulated reserve |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for case in CASES:
-        row = next(r for r in rows if r["source"].startswith(case.source) and (r["backbone"], r["method"]) == (case.backbone, case.method))
+        row = next(
+            r
+            for r in rows
+            if r["source"].startswith(case.source) and (r["backbone"], r["method"]) == (case.backbone, case.method)
+        )
         published, found = float(row["value"]) * UNITS[row["unit"]], predicted(case)
         memory, taken = found.memory, reserved(found.timeline, found.begins_at) / MIB
         source = row["source"].partition(",")[0].partition(" (")[0]
@@ -137,7 +147,9 @@ def main(path: str) -> None:
         figures = [published, memory.peak_mib, memory.peak_mib / published, memory.kept_mib, memory.static_mib, taken]
         texts = [f"{value:.2f}" if place == 2 else f"{value:,.0f}" for place, value in enumerate(figures)]
         print("|", " | ".join([source, case.backbone, case.method, precision, *texts]), "|", flush=True)
-    print(f"\nMiB. torch {torch.__version__.partition('+')[0]}, timm {timm.__version__}; predicted, no device was asked.")
+    print(
+        f"\nMiB. torch {torch.__version__.partition('+')[0]}, timm {timm.__version__}; predicted, no device was asked."
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python benchmarks/operators.py
 
-Writes results/operators.json and .md. Views are not counted. Bias tuning, batch 64, fp32, 224 px; no GPU is needed, none is used.
+Writes results/operators.json and .md. Views are not counted. Bias tuning, batch 64, fp32, 224 px; no GPU is needed,
+none is used.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ OUT = Path(__file__).parent / "results"
 
 def counted(backbone: str, quant: str, device: str) -> dict[str, Any]:
     """One row."""
-    words = [f"backbone={backbone}", "method=bias", f"quant={quant}", "backbone.pretrained=false", f"optim.batch_size={BATCH}"]
+    words = [
+        f"backbone={backbone}",
+        "method=bias",
+        f"quant={quant}",
+        "backbone.pretrained=false",
+        f"optim.batch_size={BATCH}",
+    ]
     config = compose([*words, "dataset=cifar100"])
     made = backbones.build(config.backbone, CLASSES, meta=True)
     training.attach(config, made)
@@ -40,15 +47,29 @@ def counted(backbone: str, quant: str, device: str) -> dict[str, Any]:
         piece_sizes.BY_DEVICE["cuda"] = own
     found = profile.memory
     return {
-        **{"backbone": backbone, "quant": quant, "pieces": device, "operators": profile.operators},
-        **{"peak_mib": round(found.peak_mib, 1), "kept_mib": round(found.kept_mib, 1)},
+        "backbone": backbone,
+        "quant": quant,
+        "pieces": device,
+        "operators": profile.operators,
+        "peak_mib": round(found.peak_mib, 1),
+        "kept_mib": round(found.kept_mib, 1),
     }
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A line a backbone and quant: operators and times stock's, peak and kept MiB, for both kinds of pieces."""
     sizes = {device: vars(piece_sizes.BY_DEVICE[device]) for device in DEVICES}
-    head = ["backbone", "quant", "operators, CUDA's pieces", "times stock", "peak MiB", "operators, a CPU's pieces", "times stock", "peak MiB", "kept MiB"]
+    head = [
+        "backbone",
+        "quant",
+        "operators, CUDA's pieces",
+        "times stock",
+        "peak MiB",
+        "operators, a CPU's pieces",
+        "times stock",
+        "peak MiB",
+        "kept MiB",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * 2 + " ---: |" * (len(head) - 2)]
     by = {(row["backbone"], row["quant"], row["pieces"]): row for row in rows}
     for backbone in BACKBONES:
@@ -59,12 +80,18 @@ def markdown(rows: list[dict[str, Any]]) -> str:
                 row = by[backbone, quant, device]
                 cells += [f"{row['operators']:,}", f"{row['operators'] / stock:.2f}", f"{row['peak_mib']:,.0f}"]
             lines.append("| " + " | ".join([*cells, f"{by[backbone, quant, 'cuda']['kept_mib']:,.0f}"]) + " |")
-    told = "; ".join(f"{device} {', '.join(f'{name} 2^{size.bit_length() - 1}' for name, size in found.items())}" for device, found in sizes.items())
+    told = "; ".join(
+        f"{device} {', '.join(f'{name} 2^{size.bit_length() - 1}' for name, size in found.items())}"
+        for device, found in sizes.items()
+    )
     return "\n".join(
         [
             "# Operators a step",
             "",
-            "`python benchmarks/operators.py`. Bias tuning, batch 64, fp32, 224 px, predicted: what is dispatched, views apart, and the peak.",
+            (
+                "`python benchmarks/operators.py`. Bias tuning, batch 64, fp32, 224 px, predicted: what is dispatched,"
+                " views apart, and the peak."
+            ),
             f"Elements of a piece: {told} (see s2a_cli/activations/piece_sizes.py).",
             "",
             *lines,

@@ -1,7 +1,7 @@
 """The rows of benchmarks/tiers.py: ways to fine-tune a backbone, ours and those to compare with, made ready to train.
 
-A row is words of a run's config, and what stock PyTorch, timm, peft or the compiler add to the same model. All rows train
-with the product's own Step: the same loss, optimiser, precision and data.
+A row is words of a run's config, and what stock PyTorch, timm, peft or the compiler add to the same model. All rows
+train with the product's own Step: the same loss, optimiser, precision and data.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def unfuse(backbone: Backbone) -> None:
 
 
 def lora(backbone: Backbone) -> None:
-    """peft's LoRA (arXiv 2106.09685) of rank 8 on the product that makes q, k and v; the head trains too, biases do not."""
+    """peft's LoRA (arXiv 2106.09685) of rank 8 on the product that makes q, k and v; the head trains too, biases do
+    not.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -106,9 +108,24 @@ ROWS = (
     _row("T2", "T2: bias, quant=int5", "method=bias quant=int5", ours=True),
     _row("T2-s2a", "T2: s2a, quant=int5", "method=s2a quant=int5", ours=True),
     _row("T2-int4", "T2: bias, quant=int4", "method=bias quant=int4", ours=True),
-    _row("T2-int4-micro8", "T2: bias, quant=int4, micro-batches of 8", "method=bias quant=int4 optim.micro_batch=8", ours=True),
-    _row("segments", "s2a in 3 segments, quant=none; kept: of the last", "method=s2a method.segments=3 quant=none", ours=True),
-    _row("segments-int4", "s2a in 3 segments, quant=int4; kept: of the last", "method=s2a method.segments=3 quant=int4", ours=True),
+    _row(
+        "T2-int4-micro8",
+        "T2: bias, quant=int4, micro-batches of 8",
+        "method=bias quant=int4 optim.micro_batch=8",
+        ours=True,
+    ),
+    _row(
+        "segments",
+        "s2a in 3 segments, quant=none; kept: of the last",
+        "method=s2a method.segments=3 quant=none",
+        ours=True,
+    ),
+    _row(
+        "segments-int4",
+        "s2a in 3 segments, quant=int4; kept: of the last",
+        "method=s2a method.segments=3 quant=int4",
+        ours=True,
+    ),
     _row("only-pointwise", "bias, GELU' alone in 4 bits", "method=bias quant=exact quant.pointwise=4", ours=True),
     _row("only-norm", "bias, x^ alone in 4 bits", "method=bias quant=exact quant.norm=4", ours=True),
     _row("only-attention", "bias, q, k, v alone in 4 bits", "method=bias quant=exact quant.attention=4", ours=True),
@@ -227,7 +244,9 @@ def problems(entry: Entry, what: str) -> Iterator[None]:
 
 
 def predicted(row: Row, words: list[str], batch: int) -> memory.Memory:
-    """The memory of a step of `batch` images in the steady state; of compiled rows what is kept alone, their peak is nan."""
+    """The memory of a step of `batch` images in the steady state; of compiled rows what is kept alone, their peak is
+    nan.
+    """
     made = Made(row, words, torch.device("cpu"), meta=True)
     size = made.backbone.image.size
     images = torch.empty(batch, 3, size, size, dtype=made.step.dtype), torch.empty(batch, dtype=torch.int64)
@@ -273,7 +292,7 @@ def _partitioned(made: Made) -> Callable[..., Tensor]:
     What is kept between the two is the compiler's choice; in which order it runs the backward graph, and what it fuses
     there, is not known without compiling, so that the peak is not.
     """
-    import torch._inductor.lowering  # noqa: F401  the partition looks operators up there
+    import torch._inductor.lowering
     from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 

@@ -28,11 +28,12 @@ def time_rows(
     tell: Tell = lambda name, seconds: None,
     until: float = math.inf,
 ) -> None:
-    """Fills in `seconds`, `images_per_second` and, on CUDA, `beside_mib` of entries. Between two steps of a row every other row has one.
+    """Fills in `seconds`, `images_per_second` and, on CUDA, `beside_mib` of entries. Between two steps of a row every
+    other row has one.
 
-    until: of time.monotonic(), when no other round of steps begins. No more rows are made ready when two thirds of the time until
-    then are over: those that are left say so.
-    beside_mib: most that a step has allocated less what the other rows hold, weights, optimiser state and images included.
+    until: of time.monotonic(), when no other round of steps begins. No more rows are made ready when two thirds of the
+    time until then are over: those that are left say so. beside_mib: most that a step has allocated less what the other
+    rows hold, weights, optimiser state and images included.
     """
     cuda, began = device.type == "cuda", time.monotonic()
     ready: dict[str, Callable[[], float]] = {}
@@ -73,7 +74,9 @@ def set_speed(entry: Entry, seconds: list[float], batch: int) -> None:
     entry["images_per_second"] = batch / statistics.median(seconds)
 
 
-def made_ready(entry: Entry, words: list[str], batch: int, device: torch.device, images: list[Batch]) -> Callable[[], float]:
+def made_ready(
+    entry: Entry, words: list[str], batch: int, device: torch.device, images: list[Batch]
+) -> Callable[[], float]:
     """The row's timed step, warmed up: with its state, compiled, its kernels built."""
     before, shared = allocated(device), sum(tensor.nbytes for ready in images for tensor in ready)
     made = Made(BY_NAME[entry["name"]], words, device)

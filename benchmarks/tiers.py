@@ -1,12 +1,14 @@
-"""Memory, speed and gradients of ways to fine-tune a backbone, each beside full fine-tuning: ours and those to compare with.
+"""Memory, speed and gradients of ways to fine-tune a backbone, each beside full fine-tuning: ours and those to compare
+with.
 
     python benchmarks/tiers.py backbone=vit_b batch=64 precision=fp32
-    python benchmarks/tiers.py backbone=vit_t batch=32 backbone.image_size=112 checkpoint=vit_tiny.safetensors data=photos
+    python benchmarks/tiers.py backbone=vit_t batch=32 backbone.image_size=112 checkpoint=vit_tiny.safetensors
+    data=photos
 
-Writes OUT/NAME.json, .md and, where matplotlib is installed, .png. Words with a key of `Options` are read here, others are
-settings of the runs. Without CUDA memory is predicted and says so, and speed is that of the CPU; with CUDA memory is
-measured, each row in a process of its own, beside the prediction. Speed: all rows in one process, one step each in an order
-drawn anew every round; medians. A row that can't run says why. OMP_NUM_THREADS sets the CPU's threads.
+Writes OUT/NAME.json, .md and, where matplotlib is installed, .png. Words with a key of `Options` are read here, others
+are settings of the runs. Without CUDA memory is predicted and says so, and speed is that of the CPU; with CUDA memory
+is measured, each row in a process of its own, beside the prediction. Speed: all rows in one process, one step each in
+an order drawn anew every round; medians. A row that can't run says why. OMP_NUM_THREADS sets the CPU's threads.
 """
 
 from __future__ import annotations
@@ -28,7 +30,21 @@ from typing import Any
 import torch
 from kernel_check import check_kernels
 from PIL import Image
-from rows import BY_NAME, CLASSES, ROWS, Batch, Entry, Made, Row, blank, gradients, noise, predicted, problems, take_steps
+from rows import (
+    BY_NAME,
+    CLASSES,
+    ROWS,
+    Batch,
+    Entry,
+    Made,
+    Row,
+    blank,
+    gradients,
+    noise,
+    predicted,
+    problems,
+    take_steps,
+)
 from speed import time_rows
 from tiers_report import figure, markdown
 from torch import Tensor
@@ -140,7 +156,9 @@ def measured(row: Row, words: list[str], batch: int, device: torch.device, meter
 
 
 def photos(folder: str, config: Any, image: ImageConfig, count: int) -> Batch:
-    """Evaluation's view of photos from all over a folder, shuffled, always the same; targets are their class folders."""
+    """Evaluation's view of photos from all over a folder, shuffled, always the same; targets are their class
+    folders.
+    """
     files = sorted(file for file in Path(folder).expanduser().rglob("*") if file.suffix.lower() in SUFFIXES)
     if len(files) < count:
         raise UserError(f"data={folder}: {len(files)} photos found, at least {count} are needed")
@@ -153,7 +171,9 @@ def photos(folder: str, config: Any, image: ImageConfig, count: int) -> Batch:
 
 
 def compare_gradients(entries: list[Entry], words: list[str], options: Options, device: torch.device) -> None:
-    """Of each row, against exact bias tuning's, over the parameters that both train; codes were fitted to other images."""
+    """Of each row, against exact bias tuning's, over the parameters that both train; codes were fitted to other
+    images.
+    """
     count, exact = 2 * options.gradient_batch, Made(BY_NAME["bias"], words, device)
     image = exact.backbone.image
     images, targets = photos(options.data, exact.config, image, count) if options.data else noise(image.size, count)

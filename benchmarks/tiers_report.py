@@ -40,18 +40,24 @@ def times(value: str | None, ratio: float | None) -> str:
 def heading(result: Result) -> str:
     where = result["environment"]
     lines = [
-        f"{result['timm']}, {result['image_size']} px, batch {result['batch']}, {result['precision']}, {result['optimizer']},"
-        f" weights: {result['weights']}. In brackets: how many times less memory, or more images a second, than full"
-        " fine-tuning.",
-        f"{result['date']}; {where['device']} ({where['cpu']}, {where['cores']} cores, {where['threads']} threads),"
-        f" torch {where['torch']}, timm {where['timm']}, peft {where['peft']}, Python {where['python']}.",
+        (
+            f"{result['timm']}, {result['image_size']} px, batch {result['batch']}, {result['precision']},"
+            f" {result['optimizer']}, weights: {result['weights']}. In brackets: how many times less memory, or more"
+            " images a second, than full fine-tuning."
+        ),
+        (
+            f"{result['date']}; {where['device']} ({where['cpu']}, {where['cores']} cores, {where['threads']} threads),"
+            f" torch {where['torch']}, timm {where['timm']}, peft {where['peft']}, Python {where['python']}."
+        ),
     ]
     if result["time_batch"]:
-        lines.append(f"Images a second: medians of single steps of {result['time_batch']} images, rows in alternating order.")
+        lines.append(
+            f"Images a second: medians of single steps of {result['time_batch']} images, rows in alternating order."
+        )
     if result["gradient_batch"]:
         lines.append(
-            f"Gradients: {result['images']}, {result['gradient_batch']} images, against exact bias tuning over the parameters"
-            " that both train; codes are fitted to other images."
+            f"Gradients: {result['images']}, {result['gradient_batch']} images, against exact bias tuning over the"
+            " parameters that both train; codes are fitted to other images."
         )
     if any(row["predicted"] for row in result["rows"]):
         lines.append("Predicted: counted with tensors without data, nothing was measured.")
@@ -70,7 +76,8 @@ def figure(result: Result, path: Path) -> None:
         return
     kind = "measured" if result["rows"][0]["measured"] else "predicted"
     points = [
-        ((row[kind] or {}).get("peak_mib"), row["images_per_second"], row["ours"], row["name"]) for row in result["rows"]
+        ((row[kind] or {}).get("peak_mib"), row["images_per_second"], row["ours"], row["name"])
+        for row in result["rows"]
     ]
     points = [point for point in points if point[0] and point[1]]
     if not points:
@@ -82,7 +89,14 @@ def figure(result: Result, path: Path) -> None:
         for peak, speed, _, name in mine:
             ax.annotate(name, (peak, speed), xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
     front = pareto([(peak, speed) for peak, speed, *_ in points])
-    ax.plot([p[0] for p in front], [p[1] for p in front], color="tab:orange", lw=1, drawstyle="steps-post", label="best of all")
+    ax.plot(
+        [p[0] for p in front],
+        [p[1] for p in front],
+        color="tab:orange",
+        lw=1,
+        drawstyle="steps-post",
+        label="best of all",
+    )
     ax.set_xscale("log")
     ax.set_xlabel(f"peak memory of a step of {result['batch']} images, MiB ({kind})")
     ax.set_ylabel(f"images a second ({result['environment']['device']}, batch {result['time_batch']})")

@@ -96,9 +96,15 @@ class Choice:
         if not words:
             words.append("lossless savings" if quant.lossless else "stock PyTorch")
         if quant.chunks != 1:
-            words.append(f"{quant.chunks} pieces of the batch" if quant.chunks else "the batch in pieces as the device wants them")
+            words.append(
+                f"{quant.chunks} pieces of the batch"
+                if quant.chunks
+                else "the batch in pieces as the device wants them"
+            )
         error = f"relative error of the gradient {self.error:.2g}" if self.error else "the gradient is exact"
-        return f"quant=auto: {', '.join(words)}: predicted peak {self.peak_mib:,.1f} of {quant.budget_mib:g} MiB, {error}"
+        return (
+            f"quant=auto: {', '.join(words)}: predicted peak {self.peak_mib:,.1f} of {quant.budget_mib:g} MiB, {error}"
+        )
 
 
 def _span(bits: Iterable[int]) -> str:
@@ -168,20 +174,26 @@ def allocate(gradient: Gradient, peak: Peak) -> Choice:
 
 
 def _what_would(config: DictConfig, asked: QuantConfig, inputs: Costs, peak: Peak) -> str:
-    """That nothing fits, and what would: the largest micro-batch, a method without a backward pass through the backbone."""
+    """That nothing fits, and what would: the largest micro-batch, a method without a backward pass through the
+    backbone.
+    """
     least = _applied(replace(asked, chunks=FINER[-1]), dict.fromkeys(inputs.bytes, INPUT_BITS[0]))
-    said = f"quant.budget_mib={asked.budget_mib:g}: nothing fits; the smallest predicted peak of this run is {peak(least):,.1f} MiB"
+    said = (
+        f"quant.budget_mib={asked.budget_mib:g}: nothing fits; the smallest predicted peak of this run is"
+        f" {peak(least):,.1f} MiB"
+    )
     size = config.optim.micro_batch or config.optim.batch_size
     while size > 1:
         size //= 2
         if (found := peak(least, size)) <= asked.budget_mib:
             return f"{said}; optim.micro_batch={size} would fit ({found:,.1f} MiB)"
-    return f"{said}, and {found:,.1f} MiB with one image at a time; method=side, a smaller backbone or backbone.weights=int8 need less"
+    return (
+        f"{said}, and {found:,.1f} MiB with one image at a time; method=side, a smaller backbone or"
+        " backbone.weights=int8 need less"
+    )
 
 
-def _fit(
-    quant: QuantConfig, costs: Costs, choices: tuple[int, ...], gradient: Gradient, peak: Peak
-) -> Choice | None:
+def _fit(quant: QuantConfig, costs: Costs, choices: tuple[int, ...], gradient: Gradient, peak: Peak) -> Choice | None:
     """The bits with the least error whose predicted peak fits; None where even the fewest do not."""
     fewest, most = (bits * sum(costs.bytes.values()) / MIB for bits in (choices[0], choices[-1]))
     segments = gradient.config.method.get("segments", 1)  # of which one is alive at the peak
@@ -230,5 +242,7 @@ def _kept(gradient: Gradient, block: int, family: str, bits: int) -> int:
 
 
 def _alone(family: str, bits: int) -> dict[str, int]:
-    """The settings of a block in which this family alone is coded; a map is no kept operand where attention is not coded."""
+    """The settings of a block in which this family alone is coded; a map is no kept operand where attention is not
+    coded.
+    """
     return {"attention": 8, family: bits} if family == "softmax" else {family: bits}

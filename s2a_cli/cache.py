@@ -1,13 +1,14 @@
-"""`dataset.cache=taps`: what the trained part reads of a frozen backbone, computed once for each image and kept in files.
+"""`dataset.cache=taps`: what the trained part reads of a frozen backbone, computed once for each image and kept in
+files.
 
-A file holds one split: a JSON header that says all on which its content depends, then a row of bytes for each image, and one
-for its mirror image behind it where training mirrors, then a checksum of all this. Runs of one user that would compute the
-same read the same files.
+A file holds one split: a JSON header that says all on which its content depends, then a row of bytes for each image,
+and one for its mirror image behind it where training mirrors, then a checksum of all this. Runs of one user that would
+compute the same read the same files.
 
 Checked when a run opens a file, once: that it is a regular file of this user, that its header and its length are those
-expected, and the checksum over every byte, which reads the file as one epoch does; then that a batch of it equals what the
-model computes now. A file that is damaged or of another content is filled again, one of another user is refused. From then on
-the file that was checked stays open; what is read from it while training is not checked again.
+expected, and the checksum over every byte, which reads the file as one epoch does; then that a batch of it equals what
+the model computes now. A file that is damaged or of another content is filled again, one of another user is refused.
+From then on the file that was checked stays open; what is read from it while training is not checked again.
 """
 
 from __future__ import annotations
@@ -63,7 +64,14 @@ class Kept:
     mirrored: whether each image has a second row, that of its mirror image.
     """
 
-    def __init__(self, folder: Path, key: dict[str, Any], images: int, mirrored: bool, fields: list[tuple[tuple[int, ...], torch.dtype]]):
+    def __init__(
+        self,
+        folder: Path,
+        key: dict[str, Any],
+        images: int,
+        mirrored: bool,
+        fields: list[tuple[tuple[int, ...], torch.dtype]],
+    ):
         self.fields, self.mirrored = fields, mirrored
         self.rows = images * (1 + mirrored)
         self.sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in fields]
@@ -85,7 +93,7 @@ class Kept:
         if self._map is not None:
             return True
         try:
-            file = open(self.path, "rb", opener=_opener)
+            file = open(self.path, "rb", opener=_opener)  # noqa: SIM115 (the errors of opening are told apart)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
                 raise self._refused("is no regular file") from None
@@ -105,7 +113,9 @@ class Kept:
         return True
 
     def _refused(self, why: str) -> UserError:
-        return UserError(f"dataset.cache=taps: {self.path} {why}: it could hold anything; remove it, or point S2A_DATA elsewhere")
+        return UserError(
+            f"dataset.cache=taps: {self.path} {why}: it could hold anything; remove it, or point S2A_DATA elsewhere"
+        )
 
     def write(self, batches: Iterator[Sequence[Taps]]) -> None:
         """Fills the file: whole, or not at all. batches: the taps of some images, and those of their mirror images."""
@@ -113,7 +123,10 @@ class Kept:
         with atomic_file(self.path, PRIVATE) as file:
             file.write(self.header)
             for views in batches:
-                rows = [torch.cat([t.cpu().flatten(1).contiguous().view(torch.uint8) for t in taps.tensors], 1) for taps in views]
+                rows = [
+                    torch.cat([t.cpu().flatten(1).contiguous().view(torch.uint8) for t in taps.tensors], 1)
+                    for taps in views
+                ]
                 file.write(torch.stack(rows, 1).numpy())
             file.flush()
             file.write(_checksum(file, self.bytes - sha256().digest_size))
@@ -158,7 +171,9 @@ def _checksum(file: IO[bytes], size: int) -> bytes:
 
 
 class TapLoader(data.Loader):
-    """Batches of (Taps, labels) in the order, and with the mirror images, of the `Loader` that loads the images themselves."""
+    """Batches of (Taps, labels) in the order, and with the mirror images, of the `Loader` that loads the images
+    themselves.
+    """
 
     def __init__(self, kept: Kept, labels: list[int], config: DictConfig, train: bool, part: tuple[int, int]):
         self._batches = Batches(len(labels), config.optim.batch_size, config.seed, 0, train, part)
@@ -204,7 +219,10 @@ def check_steady(backbone: Backbone) -> None:
         steady = not drawn and all(map(torch.equal, trained.tensors, tested.tensors))
         whole = torch.allclose(backbone.tail.eval()(tested), logits, rtol=1e-3, atol=1e-4)
     if not whole:
-        raise UserError(f"dataset.cache=taps: the logits of {type(model).__name__} are more than the mean of its classifier's layers")
+        raise UserError(
+            f"dataset.cache=taps: the logits of {type(model).__name__} are more than the mean of its classifier's"
+            " layers"
+        )
     if not steady:
         raise UserError(
             f"dataset.cache=taps: {type(model).__name__} is another in training than in evaluation, with dropout or"
@@ -218,10 +236,11 @@ def fill_size(config: DictConfig) -> int:
 
 
 def opened(run: Run) -> Cache:
-    """The files of a run, filled where they are missing or damaged. The model is left on the CPU, its tail on the device.
+    """The files of a run, filled where they are missing or damaged. The model is left on the CPU, its tail on the
+    device.
 
-    Raises UserError where the folder can't be written to, RunError where the disk has not the room, KeyboardInterrupt when it
-    is asked to stop; what was there before stays, what was begun does not.
+    Raises UserError where the folder can't be written to, RunError where the disk has not the room, KeyboardInterrupt
+    when it is asked to stop; what was there before stays, what was begun does not.
     """
     config, tail, model, device = run.config, run.backbone.tail, run.model, run.device
     step = Step(config, device, run.backbone.block_modules)
@@ -250,7 +269,11 @@ def opened(run: Run) -> Cache:
     size = f"{sum(one.bytes for one in kept.values()) / MIB:,.1f} MiB"
     if missing:
         need = sum(one.bytes for one in missing.values())
-        print(f"dataset.cache=taps: {size} for {sum(one.rows for one in kept.values())} images and mirror images in {folder}", flush=True)
+        print(
+            f"dataset.cache=taps: {size} for {sum(one.rows for one in kept.values())} images and mirror images in"
+            f" {folder}",
+            flush=True,
+        )
         _room(folder, need)
         for split, one in missing.items():
             _fill(run, split, one, read)
@@ -268,7 +291,10 @@ def opened(run: Run) -> Cache:
 def _close(one: Taps, two: Taps) -> bool:
     """Equal up to the rounding of other kernels."""
     pairs = zip(one.tensors, two.tensors, strict=True)
-    return all((a.float() - b.cpu().float()).abs().max() <= 0.02 * b.float().abs().max().cpu() for a, b in ((a.cpu(), b) for a, b in pairs))
+    return all(
+        (a.float() - b.cpu().float()).abs().max() <= 0.02 * b.float().abs().max().cpu()
+        for a, b in ((a.cpu(), b) for a, b in pairs)
+    )
 
 
 def _files(run: Run, folder: Path, fields: list[tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Kept]:
@@ -278,7 +304,12 @@ def _files(run: Run, folder: Path, fields: list[tuple[tuple[int, ...], torch.dty
         "schema": SCHEMA,
         "user": os.getuid() if hasattr(os, "getuid") else 0,  # in a shared folder each has files of their own
         "data": [run.splits.revision, settings],
-        "backbone": [config.backbone.timm, OmegaConf.to_container(config.backbone.kwargs), config.backbone.weights, run.weights],
+        "backbone": [
+            config.backbone.timm,
+            OmegaConf.to_container(config.backbone.kwargs),
+            config.backbone.weights,
+            run.weights,
+        ],
         "image": asdict(run.backbone.image),
         "reads": [tail.branch is not None, tail.reads],
         "precision": [config.precision, run.device.type],
@@ -308,7 +339,9 @@ def _fill(run: Run, split: str, kept: Kept, read: Callable[[Tensor], tuple[Taps,
         for litter in kept.path.parent.glob(f".{kept.path.name}.????????"):  # of a process that was killed
             litter.unlink(missing_ok=True)
         transform = data.build_transform(run.backbone.image, config.dataset, train=False)
-        loader = data.loader(images, transform, fill_size(config), workers=config.workers, pin_memory=run.device.type == "cuda")
+        loader = data.loader(
+            images, transform, fill_size(config), workers=config.workers, pin_memory=run.device.type == "cuda"
+        )
         with Progress(f"dataset.cache=taps, {split}", len(images), " images") as progress, stopping() as asked:
 
             def batches() -> Iterator[list[Taps]]:
@@ -322,15 +355,18 @@ def _fill(run: Run, split: str, kept: Kept, read: Callable[[Tensor], tuple[Taps,
                 kept.write(batches())
             except OSError as error:
                 raise RunError(
-                    f"dataset.cache=taps: {kept.path} can't be written ({error.strerror}): it takes {kept.bytes / MIB:,.0f} MiB;"
-                    " make room, point S2A_DATA to another disk, or set dataset.cache=null"
+                    f"dataset.cache=taps: {kept.path} can't be written ({error.strerror}): it takes"
+                    f" {kept.bytes / MIB:,.0f} MiB; make room, point S2A_DATA to another disk, or set"
+                    " dataset.cache=null"
                 ) from None
 
 
 def profile(
     backbone: Backbone, config: DictConfig, step: Step, batch: tuple[Tensor, Tensor], blocks: dict[str, nn.Module]
 ) -> memory.Profile:
-    """The predicted memory of a run: the forward pass that fills the files, or the step of the trained part alone, whichever takes more."""
+    """The predicted memory of a run: the forward pass that fills the files, or the step of the trained part alone,
+    whichever takes more.
+    """
     tail, (images, targets), fields = backbone.tail, batch, []
 
     def make(model: nn.Module) -> Optimizer:

@@ -1,4 +1,5 @@
-"""What a run saves, whole or not at all: its trainable tensors (not the backbone) and its calibration, as safetensors; and,
+"""What a run saves, whole or not at all: its trainable tensors (not the backbone) and its calibration, as safetensors;
+and,
 while it goes on, the state from which it can go on exactly as if it had not been broken off."""
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ from s2a_cli.records import atomic_file, atomic_write
 from s2a_cli.steps import moving_norms
 
 FILE = TENSORS
-KEYS = ("content", "allocation", "accuracy", "sofar", "model", "calibration", "optimizer", "schedule", "scaler")  # of the state
+KEYS = (
+    "content",
+    "allocation",
+    "accuracy",
+    "sofar",
+    "model",
+    "calibration",
+    "optimizer",
+    "schedule",
+    "scaler",
+)  # of the state
 CALIBRATION = "calibration."  # before the names of what the codes of a run were fitted to
 
 
@@ -64,9 +75,14 @@ def load(folder: Path, model: nn.Module, weights: str) -> None:
         raise UserError(f"{path}: damaged ({first_line(error)})") from None
     if there != expected:
         odd = sorted(there.keys() ^ expected.keys()) or [k for k in there if there[k] != expected[k]]
-        raise UserError(f"{path}: its tensors are not those of this backbone and method (first difference: {printable(odd[0])})")
+        raise UserError(
+            f"{path}: its tensors are not those of this backbone and method (first difference: {printable(odd[0])})"
+        )
     if trained_on != weights:
-        raise UserError(f"{path}: trained on backbone weights {printable(str(trained_on))}, but the config's have the fingerprint {weights}")
+        raise UserError(
+            f"{path}: trained on backbone weights {printable(str(trained_on))}, but the config's have the fingerprint"
+            f" {weights}"
+        )
     restore(model, state)
 
 

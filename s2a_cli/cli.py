@@ -24,7 +24,9 @@ TRAINING = ("train", "sweep", "search")  # verbs that end with their work, and n
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 a failed run, 2 bad input, 75 busy, 130 Ctrl-C, 141 a closed pipe."""
+    """Runs one command and returns its exit code: 0, 1 a failed run, 2 bad input, 75 busy, 130 Ctrl-C, 141 a closed
+    pipe.
+    """
     as_command, argv = argv is None, sys.argv[1:] if argv is None else argv
     streams.opened()
     verb = next((word for word in argv if not word.startswith("-")), "")

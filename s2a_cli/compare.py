@@ -1,8 +1,8 @@
 """Is a difference more than noise? Runs are compared in pairs that differ in nothing but what is compared.
 
 A pair is one data set, one seed and, wherever they vary, one batch size, precision, ... Their differences go into a
-paired t-test, two-sided at 5 %; where several rows are compared with one, Holm's step-down correction keeps the chance of
-any false win at 5 % (Holm 1979, A simple sequentially rejective multiple test procedure).
+paired t-test, two-sided at 5 %; where several rows are compared with one, Holm's step-down correction keeps the chance
+of any false win at 5 % (Holm 1979, A simple sequentially rejective multiple test procedure).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ LEAST = 3  # pairs that a test needs
 
 @dataclass(frozen=True)
 class Difference:
-    """Of paired values: their mean difference, its standard error, the number of pairs and the p value (nan: too few pairs)."""
+    """Of paired values: their mean difference, its standard error, the number of pairs and the p value (nan: too few
+    pairs).
+    """
 
     mean: float
     error: float
@@ -67,7 +69,8 @@ def verdict(p: float) -> str:
 def leaders(pairs: pd.DataFrame, means: pd.Series, better: int) -> dict:
     """Marks for the columns of `pairs`: {best: "best" + verdict, others: verdict}.
 
-    pairs: a line a pair, a column a contender. means: the figure of each contender that is shown. better: 1 up, -1 down.
+    pairs: a line a pair, a column a contender. means: the figure of each contender that is shown. better: 1 up, -1
+    down.
     """
     means = means.dropna()
     if len(means) < 2:

@@ -13,16 +13,17 @@ from s2a_cli.steps import train_mode
 
 
 def compile_model(model: nn.Module, budget: float | None, image_size: int) -> None:
-    """Compiles a model in place. budget: the share of activations that the compiler may keep, null: as many as it likes.
+    """Compiles a model in place. budget: the share of activations that the compiler may keep, null: as many as it
+    likes.
 
-    Raises UserError for a budget below 1 where the model draws random numbers: the compiler would draw others in what it
-    computes again (PyTorch 2.14).
+    Raises UserError for a budget below 1 where the model draws random numbers: the compiler would draw others in what
+    it computes again (PyTorch 2.14).
     """
     if budget is not None and budget < 1 and (drawn := random_operators(model, image_size)):
         raise UserError(
-            f"compile_budget={budget:g}: this model draws random numbers in training ({drawn[0]}), and the compiler draws others"
-            " when it computes activations again, so that gradients would be wrong; set compile_budget=1, or the rates of"
-            " dropout and stochastic depth in backbone.kwargs to 0"
+            f"compile_budget={budget:g}: this model draws random numbers in training ({drawn[0]}), and the compiler"
+            " draws others when it computes activations again, so that gradients would be wrong; set compile_budget=1,"
+            " or the rates of dropout and stochastic depth in backbone.kwargs to 0"
         )
     torch._functorch.config.activation_memory_budget = 1.0 if budget is None else budget
     model.compile()

@@ -28,7 +28,13 @@ from s2a_cli.trust import check_kwargs, check_stored
 OmegaConf.register_new_resolver("times", lambda *factors: math.prod(map(float, factors)), replace=True)
 
 Problems = dict[str, str]  # key -> one line; the first one said about a key stays
-UNFIT = (OmegaConfBaseException, ArithmeticError, ValueError, TypeError, RecursionError)  # what OmegaConf raises about a value
+UNFIT = (
+    OmegaConfBaseException,
+    ArithmeticError,
+    ValueError,
+    TypeError,
+    RecursionError,
+)  # what OmegaConf raises about a value
 
 
 def compose(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
@@ -85,7 +91,9 @@ def recompose(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
         else:
             try:
                 OmegaConf.update(loaded, key, override.value(), force_add=True)
-                if key == "dataset.root" and not any(word.lstrip("+").startswith("dataset.download=") for word in overrides):
+                if key == "dataset.root" and not any(
+                    word.lstrip("+").startswith("dataset.download=") for word in overrides
+                ):
                     loaded.dataset.download = True
             except UNFIT as error:
                 problems[key] = f"{brief(override.input_line)}: can't be set ({first_line(error)})"
@@ -150,7 +158,9 @@ def _readable(overrides: list[str], conf: Path, problems: Problems) -> list[str]
             words.append(word)
         elif group != "experiment" or value is not None:
             accepted = ", ".join(known[group])
-            problems[group] = f"{group}={brief(show(value))}: expected one of {accepted}{nearest(str(value), known[group])}"
+            problems[group] = (
+                f"{group}={brief(show(value))}: expected one of {accepted}{nearest(str(value), known[group])}"
+            )
     return words
 
 
@@ -181,7 +191,9 @@ def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
     if name in METHODS:
         typed.method = OmegaConf.structured(METHODS[name].Config)
     else:
-        found["method"] = f"method.name={brief(show(name))}: expected one of {', '.join(METHODS)}{nearest(str(name), METHODS)}"
+        found["method"] = (
+            f"method.name={brief(show(name))}: expected one of {', '.join(METHODS)}{nearest(str(name), METHODS)}"
+        )
     _fit(loaded, typed, "", found)
     for key in sorted(OmegaConf.missing_keys(typed) - found.keys() - {"method"}):
         found[key] = f"{key}: has no value; add {key}=..."
@@ -208,7 +220,9 @@ def _method_name(loaded: DictConfig) -> Any:
 
 
 def _source(raw: dict[str, Any], key: str) -> str | None:
-    """The key that this one takes its value from, as in `norm: ${.bits}` or `lr: ${times:${method.lr},2}`; else None."""
+    """The key that this one takes its value from, as in `norm: ${.bits}` or `lr: ${times:${method.lr},2}`; else
+    None.
+    """
     node, _, name = key.rpartition(".")
     settings: Any = raw
     for part in node.split(".") if node else ():
@@ -272,7 +286,9 @@ def _fit_node(
         _fit(value, typed[key], f"{full}.", problems)
     else:
         names = ", ".join(f"{full}.{name}" for name in typing.get_type_hints(node))
-        problems[full] = f"{full}={brief(show(value))}: expected its settings ({names}){', or false' if optional else ''}"
+        problems[full] = (
+            f"{full}={brief(show(value))}: expected its settings ({names}){', or false' if optional else ''}"
+        )
 
 
 def _unknown(values: DictConfig, typed: DictConfig, key: str, prefix: str) -> str:

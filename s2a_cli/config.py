@@ -42,10 +42,14 @@ OF_BITS: Any = "${.bits}"  # the default of a field: as `bits` of the same confi
 
 @dataclass
 class QuantConfig:
-    """What is kept for the backward pass: bits an element (null: what stock PyTorch keeps), and what is computed again."""
+    """What is kept for the backward pass: bits an element (null: what stock PyTorch keeps), and what is computed
+    again.
+    """
 
     name: str = MISSING  # the name in tables
-    lossless: bool = True  # keep less where the gradient stays as it is: ReLU and dropout 1 bit, frozen convolutions nothing, ...
+    lossless: bool = (
+        True  # keep less where the gradient stays as it is: ReLU and dropout 1 bit, frozen convolutions nothing, ...
+    )
     bits: int | None = None  # the default of the four families below
     pointwise: int | None = OF_BITS  # GELU, SiLU, hardswish, sigmoid, ...: a code of the derivative
     norm: int | None = OF_BITS  # LayerNorm, GroupNorm, RMSNorm: the normalised input
@@ -55,9 +59,13 @@ class QuantConfig:
     group: int = 64  # elements that share one scale (norm, attention, softmax, linear)
     rounding: str = "nearest"  # nearest | stochastic: unbiased, and noisier
     calibrate: bool = True  # levels from each layer's own first batch; false: fixed tables
-    recompute: str = "none"  # none | block: keep only the input of each block, compute the block again in the backward pass
+    recompute: str = (
+        "none"  # none | block: keep only the input of each block, compute the block again in the backward pass
+    )
     input: int | None = None  # bits of that input: 1 to 8, 16 for bfloat16; null: as it is
-    chunks: int | None = 1  # pieces of the batch in which a block runs: smaller temporaries, more launches; null: as pays on the device
+    chunks: int | None = (
+        1  # pieces of the batch in which a block runs: smaller temporaries, more launches; null: as pays on the device
+    )
     blocks: dict[int, Any] = field(default_factory=dict)  # settings of single blocks, by number from 0: {3: {norm: 8}}
     budget_mib: float | None = None  # quant=auto: the peak that these settings are chosen for
 
@@ -104,14 +112,18 @@ class DatasetConfig:
     layout: str | None = None  # splits | classes: what the folders below root are; null: what their names say
     scale: list[float] | None = field(default_factory=lambda: [0.5, 1.0])  # random crop, share of the area; null: none
     hflip: float = 0.5  # probability of a mirrored training image
-    cache: str | None = None  # taps: what linear and side read of the backbone, once for each image and its mirror image, on disk
+    cache: str | None = (
+        None  # taps: what linear and side read of the backbone, once for each image and its mirror image, on disk
+    )
 
 
 @dataclass
 class OptimConfig:
     name: str = "adamw"  # adamw | sgd
     lr: float = MISSING  # method.lr times backbone.lr_scale by default
-    head_lr: float | None = None  # of the new head, which may need a higher one than pretrained weights; optim.lr by default
+    head_lr: float | None = (
+        None  # of the new head, which may need a higher one than pretrained weights; optim.lr by default
+    )
     weight_decay: float = 1e-4  # never on biases, norms and prompts
     momentum: float = 0.9  # sgd
     epochs: int = 10  # passes over the training images
@@ -135,15 +147,21 @@ class RunConfig:
     seed: int = 0  # same seed, same machine: same numbers
     precision: str = "fp32"  # fp32 | tf32 (CUDA: products of fp32 in 19 bits) | amp-bf16 | amp-fp16 | bf16
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
-    busy: str = "refuse"  # refuse | allow: a CUDA device that other processes use; beside them, the peak stays predicted
+    busy: str = (
+        "refuse"  # refuse | allow: a CUDA device that other processes use; beside them, the peak stays predicted
+    )
     compile: bool = False  # torch.compile: minutes at the start, faster steps
     profile: str | None = None  # memory: also write PyTorch's record of all allocations to the run's folder; needs CUDA
-    compile_budget: float | None = None  # with compile, the compiler's activation_memory_budget: 0 recomputes all, 1 nothing
+    compile_budget: float | None = (
+        None  # with compile, the compiler's activation_memory_budget: 0 recomputes all, 1 nothing
+    )
     workers: int | None = None  # processes that load images; null chooses
     test: bool = True  # false: leave the test split alone; for a search
     tensorboard: bool = False  # also write TensorBoard files to the run's folder
     run_dir: str | None = None  # null: runs/<dataset>/<backbone>/<method>/<id>
-    save_minutes: float = 5.0  # between the states from which a broken run goes on; one is saved after each epoch anyway
+    save_minutes: float = (
+        5.0  # between the states from which a broken run goes on; one is saved after each epoch anyway
+    )
     save_steps: int | None = None  # also after this many steps
 
 
@@ -151,14 +169,20 @@ class RunConfig:
 class SweepConfig:
     """How `s2a sweep` goes through a grid. An experiment can bring the grid and its exclusions along."""
 
-    grid: dict[str, Any] = field(default_factory=dict)  # key -> its values, as on the command line, where they can be replaced
-    exclude: list[dict[str, Any]] = field(default_factory=list)  # [{method: linear, quant: [int4, tiny], why: a reason}]
+    grid: dict[str, Any] = field(
+        default_factory=dict
+    )  # key -> its values, as on the command line, where they can be replaced
+    exclude: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # [{method: linear, quant: [int4, tiny], why: a reason}]
     dir: str = "runs"  # the runs lie in DIR/<dataset>/<backbone>/<method>/<id>
     workers: int | None = None  # runs at a time; null: one for each GPU, or one
     pack: bool = False  # as many runs on a GPU as fit by their predicted peaks; measured peaks are then not taken
     report: str | None = None  # an HTML file that `s2a report` writes of all runs at the end
     launcher: str = "local"  # local | slurm | ray
-    slurm: dict[str, Any] = field(default_factory=dict)  # submitit's: {partition: gpu, timeout_min: 240}; cluster: local imitates it
+    slurm: dict[str, Any] = field(
+        default_factory=dict
+    )  # submitit's: {partition: gpu, timeout_min: 240}; cluster: local imitates it
 
 
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet
@@ -167,7 +191,9 @@ DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  #
 AT_LEAST_1 = number("an integer of at least 1", lambda value: value >= 1)
 POSITIVE = number("a number above 0", lambda value: value > 0)
 NOT_NEGATIVE = number("a number of at least 0", lambda value: value >= 0)
-MIX = number("0, or a number from 0.001 to 1000", lambda value: value == 0 or 1e-3 <= value <= 1e3)  # else the draws degenerate
+MIX = number(
+    "0, or a number from 0.001 to 1000", lambda value: value == 0 or 1e-3 <= value <= 1e3
+)  # else the draws degenerate
 BITS = number("an integer from 1 to 8", lambda value: 1 <= value <= 8)
 SHARE = number("a number above 0 and below 1", lambda value: 0 < value < 1)
 
@@ -301,13 +327,22 @@ def check(config: DictConfig) -> dict[str, str]:
     if values.get("quant.name") == "auto" and values.get("quant.budget_mib") is None:
         problems["quant.budget_mib"] = "quant=auto needs quant.budget_mib=N, the peak in MiB that a step may reach"
     if both("compile_budget") and not values.get("compile"):
-        problems["compile_budget"] = f"compile_budget={values['compile_budget']} is the compiler's: set compile=true too"
+        problems["compile_budget"] = (
+            f"compile_budget={values['compile_budget']} is the compiler's: set compile=true too"
+        )
     if both("quant.input") and values.get("quant.recompute") == "none":
-        problems["quant.input"] = f"quant.input={values['quant.input']} is of recomputed blocks: set quant.recompute=block too"
-    if values.get("compile") and not any(key.startswith("quant.") for key in problems) and not OmegaConf.to_object(config.quant).is_stock:
+        problems["quant.input"] = (
+            f"quant.input={values['quant.input']} is of recomputed blocks: set quant.recompute=block too"
+        )
+    if (
+        values.get("compile")
+        and not any(key.startswith("quant.") for key in problems)
+        and not OmegaConf.to_object(config.quant).is_stock
+    ):
         problems["compile"] = (
-            f"compile=true needs quant=none, not {values['quant.name']}: codes and recomputation break the compiler's graph at every"
-            " operator (ViT-Ti with int4: 60 graphs, and on two CPU cores 1.13 times the time of a step without it)"
+            f"compile=true needs quant=none, not {values['quant.name']}: codes and recomputation break the compiler's"
+            " graph at every operator (ViT-Ti with int4: 60 graphs, and on two CPU cores 1.13 times the time of a step"
+            " without it)"
         )
     if both("dataset.shots", "dataset.fraction"):
         problems["dataset.fraction"] = "dataset.shots and dataset.fraction exclude each other: set one to null"
@@ -353,12 +388,18 @@ def _check_cache(values: dict[str, Any]) -> dict[str, str]:
 
 def _check_blocks(blocks: dict[int, Any]) -> dict[str, str]:
     """Problems of quant.blocks; whether the backbone has as many blocks is checked where it is made."""
-    own = [f.name for f in fields(QuantConfig) if f.name not in ("name", "calibrate", "rounding", "blocks", "budget_mib")]
-    for number, settings in blocks.items():
-        if not isinstance(settings, dict) or isinstance(number, bool):
-            return {"quant.blocks": f"quant.blocks={show(blocks)}: expected settings for each number, such as {{3: {{norm: 8}}}}"}
+    own = [
+        f.name for f in fields(QuantConfig) if f.name not in ("name", "calibrate", "rounding", "blocks", "budget_mib")
+    ]
+    for block, settings in blocks.items():
+        if not isinstance(settings, dict) or isinstance(block, bool):
+            return {
+                "quant.blocks": (
+                    f"quant.blocks={show(blocks)}: expected settings for each number, such as {{3: {{norm: 8}}}}"
+                )
+            }
         for name, value in settings.items():
-            key = f"quant.blocks.{number}.{name}"
+            key = f"quant.blocks.{block}.{name}"
             if name not in own:
                 return {key: f"{key}: expected one of {', '.join(own)}{nearest(str(name), own)}"}
             if problem := _quant_problem(key, name, value):

@@ -1,8 +1,8 @@
 """One run on several devices: the processes of `torchrun --nproc-per-node=N -m s2a_cli train ...`.
 
 Each process takes its part of every batch (`optim.batch_size` is that of all together) and their gradients are added up
-(gradients.py), so that the result is that of one process, to rounding. Only the trainable tensors' gradients travel: for
-bias tuning of ViT-B 0.4 MB a step. The first process alone writes files and speaks.
+(gradients.py), so that the result is that of one process, to rounding. Only the trainable tensors' gradients travel:
+for bias tuning of ViT-B 0.4 MB a step. The first process alone writes files and speaks.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def world() -> int:
 def _number(variable: str, default: int) -> int:
     text = os.environ.get(variable, str(default))
     if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) < default:
-        raise UserError(f"{variable}={brief(text)} in the environment: expected the number that torchrun sets; unset it")
+        raise UserError(
+            f"{variable}={brief(text)} in the environment: expected the number that torchrun sets; unset it"
+        )
     return int(text)
 
 
@@ -62,7 +64,10 @@ def own_device(device: str) -> str | None:
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Joins the processes that torchrun started, if it did, until the end of the context. Yields the device of this one."""
+    """Joins the processes that torchrun started, if it did, until the end of the context.
+
+    Yields the device of this one.
+    """
     if world() == 1 or dist.is_initialized():
         yield device
         return
@@ -108,7 +113,9 @@ def wait() -> None:
 
 
 def announce(text: str) -> None:
-    """Tells the other processes that this one ran out of memory, in these words: they see no more than a lost connection."""
+    """Tells the other processes that this one ran out of memory, in these words: they see no more than a lost
+    connection.
+    """
     if part()[1] > 1:
         dist.distributed_c10d._get_default_store().set(OUT_OF_MEMORY, f"process {part()[0]}: {text}")
 

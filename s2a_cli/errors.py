@@ -40,7 +40,9 @@ def is_there(path: Path) -> bool:
 
 
 def printable(text: str, most: int | None = None) -> str:
-    """The text, at most so many characters of it, with control characters, which could end a line or move a terminal's cursor, as escapes."""
+    """The text, at most so many characters of it, with control characters, which could end a line or move a terminal's
+    cursor, as escapes.
+    """
     text = text[:most]
     if text.isprintable():
         return text

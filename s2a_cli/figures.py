@@ -1,4 +1,6 @@
-"""Figures of the rows of `tables.table`: accuracy against memory or parameters with the frontier, and learning curves."""
+"""Figures of the rows of `tables.table`: accuracy against memory or parameters with the frontier, and learning
+curves.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ INK = "#010203"  # text and axes; in a page it becomes the page's own colour
 PANELS = 12
 AXES = {"peak_mib": "peak MiB", "trainable": "trainable M, head apart"}
 STYLE = {
-    **{key: INK for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "text.parse_math": False,  # a name may hold any number of $
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -57,7 +59,8 @@ def panels(rows: pd.DataFrame, cost: str) -> list[tuple[str, pd.DataFrame]]:
 
 
 def pareto(rows: pd.DataFrame, cost: str) -> tuple[plt.Figure | None, str]:
-    """Test top-1 against `cost`, a panel a backbone and data set, and a line on what is left out. None: nothing to draw.
+    """Test top-1 against `cost`, a panel a backbone and data set, and a line on what is left out. None: nothing to
+    draw.
 
     Measured peaks are filled marks and a solid frontier, predicted ones hollow and dashed.
     """
@@ -86,9 +89,17 @@ def pareto(rows: pd.DataFrame, cost: str) -> tuple[plt.Figure | None, str]:
             )
             for row in part.itertuples():
                 axis.errorbar(
-                    getattr(row, cost) * scale, row.top1_mean, yerr=row.top1_std if row.n > 1 else None, fmt=marker[row.quant], ms=6,
-                    color=color[row.method], mfc=color[row.method] if measured else "none", elinewidth=0.7, alpha=0.9, zorder=2,
-                )  # fmt: skip
+                    getattr(row, cost) * scale,
+                    row.top1_mean,
+                    yerr=row.top1_std if row.n > 1 else None,
+                    fmt=marker[row.quant],
+                    ms=6,
+                    color=color[row.method],
+                    mfc=color[row.method] if measured else "none",
+                    elinewidth=0.7,
+                    alpha=0.9,
+                    zorder=2,
+                )
         axis.set_title(title)
         low, high = group[cost].min() * scale, group[cost].max() * scale
         if low > 0 and high / low > 4:
@@ -143,7 +154,9 @@ def curves(found: list[tuple[str, list[tuple[str, pd.DataFrame]]]]) -> plt.Figur
 
 
 def svg(figure: plt.Figure, name: str) -> str:
-    """The figure as an <svg> element that takes the colour of the text around it; `name` keeps its ids apart from others'."""
+    """The figure as an <svg> element that takes the colour of the text around it; `name` keeps its ids apart from
+    others'.
+    """
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
@@ -167,7 +180,14 @@ def save(rows: pd.DataFrame, path: Path, force: bool = False) -> None:
         if figure is None:
             raise UserError(f"figure={path}: nothing to draw. {said}")
         data = io.BytesIO()
-        figure.savefig(data, format=kind, bbox_inches="tight", facecolor="white", dpi=160, metadata={render.MAKER[kind]: render.MADE_BY})
+        figure.savefig(
+            data,
+            format=kind,
+            bbox_inches="tight",
+            facecolor="white",
+            dpi=160,
+            metadata={render.MAKER[kind]: render.MADE_BY},
+        )
         plt.close(figure)
     render.save(path, data.getvalue(), "figure", force)
 

@@ -1,7 +1,7 @@
 """The training loop of one run. It can be broken off between any two steps, and goes on exactly as if it had not been.
 
-All randomness is a function of (seed, epoch, step) or (seed, epoch, image), so that a state is no more than tensors, a place
-and the figures so far.
+All randomness is a function of (seed, epoch, step) or (seed, epoch, image), so that a state is no more than tensors, a
+place and the figures so far.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms import v2
 
-from s2a_cli.activations.calibration import LOOKS
 from s2a_cli import checkpoints, data, distributed, memory, records
+from s2a_cli.activations.calibration import LOOKS
 from s2a_cli.engines import PARENT
 from s2a_cli.errors import RunError, first_line
 from s2a_cli.pending import Pending
@@ -58,8 +58,8 @@ class Sofar:
 class Fit:
     """Trains a run, keeps the tensors of the epoch with the best validation accuracy, tests these once.
 
-    board: a SummaryWriter, or None. Call it with the run's state, if there is one: `Fit(...)(checkpoints.load_state(folder))`.
-    Fills in `accuracy`, `throughput` and, on CUDA, `memory` of the result.
+    board: a SummaryWriter, or None. Call it with the run's state, if there is one:
+    `Fit(...)(checkpoints.load_state(folder))`. Fills in `accuracy`, `throughput` and, on CUDA, `memory` of the result.
     """
 
     def __init__(self, run: Run, folder: Path, result: records.Result, board: Any = None):
@@ -79,7 +79,10 @@ class Fit:
             self._restore(state)
         images = self.optim.epochs * len(self.run.splits.train)
         done = (self.sofar.epoch - 1) * len(self.run.splits.train) + self.sofar.images
-        with Progress("training", images, " images", done, quiet=not distributed.is_first()) as progress, stopping() as asked:
+        with (
+            Progress("training", images, " images", done, quiet=not distributed.is_first()) as progress,
+            stopping() as asked,
+        ):
             while self.sofar.epoch <= self.optim.epochs:
                 self._epoch(progress, asked)
         result, rates, meter = self.result, self.sofar.rates[WARMUP_STEPS:], self.meter
@@ -97,7 +100,10 @@ class Fit:
             result["accuracy"].update(test_top1=scores["top1"], test_top5=scores["top5"])
 
     def _epoch(self, progress: Progress, asked: Callable[[], bool]) -> None:
-        """The rest of an epoch: its steps, validation, a line of metrics, a state. Ends early when it is asked to stop."""
+        """The rest of an epoch: its steps, validation, a line of metrics, a state.
+
+        Ends early when it is asked to stop.
+        """
         config, at, epoch = self.run.config, self.sofar, self.sofar.epoch
         train_mode(self.run.model)
         self.loader.epoch, self.loader.skip = epoch, at.step
@@ -140,12 +146,17 @@ class Fit:
         if distributed.is_first():
             records.atomic_write(self.folder / "metrics.jsonl", "".join(self.sofar.lines))
         self._save()
-        progress.note(f"epoch {epoch}/{self.optim.epochs}: loss {line['train_loss']:.3f}, val top-1 {line['val_top1']:.2f} %")
+        progress.note(
+            f"epoch {epoch}/{self.optim.epochs}: loss {line['train_loss']:.3f}, val top-1 {line['val_top1']:.2f} %"
+        )
         for key in line.keys() - {"epoch"} if self.board else ():
             self.board.add_scalar(key, line[key], epoch)
 
     def _train(self, images: Tensor, targets: Tensor, asked: Callable[[], bool], due: bool) -> tuple[bool, bool]:
-        """One step, measured. Returns whether to stop behind it and whether to save, each in all processes or in none."""
+        """One step, measured.
+
+        Returns whether to stop behind it and whether to save, each in all processes or in none.
+        """
         at, device, meter = self.sofar, self.run.device, self.meter
         count, at.lr = self.loader.size(at.step), self.optimizer.param_groups[0]["lr"]
         pending = Pending(device, at.step + 1, count)
@@ -172,7 +183,9 @@ class Fit:
         at, (loss, seconds) = self.sofar, step.read() if step else (0.0, 0.0)
         loss, *flags = distributed.total(loss, *flags)
         if not math.isfinite(loss):
-            raise RunError(f"the loss is {loss} in epoch {at.epoch}, step {step.number}: lower optim.lr={self.optim.lr:g}")
+            raise RunError(
+                f"the loss is {loss} in epoch {at.epoch}, step {step.number}: lower optim.lr={self.optim.lr:g}"
+            )
         if step:
             at.rates.append(step.images / seconds)
             at.loss, at.images = at.loss + loss * step.images, at.images + step.images
@@ -216,7 +229,8 @@ class Fit:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Makes Ctrl-C and SIGTERM wait for the end of a step; yields what tells that one came. A second one ends it at once.
+    """Makes Ctrl-C and SIGTERM wait for the end of a step; yields what tells that one came. A second one ends it at
+    once.
 
     The end of the sweep that started this process counts as one: nobody would know that it goes on.
     """
@@ -273,12 +287,17 @@ def lr_factor(optim: DictConfig, steps_per_epoch: int) -> Callable[[int], float]
 
 def mixing(optim: DictConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """mixup and cutmix on a batch; with both, one of them at random. Without, the batch as it is."""
-    kinds = [kind(alpha=a, num_classes=classes) for kind, a in ((v2.MixUp, optim.mixup), (v2.CutMix, optim.cutmix)) if a]
+    kinds = [
+        kind(alpha=a, num_classes=classes) for kind, a in ((v2.MixUp, optim.mixup), (v2.CutMix, optim.cutmix)) if a
+    ]
     return v2.RandomChoice(kinds) if kinds else lambda images, targets: (images, targets)
 
 
 def sent(batch: Tensor, device: torch.device) -> Tensor:
-    """A batch on the device. The host waits for a copy to CUDA no longer than until it is on its way: batches are pinned."""
+    """A batch on the device.
+
+    The host waits for a copy to CUDA no longer than until it is on its way: batches are pinned.
+    """
     return batch.to(device, non_blocking=device.type == "cuda")
 
 
@@ -290,7 +309,9 @@ def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: 
     """
     run.model.eval()
     step = Step(run.config, run.device, run.backbone.block_modules)
-    found = [torch.zeros(3, device=run.device)]  # loss, top-1 and top-5 of each batch; read once: the host does not wait for the device
+    found = [
+        torch.zeros(3, device=run.device)
+    ]  # loss, top-1 and top-5 of each batch; read once: the host does not wait for the device
     count = 0
     five = len(run.splits.classes) > 5
     alone = distributed.part()[1] == 1  # with others there is no stop before the sums that they wait for

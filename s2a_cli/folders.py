@@ -1,8 +1,8 @@
 """A run's folder: what may lie in it, who is at it, and how a finished run is replaced without being lost.
 
-A finished run stays as it is until its replacement is whole, which is built in NEXT, a folder inside the run's. The new run
-counts from the moment in which its record there says ok. Then its files are moved into place, by the next process that opens
-the folder if this one is killed meanwhile.
+A finished run stays as it is until its replacement is whole, which is built in NEXT, a folder inside the run's. The new
+run counts from the moment in which its record there says ok. Then its files are moved into place, by the next process
+that opens the folder if this one is killed meanwhile.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ RECORD, CONFIG, METRICS, TRACEBACK = "result.json", "config.yaml", "metrics.json
 TENSORS, STATE = "trainable.safetensors", "state.pt"
 LOG, JOBS = "log.txt", "slurm"  # of a sweep
 FILES = (RECORD, CONFIG, METRICS, TRACEBACK, TENSORS, STATE, LOG, "job.json", "memory_snapshot.pickle")
-LITTER = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.[a-z0-9_]{{8}}")  # temporary files of `records.atomic_file`
+LITTER = re.compile(
+    rf"\.({'|'.join(map(re.escape, FILES))})\.[a-z0-9_]{{8}}"
+)  # temporary files of `records.atomic_file`
 BEFORE_A_RECORD = (LOCK, LOG, JOBS, NEXT)  # what there may be of a run that was killed before it wrote its first file
 
 
@@ -39,7 +41,9 @@ def make_run_dir(path: Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UserError(f"run_dir={path}: can't be written to ({error.strerror}); set run_dir= to a folder that can") from None
+        raise UserError(
+            f"run_dir={path}: can't be written to ({error.strerror}); set run_dir= to a folder that can"
+        ) from None
     return path
 
 
@@ -59,7 +63,9 @@ def check_run_dir(path: Path) -> None:
         return
     shown = sorted(found, key=lambda name: name not in strangers)[:3]
     names = ", ".join(shown) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-    raise UserError(f"run_dir={path}: holds {names}, and no run; set run_dir= to a new or an empty folder, or to that of a run")
+    raise UserError(
+        f"run_dir={path}: holds {names}, and no run; set run_dir= to a new or an empty folder, or to that of a run"
+    )
 
 
 def _holds_record(path: Path) -> bool:
@@ -91,8 +97,9 @@ class Busy(UserError):
 def claimed(folder: Path, wait: float = 0) -> Iterator[None]:
     """Keeps other processes from running what this folder is for. Freed by the system when the process is killed.
 
-    Completes what a killed process has left half-moved, and removes its temporary files. Raises Busy when another process
-    has the folder, and still has it after `wait` seconds; UserError where it can't be locked, as on a read-only disk.
+    Completes what a killed process has left half-moved, and removes its temporary files. Raises Busy when another
+    process has the folder, and still has it after `wait` seconds; UserError where it can't be locked, as on a read-only
+    disk.
     """
     held = FileLock(folder / LOCK)
     try:
@@ -100,7 +107,9 @@ def claimed(folder: Path, wait: float = 0) -> Iterator[None]:
             raise OSError(0, "its .lock is a link")
         held.acquire(timeout=wait)
     except Timeout:
-        raise Busy(f"{folder}: another process is at this run; wait for it, or set run_dir= to another folder") from None
+        raise Busy(
+            f"{folder}: another process is at this run; wait for it, or set run_dir= to another folder"
+        ) from None
     except OSError as error:
         raise UserError(f"{folder}: can't be locked ({error.strerror or first_line(error)})") from None
     try:
@@ -119,7 +128,10 @@ def _remove_litter(folder: Path) -> None:
 
 
 def at_work(folder: Path) -> bool:
-    """Whether a process is at the run of this folder: whether it holds the lock. Changes nothing, on a read-only disk either."""
+    """Whether a process is at the run of this folder: whether it holds the lock.
+
+    Changes nothing, on a read-only disk either.
+    """
     try:
         import fcntl
 
@@ -148,7 +160,8 @@ def claim(folder: Path, content: str, force: bool, until: contextlib.ExitStack) 
 
 
 def place(folder: Path, content: str, force: bool) -> Path | None:
-    """Where in a folder that is claimed a run is to be made: the folder itself, or NEXT while a finished run stays in it.
+    """Where in a folder that is claimed a run is to be made: the folder itself, or NEXT while a finished run stays in
+    it.
 
     content: see records.content. None: the run is finished already, and not to be made once more by `force`. Raises
     UserError for a folder that holds no run, and without `force` for one with something trained under another config.
@@ -163,8 +176,13 @@ def place(folder: Path, content: str, force: bool) -> Path | None:
         if not trained:
             return folder
         if not force and folder.name != records.identity(content):
-            raise UserError(f"{first_line(error, 400)}: it is not known which run this is; --force trains anew") from None
-        print(f"s2a: {first_line(error, 400)}: trained anew, the old files stay until the new ones are whole", file=sys.stderr)
+            raise UserError(
+                f"{first_line(error, 400)}: it is not known which run this is; --force trains anew"
+            ) from None
+        print(
+            f"s2a: {first_line(error, 400)}: trained anew, the old files stay until the new ones are whole",
+            file=sys.stderr,
+        )
         return folder / NEXT
     same = records.content_of(found) == content
     if found["status"] != "ok":
@@ -181,7 +199,10 @@ def place(folder: Path, content: str, force: bool) -> Path | None:
 
 def _another(folder: Path, found: records.Result, content: str, kind: str) -> str:
     told = "; ".join(records.differences(records.content_of(found), content)[:3])
-    return f"run_dir={folder}: holds {kind} of another config ({told}); --force replaces it, or set run_dir= to another folder"
+    return (
+        f"run_dir={folder}: holds {kind} of another config ({told}); --force replaces it, or set run_dir= to another"
+        " folder"
+    )
 
 
 def is_finished(folder: Path) -> bool:
@@ -204,7 +225,8 @@ def pending(folder: Path, content: str) -> bool:
 
 
 def state(folder: Path, content: str) -> tuple[str, str | None]:
-    """new | done | failed | oom | interrupted | running: what a folder says of the run that `content` is of; and why its record
+    """new | done | failed | oom | interrupted | running: what a folder says of the run that `content` is of; and why
+    its record
     can't be read, if there is one that can't."""
     if not folder.is_dir():
         return "new", None
@@ -229,7 +251,9 @@ def state(folder: Path, content: str) -> tuple[str, str | None]:
 
 
 def settle(folder: Path) -> None:
-    """Moves a replacement that is whole into place, its record last: the same again where a process was killed in the middle."""
+    """Moves a replacement that is whole into place, its record last: the same again where a process was killed in the
+    middle.
+    """
     begun = folder / NEXT
     if begun.is_symlink() or not is_finished(begun):
         return

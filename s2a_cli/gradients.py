@@ -42,9 +42,10 @@ class Bucket:
 class GradientSum:
     """Adds up the gradients of some parameters over all processes; nothing to do where there is but one.
 
-    In the first step behind the backward pass, where it sees in which order gradients come; from then on each bucket as soon as
-    its last gradient is there. Buckets go out in one order in all processes. A gradient that is there before the step's last
-    backward pass (of a vote, of an earlier micro-batch) goes with its bucket; parameters without a gradient are left out.
+    In the first step behind the backward pass, where it sees in which order gradients come; from then on each bucket as
+    soon as its last gradient is there. Buckets go out in one order in all processes. A gradient that is there before
+    the step's last backward pass (of a vote, of an earlier micro-batch) goes with its bucket; parameters without a
+    gradient are left out.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
@@ -76,7 +77,9 @@ class GradientSum:
                 bucket.waits_for -= 1
                 self._start_those_that_are_full()
 
-        hooks = [p.register_post_accumulate_grad_hook(lambda p, n=n: comes(n, p)) for n, p in enumerate(self.parameters)]
+        hooks = [
+            p.register_post_accumulate_grad_hook(lambda p, n=n: comes(n, p)) for n, p in enumerate(self.parameters)
+        ]
         try:
             yield
         finally:

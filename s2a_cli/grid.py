@@ -1,4 +1,5 @@
-"""The words of a command line, `key=value` in Hydra's grammar, and those of several values, which stand for a grid of runs.
+"""The words of a command line, `key=value` in Hydra's grammar, and those of several values, which stand for a grid of
+runs.
 
 A word can name huge numbers, endless ranges and references that multiply each other. All bounds on them are here.
 """
@@ -51,7 +52,9 @@ def read(word: str) -> Any:
         raise UserError(f"{brief(word)}: an integer here is below 2^63")
     if numbers and (odd := next(_underscored(override.input_line.partition("=")[2]), None)):
         joined = odd.replace("_", "")
-        raise UserError(f"{brief(word)}: {odd} could mean the number {joined} or a text; write {joined}, or '{key}=\"{odd}\"'")
+        raise UserError(
+            f"{brief(word)}: {odd} could mean the number {joined} or a text; write {joined}, or '{key}=\"{odd}\"'"
+        )
     return override
 
 
@@ -86,7 +89,9 @@ def refuse_explosions(words: Iterable[str]) -> None:
     """Raises UserError for more references in the words than any use of them needs: they can multiply each other."""
     found = sum(word.count("${") for word in words)
     if found > MOST_REFERENCES:
-        raise UserError(f"these words refer to others {found} times (${{...}}); at most {MOST_REFERENCES} times are followed")
+        raise UserError(
+            f"these words refer to others {found} times (${{...}}); at most {MOST_REFERENCES} times are followed"
+        )
 
 
 def parsed(word: str) -> Any | None:
@@ -98,10 +103,12 @@ def parsed(word: str) -> Any | None:
 
 
 def expand(words: list[str]) -> list[list[str]]:
-    """The words of each member of a grid, in the order of nested loops: the first word that has several values is outermost.
+    """The words of each member of a grid, in the order of nested loops: the first word that has several values is
+    outermost.
 
     choice(), range(), sort(), shuffle(), `a,b` and, for config groups, glob() have several values. Raises UserError for
-    words that can't be read, a glob that matches nothing, more than MOST_RUNS members, and interval(), which is for a search.
+    words that can't be read, a glob that matches nothing, more than MOST_RUNS members, and interval(), which is for a
+    search.
     """
     values = [_values(word) for word in words]
     if (runs := math.prod(map(len, values))) > MOST_RUNS:
@@ -119,10 +126,14 @@ def _values(word: str) -> list[str]:
     if isinstance(value, Glob):
         known = groups(CONF).get(key)
         if known is None:
-            raise UserError(f"{brief(word)}: glob() is for {', '.join(groups(CONF))}; give the values of {key}, separated by commas")
+            raise UserError(
+                f"{brief(word)}: glob() is for {', '.join(groups(CONF))}; give the values of {key}, separated by commas"
+            )
         found = value.filter(known)
         if not found:
-            raise UserError(f"{brief(word)}: matches nothing; there are {', '.join(known)}{nearest(value.include[0], known)}")
+            raise UserError(
+                f"{brief(word)}: matches nothing; there are {', '.join(known)}{nearest(value.include[0], known)}"
+            )
     elif not override.is_discrete_sweep():
         raise UserError(f"{brief(word)}: an interval has no end of values; give some, or use it with s2a search")
     else:

@@ -1,6 +1,7 @@
 """Tables with chosen rows, columns and value: `s2a table rows=method cols=dataset value=test_top1`.
 
-Runs that share a cell are averaged. What differs between them, or between cells, and is not shown is said under the table.
+Runs that share a cell are averaged. What differs between them, or between cells, and is not shown is said under the
+table.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from s2a_cli.render import natural
 
 @dataclass(frozen=True)
 class Value:
-    """What cells show: a column of the runs, its title with the unit, the better direction, and whether seeds move it."""
+    """What cells show: a column of the runs, its title with the unit, the better direction, and whether seeds move
+    it.
+    """
 
     column: str
     title: str
@@ -43,8 +46,9 @@ MEASURABLE = ("memory.peak_mib", "memory.kept_mib", "x_full")  # columns that ar
 VTAB = {
     "natural": ("cifar100", "caltech101", "dtd", "flowers102", "pets", "svhn", "sun397"),
     "specialized": ("camelyon", "eurosat", "resisc45", "retinopathy"),
-    "structured": tuple(
-        ["clevr_count", "clevr_dist", "dmlab", "kitti", "dsprites_loc", "dsprites_ori", "norb_azi", "norb_ele"]
+    "structured": (
+        *("clevr_count", "clevr_dist", "dmlab", "kitti"),
+        *("dsprites_loc", "dsprites_ori", "norb_azi", "norb_ele"),
     ),
 }
 GROUPS = {  # groups=NAME
@@ -80,7 +84,10 @@ class Mean:
 
 @dataclass
 class Grid:
-    """`cells`: a line for each row and column label, with mean, std, n, state, mixed, kind and mark. `runs`: what they are of."""
+    """`cells`: a line for each row and column label, with mean, std, n, state, mixed, kind and mark.
+
+    `runs`: what they are of.
+    """
 
     rows: list[str]
     cols: list[str]
@@ -119,8 +126,10 @@ def column_of(frame: pd.DataFrame, word: str, key: str) -> str:
         "seed",
         *(c.removeprefix("config.") for c in frame if c.startswith(("config.", "environment."))),
     ]
-    raise UserError(f"{word}={key}: no such key in these results; accepted: dataset, backbone, method, quant, seed and dotted keys"
-                    f" such as optim.batch_size{nearest(key, accepted)}")  # fmt: skip
+    raise UserError(
+        f"{word}={key}: no such key in these results; accepted: dataset, backbone, method, quant, seed and dotted keys"
+        f" such as optim.batch_size{nearest(key, accepted)}"
+    )
 
 
 def value_of(name: str) -> Value:
@@ -130,14 +139,19 @@ def value_of(name: str) -> Value:
 
 
 def keep(frame: pd.DataFrame, wanted: dict[str, str], words: Iterable[str] = ()) -> pd.DataFrame:
-    """The runs with dataset=pets,dtd optim.batch_size=16 ... Raises UserError when none is left; `words` are right too."""
+    """The runs with dataset=pets,dtd optim.batch_size=16 ...
+
+    Raises UserError when none is left; `words` are right too.
+    """
     names = {short: column for column, short in tables.NAMES.items()}
     for key, values in wanted.items():
         column = next((c for c in (names.get(key), key, f"config.{key}") if c in frame), None)
         if column is None:
             known = [*words, *tables.BASE, *(c.removeprefix("config.") for c in frame if c.startswith("config."))]
-            raise UserError(f"{key}={values}: no such word or key; expected {', '.join(words)}, or a key of the runs such as "
-                            f"dataset or optim.batch_size{nearest(key, known)}")  # fmt: skip
+            raise UserError(
+                f"{key}={values}: no such word or key; expected {', '.join(words)}, or a key of the runs such as "
+                f"dataset or optim.batch_size{nearest(key, known)}"
+            )
         texts = frame[column].map(label)
         frame = frame[texts.isin(values.split(","))]
         if frame.empty:
@@ -263,12 +277,8 @@ class Hidden:
 
     def notes(self, keys: list[str]) -> list[str]:
         """A line for each key that differs, with its values and, where one shown key decides them, whose they are."""
-        said = []
-        for column in self.keys:
-            if not self.by_design(column):
-                said.append(
-                    f"{'memory' if column == 'kind' else column.removeprefix('config.')}: {self._who(self.texts[column], keys)}"
-                )
+        names = {c: "memory" if c == "kind" else c.removeprefix("config.") for c in self.keys if not self.by_design(c)}
+        said = [f"{name}: {self._who(self.texts[column], keys)}" for column, name in names.items()]
         cells = self.counted.groupby([self.counted[key] for key in keys])
         if "config.seed" in self.counted and "seed" not in keys:
             seeds = cells["config.seed"].agg(lambda seeds: " ".join(map(label, sorted(set(seeds)))))
@@ -348,7 +358,9 @@ def within(pairs: pd.DataFrame, key: str, wanted: Iterable[str]) -> pd.DataFrame
 
 
 def _mark(grid: Grid, hidden: Hidden) -> None:
-    """Sets `mark` in cells, and `marks` of the means: see compare.leaders; figures that no seed moves have a plain best."""
+    """Sets `mark` in cells, and `marks` of the means: see compare.leaders; figures that no seed moves have a plain
+    best.
+    """
     grid.pairs = pairs_of(grid, hidden)
     if not grid.contender:
         return
@@ -360,7 +372,7 @@ def _mark(grid: Grid, hidden: Hidden) -> None:
         if grid.value.noisy:
             return leaders(pairs, means, grid.value.better)
         means = means.dropna() * grid.value.better
-        return {line: "best" for line in means.index[means >= means.max() - SMOOTH]} if len(means) > 1 else {}
+        return dict.fromkeys(means.index[means >= means.max() - SMOOTH], "best") if len(means) > 1 else {}
 
     def series(lines: list[tuple[str, ...]], values: Iterable[float]) -> pd.Series:
         return pd.Series(list(values), index=pd.Index(lines, tupleize_cols=False), dtype=float)

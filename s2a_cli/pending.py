@@ -1,4 +1,6 @@
-"""Figures of a training step that a GPU may still be at: they are read a step later, so that the host never waits for one."""
+"""Figures of a training step that a GPU may still be at: they are read a step later, so that the host never waits for
+one.
+"""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ SECONDS_BETWEEN_LINES = 15.0
 class Progress:
     """`with Progress("real.zip", total, "B") as progress: progress.add(n)`; unit "B" counts bytes.
 
-    `add(n, loss="0.1")` shows a state behind the bar. `note(line, n)` says something that stays: above the bar on a terminal,
-    elsewhere with the rate and the time left, instead of the lines in between.
+    `add(n, loss="0.1")` shows a state behind the bar. `note(line, n)` says something that stays: above the bar on a
+    terminal, elsewhere with the rate and the time left, instead of the lines in between.
     """
 
     def __init__(self, title: str, total: int | None, unit: str, done: int = 0, quiet: bool = False):
@@ -27,7 +27,12 @@ class Progress:
         if sys.stderr.isatty() and not self.quiet:
             scale = self.unit == "B"
             self._bar = tqdm(
-                total=self.total, initial=self.done, desc=self.title, unit=self.unit, unit_scale=scale, dynamic_ncols=True
+                total=self.total,
+                initial=self.done,
+                desc=self.title,
+                unit=self.unit,
+                unit_scale=scale,
+                dynamic_ncols=True,
             )
         return self
 
@@ -65,7 +70,13 @@ class Progress:
     def _pace(self, seconds: float) -> str:
         rate = (self.done - self._first) / max(seconds, 1e-9)
         left = f", {duration((self.total - self.done) / rate)} left" if self.total and rate else ""
-        each, unit = (rate, "s") if self.unit == "B" or rate >= 1 else (60 * rate, "min") if rate >= 1 / 60 else (3600 * rate, "h")
+        each, unit = (
+            (rate, "s")
+            if self.unit == "B" or rate >= 1
+            else (60 * rate, "min")
+            if rate >= 1 / 60
+            else (3600 * rate, "h")
+        )
         return f"{self._amount(each)}/{unit}{left}"
 
     def _amount(self, value: float) -> str:

@@ -161,7 +161,10 @@ def write_result(folder: Path, result: Result) -> None:
 
 
 def regular(path: Path | str, most: int = MOST) -> bytes:
-    """The bytes of a file. Raises ValueError for what is none, such as a pipe or a device, unread, and for more than `most` bytes."""
+    """The bytes of a file.
+
+    Raises ValueError for what is none, such as a pipe or a device, unread, and for more than `most` bytes.
+    """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("no regular file")
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
@@ -174,8 +177,8 @@ def regular(path: Path | str, most: int = MOST) -> bytes:
 def load(path: Path | str) -> Result:
     """The record in a file, with None for what an older one lacks.
 
-    Raises OSError for a file that can't be read and ValueError, in one line, for one that is no record: others' programs rely on
-    what Result says.
+    Raises OSError for a file that can't be read and ValueError, in one line, for one that is no record: others'
+    programs rely on what Result says.
     """
     try:
         result = json.loads(regular(path))
@@ -215,7 +218,12 @@ def _odd_type(value: Any, kind: Any, where: str) -> str | None:
         if not isinstance(value, dict):
             return f"{where}: {_short(value)}, expected its keys"
         hints = typing.get_type_hints(kind).items()
-        return next(filter(None, (_odd_type(value[key], of, f"{where}.{key}".lstrip(".")) for key, of in hints if key in value)), None)
+        return next(
+            filter(
+                None, (_odd_type(value[key], of, f"{where}.{key}".lstrip(".")) for key, of in hints if key in value)
+            ),
+            None,
+        )
     origin, of = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         odd = [_odd_type(value, one, where) for one in of]
@@ -297,7 +305,12 @@ def read_metrics(path: Path) -> list[tuple[int, float]]:
             epoch, top1 = point["epoch"], point.get("val_top1")
             if top1 is None:  # there was no validation
                 continue
-            if isinstance(epoch, bool | str) or isinstance(top1, bool | str) or not 0 <= top1 <= 100 or not 0 < epoch < LARGEST:
+            if (
+                isinstance(epoch, bool | str)
+                or isinstance(top1, bool | str)
+                or not 0 <= top1 <= 100
+                or not 0 < epoch < LARGEST
+            ):
                 raise ValueError(f"line {number}: no epoch with a validation top-1 in %")
             points.append((int(epoch), float(top1)))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -326,11 +339,18 @@ def differences(there: str, here: str) -> list[str]:
     one, two = (_leaves(json.loads(text)) for text in (there, here))
     odd = [key for key in [*one, *(two.keys() - one.keys())] if one.get(key, "not set") != two.get(key, "not set")]
     named = {"data": "other data", "weights": "other pretrained weights"}
-    said = [named.get(key) or f"{key.removeprefix('config.')}={one.get(key, 'not set')}, here {two.get(key, 'not set')}" for key in odd]
+    said = [
+        named.get(key) or f"{key.removeprefix('config.')}={one.get(key, 'not set')}, here {two.get(key, 'not set')}"
+        for key in odd
+    ]
     return list(dict.fromkeys(map(printable, said)))
 
 
 def _leaves(node: Any, prefix: str = "") -> dict[str, str]:
     if not isinstance(node, dict) or not node:
         return {prefix: json.dumps(node)}
-    return {key: text for name, inner in node.items() for key, text in _leaves(inner, f"{prefix}.{name}".lstrip(".")).items()}
+    return {
+        key: text
+        for name, inner in node.items()
+        for key, text in _leaves(inner, f"{prefix}.{name}".lstrip(".")).items()
+    }

@@ -35,7 +35,8 @@ ESCAPED |= {
     "−": "$-$",
 }
 STYLE = """<style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color-scheme: light dark }
+body { font: 15px/1.5 system-ui, sans-serif;
+       margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color-scheme: light dark }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .7rem; border-bottom: 1px solid #8885 }
 .right { text-align: right; font-variant-numeric: tabular-nums }
 </style>"""
@@ -43,7 +44,9 @@ table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .7r
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table of texts; `bold` holds the (line, column) places of the best; columns in `right` are aligned to the right."""
+    """A table of texts; `bold` holds the (line, column) places of the best; columns in `right` are aligned to the
+    right.
+    """
 
     text: pd.DataFrame
     right: set[str]
@@ -116,7 +119,7 @@ def save(path: Path, data: bytes | str, word: str, force: bool = False) -> None:
 def check_out(path: Path, word: str, force: bool = False) -> None:
     """Raises UserError for a path under which there is something else than a page or figure of ours, or no file."""
     try:
-        if not path.exists() or not path.stat().st_size and path.is_file():
+        if not path.exists() or (not path.stat().st_size and path.is_file()):
             return
         if not path.is_file():
             raise UserError(f"{word}={path}: is no file; expected the name of one")

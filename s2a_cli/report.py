@@ -1,4 +1,7 @@
-"""`s2a report`: one self-contained page of many runs. The page is report.html, filled in by Jinja, which escapes all texts."""
+"""`s2a report`: one self-contained page of many runs.
+
+The page is report.html, filled in by Jinja, which escapes all texts.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ BARS = 40  # most memory bars
 def write(places: list[str], wanted: dict[str, str], out: Path, force: bool = False) -> str:
     """Writes the page and returns a line about it; what can't be read is named on stderr and in the page.
 
-    Raises UserError when there are no runs, when `out` can't be written, and without `force` when it is no page of ours.
+    Raises UserError when there are no runs, when `out` can't be written, and without `force` when it is no page of
+    ours.
     """
     check_out(out, "out", force)
     frame, odd = tables.read(places)
@@ -102,13 +106,18 @@ def _curves(runs: pd.DataFrame, odd: list[str]) -> tuple[str, str]:
             found.append((" · ".join(place), lines))
     if not found:
         return "", "No metrics.jsonl with validation beside the results."
-    said = "Mean over the runs of a method and quant, {runs} of them at most; {panels} panels, {lines} lines, {points} points at most."
+    said = (
+        "Mean over the runs of a method and quant, {runs} of them at most; {panels} panels, {lines} lines, {points}"
+        " points at most."
+    )
     left = f" {len(panels) - CURVES['panels']} panels are left out." if len(panels) > CURVES["panels"] else ""
     return figures.svg(figures.curves(found), "curves"), said.format(**CURVES) + left
 
 
 def _metrics(path: str, odd: list[str]) -> pd.DataFrame | None:
-    """epoch and val_top1 of a run; None without the file or without validation, or where it can't be read: `odd` says so then."""
+    """epoch and val_top1 of a run; None without the file or without validation, or where it can't be read: `odd` says
+    so then.
+    """
     beside = Path(path).with_name(folders.METRICS)
     try:
         points = records.read_metrics(beside)
@@ -121,7 +130,9 @@ def _metrics(path: str, odd: list[str]) -> pd.DataFrame | None:
 
 
 def _bars(runs: pd.DataFrame) -> list[dict[str, Any]]:
-    """Static, kept and transient MiB of a step for each setting whose memory is known, beside full fine-tuning's peak."""
+    """Static, kept and transient MiB of a step for each setting whose memory is known, beside full fine-tuning's
+    peak.
+    """
     known = runs[(runs["status"] == "ok") & runs["memory.peak_mib"].notna()].reindex(
         columns=list(dict.fromkeys([*runs, *_KNOWN]))
     )
@@ -180,7 +191,9 @@ def _runs(runs: pd.DataFrame, beside: Path) -> list[list[str]]:
 
 
 def _failures(runs: pd.DataFrame, beside: Path) -> list[list[str]]:
-    failed = runs[~runs["status"].isin(["ok", "running"])].reindex(columns=[*tables.BASE, "config.seed", "status", "error", "path"])
+    failed = runs[~runs["status"].isin(["ok", "running"])].reindex(
+        columns=[*tables.BASE, "config.seed", "status", "error", "path"]
+    )
     return [
         [*names, grids.label(seed), status, str(error or ""), _folder(path, beside)]
         for *names, seed, status, error, path in failed.itertuples(index=False, name=None)

@@ -62,4 +62,6 @@ def show(value: Any) -> str:
 
 
 PATH = Rule("a path: names of at most 255 bytes, 4095 together, and ~ only with a home folder", _is_path)
-NAME = pattern("a name of at most 100 letters, digits, _ . + -, which begins with one of the first three", r"\w[\w.+-]{0,99}")  # of a folder
+NAME = pattern(
+    "a name of at most 100 letters, digits, _ . + -, which begins with one of the first three", r"\w[\w.+-]{0,99}"
+)  # of a folder

@@ -1,8 +1,8 @@
 """Search over settings for the best validation accuracy; the test split is left alone.
 
 Every trial is a run as those of a sweep are: a process of its own, known by what it computes. Optuna proposes the
-settings (a tree-structured Parzen estimator, Bergstra et al. 2011) and keeps the trials in a file, so that a search goes
-on where it was.
+settings (a tree-structured Parzen estimator, Bergstra et al. 2011) and keeps the trials in a file, so that a search
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def _distribution(word: str) -> Any:
         if not all(map(math.isfinite, (value.start, value.end))):
             raise UserError(f"{word}: expected finite numbers")
         return (IntDistribution if isinstance(value.start, int) else FloatDistribution)(value.start, value.end, log=log)
-    if isinstance(value, RangeSweep) and not value.shuffle and steps(word, value):
-        if all(isinstance(x, int) for x in (value.start, value.stop, value.step)):
-            low, high = sorted((value.range()[0], value.range()[-1]))
-            return IntDistribution(low, high, step=abs(value.step))
+    is_range = isinstance(value, RangeSweep) and not value.shuffle and steps(word, value)
+    if is_range and all(isinstance(x, int) for x in (value.start, value.stop, value.step)):
+        low, high = sorted((value.range()[0], value.range()[-1]))
+        return IntDistribution(low, high, step=abs(value.step))
     values = [one.partition("=")[2] for (one,) in expand([word])]
     return CategoricalDistribution(values)
 
@@ -225,9 +225,7 @@ def search(words: list[str]) -> int:
     except ImportError:
         raise UserError("s2a search needs a package that is not here: pip install 's2a[optuna]'") from None
     space.distributions()
-    config = compose(
-        [*space.fixed, *(_first(word) for word in space.ranges.values() if "interval(" not in word)]
-    )
+    config = compose([*space.fixed, *(_first(word) for word in space.ranges.values() if "interval(" not in word)])
     if not len(data.load(config.dataset).val):
         raise UserError(f"dataset={config.dataset.name}: no image is left for validation, by which a search chooses")
     called = hashlib.sha256(space.text().encode()).hexdigest()[:8]

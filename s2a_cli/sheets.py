@@ -12,8 +12,8 @@ from s2a_cli.render import Sheet, as_csv, cell, checked, mib, number, render
 
 ARROWS = {1: " ↑", -1: " ↓"}
 TESTED = (
-    "Paired t-test over {over}, two-sided at 5 %, corrected for the number of rows (Holm); the noise of seeds, not that of the "
-    "choice of test images. ≈: not told apart from the {best}.{few}"
+    "Paired t-test over {over}, two-sided at 5 %, corrected for the number of rows (Holm); the noise of seeds, not that"
+    " of the choice of test images. ≈: not told apart from the {best}.{few}"
 )
 FEW = f" ?: fewer than {LEAST} pairs, nothing can be told."
 PREDICTED = "~: predicted, not measured."
@@ -158,7 +158,8 @@ def _lacking(grid: Grid, line: tuple[str, ...], mean: Mean) -> list[str]:
 def against_reference(grid: Grid, reference: str) -> tuple[Sheet, list[str]]:
     """Each row's mean paired difference to the reference, with its standard error and number of pairs.
 
-    reference: the row's label, its keys joined by commas, without a backbone or data set. Raises UserError for no such row.
+    reference: the row's label, its keys joined by commas, without a backbone or data set. Raises UserError for no such
+    row.
     """
     named = {
         line: ",".join(x for k, x in zip(grid.rows, line, strict=True) if k in grid.contender) for line in grid.lines()
@@ -191,7 +192,8 @@ def against_reference(grid: Grid, reference: str) -> tuple[Sheet, list[str]]:
     text = pd.DataFrame(records)
     agreed = f"± its standard error, and the number of pairs (same {', '.join(_agreed(grid))})."
     notes = [
-        f"{grid.value.title}{ARROWS[grid.value.better]}: mean of the runs that pair; in brackets the mean difference to {reference} {agreed}"
+        f"{grid.value.title}{ARROWS[grid.value.better]}: mean of the runs that pair; in brackets the mean difference to"
+        f" {reference} {agreed}"
     ]
     if grid.value.noisy:
         notes.append(TESTED.format(over="seeds and data sets", best="reference", few=FEW if few else ""))

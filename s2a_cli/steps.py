@@ -49,11 +49,14 @@ def train_mode(model: nn.Module) -> None:
 
 
 def make_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
-    """AdamW or SGD over the trainable parameters; weight decay on weight matrices only, never on biases, norms, prompts.
+    """AdamW or SGD over the trainable parameters; weight decay on weight matrices only, never on biases, norms,
+    prompts.
 
     A module's `lr_scale`, where it has one, multiplies the learning rate of its parameters.
     """
-    scales = {p: module.lr_scale for module in model.modules() if hasattr(module, "lr_scale") for p in module.parameters()}
+    scales = {
+        p: module.lr_scale for module in model.modules() if hasattr(module, "lr_scale") for p in module.parameters()
+    }
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # (learning rate, weight decay)
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -67,11 +70,11 @@ class Step:
     """Forward, backward and update of one batch under a run's precision, quantisation and accumulation.
 
     blocks: the modules of the backbone that quant.recompute and quant.chunks are about.
-    Call: step(model, optimizer, images [B, 3, H, W] normalised, targets [B] or [B, classes]) -> mean loss (detached scalar;
-    over the votes too, where there are several). A method's votes are back-propagated within the forward pass.
-    `after_forward` is called after each forward pass, when all that is kept for the backward pass is alive (of a method that
-    trains in segments: of the last one). Where several processes share a batch, `of` is its number of images, and the losses
-    returned add up to its mean loss.
+    Call: step(model, optimizer, images [B, 3, H, W] normalised, targets [B] or [B, classes]) -> mean loss (detached
+    scalar; over the votes too, where there are several). A method's votes are back-propagated within the forward pass.
+    `after_forward` is called after each forward pass, when all that is kept for the backward pass is alive (of a method
+    that trains in segments: of the last one). Where several processes share a batch, `of` is its number of images, and
+    the losses returned add up to its mean loss.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, blocks: Iterable[nn.Module] = ()):

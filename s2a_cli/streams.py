@@ -1,7 +1,7 @@
 """stdout and stderr as they may be: closed, on a terminal that is gone, or in an encoding that lacks our characters.
 
-A command that reads and prints ends with what it can't write, as `s2a ls | head -1` should. A training does not: what it
-says is lost, and it goes on.
+A command that reads and prints ends with what it can't write, as `s2a ls | head -1` should. A training does not: what
+it says is lost, and it goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, which may have room again later
 
 
 def opened() -> None:
-    """Gives stdout and stderr a place where they have none (`2>&-`), lest the next file that is opened be taken for them.
+    """Gives stdout and stderr a place where they have none (`2>&-`), lest the next file that is opened be taken for
+    them.
 
     Characters that their encoding lacks are written as escapes.
     """
@@ -57,7 +58,9 @@ class Unfailing:
             self._lost(error)
 
     def end(self) -> None:
-        """Writes what waits in the buffer, or lets it go: Python's own last flush would end the process with an error."""
+        """Writes what waits in the buffer, or lets it go: Python's own last flush would end the process with an
+        error.
+        """
         try:
             self._stream.flush()
         except (OSError, ValueError):

@@ -1,7 +1,7 @@
 """A grid of runs, each in a process of its own: what is finished is skipped, what was broken off goes on.
 
-A run is known by what it computes (`records.content`): its folder bears the hash, and its record is compared in full. What
-has to be done is read from the folders alone, so that a sweep can be started again at any time, or twice at once.
+A run is known by what it computes (`records.content`): its folder bears the hash, and its record is compared in full.
+What has to be done is read from the folders alone, so that a sweep can be started again at any time, or twice at once.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Member:
         return [*self.words, f"run_dir={self.folder}"]
 
     def state(self) -> str:
-        """new | done | failed | oom | interrupted | running, as its folder says; a record that can't be read is named on stderr."""
+        """new | done | failed | oom | interrupted | running, as its folder says; a record that can't be read is named
+        on stderr.
+        """
         state, damage = folders.state(self.folder, self.content)
         if damage and not self.told:
             print(f"s2a: {printable(damage)}: to be trained anew", file=sys.stderr)
@@ -107,14 +109,19 @@ def plan(words: list[str]) -> Plan:
 
 
 def _whole_gpus(settings: SweepConfig) -> None:
-    """Raises UserError where the runs of a sweep don't have a GPU of this machine each, whose memory a batch could fit."""
+    """Raises UserError where the runs of a sweep don't have a GPU of this machine each, whose memory a batch could
+    fit.
+    """
     if settings.launcher != "local":
         raise UserError(
-            f"{AUTO}: under sweep.launcher={settings.launcher} the device is elsewhere; `s2a memory fit=8GiB` tells the batch for it"
+            f"{AUTO}: under sweep.launcher={settings.launcher} the device is elsewhere; `s2a memory fit=8GiB` tells the"
+            " batch for it"
         )
     need_device()
     if settings.pack or (settings.workers or 1) > torch.cuda.device_count():
-        raise UserError(f"{AUTO}: fills a GPU, and here several runs share one; set sweep.workers to at most the number of GPUs")
+        raise UserError(
+            f"{AUTO}: fills a GPU, and here several runs share one; set sweep.workers to at most the number of GPUs"
+        )
 
 
 def _several(value: Any) -> str:
@@ -131,7 +138,9 @@ def _excluded(config: DictConfig, rules: Iterable[dict[str, Any]]) -> str | None
     for rule in rules:
         conditions = {key: value for key, value in rule.items() if key != "why"}
         if not conditions:
-            raise UserError(f"sweep.exclude: {rule}: expected settings, such as {{method: side, quant: int4, why: a reason}}")
+            raise UserError(
+                f"sweep.exclude: {rule}: expected settings, such as {{method: side, quant: int4, why: a reason}}"
+            )
         matches = True
         for key, value in conditions.items():
             found = config[key].name if key in GROUPS else OmegaConf.select(config, key, default="?")
@@ -153,10 +162,11 @@ class Known:
         self._batches: dict[str, str] = {}
 
     def sized(self, words: list[str]) -> list[str]:
-        """The words with optim.batch_size=auto replaced: what fits the first GPU; those of one machine are taken to be alike.
+        """The words with optim.batch_size=auto replaced: what fits the first GPU; those of one machine are taken to be
+        alike.
 
-        A run is known by its batch, so that it has to be a number here, and the same whenever the sweep goes on: that of
-        the whole memory of the GPU, whatever others hold of it now.
+        A run is known by its batch, so that it has to be a number here, and the same whenever the sweep goes on: that
+        of the whole memory of the GPU, whatever others hold of it now.
         """
         if AUTO not in words:
             return words
@@ -203,7 +213,9 @@ def predict(members: list[Member]) -> None:
         for member in members:
             unseeded = OmegaConf.merge(member.config, {"seed": 0})
             key = OmegaConf.create({"config": unseeded, "classes": member.classes, "images": member.images})
-            member.peak_mib = _once(known, key, lambda member=member: training.predicted_peak(member.config, member.classes, member.images))
+            member.peak_mib = _once(
+                known, key, lambda member=member: training.predicted_peak(member.config, member.classes, member.images)
+            )
             progress.add(1)
 
 
@@ -274,11 +286,16 @@ class Sweep:
 
     def _begin(self, progress: Progress) -> None:
         while self.todo:
-            slot = self.engine.free({slot: member.peak_mib for slot, (member, _, _) in self.jobs.items()}, self.todo[0].peak_mib)
+            slot = self.engine.free(
+                {slot: member.peak_mib for slot, (member, _, _) in self.jobs.items()}, self.todo[0].peak_mib
+            )
             if slot is None:
                 return
             member = self.todo.pop(0)
-            words = [*member.command, "--force" if self.force else "--once"]  # another sweep may have finished it by now
+            words = [
+                *member.command,
+                "--force" if self.force else "--once",
+            ]  # another sweep may have finished it by now
             try:
                 folders.make_run_dir(member.folder)
                 job = self.engine.start(words, member.folder / LOG, slot)
@@ -324,7 +341,9 @@ def _figures(member: Member) -> str:
     accuracy, memory = result["accuracy"], result["memory"]
     peak = f", peak {memory['peak_mib']:,.0f} MiB {memory['kind'].split('-')[0]}" if memory else ""
     tested = accuracy["test_top1"] is not None
-    return (f"top-1 {accuracy['test_top1']:.2f} %" if tested else f"val top-1 {accuracy['val_top1']:.2f} %, not tested") + peak
+    return (
+        f"top-1 {accuracy['test_top1']:.2f} %" if tested else f"val top-1 {accuracy['val_top1']:.2f} %, not tested"
+    ) + peak
 
 
 def _last_line(member: Member) -> str:
@@ -352,7 +371,11 @@ def overview(planned: Plan, predicted: bool) -> str:
 
     header = ["run", "state", *(["predicted peak MiB"] if predicted else []), "folder"]
     counts = Counter(row[1] for row in rows)
-    lines = [tabulate(rows, header, disable_numparse=True, colalign=["left", "left", *(["right"] if predicted else []), "left"])]
+    lines = [
+        tabulate(
+            rows, header, disable_numparse=True, colalign=["left", "left", *(["right"] if predicted else []), "left"]
+        )
+    ]
     lines.append(f"\n{len(rows)} runs: " + ", ".join(f"{number} {state}" for state, number in counts.items()))
     return "\n".join([*lines, *left_out(planned)])
 
@@ -385,7 +408,9 @@ def sweep(words: list[str]) -> int:
     if on.note:
         print(on.note, file=sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs save where they are
-    run = Sweep(planned, on, force="--force" in flags, retry="--retry-failed" in flags, fail_fast="--fail-fast" in flags)
+    run = Sweep(
+        planned, on, force="--force" in flags, retry="--retry-failed" in flags, fail_fast="--fail-fast" in flags
+    )
     try:
         summary = run()
     finally:

@@ -42,7 +42,8 @@ PREDICTED_FULL = "*: measured, against full fine-tuning's predicted peak; to mea
 
 
 def load(places: Iterable[str | Path]) -> pd.DataFrame:
-    """One row for each result.json below the `places`, with dotted columns ("config.optim.lr", "accuracy.test_top1", ...).
+    """One row for each result.json below the `places`, with dotted columns ("config.optim.lr", "accuracy.test_top1",
+    ...).
 
     Files that can't be read are named on stderr and left out. Raises UserError when a folder or every run is missing.
     """

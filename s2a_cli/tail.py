@@ -25,7 +25,11 @@ class Taps:
 
     def to(self, target: torch.device | torch.dtype, non_blocking: bool = False) -> Taps:
         """On a device. A dtype, to which images are converted, leaves them as the forward pass gave them."""
-        return self if isinstance(target, torch.dtype) else Taps(t.to(target, non_blocking=non_blocking) for t in self.tensors)
+        return (
+            self
+            if isinstance(target, torch.dtype)
+            else Taps(t.to(target, non_blocking=non_blocking) for t in self.tensors)
+        )
 
     def split(self, size: int) -> list[Taps]:
         return [Taps(parts) for parts in zip(*(t.split(size) for t in self.tensors))]
@@ -34,10 +38,10 @@ class Taps:
 class Tail(nn.Module):
     """What a method trains of a model through whose frozen part no gradient passes.
 
-    The modules are the model's own. head: the mean of what its layers return is the model's logits; each reads one of the
-    first taps, [B, F]. branch: a module that adds to the logits with `join`; the outputs of its `taps`, modules without
-    parameters that the model's blocks call, are the other taps, and `given(tensors)` hands it what it would have read.
-    reads: the settings on which the taps depend.
+    The modules are the model's own. head: the mean of what its layers return is the model's logits; each reads one of
+    the first taps, [B, F]. branch: a module that adds to the logits with `join`; the outputs of its `taps`, modules
+    without parameters that the model's blocks call, are the other taps, and `given(tensors)` hands it what it would
+    have read. reads: the settings on which the taps depend.
     """
 
     def __init__(self, head: Head, branch: nn.Module | None = None, reads: str = ""):
@@ -58,9 +62,12 @@ class Tail(nn.Module):
         """The taps of a forward pass of the whole model, which `logits()` makes, and what that returns."""
         first: dict[nn.Module, Tensor] = {}
         others: list[Tensor] = []
-        handles = [head.register_forward_pre_hook(lambda head, args: first.update({head: args[0]}), prepend=True) for head in self.heads]
-        for tap in self.branch.taps if self.branch is not None else ():
-            handles.append(tap.register_forward_hook(lambda _, __, output: others.append(output)))
+        handles = [
+            head.register_forward_pre_hook(lambda head, args: first.update({head: args[0]}), prepend=True)
+            for head in self.heads
+        ]
+        taps = self.branch.taps if self.branch is not None else ()
+        handles += [tap.register_forward_hook(lambda _, __, output: others.append(output)) for tap in taps]
         try:
             out = logits()
         finally:

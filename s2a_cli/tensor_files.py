@@ -25,7 +25,8 @@ from s2a_cli.errors import first_line, printable
 
 INDEX = 16 * 2**20  # bytes of the pickle that names the tensors; that of a model of a thousand layers takes one
 LEGACY = 5  # pickles at the beginning of a file of torch before 1.6: magic, version, sizes, content, storages
-NAMES = re.compile(  # what a pickle may call: plain tensors and what stands beside them, and nothing that makes them large
+# what a pickle may call: plain tensors and what stands beside them, and nothing that makes them large
+NAMES = re.compile(
     r"torch\.\w*Storage|torch\.storage\.\w*Storage|torch\.[a-z][a-z0-9_]*|torch\.(Size|Tensor|nn\.parameter\.Parameter)"
     r"|torch\._utils\._rebuild_(tensor(_v[23])?|parameter(_with_state)?)|torch\._tensor\._rebuild_from_type_v2"
     r"|torch\.serialization\._get_layout|collections\.(OrderedDict|Counter)|builtins\.(set|complex)|__builtin__\.(set|complex)"
@@ -43,7 +44,10 @@ class Unreadable(Exception):
 
 
 def is_file(path: Path) -> bool:
-    """Whether it is a regular file: a pipe or a device could be read for ever. False for a name that no file can have."""
+    """Whether it is a regular file: a pipe or a device could be read for ever.
+
+    False for a name that no file can have.
+    """
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
@@ -139,12 +143,17 @@ def _oddity(value: Tensor) -> str:
 
 
 def check_arrays(path: Path, most: int) -> list[str]:
-    """The names of the arrays of a .npz, of which none is read. Raises Unreadable where they declare more than `most` bytes."""
+    """The names of the arrays of a .npz, of which none is read.
+
+    Raises Unreadable where they declare more than `most` bytes.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             if (declared := sum(member.file_size for member in members)) > most:
-                raise Unreadable(f"its arrays expand to {declared / 2**20:,.0f} MiB; the model's could be {most / 2**20:,.0f} MiB")
+                raise Unreadable(
+                    f"its arrays expand to {declared / 2**20:,.0f} MiB; the model's could be {most / 2**20:,.0f} MiB"
+                )
             for member in members:
                 with archive.open(member) as file:
                     if (need := _array_bytes(file)) > member.file_size:
@@ -167,5 +176,5 @@ def _array_bytes(file: IO[bytes]) -> int:
 
 def shapes(file: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, shape) of the tensors in an open .safetensors, of which none is read."""
-    for name in file.keys():
+    for name in file.keys():  # noqa: SIM118 (a safe_open is no mapping)
         yield name, tuple(file.get_slice(name).get_shape())

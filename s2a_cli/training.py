@@ -72,7 +72,10 @@ class Run:
 
 
 def prepare(config: DictConfig) -> Run:
-    """Loads the data and the backbone, and attaches the method, on the CPU. Raises UserError for input that does not fit."""
+    """Loads the data and the backbone, and attaches the method, on the CPU.
+
+    Raises UserError for input that does not fit.
+    """
     device = choose_device(config.device)
     splits = data.load(config.dataset)
     torch.manual_seed(config.seed)
@@ -83,15 +86,23 @@ def prepare(config: DictConfig) -> Run:
     if config.dataset.cache:
         cache.check_steady(backbone)
         if processes > 1:
-            raise UserError("dataset.cache=taps trains in one process: what is left to train is small; start without torchrun")
+            raise UserError(
+                "dataset.cache=taps trains in one process: what is left to train is small; start without torchrun"
+            )
     if (least := min(config.optim.batch_size, len(splits.train))) < processes:
-        raise UserError(f"a batch of {least} images can't be shared by {processes} processes; start fewer, or raise optim.batch_size")
+        raise UserError(
+            f"a batch of {least} images can't be shared by {processes} processes; start fewer, or raise"
+            " optim.batch_size"
+        )
     content = records.content(OmegaConf.to_container(config, resolve=True), splits.revision, weights)
     return Run(config, splits, backbone, weights, device, content)
 
 
 def attach(config: DictConfig, backbone: Backbone) -> None:
-    """Makes a backbone, which may be on the meta device, what a config trains. Raises UserError for what does not fit it."""
+    """Makes a backbone, which may be on the meta device, what a config trains.
+
+    Raises UserError for what does not fit it.
+    """
     torch.manual_seed(config.seed)  # the method's initial values do not depend on how the backbone drew its own
     method = METHODS[config.method.name](config.method)
     method.attach(backbone)
@@ -110,13 +121,16 @@ def attach(config: DictConfig, backbone: Backbone) -> None:
         _refuse_parts(config)
         if config.optim.batch_size == 1 and backbones.lacks_variance(backbone, train_mode):
             raise UserError(
-                f"optim.batch_size=1: method={config.method.name} trains BatchNorms, and one of {config.backbone.name} then has one"
-                " value a channel and no variance; set it to 2 or more"
+                f"optim.batch_size=1: method={config.method.name} trains BatchNorms, and one of {config.backbone.name}"
+                " then has one value a channel and no variance; set it to 2 or more"
             )
     if config.quant.recompute == "block":
         backbone.check_recomputable()
     if odd := [number for number in config.quant.blocks if not 0 <= number < len(backbone.block_modules)]:
-        raise UserError(f"quant.blocks: there is no block {odd[0]}; this backbone has those from 0 to {len(backbone.block_modules) - 1}")
+        raise UserError(
+            f"quant.blocks: there is no block {odd[0]}; this backbone has those from 0 to"
+            f" {len(backbone.block_modules) - 1}"
+        )
     backbone.model.to(weight_dtype(config.precision))
     frozen.store(backbone, config.backbone.weights)
 
@@ -132,11 +146,14 @@ def _refuse_parts(config: DictConfig) -> None:
     ):
         if value != default:
             raise UserError(
-                f"{key}={show(value)} changes the result here: method={config.method.name} trains BatchNorms, whose statistics"
-                f" are those of one forward pass of the batch; set it to {show(default)}"
+                f"{key}={show(value)} changes the result here: method={config.method.name} trains BatchNorms, whose"
+                f" statistics are those of one forward pass of the batch; set it to {show(default)}"
             )
     if distributed.part()[1] > 1:
-        raise UserError(f"method={config.method.name} trains BatchNorms, whose statistics are those of a whole batch: use one process")
+        raise UserError(
+            f"method={config.method.name} trains BatchNorms, whose statistics are those of a whole batch: use one"
+            " process"
+        )
 
 
 def choose_device(name: str) -> torch.device:
@@ -161,13 +178,16 @@ def choose_device(name: str) -> torch.device:
 def train(config: DictConfig, anew: bool = False, once: bool = False) -> tuple[records.Result, Path]:
     """Trains one run and returns its record and its folder.
 
-    A run that is finished is left as it is, and one that was broken off goes on, unless it is to start `anew`. That, and
-    another run in the same folder, leaves a finished one in place until the new one is whole (see folders). Out of memory and
-    Ctrl-C end in a record with that status, as does a full disk, with `interrupted`. Any other failure is recorded as `failed`
-    and raised. Raises UserError when another process is at the same run, when the folder holds a run of another config or
-    somebody's files, and, sooner without `once`, when others use the run's CUDA device, unless `busy` allows that.
+    A run that is finished is left as it is, and one that was broken off goes on, unless it is to start `anew`. That,
+    and another run in the same folder, leaves a finished one in place until the new one is whole (see folders). Out of
+    memory and Ctrl-C end in a record with that status, as does a full disk, with `interrupted`. Any other failure is
+    recorded as `failed` and raised. Raises UserError when another process is at the same run, when the folder holds a
+    run of another config or somebody's files, and, sooner without `once`, when others use the run's CUDA device, unless
+    `busy` allows that.
     """
-    own = distributed.own_device(config.device)  # asked about before this process, or one it is joined to, holds any of it
+    own = distributed.own_device(
+        config.device
+    )  # asked about before this process, or one it is joined to, holds any of it
     refused = memory.refusal(own) if config.busy == "refuse" and own else None
     if refused and not once:
         raise refused
@@ -176,7 +196,9 @@ def train(config: DictConfig, anew: bool = False, once: bool = False) -> tuple[r
         if config.run_dir:
             folders.usable(Path(config.run_dir))  # before anything is downloaded
         run = prepare(config)
-        folder = Path(config.run_dir or f"runs/{run.splits.name}/{config.backbone.name}/{config.method.name}/{run.identity}")
+        folder = Path(
+            config.run_dir or f"runs/{run.splits.name}/{config.backbone.name}/{config.method.name}/{run.identity}"
+        )
         place = distributed.from_first(lambda: folders.claim(folder, run.content, anew, stack))
         if place is None:
             print(f"finished before, nothing is trained; --force trains it anew: {folder}")
@@ -268,7 +290,9 @@ def _judge(run: Run, top1: float | None) -> None:
 
 
 def _failed(folder: Path, result: records.Result, error: Exception) -> None:
-    """Notes in the result how a run failed, in this process or first in another; with a traceback, unless memory ran out."""
+    """Notes in the result how a run failed, in this process or first in another; with a traceback, unless memory ran
+    out.
+    """
     out_of_memory = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
     said = _first_line(error)
     if out_of_memory:
@@ -349,7 +373,9 @@ def predict(run: Run) -> dict[str, Any] | None:
 
 
 def full_finetuning(config: DictConfig, classes: int) -> tuple[Backbone, DictConfig]:
-    """The same composition under full fine-tuning with stock PyTorch, for a prediction: its backbone, and its config."""
+    """The same composition under full fine-tuning with stock PyTorch, for a prediction: its backbone, and its
+    config.
+    """
     whole = backbones.build(config.backbone, classes, meta=True)
     METHODS["full"](OmegaConf.create({"name": "full", "blocks": "all"})).attach(whole)
     whole.model.to(weight_dtype(config.precision))
@@ -379,11 +405,16 @@ def profile_step(backbone: Backbone, config: DictConfig, images: int, processes:
     """The same with where it is, for the first of several processes that share a batch."""
     train_mode(backbone.model)
     count, size = -(-min(config.optim.batch_size, images) // processes), backbone.image.size
-    batch = torch.empty(count, 3, size, size, dtype=weight_dtype(config.precision)), torch.empty(count, dtype=torch.int64)
+    batch = (
+        torch.empty(count, 3, size, size, dtype=weight_dtype(config.precision)),
+        torch.empty(count, dtype=torch.int64),
+    )
     step = Step(config, torch.device("cpu"), backbone.block_modules)
     if backbone.tail:
         return cache.profile(backbone, config, step, batch, backbone.parts)
-    return memory.profile(backbone.model, batch, step, lambda model: make_optimizer(config.optim, model), backbone.parts)
+    return memory.profile(
+        backbone.model, batch, step, lambda model: make_optimizer(config.optim, model), backbone.parts
+    )
 
 
 def evaluate(config: DictConfig, folder: Path) -> dict[str, float | None]:
@@ -393,14 +424,20 @@ def evaluate(config: DictConfig, folder: Path) -> dict[str, float | None]:
     """
     recorded = records.read_result(folder)
     for key, value in OmegaConf.to_container(config.dataset).items():
-        if key != "cache" and f"dataset.{key}" not in records.NOT_IDENTITY and value != recorded["config"]["dataset"].get(key):
+        if (
+            key != "cache"
+            and f"dataset.{key}" not in records.NOT_IDENTITY
+            and value != recorded["config"]["dataset"].get(key)
+        ):
             raise UserError(
                 f"dataset.{key}={value}: the run was made with {recorded['config']['dataset'].get(key)};"
                 " another split could hold images that it was trained on"
             )
     run = prepare(config)
     if run.splits.revision != recorded["data"]["revision"]:
-        raise UserError(f"{folder}: trained on data of revision {recorded['data']['revision']}, found {run.splits.revision}")
+        raise UserError(
+            f"{folder}: trained on data of revision {recorded['data']['revision']}, found {run.splits.revision}"
+        )
     run.model.to(run.device)
     checkpoints.load(folder, run.model, run.weights)
     scores = accuracy(run, run.loader("test"))

@@ -14,10 +14,27 @@ from typing import Any
 from s2a_cli.errors import UserError, brief, nearest
 
 DEEPEST = 8  # levels of a stored config; a run's own has four
-LOADERS = (  # arguments of timm.create_model, and of what it calls, that choose what is loaded, from where, or what is returned
-    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn", "pretrained_model_args"),
+# arguments of timm.create_model, and of what it calls, that choose what is loaded, from where, or what is returned
+LOADERS = (
+    *(
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_strict",
+        "pretrained_filter_fn",
+        "pretrained_model_args",
+    ),
     *("checkpoint_path", "cache_dir", "state_dict", "url", "file", "hf_hub_id", "custom_load", "source"),
-    *("scriptable", "exportable", "no_jit", "model_cfg", "feature_cfg", "feature_cls", "kwargs_filter", "features_only"),
+    *(
+        "scriptable",
+        "exportable",
+        "no_jit",
+        "model_cfg",
+        "feature_cfg",
+        "feature_cls",
+        "kwargs_filter",
+        "features_only",
+    ),
 )
 OURS = ("num_classes", "device", "dtype", "cfg", "self")  # decided elsewhere
 BUILT = ("bn_eps", "bn_momentum", "bn_tf")  # arguments that timm hands to layers before a model's constructor sees them
@@ -38,7 +55,9 @@ def check_stored(stored: Any) -> None:
             for name, one in inner:
                 todo += [(f"{key}.{name}", name, depth + 1), (f"{key}.{name}", one, depth + 1)]
         elif isinstance(value, str) and "${" in value:
-            raise UserError(f"{brief(key)}={brief(value)}: a stored config refers to nothing (${{...}}); a run stores values")
+            raise UserError(
+                f"{brief(key)}={brief(value)}: a stored config refers to nothing (${{...}}); a run stores values"
+            )
     if not isinstance(stored, dict):
         raise UserError(f"config={brief(str(stored))}: the stored config is no settings")
 
@@ -49,7 +68,9 @@ def check_kwargs(kwargs: dict[Any, Any]) -> dict[str, str]:
     for name, value in kwargs.items():
         key = f"backbone.kwargs.{brief(str(name))}"
         if name in LOADERS:
-            problems[key] = f"{key}: chooses what is loaded, not what the model is; backbone.checkpoint=FILE gives weights"
+            problems[key] = (
+                f"{key}: chooses what is loaded, not what the model is; backbone.checkpoint=FILE gives weights"
+            )
         elif name in OURS:
             problems[key] = f"{key}: not a setting here"
         elif not _plain(value):
@@ -63,7 +84,7 @@ def _plain(value: Any, depth: int = 0) -> bool:
         return depth < 4 and len(value) <= 1000 and all(_plain(one, depth + 1) for one in value)
     if isinstance(value, str):
         return re.fullmatch(WORD, value) is not None
-    return value is None or isinstance(value, bool | int | float) and math.isfinite(value) and abs(value) <= LARGEST
+    return value is None or (isinstance(value, bool | int | float) and math.isfinite(value) and abs(value) <= LARGEST)
 
 
 def check_names(architecture: str, names: Iterable[str]) -> None:
@@ -72,7 +93,9 @@ def check_names(architecture: str, names: Iterable[str]) -> None:
     for name in names:
         bare = next((name.removeprefix(prefix) for prefix in NESTED if name.startswith(prefix)), name)
         if name not in known and (bare not in known or bare in OURS):
-            raise UserError(f"backbone.kwargs.{brief(name)}: {architecture} takes no such setting{nearest(name, known)}")
+            raise UserError(
+                f"backbone.kwargs.{brief(name)}: {architecture} takes no such setting{nearest(name, known)}"
+            )
 
 
 @functools.lru_cache(maxsize=8)
@@ -82,6 +105,13 @@ def shaping(architecture: str) -> frozenset[str]:
     from torch import nn
 
     family = vars(sys.modules[timm.models.model_entrypoint(architecture).__module__])
-    classes = [cls for cls in family.values() if inspect.isclass(cls) and (issubclass(cls, nn.Module) or is_dataclass(cls))]
-    names = {name for cls in classes for name, at in inspect.signature(cls).parameters.items() if at.kind in (at.POSITIONAL_OR_KEYWORD, at.KEYWORD_ONLY)}
+    classes = [
+        cls for cls in family.values() if inspect.isclass(cls) and (issubclass(cls, nn.Module) or is_dataclass(cls))
+    ]
+    names = {
+        name
+        for cls in classes
+        for name, at in inspect.signature(cls).parameters.items()
+        if at.kind in (at.POSITIONAL_OR_KEYWORD, at.KEYWORD_ONLY)
+    }
     return frozenset(names | set(BUILT)) - {*LOADERS, *OURS}

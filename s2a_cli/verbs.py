@@ -22,8 +22,8 @@ KINDS = {kind + "s": kind for kind in ("backbone", "method", "quant", "dataset",
 class Verb:
     """`run` takes the words behind the verb and returns the exit code; `config` makes of them what `--cfg job` prints.
 
-    `words` are completed as they stand; a verb with a config completes its settings as well. `flags` {--flag: meaning} are
-    handed on to `run` among the words.
+    `words` are completed as they stand; a verb with a config completes its settings as well. `flags` {--flag: meaning}
+    are handed on to `run` among the words.
     """
 
     run: Callable[[list[str]], int]
@@ -37,7 +37,9 @@ class Verb:
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """For imports of torch: the garbage collector would look through a million new objects again and again, for a second."""
+    """For imports of torch: the garbage collector would look through a million new objects again and again, for a
+    second.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -126,7 +128,10 @@ def evaluate(words: list[str]) -> int:
     result = records.read_result(folder)
     if result["status"] != "ok":
         print(f"the run ended as {result['status']}: there is no recorded figure to compare with")
-        print(*(f"test_{name}: {value} %" for name, value in scores.items() if name != "loss" and value is not None), sep="\n")
+        print(
+            *(f"test_{name}: {value} %" for name, value in scores.items() if name != "loss" and value is not None),
+            sep="\n",
+        )
         return 0
     recorded, equal = result["accuracy"], True
     for name in ("top1", "top5"):
@@ -182,7 +187,16 @@ def validate(words: list[str]) -> int:
     return 0
 
 
-TABLE = ("rows", "cols", "value", "format", "against", "groups", "reference", "figure")  # the words of `table`; others choose runs
+TABLE = (
+    "rows",
+    "cols",
+    "value",
+    "format",
+    "against",
+    "groups",
+    "reference",
+    "figure",
+)  # the words of `table`; others choose runs
 
 
 def _runs(words: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str], list[str]]:
@@ -190,7 +204,9 @@ def _runs(words: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], dic
     words = [word for word in words if word != "--force"]
     folders = [word for word in words if "=" not in word or is_there(Path(word))]
     if odd := next((word for word in folders if not is_there(Path(word))), None):
-        raise UserError(f"{brief(odd)}: no such folder; name the folders that hold runs, or key=value to choose among them")
+        raise UserError(
+            f"{brief(odd)}: no such folder; name the folders that hold runs, or key=value to choose among them"
+        )
     pairs = dict(word.split("=", 1) for word in words if word not in folders)
     if not folders and not Path("runs").is_dir():
         raise UserError("no runs/ in this folder; name the folders that hold runs, or make a run with: s2a train")
@@ -275,22 +291,37 @@ VERBS = {
         "look for the settings with the best validation accuracy; the same line again goes on",
         (
             "s2a search method=bias 'optim.lr=tag(log,interval(1e-3,1e-1))' optim.epochs=2 search.trials=10",
-            "s2a search 'optim.lr=tag(log,interval(1e-4,1e-2))' 'optim.weight_decay=choice(0,1e-4)' 'method.prompt.rank=range(2,17,2)'",
-            "s2a search experiment=photos_112 dataset.root=photos quant=int4,tiny 'optim.mixup=interval(0,1)' search.trials=30",
+            (
+                "s2a search 'optim.lr=tag(log,interval(1e-4,1e-2))' 'optim.weight_decay=choice(0,1e-4)'"
+                " 'method.prompt.rank=range(2,17,2)'"
+            ),
+            (
+                "s2a search experiment=photos_112 dataset.root=photos quant=int4,tiny 'optim.mixup=interval(0,1)'"
+                " search.trials=30"
+            ),
         ),
         words=("search.trials=", "search.name=", "sweep.workers=", "sweep.dir="),
     ),
     "memory": Verb(
         memory,
-        "s2a memory [key=value,value ...] [fit=8GiB] [context=600MiB] [fragmentation=5%] [processes=N] [figure=FILE.svg]"
-        " [format=terminal|json|csv]",
+        "s2a memory [key=value,value ...] [fit=8GiB] [context=600MiB] [fragmentation=5%] [processes=N]"
+        " [figure=FILE.svg] [format=terminal|json|csv]",
         "predict the peak memory of runs and where it is, without a GPU, weights or images; what fits a device",
         (
             "s2a memory backbone=vit_b method=s2a dataset=cifar100 optim.batch_size=64",
             "s2a memory backbone=vit_b method=full,linear,bias,s2a quant=none,int4 figure=memory.svg",
             "s2a memory backbone=swin_b method=bias quant=none precision=amp-bf16 fit=8GiB",
         ),
-        words=("figure=", "fit=", "context=", "fragmentation=", "processes=", "format=terminal", "format=json", "format=csv"),
+        words=(
+            "figure=",
+            "fit=",
+            "context=",
+            "fragmentation=",
+            "processes=",
+            "format=terminal",
+            "format=json",
+            "format=csv",
+        ),
         config=first_of_memory,
         flags=OVERWRITE,
     ),
@@ -326,8 +357,8 @@ VERBS = {
     ),
     "table": Verb(
         table,
-        "s2a table [DIR ...] [rows=KEYS] [cols=KEYS] [value=NAME] [against=published] [reference=ROW] [groups=vtab] [figure=FILE.svg]"
-        " [format=terminal|md|csv|latex|html] [key=value ...]",
+        "s2a table [DIR ...] [rows=KEYS] [cols=KEYS] [value=NAME] [against=published] [reference=ROW] [groups=vtab]"
+        " [figure=FILE.svg] [format=terminal|md|csv|latex|html] [key=value ...]",
         "tables of the runs below folders, runs/ by default; key=value keeps the runs that have it",
         (
             "s2a table",

@@ -1,4 +1,7 @@
-"""Votes: logits with losses of their own. They share no gradient, so that each can be back-propagated as soon as it is there."""
+"""Votes: logits with losses of their own.
+
+They share no gradient, so that each can be back-propagated as soon as it is there.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,21 @@ from torch.nn import functional as F
 _learn: ContextVar[Callable[[Tensor], None] | None] = ContextVar("learn", default=None)
 
 
-def vote_losses(logits: Tensor, targets: Tensor, criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> Tensor:
-    """The loss of logits [B, classes], or of each of several votes [votes, B, classes]: [1] or [votes]. Their sum is minimised."""
+def vote_losses(
+    logits: Tensor, targets: Tensor, criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+) -> Tensor:
+    """The loss of logits [B, classes], or of each of several votes [votes, B, classes]: [1] or [votes].
+
+    Their sum is minimised.
+    """
     return torch.stack([criterion(vote, targets) for vote in (logits if logits.ndim == 3 else [logits])])
 
 
 @contextmanager
 def at_once(learn: Callable[[Tensor], None]) -> Iterator[None]:
-    """Within it, a method's votes are handed to `learn`, which back-propagates them: what was kept for them is free at once."""
+    """Within it, a method's votes are handed to `learn`, which back-propagates them: what was kept for them is free at
+    once.
+    """
     token = _learn.set(learn)
     try:
         yield
@@ -29,7 +39,9 @@ def at_once(learn: Callable[[Tensor], None]) -> Iterator[None]:
 
 
 def cast(vote: Tensor) -> Tensor:
-    """A vote [B, classes] as its method keeps it to the end of the forward pass: within `at_once` learned from, and without a graph."""
+    """A vote [B, classes] as its method keeps it to the end of the forward pass: within `at_once` learned from, and
+    without a graph.
+    """
     learn = None if torch.compiler.is_compiling() else _learn.get()
     if learn is None or not vote.requires_grad:
         return vote

@@ -1,17 +1,17 @@
-"""Which structure buys the most accuracy for its memory? An honest search that anyone can run again; docs/structures.md has ours.
+"""Which structure buys the most accuracy for its memory? An honest search that anyone can run again; docs/structures.md
+has ours.
 
     .venv/bin/python scripts/compare_structures.py WEIGHTS DATA... [key=value ...] [--search DATA...] [--seeds 0 1 2]
         [--only NAME...] [--workers 2] [--out runs/structures]
 
-WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors; those of another backbone together with backbone=NAME.
-DATA: a train/ and test/ tree of class folders, or such a tree in a .tar, with settings for it alone behind commas:
-photos.tar,optim.epochs=5. key=value goes to every run.
-Each contender takes the learning rate, of four and of further ones while the best lies at an end, with the best mean of the
-validation accuracies on the DATA of the search (by default all; seed 0, the test split is not read), then trains with every
-seed, and the test split is read once for each of these runs.
-Contenders run without codes (quant=none); their memory is predicted for 224 px and a batch of 64, each with the codes named
-below: of ViT-B/16, or of backbone=NAME. Runs that are finished are not repeated, so that the same line goes on after a break.
-Written to OUT: table.md, and structures.png, accuracy against memory.
+WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors; those of another backbone together with
+backbone=NAME. DATA: a train/ and test/ tree of class folders, or such a tree in a .tar, with settings for it alone
+behind commas: photos.tar,optim.epochs=5. key=value goes to every run. Each contender takes the learning rate, of four
+and of further ones while the best lies at an end, with the best mean of the validation accuracies on the DATA of the
+search (by default all; seed 0, the test split is not read), then trains with every seed, and the test split is read
+once for each of these runs. Contenders run without codes (quant=none); their memory is predicted for 224 px and a batch
+of 64, each with the codes named below: of ViT-B/16, or of backbone=NAME. Runs that are finished are not repeated, so
+that the same line goes on after a break. Written to OUT: table.md, and structures.png, accuracy against memory.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def run(words: list[str]) -> dict[str, float]:
     return result["accuracy"]
 
 
-def chosen_rate(pool: ProcessPoolExecutor, name: str, words: list[str], rates: tuple[float, ...], search: list[Data], out: Path) -> float:
+def chosen_rate(
+    pool: ProcessPoolExecutor, name: str, words: list[str], rates: tuple[float, ...], search: list[Data], out: Path
+) -> float:
     scores: dict[float, float] = {}
     while rates:
         lines = [

@@ -9,7 +9,8 @@ The task is to tell some 40 printed Latin and Greek letters apart, each turned, 
 that the backbone is made for, scikit-learn's handwritten digits, differs in content, in hand and in resolution. Few
 classes and a short training leave something to adapt: with about 156 classes, heavy distortions and 8000 steps the
 features separate digits so well that a linear probe (98.9 %) nearly equals full fine-tuning (99.3 %): nothing would be
-shown. This recipe was chosen among six for that gap, by looking at digits: it illustrates S2A, and is no evidence for it.
+shown. This recipe was chosen among six for that gap, by looking at digits: it illustrates S2A, and is no evidence for
+it.
 
 No digit, nor a glyph that is drawn like one, is among the classes, so that fine-tuning on digits is a true transfer:
 - a character with a numeric value of any kind (superscripts, fractions) is no candidate;
@@ -198,7 +199,8 @@ def pretrain(args: argparse.Namespace, conf: DictConfig) -> tuple[nn.Module, str
     images, labels, held_out = (torch.from_numpy(array) for array in arrays)
     test_images, test_labels = images[held_out], labels[held_out]
     images, labels = images[~held_out], labels[~held_out]
-    # Xavier's initialisation ("jax" in timm): with the default's deviation of 0.02 so narrow a model learns slowly at first.
+    # Xavier's initialisation ("jax" in timm): with the default's deviation of 0.02 so narrow a model learns slowly at
+    # first.
     model = timm.create_model(conf.timm, num_classes=len(classes), weight_init="jax", **conf.kwargs)
     size = sum(p.numel() for p in model.parameters())
     print(f"{len(classes)} classes, {len(images)} renders, {size / 1e6:.2f} M parameters with the head", flush=True)
@@ -246,7 +248,9 @@ def main() -> None:
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {
         "script": f"pretrain_vit_micro.py, version {VERSION}",
-        "data": f"{len(classes)} printed letters in the fonts of matplotlib {matplotlib.__version__}, no digits: {classes}",
+        "data": (
+            f"{len(classes)} printed letters in the fonts of matplotlib {matplotlib.__version__}, no digits: {classes}"
+        ),
         "training": f"{args.steps} steps of {args.batch_size} images, seed {args.seed}",
         "held_out_top1": f"{held_out:.2f} % on {HELD_OUT_FACE}",
     }

@@ -25,14 +25,91 @@ from s2a_cli.config import RULES
 CODES = {0, 1, 2, 130}  # 1: a run failed
 WRAPPERS = ("state_dict", "model")
 GROUPS = groups()
-KEYS = [*RULES, *GROUPS, "backbone.kwargs", "backbone.kwargs.depth", "backbone.pretrained", "dataset.root", "quant.blocks", "method", "test"]
+KEYS = [
+    *RULES,
+    *GROUPS,
+    "backbone.kwargs",
+    "backbone.kwargs.depth",
+    "backbone.pretrained",
+    "dataset.root",
+    "quant.blocks",
+    "method",
+    "test",
+]
 KEYS = [key.replace("method*", "method") for key in KEYS if not key.startswith(("sweep.", "experiment"))]
 ODD = [
-    *("", "null", "true", "-0", "nan", "inf", "-inf", "1e400", "1e-320", "9" * 30, "9" * 400, "9" * 5000, "1_0", "0x10", "1e9"),
-    *("${seed}", "${method}", "${.lr}", "${nope}", "${oc.env:HOME}", "${oc.env:NOPE}", "${times:1,2}", "${" * 30, "${oc.decode:'${seed}'}", "???"),
-    *("[]", "{}", "[[[]]]", "[" * 300 + "]" * 300, "{a:1}", "{3:{norm:8}}", "[1,2,3]", "[a,null]", "'", '"', "\\", "a b", "a\nb", "\x1b[2J", "\0"),
-    *("range(0,3)", "range(0,3,0)", "range(nan,3)", "range(0,1e18)", "interval(0,1)", "glob(*)", "choice()", "choice(1,2)", "shuffle(1,2)"),
-    *("../../x", "/etc/passwd", "~", "~nobody/x", "cuda:99", "cuda:" + "9" * 20, "last:3", "last:" + "9" * 30, "é", "日本", "\udcff", "x" * 300, "x" * 6000),
+    *(
+        "",
+        "null",
+        "true",
+        "-0",
+        "nan",
+        "inf",
+        "-inf",
+        "1e400",
+        "1e-320",
+        "9" * 30,
+        "9" * 400,
+        "9" * 5000,
+        "1_0",
+        "0x10",
+        "1e9",
+    ),
+    *(
+        "${seed}",
+        "${method}",
+        "${.lr}",
+        "${nope}",
+        "${oc.env:HOME}",
+        "${oc.env:NOPE}",
+        "${times:1,2}",
+        "${" * 30,
+        "${oc.decode:'${seed}'}",
+        "???",
+    ),
+    *(
+        "[]",
+        "{}",
+        "[[[]]]",
+        "[" * 300 + "]" * 300,
+        "{a:1}",
+        "{3:{norm:8}}",
+        "[1,2,3]",
+        "[a,null]",
+        "'",
+        '"',
+        "\\",
+        "a b",
+        "a\nb",
+        "\x1b[2J",
+        "\0",
+    ),
+    *(
+        "range(0,3)",
+        "range(0,3,0)",
+        "range(nan,3)",
+        "range(0,1e18)",
+        "interval(0,1)",
+        "glob(*)",
+        "choice()",
+        "choice(1,2)",
+        "shuffle(1,2)",
+    ),
+    *(
+        "../../x",
+        "/etc/passwd",
+        "~",
+        "~nobody/x",
+        "cuda:99",
+        "cuda:" + "9" * 20,
+        "last:3",
+        "last:" + "9" * 30,
+        "é",
+        "日本",
+        "\udcff",
+        "x" * 300,
+        "x" * 6000,
+    ),
 ]
 
 
@@ -40,7 +117,13 @@ def values() -> st.SearchStrategy[str]:
     """Values of settings: right ones, odd ones, and any text."""
     options = [option for found in GROUPS.values() for option in found]
     numbers = st.integers().map(str) | st.floats().map(str)
-    return st.sampled_from(ODD) | st.sampled_from(options) | numbers | st.text(max_size=30) | st.text("[]{}(),:=$.'\"\\_19ae ", max_size=20)
+    return (
+        st.sampled_from(ODD)
+        | st.sampled_from(options)
+        | numbers
+        | st.text(max_size=30)
+        | st.text("[]{}(),:=$.'\"\\_19ae ", max_size=20)
+    )
 
 
 def words() -> st.SearchStrategy[str]:
@@ -51,11 +134,15 @@ def words() -> st.SearchStrategy[str]:
 
 
 def command_lines() -> st.SearchStrategy[list[str]]:
-    return st.builds(lambda verb, rest: [verb, *rest], st.sampled_from(["validate", "sweep"]), st.lists(words(), max_size=5))
+    return st.builds(
+        lambda verb, rest: [verb, *rest], st.sampled_from(["validate", "sweep"]), st.lists(words(), max_size=5)
+    )
 
 
 def check_words(line: list[str]) -> None:
-    """Runs a line that trains nothing, in a folder of its own: no traceback, a known exit code, few lines, no file elsewhere."""
+    """Runs a line that trains nothing, in a folder of its own: no traceback, a known exit code, few lines, no file
+    elsewhere.
+    """
     line = [word for word in line if not word.startswith("-")]
     if line[0] == "sweep":  # what is in it is looked at, and nothing is started
         line = ["sweep", *line[1:], "--cfg", "job"]
@@ -66,20 +153,33 @@ def check_words(line: list[str]) -> None:
     assert code in CODES - {1, 130}, (code, said.getvalue()[:500])
     assert (code == 0) == bool(told.getvalue()) and "Traceback" not in said.getvalue()
     lines = said.getvalue().splitlines()
-    assert code == 0 or lines and lines[0].startswith("s2a: ")
+    assert code == 0 or (lines and lines[0].startswith("s2a: "))
     assert sorted(os.listdir(".")) == before
 
 
 def contents() -> st.SearchStrategy[object]:
     """What a script could have saved, and what none has."""
     tensors = st.sampled_from(
-        [torch.zeros(2), torch.zeros(0), torch.tensor(1), torch.zeros(2, dtype=torch.int8), torch.zeros(2, dtype=torch.complex64),
-         torch.zeros(2, device="meta"), torch.eye(2).to_sparse(), torch.zeros(1).expand(10**9), torch.zeros(2, dtype=torch.bfloat16)]
-    )  # fmt: skip
+        [
+            torch.zeros(2),
+            torch.zeros(0),
+            torch.tensor(1),
+            torch.zeros(2, dtype=torch.int8),
+            torch.zeros(2, dtype=torch.complex64),
+            torch.zeros(2, device="meta"),
+            torch.eye(2).to_sparse(),
+            torch.zeros(1).expand(10**9),
+            torch.zeros(2, dtype=torch.bfloat16),
+        ]
+    )
     plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=8)
-    leaves = tensors | plain | st.sampled_from([np.float64(1), np.zeros(2), print, bytearray(3), {1, 2}, torch.Size([2])])
+    leaves = (
+        tensors | plain | st.sampled_from([np.float64(1), np.zeros(2), print, bytearray(3), {1, 2}, torch.Size([2])])
+    )
     names = st.sampled_from(["state_dict", "model", "a.weight", "module.b", ""]) | st.integers(0, 3) | st.none()
-    return st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4), max_leaves=8)
+    return st.recursive(
+        leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4), max_leaves=8
+    )
 
 
 def damages() -> st.SearchStrategy[object]:
@@ -113,12 +213,16 @@ def saved(content: object, legacy: bool) -> bytes:
 
 def arrays(content: object) -> bytes:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{"cls": np.zeros(3), "odd": np.array([1.0, None][: 1 + (content is None)])})
+    np.savez_compressed(buffer, cls=np.zeros(3), odd=np.array([1.0, None][: 1 + (content is None)]))
     return buffer.getvalue()
 
 
 def safe(content: object) -> bytes:
-    plain = {k: v.contiguous() for k, v in (content if isinstance(content, dict) else {}).items() if isinstance(k, str) and _plain(v)}
+    plain = {
+        k: v.contiguous()
+        for k, v in (content if isinstance(content, dict) else {}).items()
+        if isinstance(k, str) and _plain(v)
+    }
     return safetensors.torch.save(plain)
 
 
@@ -158,5 +262,8 @@ def check_file(folder: Path, name: str, content: bytes) -> bool:
     except tensor_files.Unreadable as error:
         assert "\n" not in str(error) and len(str(error)) < 400 and str(error).isprintable()
         return False
-    assert all(isinstance(key, str) and type(tensor) is torch.Tensor and tensor.device.type == "cpu" for key, tensor in found.items())
+    assert all(
+        isinstance(key, str) and type(tensor) is torch.Tensor and tensor.device.type == "cpu"
+        for key, tensor in found.items()
+    )
     return True

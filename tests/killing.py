@@ -1,7 +1,7 @@
 """Kills trainings, sweeps and repetitions of finished runs with SIGKILL at random moments, and looks for what was lost.
 
-`python tests/killing.py 40 FOLDER` kills forty times. Lives are forks of this process, so that none has to import torch first: the
-moments fall into the work of a run, and not into the start of Python.
+`python tests/killing.py 40 FOLDER` kills forty times. Lives are forks of this process, so that none has to import torch
+first: the moments fall into the work of a run, and not into the start of Python.
 """
 
 from __future__ import annotations
@@ -24,9 +24,17 @@ from s2a_cli.cli import main
 from s2a_cli.engines import PARENT
 
 WORDS = [
-    *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=bias", "quant=none", "device=cpu", "workers=0"),
+    *(
+        "dataset=digits",
+        "dataset.shots=8",
+        "backbone=vit_micro",
+        "method=bias",
+        "quant=none",
+        "device=cpu",
+        "workers=0",
+    ),
     *("optim.epochs=3", "optim.batch_size=20", "save_steps=1"),
-]  # fmt: skip
+]
 CACHED = [*WORDS, "method=side", "dataset.cache=taps", "dataset.scale=null"]
 
 
@@ -46,7 +54,11 @@ class Life:
             handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             os.dup2(handle, 1), os.dup2(handle, 2)
             faulthandler.enable()
-            torch.set_num_threads(1)  # PyTorch renews its pool of threads after a fork at the first use, which may not be in two threads at once
+            torch.set_num_threads(
+                1
+                # PyTorch renews its pool of threads after a fork at the first use, which may not be in two threads at
+                # once
+            )
             print(f"$ s2a {' '.join(words)}", flush=True)
             code = main(words)
         os._exit(code)
@@ -92,7 +104,9 @@ class Forks:
 
 
 def outcome(folder: Path) -> tuple:
-    """All of a run that must be equal: its record's figures, the metrics of its epochs apart from times, its tensors."""
+    """All of a run that must be equal: its record's figures, the metrics of its epochs apart from times, its
+    tensors.
+    """
     result = records.read_result(folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     metrics = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
@@ -101,7 +115,9 @@ def outcome(folder: Path) -> tuple:
 
 def outcomes(root: Path) -> dict[str, tuple]:
     """{id: outcome} of the finished runs of a sweep."""
-    found = {path.parent for path in root.glob("*/*/*/*/result.json") if records.read_result(path.parent)["status"] == "ok"}
+    found = {
+        path.parent for path in root.glob("*/*/*/*/result.json") if records.read_result(path.parent)["status"] == "ok"
+    }
     return {folder.name: outcome(folder) for folder in found}
 
 
@@ -112,7 +128,10 @@ def settled(folder: Path) -> Path:
 
 
 class Killing:
-    """root: a folder to work in. `seen` names what was killed, `missed` is the number of lives that had ended before."""
+    """root: a folder to work in.
+
+    `seen` names what was killed, `missed` is the number of lives that had ended before.
+    """
 
     def __init__(self, root: Path, seed: int):
         self.root, self.chance, self.log = root, random.Random(seed), root / "said.txt"
@@ -125,7 +144,10 @@ class Killing:
         self.whole = outcomes(root / "whole")
         self.seconds = time.monotonic() - began  # of a life, the shortest of those that ended by themselves
         self.folders = {outcome(folder)[1]: folder for folder in map(Path, (root / "whole").glob("*/*/*/*"))}
-        self.old, self.new = (next(f for f in self.folders.values() if records.read_result(f)["config"]["seed"] == seed) for seed in (0, 1))
+        self.old, self.new = (
+            next(f for f in self.folders.values() if records.read_result(f)["config"]["seed"] == seed)
+            for seed in (0, 1)
+        )
         self.cached = outcome(root / "cached")
         self.number = 0
 

@@ -91,8 +91,15 @@ def test_less_memory_costs_more_error_and_always_fits():
 def test_every_budget_above_the_fewest_bits_fits_in_segments():
     """There the peak follows the bytes of one segment alone."""
     gradient = gradient_of("method=s2a", "method.segments=3", "backbone.kwargs.depth=6")
-    peak, codes, asked = predicted(gradient), measure(gradient, allocation.CODED), OmegaConf.to_object(gradient.config.quant)
-    least, most = (peak(allocation._applied(asked, dict.fromkeys(codes.bytes, bits))) for bits in (allocation.BITS[0], allocation.BITS[-1]))
+    peak, codes, asked = (
+        predicted(gradient),
+        measure(gradient, allocation.CODED),
+        OmegaConf.to_object(gradient.config.quant),
+    )
+    least, most = (
+        peak(allocation._applied(asked, dict.fromkeys(codes.bytes, bits)))
+        for bits in (allocation.BITS[0], allocation.BITS[-1])
+    )
     for part in (0.05, 0.2, 0.35, 0.5, 0.8):
         asked = replace(asked, budget_mib=least + part * (most - least))
         choice = allocation._fit(asked, codes, allocation.BITS, gradient, peak)
@@ -101,7 +108,9 @@ def test_every_budget_above_the_fewest_bits_fits_in_segments():
 
 def test_what_would_fit_is_said():
     gradient = gradient_of("quant.budget_mib=1.6")
-    with pytest.raises(UserError, match=r"budget_mib=1.6: nothing fits; the smallest .* is [\d.]+ MiB; optim.micro_batch=\d+ would"):
+    with pytest.raises(
+        UserError, match=r"budget_mib=1.6: nothing fits; the smallest .* is [\d.]+ MiB; optim.micro_batch=\d+ would"
+    ):
         allocate(gradient, predicted(gradient))
     gradient = gradient_of("quant.budget_mib=0.5")
     with pytest.raises(UserError, match="with one image at a time; method=side"):
@@ -109,7 +118,15 @@ def test_what_would_fit_is_said():
 
 
 def test_a_run_records_what_was_chosen(tmp_path, capsys):
-    words = [*TINY, "method=bias", "quant=auto", "quant.budget_mib=2.5", "dataset.shots=4", "optim.epochs=1", "device=cpu"]
+    words = [
+        *TINY,
+        "method=bias",
+        "quant=auto",
+        "quant.budget_mib=2.5",
+        "dataset.shots=4",
+        "optim.epochs=1",
+        "device=cpu",
+    ]
     result, folder = training.train(compose([*words, f"run_dir={tmp_path}"]))
     assert "quant=auto: " in capsys.readouterr().out
     assert result["status"] == "ok" and result["memory"]["peak_mib"] <= 2.5

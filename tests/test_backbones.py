@@ -93,7 +93,7 @@ def test_a_checkpoint_is_loaded_without_its_head(tmp_path, suffix):
 
 def npz_of(model, path, drop=()):
     """The arrays of Google's format for this model."""
-    t = lambda x: x.detach().numpy().copy()  # noqa: E731
+    t = lambda x: x.detach().numpy().copy()
     width, heads = model.embed_dim, TINY["num_heads"]
     arrays = {
         "cls": t(model.cls_token),
@@ -115,7 +115,10 @@ def npz_of(model, path, drop=()):
         arrays[f"{attention}out/kernel"] = t(block.attn.proj.weight.T.reshape(heads, -1, width))
         arrays[f"{attention}out/bias"] = t(block.attn.proj.bias)
         for n, layer in enumerate((block.mlp.fc1, block.mlp.fc2)):
-            arrays |= {f"{at}MlpBlock_3/Dense_{n}/kernel": t(layer.weight.T), f"{at}MlpBlock_3/Dense_{n}/bias": t(layer.bias)}
+            arrays |= {
+                f"{at}MlpBlock_3/Dense_{n}/kernel": t(layer.weight.T),
+                f"{at}MlpBlock_3/Dense_{n}/bias": t(layer.bias),
+            }
     np.savez(path, **{k: v for k, v in arrays.items() if k not in drop})
 
 
@@ -154,7 +157,9 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, kind):
 
 
 def test_a_checkpoint_of_another_backbone_is_refused_with_its_keys(tmp_path):
-    safetensors.torch.save_file(timm.create_model("resnet18", channels=(8, 8, 8, 8)).state_dict(), tmp_path / "r.safetensors")
+    safetensors.torch.save_file(
+        timm.create_model("resnet18", channels=(8, 8, 8, 8)).state_dict(), tmp_path / "r.safetensors"
+    )
     with pytest.raises(UserError, match=r"missing: cls_token, .*unexpected: bn1.bias, .*conv1.weight") as caught:
         backbones.build(tiny(pretrained=True, checkpoint=str(tmp_path / "r.safetensors")), 5)
     assert "\n" not in str(caught.value)
@@ -196,7 +201,9 @@ def test_without_network_the_message_says_what_to_do():
 def test_one_image_a_step_is_refused_where_a_batchnorm_has_one_value(capsys):
     words = ["backbone=resnet18", "backbone.pretrained=false", "method=full", "quant=none", "optim.batch_size=1"]
     config = compose([*words, "backbone.image_size=32"])
-    with pytest.raises(UserError, match="optim.batch_size=1: method=full trains BatchNorms, and one of resnet18 then has one value"):
+    with pytest.raises(
+        UserError, match="optim.batch_size=1: method=full trains BatchNorms, and one of resnet18 then has one value"
+    ):
         training.attach(config, backbones.build(config.backbone, 5, meta=True))
     config = compose([*words, "backbone.image_size=64"])
     made = backbones.build(config.backbone, 5)

@@ -1,4 +1,6 @@
-"""benchmarks/tiers.py end to end on the backbone that ships with s2a, and its parts that need a CUDA device without one."""
+"""benchmarks/tiers.py end to end on the backbone that ships with s2a, and its parts that need a CUDA device without
+one.
+"""
 
 import json
 import math
@@ -10,14 +12,14 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import kernel_check  # noqa: E402
-import rows  # noqa: E402
-import tiers  # noqa: E402
-import tiers_report  # noqa: E402
+import kernel_check
+import rows
+import tiers
+import tiers_report
 
-from s2a_cli import memory  # noqa: E402
-from s2a_cli.activations.operators import PLAIN  # noqa: E402
-from s2a_cli.errors import UserError  # noqa: E402
+from s2a_cli import memory
+from s2a_cli.activations.operators import PLAIN
+from s2a_cli.errors import UserError
 
 CPU = torch.device("cpu")
 SHALLOW = ["backbone=vit_micro", "backbone.kwargs.depth=2", "backbone.checkpoint=null", "backbone.pretrained=false"]
@@ -64,7 +66,11 @@ def test_memory_of_rows_is_in_its_order(result):
     assert kept["full"] > kept["bias"] > kept["T2"] > kept["T3"]
     assert kept["bias-ckpt"] == kept["bias-recompute"] < 0.6 * kept["bias"]
     assert kept["bias-offload"] < kept["T3"]
-    assert all(row["predicted"]["kind"] == "predicted" and row["measured"] is None for row in result["rows"] if row["predicted"])
+    assert all(
+        row["predicted"]["kind"] == "predicted" and row["measured"] is None
+        for row in result["rows"]
+        if row["predicted"]
+    )
     static = {name: result["by_name"][name]["predicted"]["static_mib"] for name in ("T3", "T5-T3-int8")}
     assert static["T5-T3-int8"] < 0.6 * static["T3"]
 
@@ -91,7 +97,14 @@ def test_a_row_that_fails_says_why_and_stops_nothing(result):
 def test_the_file_describes_machine_and_settings(result):
     assert result["environment"]["threads"] == torch.get_num_threads() and result["environment"]["cores"] >= 1
     assert result["environment"]["torch"] == torch.__version__
-    expected = {"backbone": "vit_micro", "batch": 64, "time_batch": 2, "precision": "fp32", "optimizer": "adamw", "image_size": 16}
+    expected = {
+        "backbone": "vit_micro",
+        "batch": 64,
+        "time_batch": 2,
+        "precision": "fp32",
+        "optimizer": "adamw",
+        "image_size": 16,
+    }
     assert {key: result[key] for key in expected} == expected
     assert result["images"] == "noise" and result["weights"] == "random"
     assert result["kernels"] is None
@@ -166,7 +179,13 @@ def test_rows_in_micro_batches():
     whole, micro = (rows.predicted(rows.BY_NAME[name], SHALLOW, 16) for name in ("bias", "bias-micro2"))
     images = 16 * 3 * 16 * 16 * 4 / 2**20
     assert micro.kept_mib - images < 0.2 * (whole.kept_mib - images)  # an eighth, and the gradients
-    resnet = ["backbone=timm", "backbone.name=resnet10t", "backbone.timm=resnet10t", "backbone.image_size=32", "backbone.pretrained=false"]
+    resnet = [
+        "backbone=timm",
+        "backbone.name=resnet10t",
+        "backbone.timm=resnet10t",
+        "backbone.image_size=32",
+        "backbone.pretrained=false",
+    ]
     with pytest.raises(UserError, match="BatchNorms that train see the whole batch"):
         rows.Made(rows.BY_NAME["full-micro8"], resnet, CPU, meta=True)
 
@@ -217,7 +236,13 @@ def test_measuring_follows_the_meters_protocol(monkeypatch):
     found = tiers.measured(rows.BY_NAME["T2"], ["backbone=vit_micro"], 2, CPU, meter)
     steps = tiers.WARMUP_STEPS + tiers.MEASURED_STEPS
     assert meter.calls == ["step_begins", "after_forward", "step_ends"] * steps
-    assert found == {"kind": "measured-cuda", "kept_mib": 10.0, "static_mib": 3.0, "peak_mib": 20.0, "reserved_mib": 30.0}
+    assert found == {
+        "kind": "measured-cuda",
+        "kept_mib": 10.0,
+        "static_mib": 3.0,
+        "peak_mib": 20.0,
+        "reserved_mib": 30.0,
+    }
 
 
 def test_a_busy_device_is_not_measured(monkeypatch):
@@ -234,12 +259,16 @@ def test_each_row_is_measured_in_a_process_of_its_own(monkeypatch):
         return answers.pop(0)
 
     monkeypatch.setattr(tiers.subprocess, "run", run)
-    answers.append(SimpleNamespace(returncode=0, stdout='a warning\n{"kind": "measured-cuda", "peak_mib": 5.0}\n', stderr=""))
+    answers.append(
+        SimpleNamespace(returncode=0, stdout='a warning\n{"kind": "measured-cuda", "peak_mib": 5.0}\n', stderr="")
+    )
     entry = tiers.blank(rows.BY_NAME["T2"])
     tiers.measure_row(entry, ["backbone=vit_b", "batch=64"])
     assert entry["measured"] == {"kind": "measured-cuda", "peak_mib": 5.0}
     assert commands == [[sys.executable, tiers.__file__, "backbone=vit_b", "batch=64", "measure=T2"]]
-    answers.append(SimpleNamespace(returncode=1, stdout="", stderr="Traceback\ntorch.OutOfMemoryError: CUDA out of memory\n\n"))
+    answers.append(
+        SimpleNamespace(returncode=1, stdout="", stderr="Traceback\ntorch.OutOfMemoryError: CUDA out of memory\n\n")
+    )
     entry = tiers.blank(rows.BY_NAME["T3"])
     tiers.measure_row(entry, [])
     assert entry["problems"] == {"measured": "torch.OutOfMemoryError: CUDA out of memory"} and entry["measured"] is None

@@ -1,4 +1,6 @@
-"""benchmarks/cuda/accept.py: end to end in its small form on a CPU, and its whole form with processes that only seem to be there."""
+"""benchmarks/cuda/accept.py: end to end in its small form on a CPU, and its whole form with processes that only seem to
+be there.
+"""
 
 import json
 import re
@@ -23,8 +25,23 @@ from accept_pool import Failed, Pool, Task  # noqa: E402
 from s2a_cli.errors import UserError  # noqa: E402
 
 H100 = 81559.0  # MiB
-ABOUT = {"device": "NVIDIA H100 80GB HBM3", "total_mib": H100, "driver": "580.65.06", "rivals": None, "capability": "9.0", "cudnn": 91200}
-ABOUT |= {"kernels": "triton 3.8.0", "cpu": "Xeon", "cores": 16, "cuda": "13.0", "torch": "2.14.1", "triton": "3.8.0", "timm": "1.0.31"}
+ABOUT = {
+    "device": "NVIDIA H100 80GB HBM3",
+    "total_mib": H100,
+    "driver": "580.65.06",
+    "rivals": None,
+    "capability": "9.0",
+    "cudnn": 91200,
+}
+ABOUT |= {
+    "kernels": "triton 3.8.0",
+    "cpu": "Xeon",
+    "cores": 16,
+    "cuda": "13.0",
+    "torch": "2.14.1",
+    "triton": "3.8.0",
+    "timm": "1.0.31",
+}
 ABOUT |= {"peft": "0.21.2", "python": "3.11.7"}
 
 
@@ -32,11 +49,23 @@ ABOUT |= {"peft": "0.21.2", "python": "3.11.7"}
 def small(tmp_path_factory):
     """The result and the page of the small form."""
     out = tmp_path_factory.mktemp("accept")
-    command = [sys.executable, str(ROOT / "benchmarks/cuda/accept.py"), "--device", "cpu", "--tiny", f"out={out}", "name=small", "minutes=30"]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/cuda/accept.py"),
+        "--device",
+        "cpu",
+        "--tiny",
+        f"out={out}",
+        "name=small",
+        "minutes=30",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out)
     assert done.returncode == 0, done.stderr[-4000:]
     assert {path.name for path in out.iterdir()} == {"small.json", "small.md", "small.log"}
-    return json.loads((out / "small.json").read_text()) | {"page": (out / "small.md").read_text(), "progress": done.stderr}
+    return json.loads((out / "small.json").read_text()) | {
+        "page": (out / "small.md").read_text(),
+        "progress": done.stderr,
+    }
 
 
 @pytest.mark.slow
@@ -49,7 +78,10 @@ def test_the_small_form_does_all_parts(small):
     [race] = small["speed"]
     assert all(row["images_per_second"] > 0 for row in race["rows"])
     host = {entry["row"]: entry for entry in small["host"]}
-    assert host["T2-int4"]["own_operators"] > 0 == host["bias"]["own_operators"] and host["T2-int4"]["operators"] > host["bias"]["operators"]
+    assert (
+        host["T2-int4"]["own_operators"] > 0 == host["bias"]["own_operators"]
+        and host["T2-int4"]["operators"] > host["bias"]["operators"]
+    )
     assert host["bias"]["wall_ms"] >= host["bias"]["issued_ms"] > 0
 
 
@@ -92,25 +124,48 @@ class FakeWorker:
 
     def _predict(self, ask, told):
         peak = {"none": 8000.0, "tiny": 600.0}.get(ask.get("quant"), 1000.0)
-        return {"peak_mib": peak, "static_mib": 300.0, "kept_mib": 500.0, "expected_mib": peak + 32, "expected_reserved_mib": peak * 1.1}
+        return {
+            "peak_mib": peak,
+            "static_mib": 300.0,
+            "kept_mib": 500.0,
+            "expected_mib": peak + 32,
+            "expected_reserved_mib": peak * 1.1,
+        }
 
     def _measure(self, ask, told):
         peak = self._predict(ask, told)["expected_mib"]
-        return {"kind": "measured-cuda", "peak_mib": peak, "static_mib": 300.0, "kept_mib": 500.0, "reserved_mib": 1.2 * peak} | {
-            "fitting_peak_mib": peak, "left_mib": 0.0, "held_mib": 32.0
-        }  # fmt: skip
+        return {
+            "kind": "measured-cuda",
+            "peak_mib": peak,
+            "static_mib": 300.0,
+            "kept_mib": 500.0,
+            "reserved_mib": 1.2 * peak,
+        } | {"fitting_peak_mib": peak, "left_mib": 0.0, "held_mib": 32.0}
 
     def _capped(self, ask, told):
         return {"fits": True}
 
     def _kernels(self, ask, told):
-        return {"worst": {"activate": 0.01}, "of_limit": {"activate": 0.5}, "calls": {"activate": 3}, "without": {}, "left_to_plain": {}}
+        return {
+            "worst": {"activate": 0.01},
+            "of_limit": {"activate": 0.5},
+            "calls": {"activate": 3},
+            "without": {},
+            "left_to_plain": {},
+        }
 
     def _compile(self, ask, told):
         return {"seconds": 50.0}
 
     def _host(self, ask, told):
-        figures = {"wall_ms": 40.0, "issued_ms": 30.0, "device_ms": 20.0, "host_share": 0.5, "kernels": 800.0, "waits": 0.0}
+        figures = {
+            "wall_ms": 40.0,
+            "issued_ms": 30.0,
+            "device_ms": 20.0,
+            "host_share": 0.5,
+            "kernels": 800.0,
+            "waits": 0.0,
+        }
         return figures | {"operators": 1000, "own_operators": 100, "problem": None, "context_mib": 500.0}
 
     def _speed(self, ask, told):
@@ -119,7 +174,10 @@ class FakeWorker:
                 told({"row": row, "seconds": seconds})
             if self.trouble.get(f"row {row}"):
                 raise self.trouble[f"row {row}"].pop()
-        rows = [{"name": row, "seconds": [0.1] * 3, "images_per_second": 640.0, "beside_mib": 1100.0, "problems": {}} for row in ask["rows"]]
+        rows = [
+            {"name": row, "seconds": [0.1] * 3, "images_per_second": 640.0, "beside_mib": 1100.0, "problems": {}}
+            for row in ask["rows"]
+        ]
         return {"rows": rows, "context_mib": 550.0}
 
     def text(self):
@@ -129,7 +187,13 @@ class FakeWorker:
         self.closed = True
 
 
-HEAD = {"command": "python benchmarks/cuda/accept.py", "date": "2026-11-25T21:00+00:00", "commit": "abc", "small": False, "cuda": True}
+HEAD = {
+    "command": "python benchmarks/cuda/accept.py",
+    "date": "2026-11-25T21:00+00:00",
+    "commit": "abc",
+    "small": False,
+    "cuda": True,
+}
 HEAD |= {"minutes": 8.0, "environment": ABOUT}
 
 
@@ -156,7 +220,9 @@ def test_the_whole_form_has_all_combinations(monkeypatch):
     assert len(result["memory"]) == 5 * 6 * 4 * 2 and all(entry["measured"] for entry in result["memory"])
     assert {entry["batch"] for entry in result["memory"]} == {64}
     assert result["dropped"] == [] and not accept_page.failures(result)
-    assert [race["name"] for race in result["speed"]] == [f"speed {' '.join(race)}" for race in accept_plan.Plan("cuda", 64).races]
+    assert [race["name"] for race in result["speed"]] == [
+        f"speed {' '.join(race)}" for race in accept_plan.Plan("cuda", 64).races
+    ]
     rows = {row["name"] for row in result["speed"][0]["rows"] if row["images_per_second"]}
     assert rows == set(accept_plan.Plan("cuda", 64).rows) >= {"full-ckpt", "bias-micro2", "bias-budget0.3", "T3"}
     assert page.startswith("# Acceptance on NVIDIA H100 80GB HBM3\n") and "driver 580.65.06" in page
@@ -168,12 +234,17 @@ def test_the_whole_form_has_all_combinations(monkeypatch):
 def test_the_compilers_rows_are_timed_only_where_they_were_compiled(monkeypatch):
     result, page, _ = whole(monkeypatch, {"compile vit_b bf16 bias-budget0.1": [Failed("no compiler")]})
     race = {row["name"]: row for row in result["speed"][0]["rows"]}
-    assert race["bias-budget0.1"]["problems"] == {"speed": "no compiler"} and race["bias-budget0.3"]["images_per_second"]
+    assert (
+        race["bias-budget0.1"]["problems"] == {"speed": "no compiler"} and race["bias-budget0.3"]["images_per_second"]
+    )
     assert "compile vit_b bf16 bias-budget0.1: no compiler" in page
 
 
 def test_what_fails_stands_on_the_page_and_stops_nothing(monkeypatch):
-    died, oom = Failed("its process ended with code -11", ends=True), Failed("OutOfMemoryError: 3 GiB", out_of_memory=True)
+    died, oom = (
+        Failed("its process ended with code -11", ends=True),
+        Failed("OutOfMemoryError: 3 GiB", out_of_memory=True),
+    )
     name = "memory swin_b fp32 full none"
     result, page, workers = whole(monkeypatch, {"memory vit_b bf16 bias int4": [died], name: [oom]}, size=3)
     by_name = {entry["name"]: entry for entry in result["memory"]}
@@ -193,12 +264,18 @@ def test_a_row_that_ends_the_process_is_left_out_of_the_next_attempt(monkeypatch
 
 
 def test_without_time_the_least_important_are_dropped_and_named(monkeypatch):
-    result, page, workers = whole(monkeypatch, seconds=2.0, each=0.02, size=1)
+    result, page, _ = whole(monkeypatch, seconds=2.0, each=0.02, size=1)
     done = [entry for entry in result["memory"] if entry["measured"]]
     plan = accept_plan.Plan.of("cuda", False, H100, None)
     names = [task.name for task in plan.measures()]
-    assert [entry["name"] for entry in done] == names[: len(done)] and len(done) < len(names)  # in the order of importance
-    assert set(names[len(done) :]) <= set(result["dropped"]) and result["speed"] and "speed vit_b tf32" in result["dropped"]
+    assert [entry["name"] for entry in done] == names[: len(done)] and len(done) < len(
+        names
+    )  # in the order of importance
+    assert (
+        set(names[len(done) :]) <= set(result["dropped"])
+        and result["speed"]
+        and "speed vit_b tf32" in result["dropped"]
+    )
     assert all(f"- {name}\n" in page for name in names[len(done) : -1])
     assert not accept_page.failures(result)  # cut off is not failed
 
@@ -213,7 +290,11 @@ def test_what_is_timed_does_not_wait_long_for_predictions(monkeypatch):
 
     monkeypatch.setattr(FakeWorker, "_predict", predict)
     result, _, _ = whole(monkeypatch)
-    assert not result["speed"][0]["rows"][-1]["predicted"] and result["not_predicted"] == [] and not accept_page.failures(result)
+    assert (
+        not result["speed"][0]["rows"][-1]["predicted"]
+        and result["not_predicted"] == []
+        and not accept_page.failures(result)
+    )
 
 
 def test_a_device_that_no_process_starts_on(monkeypatch, tmp_path):
@@ -248,7 +329,10 @@ def test_a_page_that_fails_loses_no_figures(monkeypatch, tmp_path):
     monkeypatch.setattr(accept, "markdown", lambda result: 1 / 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     path = accept.accept([f"out={tmp_path}", "name=x"])
-    assert "ZeroDivisionError" in path.read_text() and json.loads((tmp_path / "x.json").read_text())["memory"][0]["measured"]
+    assert (
+        "ZeroDivisionError" in path.read_text()
+        and json.loads((tmp_path / "x.json").read_text())["memory"][0]["measured"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -292,7 +376,9 @@ def test_tasks_share_the_memory_of_a_device():
 
     tasks = [Task(str(n), {"kind": "x", "needs": needs}) for n, needs in enumerate((3, 3, 3, 9, 1, 2, 3, 1))]
     Pool(Slow, 3, room_mib=6).run(tasks, time.monotonic() + 30, needs=lambda task: task.ask["needs"])
-    assert all(task.result for task in tasks) and max(x for x in most if x != 9) <= 6 and most.count(9) == 1  # what is too large runs alone
+    assert (
+        all(task.result for task in tasks) and max(x for x in most if x != 9) <= 6 and most.count(9) == 1
+    )  # what is too large runs alone
 
 
 def test_processes_that_always_end_are_not_started_for_ever():
@@ -300,7 +386,9 @@ def test_processes_that_always_end_are_not_started_for_ever():
     pool = Pool(lambda: FakeWorker({"task": list(died)}), 1)
     tasks = [Task(f"task {n}", {"kind": "x"}) for n in range(50)]
     pool.run(tasks, time.monotonic() + 30)
-    assert sum(task.problem == "ended" for task in tasks) == 13 and "13 processes were started, and ended" in pool.problems
+    assert (
+        sum(task.problem == "ended" for task in tasks) == 13 and "13 processes were started, and ended" in pool.problems
+    )
 
 
 # Figures
@@ -312,7 +400,12 @@ def entry(predicted, peak, reserved, **more):
 
 
 def test_errors():
-    entries = [entry(110.0, 100.0, 1), entry(90.0, 100.0, 1) | {"name": "y"}, entry(104.0, 100.0, 1), entry(100.0, None, 1)]
+    entries = [
+        entry(110.0, 100.0, 1),
+        entry(90.0, 100.0, 1) | {"name": "y"},
+        entry(104.0, 100.0, 1),
+        entry(100.0, None, 1),
+    ]
     found = accept_summary.errors(entries, "peak_mib", "peak_mib")
     assert found["count"] == 3 and found["median"] == pytest.approx(0.10) and found["bias"] == pytest.approx(0.04)
     assert abs(found["worst"]) == pytest.approx(0.10) and accept_summary.errors(entries, "kept_mib", "kept_mib") is None
@@ -339,7 +432,9 @@ def test_decisions(found, gib, said, so):
 
 
 def test_decisions_between_are_tried_out(monkeypatch):
-    monkeypatch.setattr(FakeWorker, "_predict", lambda self, ask, told: {"peak_mib": 3200.0, "expected_reserved_mib": 3232.0})
+    monkeypatch.setattr(
+        FakeWorker, "_predict", lambda self, ask, told: {"peak_mib": 3200.0, "expected_reserved_mib": 3232.0}
+    )
     monkeypatch.setattr(FakeWorker, "_measure", lambda self, ask, told: {"peak_mib": 3400.0, "reserved_mib": 3800.0})
     monkeypatch.setattr(FakeWorker, "_capped", lambda self, ask, told: {"fits": ask["limit_mib"] != 4096 - 550.0})
     result, page, _ = whole(monkeypatch)
@@ -349,7 +444,10 @@ def test_decisions_between_are_tried_out(monkeypatch):
 
 
 def test_rows_that_fit_a_device_together():
-    predicted = {name: {"static_mib": 100.0, "peak_mib": 100.0 + step} for name, step in (("full", 500.0), ("bias", 50.0), ("T3", 10.0))}
+    predicted = {
+        name: {"static_mib": 100.0, "peak_mib": 100.0 + step}
+        for name, step in (("full", 500.0), ("bias", 50.0), ("T3", 10.0))
+    }
     rows = ["bias-budget0.3", "full", "bias", "T3"]
     assert accept_plan.fitting(rows, predicted, 900.0) == (rows, [])
     assert accept_plan.fitting(rows, predicted, 800.0) == (rows[:3], ["T3"])

@@ -1,9 +1,10 @@
-"""The processes of benchmarks/cuda/accept.py: what they answer on a device that only seems to be CUDA, and how they are held."""
+"""The processes of benchmarks/cuda/accept.py: what they answer on a device that only seems to be CUDA, and how they are
+held.
+"""
 
 import os
 import re
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,7 +89,9 @@ def cuda(monkeypatch):
     for name in ("reset_peak_memory_stats", "synchronize", "empty_cache", "set_per_process_memory_fraction"):
         monkeypatch.setattr(torch.cuda, name, lambda *args, name=name: calls.append((name, *args)))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**34))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30, major=9, minor=0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30, major=9, minor=0)
+    )
 
     class OnCpu(rows.Made):
         def __init__(self, row, words, _, **kwargs):
@@ -135,18 +138,25 @@ def test_a_worker_times_rows_side_by_side(cuda):
     told = []
     ask = {"words": WORDS, "batch": 2, "rows": ["full", "bias"], "steps": 2, "seconds": 60}
     found = accept_worker.speed(ask, cuda.device, told.append)
-    assert [row["name"] for row in found["rows"]] == ["full", "bias"] and all(len(row["seconds"]) == 2 for row in found["rows"])
+    assert [row["name"] for row in found["rows"]] == ["full", "bias"] and all(
+        len(row["seconds"]) == 2 for row in found["rows"]
+    )
     assert all(row["beside_mib"] > 0 and not row["problems"] for row in found["rows"])
-    assert [m["row"] for m in told if m["seconds"] is None][:2] == ["full", "bias"] and sum(m["seconds"] is not None for m in told) == 4
+    assert [m["row"] for m in told if m["seconds"] is None][:2] == ["full", "bias"] and sum(
+        m["seconds"] is not None for m in told
+    ) == 4
 
 
 def test_rows_for_which_no_time_is_left_say_so(cuda):
-    found = accept_worker.speed({"words": WORDS, "batch": 2, "rows": ["full", "bias"], "steps": 2, "seconds": -1}, cuda.device, lambda m: None)
+    found = accept_worker.speed(
+        {"words": WORDS, "batch": 2, "rows": ["full", "bias"], "steps": 2, "seconds": -1}, cuda.device, lambda m: None
+    )
     assert [row["problems"] for row in found["rows"]] == [{"speed": "no time was left"}] * 2
 
 
 @pytest.mark.parametrize(
-    "trace, problem", [("kernels", None), ("empty", "CUPTI can't be used here"), ("fails", "no trace: RuntimeError: not permitted")]
+    "trace, problem",
+    [("kernels", None), ("empty", "CUPTI can't be used here"), ("fails", "no trace: RuntimeError: not permitted")],
 )
 def test_a_worker_tells_the_hosts_share(cuda, monkeypatch, trace, problem):
     def traced(*_):
@@ -165,7 +175,9 @@ def test_plain_operators_are_not_compared_with_themselves(cuda, monkeypatch):
     from s2a_cli.activations import kernels
 
     monkeypatch.setattr(kernels, "available", lambda: "plain (Triton: ImportError)")
-    with pytest.raises(UserError, match=re.escape("no kernel runs here, so none was compared: plain (Triton: ImportError)")):
+    with pytest.raises(
+        UserError, match=re.escape("no kernel runs here, so none was compared: plain (Triton: ImportError)")
+    ):
         accept_worker.check_kernels(ASK, cuda.device, None)
 
 
@@ -176,7 +188,9 @@ def test_what_goes_wrong_in_a_worker_is_its_answer(cuda, monkeypatch):
     monkeypatch.setitem(accept_worker.KINDS, "measure", fails)
     answer = accept_worker.answered({"kind": "measure"}, cuda.device, None)
     assert answer == {"failed": "RuntimeError: CUDA error: out of memory", "out_of_memory": True}
-    refused = accept_worker.answered({"kind": "predict", "words": WORDS, "method": "bias", "quant": "nothing"}, cuda.device, None)
+    refused = accept_worker.answered(
+        {"kind": "predict", "words": WORDS, "method": "bias", "quant": "nothing"}, cuda.device, None
+    )
     assert refused["refused"] and "nothing" in refused["failed"]
 
 
@@ -184,8 +198,17 @@ def test_what_a_trace_tells():
     def event(category, start, length, name="x"):
         return {"cat": category, "ts": start, "dur": length, "name": name}
 
-    events = [event("kernel", 0, 1000), event("Kernel", 500, 1500), event("gpu_memcpy", 5000, 1000), event("gpu_user_annotation", 0, 9000)]
-    events += [event("cuda_runtime", 0, 9, "cudaStreamSynchronize"), event("cuda_runtime", 0, 9, "cudaDeviceSynchronize"), {"ph": "M"}]
+    events = [
+        event("kernel", 0, 1000),
+        event("Kernel", 500, 1500),
+        event("gpu_memcpy", 5000, 1000),
+        event("gpu_user_annotation", 0, 9000),
+    ]
+    events += [
+        event("cuda_runtime", 0, 9, "cudaStreamSynchronize"),
+        event("cuda_runtime", 0, 9, "cudaDeviceSynchronize"),
+        {"ph": "M"},
+    ]
     assert accept_host.of_trace(events, 2) == {"device_ms": 1.5, "kernels": 1.0, "waits": 0.5}
 
 
@@ -220,11 +243,18 @@ def test_environments_of_workers(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     cuda, cpu = accept.environ("cuda"), accept.environ("cpu")
-    assert "PYTORCH_CUDA_ALLOC_CONF" not in cuda and cuda["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and "TRITON_INTERPRET" not in cuda
+    assert (
+        "PYTORCH_CUDA_ALLOC_CONF" not in cuda
+        and cuda["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        and "TRITON_INTERPRET" not in cuda
+    )
     assert cpu["CUDA_VISIBLE_DEVICES"] == "" and cpu["TRITON_INTERPRET"] == "1"
 
 
-@pytest.mark.parametrize("lines, expected", [(["580.65.06"], "580.65.06"), (["warning: x", " 535.104 "], "535.104"), (["[N/A]"], None), (None, None)])
+@pytest.mark.parametrize(
+    "lines, expected",
+    [(["580.65.06"], "580.65.06"), (["warning: x", " 535.104 "], "535.104"), (["[N/A]"], None), (None, None)],
+)
 def test_the_driver(monkeypatch, lines, expected):
     monkeypatch.setattr(busy, "_smi", lambda device, query: lines)
     assert busy.driver(torch.device("cuda")) == expected

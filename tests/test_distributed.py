@@ -92,7 +92,9 @@ def test_out_of_memory_in_one_process_is_that_of_the_run(tmp_path):
         "sys.exit(cli.main(['train', *sys.argv[1:]]))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
-    process = subprocess.Popen([*command, *WORDS, "quant=none", f"run_dir={tmp_path / 'run'}"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, *WORDS, "quant=none", f"run_dir={tmp_path / 'run'}"], stderr=subprocess.PIPE, text=True
+    )
     _, err = process.communicate(timeout=120)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert process.returncode != 0 and result["status"] == "oom", err
@@ -100,7 +102,9 @@ def test_out_of_memory_in_one_process_is_that_of_the_run(tmp_path):
     assert not (tmp_path / "run" / "traceback.txt").exists() and "gloo" not in result["error"]
 
 
-@pytest.mark.parametrize(("variable", "value"), [("WORLD_SIZE", "abc"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "-1"), ("WORLD_SIZE", "2")])
+@pytest.mark.parametrize(
+    ("variable", "value"), [("WORLD_SIZE", "abc"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "-1"), ("WORLD_SIZE", "2")]
+)
 def test_an_environment_that_torchrun_does_not_make_is_named(monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=f"{variable}={value}.*torchrun"), distributed.joined("cpu"):

@@ -219,7 +219,15 @@ def test_a_missing_package_is_named(monkeypatch, launcher, package):
 def test_a_cluster_gets_what_a_run_needs_and_no_secret(monkeypatch, tmp_path):
     from s2a_cli.engines.ray import Task
 
-    for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "GITHUB_TOKEN", "S2A_DATA", "OMP_NUM_THREADS", "HF_HOME", "PHOTOS"):
+    for name in (
+        "AWS_SECRET_ACCESS_KEY",
+        "HF_TOKEN",
+        "GITHUB_TOKEN",
+        "S2A_DATA",
+        "OMP_NUM_THREADS",
+        "HF_HOME",
+        "PHOTOS",
+    ):
         monkeypatch.setenv(name, f"of {name}")
     sent = []
 

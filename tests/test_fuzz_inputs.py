@@ -6,7 +6,9 @@ import fuzz_inputs
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 
-SHORT = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+SHORT = settings(
+    max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+)
 
 
 def test_no_command_line_ends_in_a_traceback(tmp_path, monkeypatch):

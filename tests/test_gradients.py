@@ -87,14 +87,16 @@ def test_gradients_of_earlier_backward_passes_and_unused_parameters(log, monkeyp
     model, x, vote, unused = network(), torch.randn(3, 4), nn.Linear(4, 1), nn.Linear(2, 2)
     parameters = [*model.parameters(), *vote.parameters(), *unused.parameters()]
     total = GradientSum(parameters)
-    for step in range(3):
+    for _ in range(3):
         for p in parameters:
             p.grad = None
         vote(x).sum().backward()
         model(x).sum().backward()  # a micro-batch
         with total.last_backward():
             model(x).square().sum().backward()
-        wanted = [2 * g for g in torch.autograd.grad(model(x).square().sum() + model(x).sum(), list(model.parameters()))]
+        wanted = [
+            2 * g for g in torch.autograd.grad(model(x).square().sum() + model(x).sum(), list(model.parameters()))
+        ]
         for p, right in zip(model.parameters(), wanted):
             torch.testing.assert_close(p.grad, right)
         torch.testing.assert_close(vote.bias.grad, torch.full((1,), 6.0))

@@ -17,6 +17,8 @@ KILLS = os.environ.get("S2A_KILLS", "3")  # 40 for a thorough look
 def test_kill_9_loses_nothing_that_is_finished(tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("killing.py")), KILLS, str(tmp_path)]
     root = str(Path(__file__).parents[1])
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing that was finished was lost" in done.stdout and "re-run over a finished run" in done.stdout

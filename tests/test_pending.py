@@ -1,4 +1,6 @@
-"""Steps whose figures are read late, as on a GPU, give what those give that are read at once; and nothing else is read."""
+"""Steps whose figures are read late, as on a GPU, give what those give that are read at once; and nothing else is
+read.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ from s2a_cli.errors import RunError
 from s2a_cli.pending import Pending
 
 QUICK = [
-    *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=bias", "quant=int4", "device=cpu", "workers=0"),
+    *(
+        "dataset=digits",
+        "dataset.shots=8",
+        "backbone=vit_micro",
+        "method=bias",
+        "quant=int4",
+        "device=cpu",
+        "workers=0",
+    ),
     *("optim.epochs=2", "optim.batch_size=20"),
 ]
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default)
@@ -48,7 +58,9 @@ def train(folder, *words):
 
 def outcome(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines], (folder / checkpoints.FILE).read_bytes()
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines], (
+        folder / checkpoints.FILE
+    ).read_bytes()
 
 
 def test_late_figures_are_the_same(tmp_path, monkeypatch):
@@ -97,7 +109,11 @@ class Reads(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("words", [["method=bias"], ["method=s2a", "quant=tiny"], ["method=full", "quant=none"], ["method=side", "quant=none"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [["method=bias"], ["method=s2a", "quant=tiny"], ["method=full", "quant=none"], ["method=side", "quant=none"]],
+    ids=" ".join,
+)
 def test_a_step_reads_nothing_from_the_device(tmp_path, monkeypatch, words):
     step, counts = fitting.Step.__call__, []
 

@@ -50,7 +50,9 @@ ODD = [
 
 
 @pytest.mark.parametrize("place, value, reason", ODD)
-def test_a_value_that_no_run_writes_leaves_the_file_out_by_name(write_result, make_result, tmp_path, capsys, place, value, reason):
+def test_a_value_that_no_run_writes_leaves_the_file_out_by_name(
+    write_result, make_result, tmp_path, capsys, place, value, reason
+):
     write_result("good")
     written(tmp_path / "runs" / "odd", with_value(make_result(), place, value))
     for words in (["table"], ["table", "rows=dataset,seed"], ["report", f"out={tmp_path / 'p.html'}"]):
@@ -61,7 +63,9 @@ def test_a_value_that_no_run_writes_leaves_the_file_out_by_name(write_result, ma
         records.read_result(tmp_path / "runs" / "odd")
 
 
-@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"schema": 1}', b"\xff\xfe", b"", b"null", b'{"schema": 1, "id": 1e400}'])
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"schema": 1}', b"\xff\xfe", b"", b"null", b'{"schema": 1, "id": 1e400}']
+)
 def test_a_file_that_is_no_record_is_left_out_by_name(write_result, tmp_path, capsys, content):
     write_result("good")
     written(tmp_path / "runs" / "odd", content)
@@ -90,7 +94,9 @@ def test_a_pipe_or_a_device_is_never_read(write_result, tmp_path, capsys):
         records.regular(good / "result.json", most=10)
 
 
-@pytest.mark.parametrize("line", [b"\xff\n", b'{"epoch": 1e400, "val_top1": 5}\n', b'{"epoch": "1", "val_top1": 5}\n', b"[]\n"])
+@pytest.mark.parametrize(
+    "line", [b"\xff\n", b'{"epoch": 1e400, "val_top1": 5}\n', b'{"epoch": "1", "val_top1": 5}\n', b"[]\n"]
+)
 def test_metrics_that_no_run_writes_are_left_out_by_name(write_result, tmp_path, capsys, line):
     for name in ("good", "odd"):
         folder = write_result(name, method={"good": "s2a", "odd": "bias"}[name])
@@ -106,7 +112,11 @@ def test_a_record_of_an_older_version_has_none_for_what_it_lacks(make_result, tm
     older = make_result()
     del older["throughput"], older["error"], older["accuracy"]["test_top5"]
     read = records.read_result(written(tmp_path, older))
-    assert read["throughput"] == {"train_images_per_second": None} and read["error"] is None and read["accuracy"]["test_top5"] is None
+    assert (
+        read["throughput"] == {"train_images_per_second": None}
+        and read["error"] is None
+        and read["accuracy"]["test_top5"] is None
+    )
     assert read["allocation"] is None and read["accuracy"]["test_top1"] == 90.0
 
 
@@ -152,7 +162,11 @@ def test_only_what_s2a_made_is_overwritten(write_result, tmp_path, capsys, name)
     for method, peak in (("s2a", 10.0), ("bias", 20.0)):
         write_result(method, method=method, peak=peak)
     out = tmp_path / name
-    words = ["table", str(tmp_path / "runs"), f"figure={out}"] if "figure" in name else ["report", str(tmp_path / "runs"), f"out={out}"]
+    words = (
+        ["table", str(tmp_path / "runs"), f"figure={out}"]
+        if "figure" in name
+        else ["report", str(tmp_path / "runs"), f"out={out}"]
+    )
     out.write_text("years of work")
     assert main(words) == 2 and out.read_text() == "years of work"
     assert "is there, and was not made by s2a" in capsys.readouterr().err
@@ -167,7 +181,12 @@ def test_a_folder_of_somebody_is_refused_and_nothing_in_it_is_touched(tmp_path):
     for name in (".env.template", ".env.defaults", "notes.txt", "result.json", "config.yaml"):
         (tmp_path / name).write_text('{"mine": true}')
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"run_dir=.*: holds .env.defaults, .env.template, notes.txt and 2 more, and no run; set run_dir= to a new"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"run_dir=.*: holds .env.defaults, .env.template, notes.txt and 2 more, and no run; set run_dir= to a new"
+        ),
+    ):
         folders.usable(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     for name in (".env.template", ".env.defaults", "notes.txt"):
@@ -183,7 +202,13 @@ def test_only_litter_with_names_of_ours_is_removed(make_result, tmp_path):
     folders.usable(tmp_path)
     with folders.claimed(tmp_path):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {".env.template", ".notes.txt.abcdefgh", "photo.jpg", "result.json", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".env.template",
+        ".notes.txt.abcdefgh",
+        "photo.jpg",
+        "result.json",
+        ".lock",
+    }
 
 
 def test_where_a_run_is_made(make_result, tmp_path):
@@ -193,7 +218,10 @@ def test_where_a_run_is_made(make_result, tmp_path):
     written(tmp_path, mine)
     assert folders.place(tmp_path, content, False) is None, "finished"
     assert folders.place(tmp_path, content, True) == tmp_path / folders.NEXT
-    with pytest.raises(UserError, match=r"holds a finished run of another config \(optim.lr=0.001, here 0.5; seed=0, here 3\); --force replaces"):
+    with pytest.raises(
+        UserError,
+        match=r"holds a finished run of another config \(optim.lr=0.001, here 0.5; seed=0, here 3\); --force replaces",
+    ):
         folders.place(tmp_path, another, False)
     assert folders.place(tmp_path, another, True) == tmp_path / folders.NEXT
     written(tmp_path / folders.NEXT, other | {"status": "interrupted"})
@@ -248,7 +276,9 @@ def test_a_replacement_counts_when_its_record_says_ok_and_is_moved_whatever_brea
         with folders.claimed(folder):
             pass
         assert records.read_result(folder)["accuracy"]["test_top1"] == 50.0
-        assert (folder / folders.TENSORS).read_text() == (folder / folders.METRICS).read_text() == "new" and not begun.exists()
+        assert (folder / folders.TENSORS).read_text() == (
+            folder / folders.METRICS
+        ).read_text() == "new" and not begun.exists()
 
 
 def test_a_link_where_a_lock_or_a_replacement_should_be_is_refused(make_result, tmp_path):

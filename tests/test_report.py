@@ -25,13 +25,20 @@ HEADLESS = [
 HEADLESS += ["--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--window-size=1280,3000"]
 CLICKS = """
 <script>
-const cells = (id, column) => [...document.getElementById(id).tBodies[0].rows].filter((row) => !row.hidden).map((row) => row.cells[column].textContent);
-const head = (id, name) => [...document.getElementById(id).tHead.rows[0].cells].find((cell) => cell.textContent === name);
+const cells = (id, column) => [...document.getElementById(id).tBodies[0].rows]
+  .filter((row) => !row.hidden).map((row) => row.cells[column].textContent);
+const head = (id, name) => [...document.getElementById(id).tHead.rows[0].cells]
+  .find((cell) => cell.textContent === name);
 const click = (id, name) => { head(id, name).firstChild.click(); return cells(id, head(id, name).cellIndex); };
-const filter = (id, text) => { const input = document.querySelector(`[data-for="${id}"]`); input.value = text; input.dispatchEvent(new Event("input"));
+const filter = (id, text) => {
+  const input = document.querySelector(`[data-for="${id}"]`);
+  input.value = text;
+  input.dispatchEvent(new Event("input"));
   return [cells(id, 2), document.querySelector(`[data-count="${id}"]`).textContent]; };
-const seen = { up: click("t-runs", "peak MiB"), down: click("t-runs", "peak MiB"), sorted: head("t-runs", "peak MiB").ariaSort,
-  names: click("t-settings", "method"), some: filter("t-runs", "BIAS pets"), none: filter("t-runs", "bias nowhere"), all: filter("t-runs", ""),
+const seen = {
+  up: click("t-runs", "peak MiB"), down: click("t-runs", "peak MiB"), sorted: head("t-runs", "peak MiB").ariaSort,
+  names: click("t-settings", "method"), some: filter("t-runs", "BIAS pets"),
+  none: filter("t-runs", "bias nowhere"), all: filter("t-runs", ""),
   network: performance.getEntriesByType("resource").map((entry) => entry.name) };
 document.body.setAttribute("data-seen", JSON.stringify(seen));
 </script>

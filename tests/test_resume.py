@@ -103,15 +103,24 @@ def test_ctrl_c_waits_for_the_end_of_a_step_and_saves(tmp_path, monkeypatch, how
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), Killed()], ids=["full disk", "kill"])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), Killed()], ids=["full disk", "kill"]
+)
 def test_whatever_write_breaks_the_old_file_stays_whole(tmp_path, monkeypatch, error):
     words = ["optim.epochs=1", "dataset.shots=4"]  # two steps
     train(tmp_path / "whole", *words)
     real, calls = os.replace, []
     monkeypatch.setattr(os, "replace", lambda *args: (calls.append(args), real(*args)))
     train(tmp_path / "counted", *words)
-    assert {os.path.basename(target) for _, target in calls} >= {"result.json", "state.pt", "metrics.jsonl", checkpoints.FILE}
-    for number in range(1, len(calls) + 1, 3 if isinstance(error, OSError) else 1):  # a full disk is a kill with more to say
+    assert {os.path.basename(target) for _, target in calls} >= {
+        "result.json",
+        "state.pt",
+        "metrics.jsonl",
+        checkpoints.FILE,
+    }
+    for number in range(
+        1, len(calls) + 1, 3 if isinstance(error, OSError) else 1
+    ):  # a full disk is a kill with more to say
         folder, count = tmp_path / f"broken {number}", [0]
 
         def breaks(source, target, number=number, count=count):
@@ -162,7 +171,9 @@ def test_a_disk_that_is_full_while_a_state_is_written_says_so(tmp_path, monkeypa
         def write(self, data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    checkpoints.save_state(tmp_path, dict.fromkeys(checkpoints.KEYS) | {"sofar": {"epoch": 1, "step": 0}, "a": torch.ones(3)})
+    checkpoints.save_state(
+        tmp_path, dict.fromkeys(checkpoints.KEYS) | {"sofar": {"epoch": 1, "step": 0}, "a": torch.ones(3)}
+    )
     monkeypatch.setattr(checkpoints, "atomic_file", lambda path: contextlib.nullcontext(Full()))
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save_state(tmp_path, {"a": torch.zeros(10_000)})
@@ -188,7 +199,9 @@ def test_a_state_of_another_run_or_one_that_is_not_wanted_is_not_used(tmp_path, 
         shutil.copytree(tmp_path / "0", tmp_path / copy)
     seen = []
     monkeypatch.setattr(fitting.Fit, "__call__", lambda self, state: seen.append(state))
-    with pytest.raises(UserError, match="holds an unfinished run of another config .seed=0, here 1.; --force replaces it"):
+    with pytest.raises(
+        UserError, match="holds an unfinished run of another config .seed=0, here 1.; --force replaces it"
+    ):
         train(tmp_path / "1", "seed=1")
     train(tmp_path / "1", "seed=1", anew=True)
     train(tmp_path / "2", anew=True)

@@ -41,7 +41,10 @@ def own_folder(monkeypatch, tmp_path):
 
 
 class Peak:
-    """An engine whose runs end at once; validation is best at a learning rate of 1e-2. fails: numbers of starts that fail."""
+    """An engine whose runs end at once; validation is best at a learning rate of 1e-2.
+
+    fails: numbers of starts that fail.
+    """
 
     note, workers = "", 1
 
@@ -60,11 +63,17 @@ class Peak:
         config, content = member.config, json.loads(member.content)
         ok = number not in self.fails
         result = {
-            "schema": records.SCHEMA, "id": "0" * 12, "status": "ok" if ok else "failed", "error": None if ok else "it broke", "memory": None,
-            "config": OmegaConf.to_container(config, resolve=True), "allocation": None,
+            "schema": records.SCHEMA,
+            "id": "0" * 12,
+            "status": "ok" if ok else "failed",
+            "error": None if ok else "it broke",
+            "memory": None,
+            "config": OmegaConf.to_container(config, resolve=True),
+            "allocation": None,
             "accuracy": {"test_top1": None, "val_top1": 90 - 10 * abs(math.log10(config.optim.lr) + 2)},
-            "data": {"name": "digits", "revision": content["data"]}, "weights": content["weights"],
-        }  # fmt: skip
+            "data": {"name": "digits", "revision": content["data"]},
+            "weights": content["weights"],
+        }
         records.write_result(log.parent, result)
         return type("Job", (), {"poll": lambda self: 0 if ok else 1, "stop": lambda self: None})()
 

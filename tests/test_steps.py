@@ -9,7 +9,10 @@ from s2a_cli.compose import compose
 from s2a_cli.steps import Step, weight_dtype
 
 
-@pytest.mark.parametrize("precision, products, convolutions", [("fp32", "highest", False), ("tf32", "high", True), ("amp-bf16", "highest", False)])
+@pytest.mark.parametrize(
+    "precision, products, convolutions",
+    [("fp32", "highest", False), ("tf32", "high", True), ("amp-bf16", "highest", False)],
+)
 def test_products_of_fp32_on_cuda_are_as_the_precision_says(monkeypatch, precision, products, convolutions):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not convolutions)
     before, config = torch.get_float32_matmul_precision(), compose([f"precision={precision}"])

@@ -1,4 +1,6 @@
-"""stdout and stderr that are closed, gone, or lack characters: a training ends with its work and not with what it says."""
+"""stdout and stderr that are closed, gone, or lack characters: a training ends with its work and not with what it
+says.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ import pytest
 import s2a_cli
 from s2a_cli import streams
 
-# A training in miniature, so that no test waits for torch: it speaks on all ways, before and after its terminal is gone.
+# A training in miniature, so that no test waits for torch: it speaks on all ways, before and after its terminal is
+# gone.
 SCRIPT = """
 import dataclasses, sys, time
 from pathlib import Path
@@ -58,7 +61,11 @@ def ended_well(tmp_path):
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-", "> /dev/full", "> /dev/full 2> /dev/full"])
 def test_streams_that_are_closed_or_full(tmp_path, closed):
     done = subprocess.run(
-        ["bash", "-c", f'"$@" {closed}', "bash", *command(tmp_path)], cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True
+        ["bash", "-c", f'"$@" {closed}', "bash", *command(tmp_path)],
+        cwd=tmp_path,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     assert ended_well(tmp_path) and done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
@@ -73,7 +80,11 @@ def test_an_encoding_without_our_characters(tmp_path):
 
 def test_a_pipe_that_breaks_while_a_training_goes_on(tmp_path):
     process = subprocess.Popen(
-        command(tmp_path, "wait"), cwd=tmp_path, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command(tmp_path, "wait"),
+        cwd=tmp_path,
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     assert process.stdout.readline()
     process.stdout.close()

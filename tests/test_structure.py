@@ -18,25 +18,41 @@ from s2a_cli.errors import UserError
 from s2a_cli.methods import METHODS
 
 CLASSES = 7
-# model -> blocks; layout, shape and prefix tokens at the first block's input and at the last one's output; layers of the head
+# model -> blocks; layout, shape and prefix tokens at the first block's input and at the last one's output; layers of
+# the head
 KNOWN = {
     "test_vit": (6, "tokens (101, 64) 1", "tokens (101, 64) 1", 1),
     "vit_tiny_patch16_dinov3_qkvb": (12, "tokens (261, 192) 5", "tokens (261, 192) 5", 1),
     "swin_tiny_patch4_window7_224": (12, "channels_last (56, 56, 96) 0", "channels_last (7, 7, 768) 0", 1),
     "test_convnext": (9, "channels_first (24, 40, 40) 0", "channels_first (64, 5, 5) 0", 1),
     "test_resnet": (4, "channels_first (32, 40, 40) 0", "channels_first (96, 5, 5) 0", 1),
-    "volo_d1_224": (18, "channels_last (28, 28, 192) 0", "channels_last (14, 14, 384) 0", 2),  # read as channels first before
+    "volo_d1_224": (
+        18,
+        "channels_last (28, 28, 192) 0",
+        "channels_last (14, 14, 384) 0",
+        2,
+    ),  # read as channels first before
     "tiny_vit_5m_224": (12, "channels_first (64, 56, 56) 0", "channels_last (7, 7, 320) 0", 1),
     "xcit_nano_12_p8_224": (12, "tokens (784, 128) 0", "tokens (784, 128) 0", 1),  # the class token has not joined
     "convit_tiny": (12, "tokens (196, 192) 0", "tokens (197, 192) 1", 1),  # and joins behind the tenth block
     "cait_xxs24_224": (24, "tokens (196, 192) 0", "tokens (196, 192) 0", 1),
     "levit_128s": (9, "tokens (196, 128) 0", "tokens (16, 384) 0", 2),
     "deit_tiny_distilled_patch16_224": (12, "tokens (198, 192) 2", "tokens (198, 192) 2", 2),
-    "resnetv2_18": (8, "channels_first (64, 56, 56) 0", "channels_first (512, 7, 7) 0", 1),  # the head is a 1x1 convolution
+    "resnetv2_18": (
+        8,
+        "channels_first (64, 56, 56) 0",
+        "channels_first (512, 7, 7) 0",
+        1,
+    ),  # the head is a 1x1 convolution
     "efficientformer_l1": (15, "channels_first (48, 56, 56) 0", "tokens (49, 448) 0", 2),
     "mvitv2_tiny": (10, "tokens (3136, 96) 0", "tokens (49, 768) 0", 1),
     "pvt_v2_b0": (8, "tokens (3136, 32) 0", "tokens (49, 256) 0", 1),
-    "tnt_s_legacy_patch16_224": (12, "tokens (197, 384) 1", "tokens (197, 384) 1", 1),  # not the pixels, of another length
+    "tnt_s_legacy_patch16_224": (
+        12,
+        "tokens (197, 384) 1",
+        "tokens (197, 384) 1",
+        1,
+    ),  # not the pixels, of another length
     "crossvit_tiny_240": (3, "tokens (401, 96) 1", "tokens (401, 96) 1", 2),
     "coat_tiny": (14, "tokens (3137, 152) 1", "tokens (785, 152) 1", 1),
     "densenet121": (4, "channels_first (64, 56, 56) 0", "channels_first (1024, 7, 7) 0", 1),
@@ -73,7 +89,14 @@ def taken(module: nn.Module) -> int | None:
     """How many channels a layer takes; None for what does not say."""
     if isinstance(module, nn.LayerNorm):
         return module.normalized_shape[-1]
-    return next((getattr(module, name) for name in ("in_features", "in_channels", "num_features", "num_channels") if hasattr(module, name)), None)
+    return next(
+        (
+            getattr(module, name)
+            for name in ("in_features", "in_channels", "num_features", "num_channels")
+            if hasattr(module, name)
+        ),
+        None,
+    )
 
 
 @pytest.mark.slow
@@ -81,7 +104,11 @@ def taken(module: nn.Module) -> int | None:
 def test_no_layout_contradicts_a_blocks_own_layers(family):
     """Of a small model of each family."""
     names = timm.list_models(module=family)
-    named = [name for name in names if any(word in name for word in ("test_", "_atto", "_nano", "_micro", "_xxs", "_pico", "tiny", "_s0", "_t0"))]
+    named = [
+        name
+        for name in names
+        if any(word in name for word in ("test_", "_atto", "_nano", "_micro", "_xxs", "_pico", "tiny", "_s0", "_t0"))
+    ]
     for name in (*named, *names):
         try:
             made = built(name)
@@ -120,7 +147,10 @@ def test_what_needs_no_blocks_runs_without():
         assert made.count()["trainable"] > 0 or method == "linear"
     for method in ("prompt", "side", "s2a", "bias"):
         words = ["method.blocks=last:1"] if method == "bias" else []
-        with pytest.raises(UserError, match="no repeated blocks were found in Plain; what needs no blocks works: method=full, linear, or bias"):
+        with pytest.raises(
+            UserError,
+            match="no repeated blocks were found in Plain; what needs no blocks works: method=full, linear, or bias",
+        ):
             METHODS[method](compose([f"method={method}", *words]).method).attach(wrapped(Plain()))
 
 
@@ -145,7 +175,11 @@ class Block(nn.Module):
 class Ambiguous(Plain):
     def __init__(self):
         super().__init__()
-        self.stem, self.blocks, self.head = nn.Conv2d(3, 16, 17), nn.Sequential(Block(), Block()), nn.Linear(16, CLASSES)
+        self.stem, self.blocks, self.head = (
+            nn.Conv2d(3, 16, 17),
+            nn.Sequential(Block(), Block()),
+            nn.Linear(16, CLASSES),
+        )
 
     def forward(self, x):
         return self.head(self.blocks(self.stem(x).permute(0, 2, 3, 1).contiguous()).mean((2, 3)))
@@ -168,7 +202,10 @@ def test_a_model_without_a_classifier_gets_one():
     class Features(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem, self.blocks = nn.Conv2d(3, 8, 4, 4), nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
+            self.stem, self.blocks = (
+                nn.Conv2d(3, 8, 4, 4),
+                nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2)),
+            )
             self.pretrained_cfg = {"input_size": (3, 32, 32)}
 
         def forward(self, x):
@@ -190,7 +227,10 @@ def test_a_prompt_has_a_lower_rank_where_there_is_no_room(capsys):
     made = built("vgg11")
     METHODS["prompt"](compose(["method=prompt"]).method).attach(made)
     assert [tuple(p.shape) for p in made.model.s2a["prompt"].parameters()][:2] == [(224 * 224, 3), (3, 3)]
-    assert capsys.readouterr().err == "s2a: the low-rank prompt has a lower rank than 8 where channels or positions are few: 3 at features.0\n"
+    assert (
+        capsys.readouterr().err
+        == "s2a: the low-rank prompt has a lower rank than 8 where channels or positions are few: 3 at features.0\n"
+    )
     with pytest.raises(UserError, match="rank=1000 of the low-rank prompt is larger than any block"):
         METHODS["prompt"](compose(["method=prompt", "method.rank=1000"]).method).attach(built("vgg11"))
 

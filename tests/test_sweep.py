@@ -46,10 +46,17 @@ class Fake:
         status, code = next((end for word, end in self.ends.items() if word in words), ("ok", 0))
         content = json.loads(member.content)
         result = {
-            "schema": records.SCHEMA, "id": "0" * 12, "status": status, "error": None if code == 0 else "it broke", "memory": None,
-            "config": OmegaConf.to_container(member.config), "allocation": None, "accuracy": {"test_top1": 50.0},
-            "data": {"name": "digits", "revision": content["data"]}, "weights": content["weights"],
-        }  # fmt: skip
+            "schema": records.SCHEMA,
+            "id": "0" * 12,
+            "status": status,
+            "error": None if code == 0 else "it broke",
+            "memory": None,
+            "config": OmegaConf.to_container(member.config),
+            "allocation": None,
+            "accuracy": {"test_top1": 50.0},
+            "data": {"name": "digits", "revision": content["data"]},
+            "weights": content["weights"],
+        }
         records.write_result(log.parent, result)
         log.write_text(f"$ s2a train\nabout to\ns2a: {status}: it broke\n")
 
@@ -74,8 +81,22 @@ def go(words, ends=None, **flags):
 
 
 def test_a_grid_in_hydras_grammar():
-    grid = expand(["method=bias,s2a", "seed=range(0,2)", "quant=glob([int4,int8])", "dataset.scale=[0.5,1],null", "backbone=vit_b"])
-    assert len(grid) == 2 * 2 * 2 * 2 and grid[0] == ["method=bias", "seed=0", "quant=int4", "dataset.scale=[0.5,1]", "backbone=vit_b"]
+    grid = expand(
+        [
+            "method=bias,s2a",
+            "seed=range(0,2)",
+            "quant=glob([int4,int8])",
+            "dataset.scale=[0.5,1],null",
+            "backbone=vit_b",
+        ]
+    )
+    assert len(grid) == 2 * 2 * 2 * 2 and grid[0] == [
+        "method=bias",
+        "seed=0",
+        "quant=int4",
+        "dataset.scale=[0.5,1]",
+        "backbone=vit_b",
+    ]
     assert [member[1] for member in grid[:9]] == ["seed=0"] * 4 + ["seed=1"] * 4 + ["seed=0"]
 
 
@@ -109,10 +130,15 @@ def test_a_part_of_a_grid_that_makes_no_sense_is_left_out_with_its_reason(capsys
     words = ["method=linear,bias", "quant=none,int4", "optim.micro_batch=null,99", "seed=0,0"]
     words.append("sweep.exclude=[{method: bias, quant: [none], why: known already}]")
     planned = sweeps.plan([*TINY, *words])
-    assert {member.config.method.name + " " + member.config.quant.name for member in planned.members} == {"linear none", "bias int4"}
+    assert {member.config.method.name + " " + member.config.quant.name for member in planned.members} == {
+        "linear none",
+        "bias int4",
+    }
     said = "\n".join(sweeps.left_out(planned))
     assert "method=linear keeps nothing" in said and "known already" in said and "optim.micro_batch=99" in said
-    assert sum(map(len, planned.excluded.values())) == 2 + 1 + 3 and not planned.repeated, "what stands twice counts once"
+    assert sum(map(len, planned.excluded.values())) == 2 + 1 + 3 and not planned.repeated, (
+        "what stands twice counts once"
+    )
 
 
 def test_the_same_run_twice_is_one():
@@ -130,7 +156,12 @@ def test_what_is_finished_is_skipped_and_what_failed_waits_to_be_asked_for():
     started, summary = go(words, bad)
     assert not started and len(summary.skipped) == 2 and len(summary.failed) == 2 and "--retry-failed" in summary.text()
     started, summary = go(words, retry=True)
-    assert len(started) == 2 and all("seed=1" in name for name in started) and len(summary.done) == 2 and not summary.failed
+    assert (
+        len(started) == 2
+        and all("seed=1" in name for name in started)
+        and len(summary.done) == 2
+        and not summary.failed
+    )
     started, _ = go(words, force=True)
     assert len(started) == 4
 
@@ -184,7 +215,7 @@ def test_what_can_not_be_locked_or_written_stops_no_sweep(monkeypatch):
 
 
 def test_a_replacement_that_was_broken_off_is_to_be_done():
-    started, _ = go(["seed=0"])
+    go(["seed=0"])
     (member,) = sweeps.plan([*TINY, "seed=0"]).members
     assert member.state() == "done"
     begun = records.read_result(member.folder) | {"status": "interrupted"}
@@ -192,7 +223,9 @@ def test_a_replacement_that_was_broken_off_is_to_be_done():
     assert member.state() == "interrupted"
 
 
-@pytest.mark.parametrize("make", [lambda log: os.mkfifo(log), lambda log: log.symlink_to("/dev/null")], ids=["pipe", "link"])
+@pytest.mark.parametrize(
+    "make", [lambda log: os.mkfifo(log), lambda log: log.symlink_to("/dev/null")], ids=["pipe", "link"]
+)
 def test_a_log_is_a_file(tmp_path, make):
     make(tmp_path / "log.txt")
     with pytest.raises(OSError):
@@ -232,7 +265,9 @@ def test_a_gpu_takes_what_fits():
 def gpu(monkeypatch):
     """One GPU, as far as planning goes."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"total_memory": 2 << 30}))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"total_memory": 2 << 30})
+    )
 
 
 def test_an_automatic_batch_is_a_number_in_the_plan(gpu, monkeypatch, capsys):
@@ -280,7 +315,9 @@ def test_a_dry_run_predicts_and_runs_nothing(capsys, tmp_path):
     said = capsys.readouterr().out
     assert "predicted peak MiB" in said and "3 runs: 3 new" in said and "left out: method=linear quant=int4" in said
     assert not (tmp_path / "runs").exists()
-    peaks = {line.split("  ")[0]: float(line.split()[3]) for line in said.splitlines() if line.startswith("method=bias")}
+    peaks = {
+        line.split("  ")[0]: float(line.split()[3]) for line in said.splitlines() if line.startswith("method=bias")
+    }
     assert peaks["method=bias quant=int4"] < peaks["method=bias quant=none"]
 
 

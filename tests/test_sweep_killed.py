@@ -1,4 +1,6 @@
-"""A grid whose processes are killed at random moments: started again, every run is done once, as if nothing had happened."""
+"""A grid whose processes are killed at random moments: started again, every run is done once, as if nothing had
+happened.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "s2a_cli", "sweep", *GRID, f"sweep.dir={folder}", *words]
     with open(folder.parent / "said.txt", "a") as said:
         # a shell's background jobs ignore Ctrl-C, and hand that down
-        as_usual = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+        as_usual = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, preexec_fn=as_usual)
 
 

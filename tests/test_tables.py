@@ -45,7 +45,15 @@ def test_runs_that_differ_in_a_setting_are_not_averaged_and_it_is_shown(make_res
 
 
 @pytest.mark.parametrize(
-    "changes", [{"device": "cuda"}, {"busy": "allow"}, {"workers": 4}, {"run_dir": "/x"}, {"dataset__root": "/y"}, {"method__lr": 7.0}]
+    "changes",
+    [
+        {"device": "cuda"},
+        {"busy": "allow"},
+        {"workers": 4},
+        {"run_dir": "/x"},
+        {"dataset__root": "/y"},
+        {"method__lr": 7.0},
+    ],
 )
 def test_what_does_not_change_a_result_does_not_split_a_row(make_result, changes):
     other = make_result(seed=1)
@@ -191,7 +199,7 @@ def test_csv_reads_back(two_datasets):
 def test_markdown(two_datasets):
     text = tables.render(two_datasets, "md")
     first, second = text.split("\n\n")[:2]
-    assert all(line.startswith("| ") or line.startswith("|-") for line in (first + "\n" + second).splitlines())
+    assert all(line.startswith(("| ", "|-")) for line in (first + "\n" + second).splitlines())
     assert "60.50 ± 0.71" in first and "mean of top-1 %" in second and "predicted" in first
 
 

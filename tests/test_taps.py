@@ -57,8 +57,13 @@ def agree(one, two):
     for first, second in zip(one[0], two[0], strict=True):
         assert first == pytest.approx(second, rel=1e-5)
     assert one[1] == two[1]
-    branch = "calibration.branch", "calibration.s2a.side"  # what a layer is called in the trained part alone, in the model
-    assert {n.replace(*branch): t.shape for n, t in one[2].items()} == {n.replace(*branch): t.shape for n, t in two[2].items()}
+    branch = (
+        "calibration.branch",
+        "calibration.s2a.side",
+    )  # what a layer is called in the trained part alone, in the model
+    assert {n.replace(*branch): t.shape for n, t in one[2].items()} == {
+        n.replace(*branch): t.shape for n, t in two[2].items()
+    }
     for name, tensor in one[2].items():
         if not name.startswith(checkpoints.CALIBRATION):
             torch.testing.assert_close(two[2][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
@@ -112,12 +117,21 @@ def test_runs_share_what_is_the_same_for_them(tmp_path, own_folder, filled, caps
 def test_runs_that_read_something_else_have_other_files(tmp_path):
     def names(*words):
         fields = [((4,), torch.float32)]  # of the same shape everywhere: what the names depend on beside it
-        return {kept.path.name for kept in cache._files(training.prepare(compose([*QUICK, TAPS, *words])), tmp_path, fields).values()}
+        return {
+            kept.path.name
+            for kept in cache._files(training.prepare(compose([*QUICK, TAPS, *words])), tmp_path, fields).values()
+        }
 
     own = names()
     assert own == names("seed=1", "method.heads=2", "method.lr=0.1", "optim.epochs=3", "quant=none") and len(own) == 3
     others = ["method.grid=2", "method.blocks=last:1", "method=linear", "dataset.split_seed=1", "dataset.shots=7"]
-    others += ["backbone.crop_pct=0.8", "precision=amp-bf16", "backbone.weights=int8", "backbone.pretrained=false", "backbone.mean=[0,0,0]"]
+    others += [
+        "backbone.crop_pct=0.8",
+        "precision=amp-bf16",
+        "backbone.weights=int8",
+        "backbone.pretrained=false",
+        "backbone.mean=[0,0,0]",
+    ]
     for word in others:
         assert not own & names(word), word
 
@@ -130,7 +144,13 @@ def rows_turned(content):
 
 @pytest.mark.parametrize(
     ("damage", "split"),
-    [(lambda b: b[:-1], "train"), (lambda b: b"x" + b[1:], "val"), (lambda b: b"", "train"), (rows_turned, "train"), (rows_turned, "test")],
+    [
+        (lambda b: b[:-1], "train"),
+        (lambda b: b"x" + b[1:], "val"),
+        (lambda b: b"", "train"),
+        (rows_turned, "train"),
+        (rows_turned, "test"),
+    ],
     ids=["cut", "header", "empty", "turned", "turned test"],
 )
 def test_a_damaged_file_is_filled_anew(tmp_path, own_folder, filled, damage, split):
@@ -187,7 +207,9 @@ def test_a_file_of_other_values_is_filled_anew(tmp_path, own_folder, filled):
     assert len(filled) == 6 and path.read_bytes() == good
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), signal.SIGTERM], ids=str)
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), signal.SIGTERM], ids=str
+)
 def test_a_filling_that_breaks_off_leaves_nothing(tmp_path, own_folder, monkeypatch, error):
     def breaks(*args):
         if error is signal.SIGTERM:
@@ -235,7 +257,10 @@ def test_a_broken_run_goes_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["dataset.scale=[0.8,1]"], "dataset.cache=taps needs dataset.scale=null: each random crop would need another forward pass"),
+        (
+            ["dataset.scale=[0.8,1]"],
+            "dataset.cache=taps needs dataset.scale=null: each random crop would need another forward pass",
+        ),
         (["optim.mixup=0.2"], "needs optim.mixup=0.0: each mixed image"),
         (["optim.cutmix=1.0"], "needs optim.cutmix=0.0: each mixed image"),
         (["compile=true", "quant=none"], "needs compile=false"),
@@ -243,7 +268,10 @@ def test_a_broken_run_goes_on(tmp_path, monkeypatch):
         (["dataset.cache=tap"], "expected one of taps, or null"),
         (["method=bias"], "method=bias changes what the backbone computes.*accepted are linear and side"),
         (["method=s2a"], "method=s2a changes"),
-        (["backbone=swin_t", "backbone.pretrained=false", "backbone.kwargs.drop_path_rate=0.5"], "another in training than in evaluation"),
+        (
+            ["backbone=swin_t", "backbone.pretrained=false", "backbone.kwargs.drop_path_rate=0.5"],
+            "another in training than in evaluation",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -301,7 +329,10 @@ def test_a_file_gives_back_what_was_written(tmp_path):
 def test_runs_that_start_together_fill_once(tmp_path, own_folder):
     words = [*QUICK, TAPS, "optim.epochs=1"]
     command = [sys.executable, "-m", "s2a_cli", "train", *words]
-    runs = [subprocess.Popen([*command, f"seed={n}", f"run_dir={tmp_path / str(n)}"], stderr=subprocess.PIPE) for n in range(2)]
+    runs = [
+        subprocess.Popen([*command, f"seed={n}", f"run_dir={tmp_path / str(n)}"], stderr=subprocess.PIPE)
+        for n in range(2)
+    ]
     for process in runs:
         assert process.wait(timeout=120) == 0, process.stderr.read()
     assert len(list(own_folder.glob("*.taps"))) == 3 and not list(own_folder.glob(".*.????????"))

@@ -47,7 +47,13 @@ def archive(path: Path, content: object, compression: int = zipfile.ZIP_STORED) 
 
 def old(path: Path, content: object) -> None:
     """A file as torch before 1.6 wrote it."""
-    parts = torch.serialization.MAGIC_NUMBER, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}, content, []
+    parts = (
+        torch.serialization.MAGIC_NUMBER,
+        1001,
+        {"protocol_version": 1001, "little_endian": True, "type_sizes": {}},
+        content,
+        [],
+    )
     path.write_bytes(b"".join(pickle.dumps(part, 2) for part in parts))
 
 
@@ -56,7 +62,11 @@ def old(path: Path, content: object) -> None:
     [
         {"model": STATE, "epoch": torch.tensor(3)},
         {"state_dict": STATE, "best": np.float64(0.5), "step": np.int64(3), "flag": np.bool_(True)},
-        {"state_dict": STATE, "args": argparse.Namespace(lr=1e-3, model="vit"), "optimizer": torch.optim.AdamW(SOURCE.parameters()).state_dict()},
+        {
+            "state_dict": STATE,
+            "args": argparse.Namespace(lr=1e-3, model="vit"),
+            "optimizer": torch.optim.AdamW(SOURCE.parameters()).state_dict(),
+        },
         {"model": {"state_dict": STATE}, "model_ema": None},
         {f"module.{name}": tensor for name, tensor in STATE.items()},
         dict(SOURCE.named_parameters()),
@@ -79,10 +89,19 @@ def contains_itself():
 ODD = {
     "itself": (contains_itself, "contains itself"),
     "numbers for names": (lambda: {**STATE, 1: torch.zeros(2)}, r"no names: one is called 1 \(int\)"),
-    "sparse": (lambda: {**STATE, "cls_token": STATE["cls_token"].to_sparse()}, "holds torch._utils._rebuild_sparse_tensor"),
+    "sparse": (
+        lambda: {**STATE, "cls_token": STATE["cls_token"].to_sparse()},
+        "holds torch._utils._rebuild_sparse_tensor",
+    ),
     "meta": (lambda: {**STATE, "cls_token": STATE["cls_token"].to("meta")}, "holds torch._utils._rebuild_meta_tensor"),
-    "complex": (lambda: {**STATE, "cls_token": STATE["cls_token"].to(torch.complex64)}, "cls_token is of complex numbers"),
-    "expanded": (lambda: {**STATE, "pos_embed": torch.zeros(1).expand(1, 10**9, 48)}, "pos_embed .* is larger than the file"),
+    "complex": (
+        lambda: {**STATE, "cls_token": STATE["cls_token"].to(torch.complex64)},
+        "cls_token is of complex numbers",
+    ),
+    "expanded": (
+        lambda: {**STATE, "pos_embed": torch.zeros(1).expand(1, 10**9, 48)},
+        "pos_embed .* is larger than the file",
+    ),
     "a list": (lambda: [STATE], "holds a list, not a dictionary"),
     "a list of weights": (lambda: {"model": [1, 2]}, "missing: cls_token"),
     "nothing": (dict, "missing: cls_token"),
@@ -108,7 +127,9 @@ def test_names_in_a_file_do_not_reach_the_terminal_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("write", [archive, old])
-@pytest.mark.parametrize("function", [bytearray, torch.FloatTensor, os.system], ids=["bytearray", "FloatTensor", "system"])
+@pytest.mark.parametrize(
+    "function", [bytearray, torch.FloatTensor, os.system], ids=["bytearray", "FloatTensor", "system"]
+)
 def test_a_small_file_gets_no_large_memory_and_no_call(tmp_path, write, function):
     write(tmp_path / "w.pth", {"a": Calls(function, 64 * GIB)})
     assert (tmp_path / "w.pth").stat().st_size < 2000
@@ -120,7 +141,10 @@ def test_archives_that_expand_are_refused_by_what_they_declare(tmp_path):
     archive(tmp_path / "w.pth", {"a": "x" * 10**6}, zipfile.ZIP_DEFLATED)
     with pytest.raises(UserError, match="compressed, which torch.save does not do"):
         load(tmp_path / "w.pth")
-    with zipfile.ZipFile(tmp_path / "w.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file, file.open("cls.npy", "w") as array:
+    with (
+        zipfile.ZipFile(tmp_path / "w.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file,
+        file.open("cls.npy", "w") as array,
+    ):
         np.lib.format.write_array_header_1_0(array, {"descr": "<f4", "fortran_order": False, "shape": (30 * 2**20,)})
         for _ in range(120):
             array.write(bytes(2**20))

@@ -1,4 +1,6 @@
-"""One run: the same seed gives the same numbers, a finished run tests the same again, a broken one says how it ended."""
+"""One run: the same seed gives the same numbers, a finished run tests the same again, a broken one says how it
+ended.
+"""
 
 from __future__ import annotations
 
@@ -202,7 +204,11 @@ def test_what_codes_are_fitted_to_is_saved_and_the_same_in_every_run(tmp_path):
     for key, tensor in saved[0].items():
         assert torch.equal(tensor, saved[1][key])
     train(tmp_path / "fixed", "method=bias", "quant=int4", "quant.calibrate=false")
-    assert not [k for k in safetensors.torch.load_file(tmp_path / "fixed/trainable.safetensors") if k.startswith("calibration.0")]
+    assert not [
+        k
+        for k in safetensors.torch.load_file(tmp_path / "fixed/trainable.safetensors")
+        if k.startswith("calibration.0")
+    ]
 
 
 @pytest.mark.slow
@@ -213,7 +219,14 @@ def test_what_codes_are_fitted_to_is_saved_and_the_same_in_every_run(tmp_path):
     ids=" ".join,
 )
 def test_a_compiled_run_computes_the_same(tmp_path, words):
-    words = [*words, "optim.epochs=1", "dataset.shots=4", "backbone.kwargs.depth=1", "backbone.pretrained=false", "test=false"]
+    words = [
+        *words,
+        "optim.epochs=1",
+        "dataset.shots=4",
+        "backbone.kwargs.depth=1",
+        "backbone.pretrained=false",
+        "test=false",
+    ]
     train(tmp_path / "eager", *words), train(tmp_path / "compiled", *words, "compile=true")
     eager, compiled = lines(tmp_path / "eager")[0], lines(tmp_path / "compiled")[0]
     assert compiled == pytest.approx(eager, rel=1e-3)
@@ -221,7 +234,9 @@ def test_a_compiled_run_computes_the_same(tmp_path, words):
 
 def test_a_budget_for_the_compiler_reaches_it(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda _: seen.append(torch._functorch.config.activation_memory_budget))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda _: seen.append(torch._functorch.config.activation_memory_budget)
+    )
     words = ["method=bias", "quant=none", "compile=true"]
     assert train(tmp_path / "a", *words, "compile_budget=0.3")["memory"] is None
     train(tmp_path / "b", *words)
@@ -231,7 +246,9 @@ def test_a_budget_for_the_compiler_reaches_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize("rate", ["drop_path_rate", "proj_drop_rate", "pos_drop_rate"])
 def test_a_budget_for_the_compiler_is_refused_where_random_numbers_are_drawn(tmp_path, rate):
     words = ["method=bias", "quant=none", "compile=true", f"+backbone.kwargs.{rate}=0.1"]
-    with pytest.raises(UserError, match=r"compile_budget=0.5: this model draws random numbers in training \(bernoulli_"):
+    with pytest.raises(
+        UserError, match=r"compile_budget=0.5: this model draws random numbers in training \(bernoulli_"
+    ):
         train(tmp_path, *words, "compile_budget=0.5")
 
 
@@ -289,8 +306,14 @@ def test_a_folder_that_holds_no_run_is_refused_before_anything_is_loaded(tmp_pat
         (tmp_path / name).write_text("mine")
     assert main(["train", *QUICK, "run_dir=."]) == 2
     said = capsys.readouterr().err
-    assert said == "s2a: run_dir=.: holds .env.template, notes.txt, result.json, and no run; set run_dir= to a new or an empty folder, or to that of a run\n"
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys((".env.template", "result.json", "notes.txt"), "mine")
+    assert (
+        said
+        == "s2a: run_dir=.: holds .env.template, notes.txt, result.json, and no run; set run_dir= to a new or an empty"
+        " folder, or to that of a run\n"
+    )
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        (".env.template", "result.json", "notes.txt"), "mine"
+    )
 
 
 def test_another_split_is_refused_in_eval(tmp_path):
@@ -326,12 +349,23 @@ def test_identity_leaves_out_where_a_run_lives():
 @pytest.mark.slow
 @pytest.mark.predicts
 def test_real_photos(real_data, tmp_path):
-    """Real weights and photos, a few epochs: well above chance (14 %), and S2A does better on validation than the linear probe."""
+    """Real weights and photos, a few epochs: well above chance (14 %), and S2A does better on validation than the
+    linear probe.
+    """
     weights = real_data / "weights" / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
-    words = ["experiment=photos_112", f"backbone.checkpoint={weights}", f"dataset.root={real_data}/pacs/cartoon", "device=cpu"]
+    words = [
+        "experiment=photos_112",
+        f"backbone.checkpoint={weights}",
+        f"dataset.root={real_data}/pacs/cartoon",
+        "device=cpu",
+    ]
     top1, loss = {}, {}
     for method in ("linear", "s2a"):
-        result = training.train(compose([*words, f"method={method}", f"run_dir={tmp_path / method}", "optim.epochs=4", "optim.batch_size=16"]))[0]
+        result = training.train(
+            compose(
+                [*words, f"method={method}", f"run_dir={tmp_path / method}", "optim.epochs=4", "optim.batch_size=16"]
+            )
+        )[0]
         top1[method], loss[method] = result["accuracy"]["test_top1"], lines(tmp_path / method)[-1]["val_loss"]
     assert top1["linear"] > 40 and top1["s2a"] > 50
     assert loss["s2a"] < loss["linear"]

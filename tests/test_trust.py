@@ -104,7 +104,11 @@ def test_references_that_multiply_and_endless_nesting_are_refused_at_once(foreig
 def test_what_a_stored_config_says_stays_on_one_line(foreign, capsys):
     assert main(["eval", f"run={foreign({'backbone.kwargs': {}, 'odd' + chr(27) + '[2J' + chr(10) + 'key': 1})}"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("s2a: odd\\x1b[2J\\nkey: no such setting") and "\x1b" not in said and len(said.splitlines()) == 1
+    assert (
+        said.startswith("s2a: odd\\x1b[2J\\nkey: no such setting")
+        and "\x1b" not in said
+        and len(said.splitlines()) == 1
+    )
 
 
 def test_a_stored_root_is_read_and_never_filled(foreign, tmp_path, capsys):
@@ -127,17 +131,31 @@ def test_no_argument_of_timm_that_loads_gets_through(name):
 
 @pytest.mark.parametrize("value", ["http://x/y", "../x", "{a: 1}", "[[[[[1]]]]]", "70000", "inf", "'a\\'b'"])
 def test_settings_of_a_model_are_plain(value):
-    with pytest.raises(UserError, match=r"backbone.kwargs.norm_layer=.*expected a number below 65536, true, false, a word"):
+    with pytest.raises(
+        UserError, match=r"backbone.kwargs.norm_layer=.*expected a number below 65536, true, false, a word"
+    ):
         compose([*BASE, f"+backbone.kwargs.norm_layer={value}"])
 
 
 @pytest.mark.parametrize(
     ("timm", "kwargs"),
     [
-        ("vit_tiny_patch16_224", dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, class_token=False, global_pool="avg")),
-        ("vit_tiny_patch16_224", dict(dynamic_img_size=True, drop_path_rate=0.1, norm_layer="rmsnorm", act_layer="silu", init_values=1e-5)),
-        ("swin_tiny_patch4_window7_224", dict(img_size=32, window_size=4, embed_dim=24, depths=(1, 2), num_heads=(2, 4))),
-        ("resnet18", dict(stem_type="deep", stem_width=16, channels=(16, 24, 32, 48), layers=(1, 1, 1, 1), avg_down=True)),
+        (
+            "vit_tiny_patch16_224",
+            dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, class_token=False, global_pool="avg"),
+        ),
+        (
+            "vit_tiny_patch16_224",
+            dict(dynamic_img_size=True, drop_path_rate=0.1, norm_layer="rmsnorm", act_layer="silu", init_values=1e-5),
+        ),
+        (
+            "swin_tiny_patch4_window7_224",
+            dict(img_size=32, window_size=4, embed_dim=24, depths=(1, 2), num_heads=(2, 4)),
+        ),
+        (
+            "resnet18",
+            dict(stem_type="deep", stem_width=16, channels=(16, 24, 32, 48), layers=(1, 1, 1, 1), avg_down=True),
+        ),
         ("mobilenetv3_small_050", dict(drop_rate=0.1, pad_type="same", bn_eps=1e-3, act_layer="relu")),
         ("regnety_002", dict(se_ratio=0.5, stem_width=16)),
         ("coatnet_nano_rw_224", dict(depths=[1, 1, 1, 1], transformer_dim_head=16, conv_kernel_size=5)),
@@ -145,7 +163,9 @@ def test_settings_of_a_model_are_plain(value):
     ],
 )
 def test_what_shapes_a_model_is_taken(timm, kwargs):
-    words = [f"+backbone.kwargs.{key}={str(list(v) if isinstance(v, tuple) else v).lower()}" for key, v in kwargs.items()]
+    words = [
+        f"+backbone.kwargs.{key}={str(list(v) if isinstance(v, tuple) else v).lower()}" for key, v in kwargs.items()
+    ]
     config = compose(["backbone=timm", f"backbone.name={timm}", "backbone.pretrained=false", *words]).backbone
     assert backbones.build(config, 5, meta=True).head.classes == 5
 

@@ -1,16 +1,17 @@
 """One command, under 8 minutes on one GPU, that settles what can't be settled without one.
 
-    python benchmarks/cuda/accept.py                        # on a CUDA device; writes benchmarks/cuda/DEVICE.json and .md
-    python benchmarks/cuda/accept.py --tiny                 # the same parts on small models: does everything run here?
-    python benchmarks/cuda/accept.py --device cpu --tiny    # without CUDA; says nothing about it
+    python benchmarks/cuda/accept.py                        # on a CUDA device; writes benchmarks/cuda/DEVICE.json and
+    .md python benchmarks/cuda/accept.py --tiny                 # the same parts on small models: does everything run
+    here? python benchmarks/cuda/accept.py --device cpu --tiny    # without CUDA; says nothing about it
 
-Triton kernels against their twins, the predicted peak against the allocator's counter for 240 combinations, the simulated
-allocator against what is reserved, images a second of all rows of rows.py side by side, and the host's share of a step.
-Other words: minutes=8 (for all of it), batch=N (images a step; null: by the device's memory), out=FOLDER, name=NAME.
+Triton kernels against their twins, the predicted peak against the allocator's counter for 240 combinations, the
+simulated allocator against what is reserved, images a second of all rows of rows.py side by side, and the host's share
+of a step. Other words: minutes=8 (for all of it), batch=N (images a step; null: by the device's memory), out=FOLDER,
+name=NAME.
 
-Everything is computed in processes of their own: what crashes or hangs there is a line on the page, with its reason, and
-the next process goes on. What there is no time for is dropped, the least important first, and the page says which. The
-files are written every few seconds: an end in the middle leaves what was found.
+Everything is computed in processes of their own: what crashes or hangs there is a line on the page, with its reason,
+and the next process goes on. What there is no time for is dropped, the least important first, and the page says which.
+The files are written every few seconds: an end in the middle leaves what was found.
 """
 
 from __future__ import annotations
@@ -46,12 +47,19 @@ except ImportError as error:
     sys.exit(f"a package is not here ({error}): pip install -e {ROOT}, and peft for the rows of LoRA")
 
 SAVE_SECONDS = 5.0
-HIDDEN = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING", "CUDA_LAUNCH_BLOCKING")  # other figures
+HIDDEN = (
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING",
+    "CUDA_LAUNCH_BLOCKING",
+)  # other figures
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """Raises UserError for words that can't be read."""
-    parser = argparse.ArgumentParser("accept.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "accept.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small models")
     parser.add_argument("words", nargs="*", metavar="key=value", help="minutes=8, batch=N, out=FOLDER, name=NAME")
@@ -81,11 +89,15 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def environ(device: str) -> dict[str, str]:
-    """Of the workers: the allocator's and cuBLAS' settings are those that predictions are made for, nothing is downloaded."""
+    """Of the workers: the allocator's and cuBLAS' settings are those that predictions are made for, nothing is
+    downloaded.
+    """
     env = {key: value for key, value in os.environ.items() if key not in HIDDEN}
     env |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
     if device == "cuda":
-        return {key: value for key, value in env.items() if key != "TRITON_INTERPRET"} | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        return {key: value for key, value in env.items() if key != "TRITON_INTERPRET"} | {
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8"
+        }
     return env | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
 
 
@@ -95,7 +107,9 @@ def remarks(about: dict[str, Any], device: str) -> list[str]:
         return []
     said = [f"{about['device']}, driver {about['driver']}, torch {about['torch']}, codes made by: {about['kernels']}"]
     if not str(about["kernels"]).startswith("triton"):
-        said.append("warning: Triton builds no kernels here (it needs a C compiler and Python's headers): none will be checked")
+        said.append(
+            "warning: Triton builds no kernels here (it needs a C compiler and Python's headers): none will be checked"
+        )
     if about["rivals"]:
         said.append(f"warning: the device is not idle: {about['rivals']}: speeds will be no figures")
     if not about["peft"]:
@@ -107,7 +121,9 @@ def commit() -> str | None:
     """Of this checkout, with a + where files were changed; None where git can't tell."""
     try:
         said = [
-            subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            subprocess.run(
+                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10, check=True
+            ).stdout.strip()
             for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         ]
     except (OSError, subprocess.SubprocessError):
@@ -138,22 +154,31 @@ class Files:
             if not final and time.monotonic() - self._last < SAVE_SECONDS:
                 return
             result = run.result()
-            records.atomic_write(self.path.with_name(f"{self.path.name}.json"), json.dumps(finite(result), indent=1) + "\n")
+            records.atomic_write(
+                self.path.with_name(f"{self.path.name}.json"), json.dumps(finite(result), indent=1) + "\n"
+            )
             try:
                 page = markdown(result)
             except Exception:  # the figures are safe: no page is worth the rest of the run
-                page = f"The page could not be made of {self.path.name}.json:\n\n    " + traceback.format_exc().replace("\n", "\n    ")
+                page = f"The page could not be made of {self.path.name}.json:\n\n    " + traceback.format_exc().replace(
+                    "\n", "\n    "
+                )
             records.atomic_write(self.path.with_name(f"{self.path.name}.md"), page)
             self._last = time.monotonic()
 
 
 def accept(argv: list[str]) -> Path:
-    """Runs all of it; returns the path of the page. Raises UserError for bad words, and where no process starts on the device."""
+    """Runs all of it; returns the path of the page.
+
+    Raises UserError for bad words, and where no process starts on the device.
+    """
     began, chosen = time.monotonic(), arguments(argv)
     try:
         folders.make_run_dir(chosen.out)
     except UserError:
-        raise UserError(f"out={chosen.out}: nothing can be written there; set out= to a folder that can be written to") from None
+        raise UserError(
+            f"out={chosen.out}: nothing can be written there; set out= to a folder that can be written to"
+        ) from None
     pool = Pool(lambda: Worker(chosen.device, environ(chosen.device)), 1)
     predictors = Pool(lambda: Worker("cpu", environ("cpu")), 1)
     pools = [pool, predictors]

@@ -19,7 +19,10 @@ from s2a_cli.errors import first_line
 
 DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of PyTorch's traces
 RUNTIME = ("cuda_runtime", "cuda_driver")
-WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")  # the host waits; at the end of a trace cudaDeviceSynchronize is ours
+WAITS = (
+    "cudaStreamSynchronize",
+    "cudaEventSynchronize",
+)  # the host waits; at the end of a trace cudaDeviceSynchronize is ours
 WARMUP, PROFILED = 3, 2  # steps
 
 
@@ -39,8 +42,9 @@ def host_share(made: Made, host: Batch, steps: int) -> dict[str, Any]:
     """Of one step, in the median of `steps`.
 
     wall_ms: with the device waited for at both ends; issued_ms: until the host has issued it; operators: dispatched, of
-    PyTorch and of ours. On CUDA device_ms: in which kernels or copies run; host_share: of the wall time the part in which
-    none does; kernels, waits (the host for the device); these are None, and `problem` says why, where no trace can be had.
+    PyTorch and of ours. On CUDA device_ms: in which kernels or copies run; host_share: of the wall time the part in
+    which none does; kernels, waits (the host for the device); these are None, and `problem` says why, where no trace
+    can be had.
     """
     batch = host[0].to(made.device, made.step.dtype), host[1].to(made.device)
     optimizer = made.optimizer()
@@ -66,7 +70,11 @@ def host_share(made: Made, host: Batch, steps: int) -> dict[str, Any]:
     except Exception as error:  # counters that a container may not read
         return found | {"problem": f"no trace: {type(error).__name__}: {first_line(error)}"}
     if not found["kernels"]:
-        return found | dict.fromkeys(("device_ms", "kernels", "waits")) | {"problem": "the trace has no kernels: CUPTI can't be used here"}
+        return (
+            found
+            | dict.fromkeys(("device_ms", "kernels", "waits"))
+            | {"problem": "the trace has no kernels: CUPTI can't be used here"}
+        )
     return found | {"host_share": max(0.0, 1 - found["device_ms"] / found["wall_ms"])}
 
 

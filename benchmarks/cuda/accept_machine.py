@@ -27,9 +27,8 @@ def cores(cgroup: Path = CGROUP) -> int:
 def host_gib(cgroup: Path = CGROUP, meminfo: Path = Path("/proc/meminfo")) -> float:
     """GiB of the host's memory that are free to use; plenty where nothing tells."""
     found = [float("inf")]
-    for line in _read(meminfo).splitlines():
-        if line.startswith("MemAvailable:"):
-            found.append(int(line.split()[1]) / 2**20)
+    lines = _read(meminfo).splitlines()
+    found += [int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable:")]
     limit, used = (_read(cgroup / name).strip() for name in ("memory.max", "memory.current"))
     if limit.isdecimal() and used.isdecimal():
         found.append((int(limit) - int(used)) / 2**30)

@@ -55,7 +55,7 @@ class Worker:
     """A process of accept_worker.py."""
 
     def __init__(self, device: str, env: dict[str, str], command: Iterable[str] = (sys.executable, str(WORKER))):
-        self.log = tempfile.TemporaryFile("w+b")
+        self.log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (open as long as the process)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.process = subprocess.Popen([*command, device], env=env, text=True, start_new_session=True, **pipes)
         self.lines: queue.Queue[str | None] = queue.Queue()
@@ -80,7 +80,11 @@ class Worker:
                 line = self.lines.get(timeout=max(patience, 0.0))
             except queue.Empty:
                 self.close()
-                said = f"took more than {seconds:.0f} s" if time.monotonic() >= until else f"said nothing for {task.silence:.0f} s"
+                said = (
+                    f"took more than {seconds:.0f} s"
+                    if time.monotonic() >= until
+                    else f"said nothing for {task.silence:.0f} s"
+                )
                 raise Failed(f"{said}, and was ended", ends=True) from None
             if line is None:
                 raise Failed(self._ended(), ends=True)
@@ -121,7 +125,9 @@ ABOUT = Task("the device", {"kind": "about"}, limit=150.0, silence=150.0)
 
 
 class Pool:
-    """Some workers on a device that take tasks from one list, each the first that fits what the others leave of the memory."""
+    """Some workers on a device that take tasks from one list, each the first that fits what the others leave of the
+    memory.
+    """
 
     def __init__(self, start: Callable[[], Worker], size: int, room_mib: float = float("inf")):
         self.start, self.size, self.room = start, size, room_mib
@@ -148,8 +154,8 @@ class Pool:
     ) -> None:
         """Returns when all tasks have come to an end, which `finished` is told, or no worker is left, or it is late.
 
-        until: of time.monotonic(): no task begins after it, and `grace` seconds later those that go on are ended. needs:
-        MiB of a task; None: wait, it will be known. told: what workers say on the way.
+        until: of time.monotonic(): no task begins after it, and `grace` seconds later those that go on are ended.
+        needs: MiB of a task; None: wait, it will be known. told: what workers say on the way.
         """
         waiting = [task for task in tasks if task.open]
 
@@ -183,7 +189,9 @@ class Pool:
 
     def _next(self, waiting: list[Task], until: float, needs: Callable[[Task], float | None]) -> Task | None:
         with self._changed:
-            while time.monotonic() < until and not self._stopped and (waiting or self._held):  # what is held may come back
+            while (
+                time.monotonic() < until and not self._stopped and (waiting or self._held)
+            ):  # what is held may come back
                 for task in waiting:
                     need = float("inf") if task.alone else needs(task)
                     if need is not None and (not self._held or sum(self._held.values()) + need <= self.room):
@@ -221,7 +229,9 @@ class Pool:
         """Does a task, or notes why not. Returns the worker, None where it has ended."""
         began = time.monotonic()
         try:
-            task.result = worker.ask(task, max(1.0, min(task.limit, until - began)), lambda message: told(task, message))
+            task.result = worker.ask(
+                task, max(1.0, min(task.limit, until - began)), lambda message: told(task, message)
+            )
             return worker
         except Failed as error:
             cut_off = error.ends and time.monotonic() >= until  # by the end of the time: dropped, not failed

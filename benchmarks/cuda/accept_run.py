@@ -1,4 +1,5 @@
-"""The parts of an acceptance, in the order of what can be lost: first all that no clock is needed for, several processes at
+"""The parts of an acceptance, in the order of what can be lost: first all that no clock is needed for, several
+processes at
 once; then, alone on the device, what is timed; then what was left."""
 
 from __future__ import annotations
@@ -32,13 +33,20 @@ Entry = dict[str, Any]
 class Run:
     """Call it: fills in `result()`, saved by `save(run)` after each task."""
 
-    def __init__(self, plan: Plan, head: Entry, pool: Pool, predictors: Pool, began: float, seconds: float, save: Callable):
+    def __init__(
+        self, plan: Plan, head: Entry, pool: Pool, predictors: Pool, began: float, seconds: float, save: Callable
+    ):
         self.plan, self.head, self.pool, self.predictors = plan, head, pool, predictors
         self.solo = pool  # the pool that has the device to itself
         self.began, self.seconds, self.save = began, seconds, save
         self.interrupted = False
         self.predictions = {key(task): task for task in plan.predictions()}
-        self.measures, self.checks, self.compilations, self.profiles = plan.measures(), plan.checks(), plan.compilations(), plan.profiles()
+        self.measures, self.checks, self.compilations, self.profiles = (
+            plan.measures(),
+            plan.checks(),
+            plan.compilations(),
+            plan.profiles(),
+        )
         self.capped: list[Task] = []
         self.races: list[Entry] = []
         self.dropped_races = [f"speed {backbone} {precision}" for backbone, precision in plan.races]
@@ -83,7 +91,9 @@ class Run:
     def _predict(self, share: float) -> None:
         """Begins with the predictions that are open; ends by itself."""
         tasks, until = list(self.predictions.values()), self.at(share)
-        self._predicts = threading.Thread(target=lambda: self.predictors.run(tasks, until, lambda task: self.save(self), grace=3), daemon=True)
+        self._predicts = threading.Thread(
+            target=lambda: self.predictors.run(tasks, until, lambda task: self.save(self), grace=3), daemon=True
+        )
         self._predicts.start()
 
     def _finished(self, task: Task) -> None:
@@ -108,10 +118,22 @@ class Run:
         """Times all rows; one that ends the process is left out of the next attempt."""
         name, until = f"speed {backbone} {precision}", self.at(SPEED_UNTIL)
         self.dropped_races.remove(name)
-        compiled = {t.ask["row"]: t for t in self.compilations if (t.ask["backbone"], t.ask["precision"]) == (backbone, precision)}
-        names = [row for row in self.plan.order() if row in compiled or row not in COMPILED]  # compiling takes too long for a second race
+        compiled = {
+            t.ask["row"]: t
+            for t in self.compilations
+            if (t.ask["backbone"], t.ask["precision"]) == (backbone, precision)
+        }
+        names = [
+            row for row in self.plan.order() if row in compiled or row not in COMPILED
+        ]  # compiling takes too long for a second race
         entries = {row: {"name": row, "title": title(row), "problems": {}} for row in self.plan.rows if row in names}
-        race = {"name": name, "backbone": backbone, "precision": precision, "batch": self.plan.batch, "rows": list(entries.values())}
+        race = {
+            "name": name,
+            "backbone": backbone,
+            "precision": precision,
+            "batch": self.plan.batch,
+            "rows": list(entries.values()),
+        }
         self.races.append(race)
         rows = self._racing(race, names, entries, compiled)
         told: dict[str, list[float]] = {}
@@ -128,7 +150,9 @@ class Run:
                 if message["seconds"] is not None:
                     told.setdefault(message["row"], []).append(message["seconds"])
 
-            ask = self.plan.ask("speed", backbone, precision, rows=rows, steps=self.plan.steps, seconds=max(5.0, left - 5))
+            ask = self.plan.ask(
+                "speed", backbone, precision, rows=rows, steps=self.plan.steps, seconds=max(5.0, left - 5)
+            )
             task = Task(name, ask, max(10.0, left) + 10, 90)
             self.solo.run([task], time.monotonic() + 5, told=hear, grace=task.limit)
             if task.result:
@@ -143,7 +167,11 @@ class Run:
             entries[at[0]]["problems"]["speed"] = f"ended the process of all rows: {reason}"
             rows.remove(at[0])
         for row, seconds in told.items():
-            if not entries[row].get("images_per_second") and not entries[row]["problems"] and len(seconds) >= LEAST_ROUNDS:
+            if (
+                not entries[row].get("images_per_second")
+                and not entries[row]["problems"]
+                and len(seconds) >= LEAST_ROUNDS
+            ):
                 set_speed(entries[row], seconds, self.plan.batch)  # of a race that was broken off
         self.save(self)
 
@@ -178,7 +206,11 @@ class Run:
         by_name = {task.name: task for task in self.measures}
         for one in decisions(self.memory(), self.context_mib):
             if one["so"] is None and len(self.capped) < CAPPED:
-                ask = by_name[one["name"]].ask | {"kind": "capped", "gib": one["gib"], "limit_mib": one["gib"] * 1024 - self.context_mib}
+                ask = by_name[one["name"]].ask | {
+                    "kind": "capped",
+                    "gib": one["gib"],
+                    "limit_mib": one["gib"] * 1024 - self.context_mib,
+                }
                 self.capped.append(Task(f"{one['name']} within {one['gib']} GiB", ask))
         return self.capped
 
@@ -191,7 +223,14 @@ class Run:
             problems = {"predicted": predicted.problem, "measured": task.problem}
             capped = {str(c.ask["gib"]): c.result["fits"] for c in self.capped if c.result and key(c) == key(task)}
             found.append(
-                {"name": task.name, **own, "predicted": predicted.result, "measured": task.result, "refused": task.refused, "capped": capped}
+                {
+                    "name": task.name,
+                    **own,
+                    "predicted": predicted.result,
+                    "measured": task.result,
+                    "refused": task.refused,
+                    "capped": capped,
+                }
                 | {"problems": {part: reason for part, reason in problems.items() if reason}}
             )
         return found
@@ -203,7 +242,13 @@ class Run:
         def entries(tasks: list[Task]) -> list[Entry]:
             done = [task for task in tasks if not task.open]
             return [
-                {"name": t.name, "seconds": t.seconds, **{p: t.ask[p] for p in places}, **(t.result or {"problem": t.problem})} for t in done
+                {
+                    "name": t.name,
+                    "seconds": t.seconds,
+                    **{p: t.ask[p] for p in places},
+                    **(t.result or {"problem": t.problem}),
+                }
+                for t in done
             ]
 
         tasks = [*self.compilations, *self.checks, *self.measures, *self.profiles, *self.capped]
@@ -212,8 +257,14 @@ class Run:
             "processes": self.pool.size,
             "interrupted": self.interrupted,
             "dropped": [task.name for task in tasks if task.open] + self.dropped_races,
-            "not_predicted": [task.name for task in self.predictions.values() if task.result is None and not task.refused],
-            "not_started": [*self.pool.problems, *(self.solo.problems if self.solo is not self.pool else []), *self.predictors.problems],
+            "not_predicted": [
+                task.name for task in self.predictions.values() if task.result is None and not task.refused
+            ],
+            "not_started": [
+                *self.pool.problems,
+                *(self.solo.problems if self.solo is not self.pool else []),
+                *self.predictors.problems,
+            ],
             "context_mib": self.context_mib,
             "kernels": entries(self.checks),
             "compiled": entries(self.compilations),

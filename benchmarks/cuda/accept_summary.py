@@ -16,7 +16,8 @@ NEAR = 0.25  # of a size: decisions that could be wrong
 
 
 def errors(entries: list[Entry], predicted: str, measured: str) -> Entry | None:
-    """The error of one predicted figure against a measured one, (predicted / measured - 1), over the entries that have both.
+    """The error of one predicted figure against a measured one, (predicted / measured - 1), over the entries that have
+    both.
 
     median: of the absolute errors; worst: the largest, with its sign and `name`; bias: the median with its sign.
     """
@@ -46,20 +47,31 @@ def held(entries: list[Entry]) -> float | None:
 
 
 def decisions(entries: list[Entry], context_mib: float) -> list[Entry]:
-    """Of each combination and size: what the product says, and what is so: True, False, or None where that is not known.
+    """Of each combination and size: what the product says, and what is so: True, False, or None where that is not
+    known.
 
-    A run fits where all that its allocator has taken and the context do; it does not where not even what was allocated at
-    the peak does. In between lies what the allocator could give back: there `capped` {GiB: fits} says whether the run went on.
+    A run fits where all that its allocator has taken and the context do; it does not where not even what was allocated
+    at the peak does. In between lies what the allocator could give back: there `capped` {GiB: fits} says whether the
+    run went on.
     """
     found = []
     for entry in entries:
         if error(entry) is None:
             continue
-        peak, taken = entry["measured"]["peak_mib"], entry["measured"].get("reserved_mib") or entry["measured"]["peak_mib"]
+        peak, taken = (
+            entry["measured"]["peak_mib"],
+            entry["measured"].get("reserved_mib") or entry["measured"]["peak_mib"],
+        )
         needed = Margin().needed(entry["predicted"]["peak_mib"] * MIB) / MIB
         for gib in SIZES_GIB:
             size = gib * 1024
-            so = True if taken + context_mib <= size else False if peak + context_mib > size else (entry.get("capped") or {}).get(str(gib))
+            so = (
+                True
+                if taken + context_mib <= size
+                else False
+                if peak + context_mib > size
+                else (entry.get("capped") or {}).get(str(gib))
+            )
             near = abs(needed / size - 1) <= NEAR
             found.append({"name": entry["name"], "gib": gib, "said": needed <= size, "so": so, "near": near})
     return found

@@ -2,9 +2,9 @@
 
     python benchmarks/cuda/accept_worker.py cuda|cpu
 
-A question is JSON: `kind`, one of `KINDS`, and its arguments. While it is worked on, lines {"told": ...} may come; the last
-is {"done": result} or {"failed": reason}. Whatever else is printed goes to stderr. After an error that leaves the CUDA
-context unusable the process ends; accept.py starts another.
+A question is JSON: `kind`, one of `KINDS`, and its arguments. While it is worked on, lines {"told": ...} may come; the
+last is {"done": result} or {"failed": reason}. Whatever else is printed goes to stderr. After an error that leaves the
+CUDA context unusable the process ends; accept.py starts another.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ Answer = dict[str, Any]
 
 
 def row_of(ask: Answer) -> Row:
-    return BY_NAME[ask["row"]] if "row" in ask else Row("combination", "", (f"method={ask['method']}", f"quant={ask['quant']}"))
+    return (
+        BY_NAME[ask["row"]]
+        if "row" in ask
+        else Row("combination", "", (f"method={ask['method']}", f"quant={ask['quant']}"))
+    )
 
 
 def about(ask: Answer, device: torch.device, told: Told) -> Answer:
@@ -64,7 +68,10 @@ def predict(ask: Answer, device: torch.device, told: Told) -> Answer:
         return {"peak_mib": found.peak_mib, "static_mib": found.static_mib, "kept_mib": found.kept_mib}
     made = Made(row, ask["words"], torch.device("cpu"), meta=True)
     size = made.backbone.image.size
-    images = torch.empty(ask["batch"], 3, size, size, dtype=made.step.dtype), torch.empty(ask["batch"], dtype=torch.int64)
+    images = (
+        torch.empty(ask["batch"], 3, size, size, dtype=made.step.dtype),
+        torch.empty(ask["batch"], dtype=torch.int64),
+    )
     profile = memory.profile(made.model, images, made, made.optimizer)
     found, more = profile.memory, sum(d.mib for d in differences(profile.calls) if not d.is_bound)
     return {
@@ -80,8 +87,8 @@ def predict(ask: Answer, device: torch.device, told: Told) -> Answer:
 def measure(ask: Answer, device: torch.device, told: Told) -> Answer:
     """MiB of steady steps as the device's allocator counts them; on a CPU as our tracker counts real tensors.
 
-    left_mib: what was allocated before the row's own; held_mib: after it is gone, the workspaces of cuBLAS. fitting_peak_mib:
-    of a step in which codes are fitted.
+    left_mib: what was allocated before the row's own; held_mib: after it is gone, the workspaces of cuBLAS.
+    fitting_peak_mib: of a step in which codes are fitted.
     """
     left = allocated(device)
     made = Made(row_of(ask), ask["words"], device)
@@ -106,7 +113,12 @@ def tracked(made: Made, host: Batch) -> Answer:
         return made(*args, **kwargs)
 
     found = memory.track(made.model, (host[0].to(made.step.dtype), host[1]), step, made.optimizer)
-    return {"kind": "tracked-cpu", "peak_mib": found.peak_mib, "static_mib": found.static_mib, "kept_mib": found.kept_mib}
+    return {
+        "kind": "tracked-cpu",
+        "peak_mib": found.peak_mib,
+        "static_mib": found.static_mib,
+        "kept_mib": found.kept_mib,
+    }
 
 
 def capped(ask: Answer, device: torch.device, told: Told) -> Answer:
@@ -142,7 +154,10 @@ def compile_row(ask: Answer, device: torch.device, told: Told) -> Answer:
 
 
 def speed(ask: Answer, device: torch.device, told: Told) -> Answer:
-    """Images a second of several rows; each step is told. context_mib: of the device, outside of PyTorch's allocator."""
+    """Images a second of several rows; each step is told.
+
+    context_mib: of the device, outside of PyTorch's allocator.
+    """
     entries = [blank(BY_NAME[name]) for name in ask["rows"]]
 
     def tell(name: str, seconds: float | None) -> None:
@@ -154,7 +169,9 @@ def speed(ask: Answer, device: torch.device, told: Told) -> Answer:
 
 
 def context(device: torch.device) -> float | None:
-    """MiB of the device that are in use outside of PyTorch's allocator, others' included; None where that can't be asked."""
+    """MiB of the device that are in use outside of PyTorch's allocator, others' included; None where that can't be
+    asked.
+    """
     if device.type == "cpu":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -163,12 +180,20 @@ def context(device: torch.device) -> float | None:
 
 def host(ask: Answer, device: torch.device, told: Told) -> Answer:
     made = Made(row_of(ask), ask["words"], device)
-    return host_share(made, noise(made.backbone.image.size, ask["batch"]), ask["steps"]) | {"context_mib": context(device)}
+    return host_share(made, noise(made.backbone.image.size, ask["batch"]), ask["steps"]) | {
+        "context_mib": context(device)
+    }
 
 
 KINDS = {
-    **{"about": about, "predict": predict, "measure": measure, "capped": capped, "kernels": check_kernels},
-    **{"compile": compile_row, "speed": speed, "host": host},
+    "about": about,
+    "predict": predict,
+    "measure": measure,
+    "capped": capped,
+    "kernels": check_kernels,
+    "compile": compile_row,
+    "speed": speed,
+    "host": host,
 }
 
 
@@ -194,7 +219,10 @@ def answered(ask: Answer, device: torch.device, say: Callable[[Answer], None]) -
         return {"failed": str(error), "refused": True}
     except Exception as error:
         traceback.print_exc()
-        return {"failed": f"{type(error).__name__}: {first_line(error)}", "out_of_memory": bool(OUT_OF_MEMORY.search(str(error)))}
+        return {
+            "failed": f"{type(error).__name__}: {first_line(error)}",
+            "out_of_memory": bool(OUT_OF_MEMORY.search(str(error))),
+        }
 
 
 def chosen(name: str) -> torch.device:
@@ -224,7 +252,11 @@ def main(name: str) -> int:
         try:
             clean(device)
         except Exception as error:  # the context is gone: no other row can run in this process
-            say(found | ({} if "failed" in found else {"failed": f"{type(error).__name__}: {first_line(error)}"}) | {"ends": True})
+            say(
+                found
+                | ({} if "failed" in found else {"failed": f"{type(error).__name__}: {first_line(error)}"})
+                | {"ends": True}
+            )
             return 1
         say(found)
     return 0

@@ -2,11 +2,11 @@
 
     python benchmarks/kernels/resources.py [arch=sm_80,gfx942] [dtype=bf16] [backbone=vit_b] [out=benchmarks/kernels]
 
-Real training steps of the presets run on tensors without data, and the calls of operators that have a kernel are noted. The
-launchers are then called with the same arguments on meta tensors, and what they would launch is compiled for each
-architecture. So the list of kernels and of what they are specialised for is the launchers' own. Writes resources.json and
-resources.md. Instructions are counted in the machine code (SASS, or AMD's), those that run once a program included; divided
-by the elements that a thread has in one pass. They are counts, not measurements of speed.
+Real training steps of the presets run on tensors without data, and the calls of operators that have a kernel are noted.
+The launchers are then called with the same arguments on meta tensors, and what they would launch is compiled for each
+architecture. So the list of kernels and of what they are specialised for is the launchers' own. Writes resources.json
+and resources.md. Instructions are counted in the machine code (SASS, or AMD's), those that run once a program included;
+divided by the elements that a thread has in one pass. They are counts, not measurements of speed.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from triton.runtime import jit
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from rows import Made, Row  # noqa: E402
+from rows import Made, Row
 
-from s2a_cli import memory  # noqa: E402
-from s2a_cli.activations import kernels, pointwise  # noqa: E402
-from s2a_cli.activations.kernels import launch, pooling  # noqa: E402
-from s2a_cli.errors import UserError  # noqa: E402
+from s2a_cli import memory
+from s2a_cli.activations import kernels, pointwise
+from s2a_cli.activations.kernels import launch, pooling
+from s2a_cli.errors import UserError
 
 TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
@@ -46,9 +46,18 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BACKBONES = ("vit_b", "swin_b", "swin_t", "convnext_b", "resnet50")
 QUANTS = ("int4", "paper", "tiny")
 ALL_QUANTS = ("int1", "int2", "int5", "int8", "exact")  # of the first backbone: the others differ in widths
-EXTRA = ("method=full quant=int4 quant.linear=8", "method=side quant=tiny backbone.weights=int8", "method=side quant=tiny backbone.weights=nf4")
+EXTRA = (
+    "method=full quant=int4 quant.linear=8",
+    "method=side quant=tiny backbone.weights=int8",
+    "method=side quant=tiny backbone.weights=nf4",
+)
 BATCH = 64
-TYPED = {"x", "grad", "weight", "dtype"}  # arguments of the type that a step computes in; tables and statistics have their own
+TYPED = {
+    "x",
+    "grad",
+    "weight",
+    "dtype",
+}  # arguments of the type that a step computes in; tables and statistics have their own
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -126,7 +135,13 @@ def compiling(target: GPUTarget) -> Iterator[list[Built]]:
 
     def compiled(kernel, *args, grid=None, warmup=False, **kwargs):
         built = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        made.append(Built(built, f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}", dict(zip(kernel.arg_names, args)) | kwargs))
+        made.append(
+            Built(
+                built,
+                f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}",
+                dict(zip(kernel.arg_names, args)) | kwargs,
+            )
+        )
 
     def uncovered(name: str) -> Callable:
         def plain(*args):
@@ -141,7 +156,12 @@ def compiling(target: GPUTarget) -> Iterator[list[Built]]:
 
     plain = {name: uncovered(name) for name in kernels.OPERATORS}
     before = jit.driver, launch.PLAIN, pooling.PLAIN
-    jit.JITFunction.run, jit.driver, launch.PLAIN, pooling.PLAIN = compiled, SimpleNamespace(active=NoDevice), plain, plain
+    jit.JITFunction.run, jit.driver, launch.PLAIN, pooling.PLAIN = (
+        compiled,
+        SimpleNamespace(active=NoDevice),
+        plain,
+        plain,
+    )
     try:
         yield made
     finally:
@@ -192,7 +212,8 @@ def _sass(cubin: bytes) -> dict[str, int]:
 
 def _amdgcn(code: str) -> dict[str, int]:
     registers, spilled, scratch = (
-        int(re.search(rf"\.{name}:\s+(\d+)", code)[1]) for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+        int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
+        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     )
     operations = re.findall(r"^\t((?:s|v|ds|global|buffer|flat)_\w+)", code, re.MULTILINE)
     idle = operations.count("s_nop") + operations.count("s_code_end")
@@ -203,9 +224,15 @@ Table = tuple[list[dict], dict[str, list[str]]]
 
 
 def table(
-    steps: dict[str, list[Call]], targets: dict[str, GPUTarget], dtypes: Iterable[str], after: Callable[[Table], None] = lambda found: None
+    steps: dict[str, list[Call]],
+    targets: dict[str, GPUTarget],
+    dtypes: Iterable[str],
+    after: Callable[[Table], None] = lambda found: None,
 ) -> Table:
-    """A row a kernel, specialisation, type and architecture; and, by operator, what ran plain. after: gets what there is so far."""
+    """A row a kernel, specialisation, type and architecture; and, by operator, what ran plain.
+
+    after: gets what there is so far.
+    """
     listed, plain = [], collections.defaultdict(set)
     for arch, target in targets.items():
         for dtype in dtypes:
@@ -222,7 +249,13 @@ def table(
                             if built.kernel.hash in seen:
                                 continue
                             seen.add(built.kernel.hash)
-                            row = {"operator": call[0], "kernel": built.name, "arch": arch, "dtype": dtype, "for": words}
+                            row = {
+                                "operator": call[0],
+                                "kernel": built.name,
+                                "arch": arch,
+                                "dtype": dtype,
+                                "for": words,
+                            }
                             listed.append(row | _constants(built) | resources(built))
             print(f"{arch} {dtype}: {len(seen)} kernels", file=sys.stderr, flush=True)
             after((listed, {name: sorted(said) for name, said in sorted(plain.items())}))
@@ -235,7 +268,9 @@ def _constants(built: Built) -> dict[str, Any]:
 
 
 def _said(call: Call) -> str:
-    return ", ".join(f"{key} {list(value.shape)}" if isinstance(value, Like) else f"{key}={value}" for key, value in call[1])
+    return ", ".join(
+        f"{key} {list(value.shape)}" if isinstance(value, Like) else f"{key}={value}" for key, value in call[1]
+    )
 
 
 def traced(backbones: Iterable[str]) -> dict[str, list[Call]]:
@@ -258,21 +293,36 @@ def traced(backbones: Iterable[str]) -> dict[str, list[Call]]:
 def page(listed: list[dict], plain: dict[str, list[str]], versions: str) -> str:
     """The Markdown: one line an operator, kernel and architecture, with the worst of all its specialisations."""
     lines = ["# What the kernels take", "", *_preface(versions), ""]
-    lines += ["| operator | kernel | GPU | variants | registers | spills | shared, bytes | instructions an element |", "|" + "---|" * 8]
+    lines += [
+        "| operator | kernel | GPU | variants | registers | spills | shared, bytes | instructions an element |",
+        "|" + "---|" * 8,
+    ]
     worst: dict[tuple, list[dict]] = collections.defaultdict(list)
     for row in listed:
         worst[row["operator"], row["kernel"], row["arch"]].append(row)
     for key, rows in sorted(worst.items()):
         spread = sorted(row["an_element"] for row in rows)
         most = [max(row[name] for row in rows) for name in ("registers", "spills", "shared")]
-        lines.append(f"| {' | '.join(key)} | {len(rows)} | {' | '.join(map(str, most))} | {spread[0]} to {spread[-1]} |")
+        lines.append(
+            f"| {' | '.join(key)} | {len(rows)} | {' | '.join(map(str, most))} | {spread[0]} to {spread[-1]} |"
+        )
     lines += ["", "## LayerNorm of the backbones, instructions an element (4 bits, calibrated)", ""]
-    norms = [row for row in listed if row["operator"] == "encode_norm" and row["constants"]["BITS"] == 4 and row["constants"]["CALIBRATED"]]
+    norms = [
+        row
+        for row in listed
+        if row["operator"] == "encode_norm" and row["constants"]["BITS"] == 4 and row["constants"]["CALIBRATED"]
+    ]
     widths = sorted({row["constants"]["WIDTH"] for row in norms})
     lines += ["| GPU | type | " + " | ".join(map(str, widths)) + " |", "|" + "---|" * (2 + len(widths))]
-    by_key = {(row["arch"], row["dtype"], row["constants"]["WIDTH"]): row["an_element"] for row in norms if not row["constants"]["STRIDED"]}
+    by_key = {
+        (row["arch"], row["dtype"], row["constants"]["WIDTH"]): row["an_element"]
+        for row in norms
+        if not row["constants"]["STRIDED"]
+    }
     for arch, dtype in dict.fromkeys((row["arch"], row["dtype"]) for row in norms):
-        lines.append(f"| {arch} | {dtype} | " + " | ".join(str(by_key.get((arch, dtype, width), "")) for width in widths) + " |")
+        lines.append(
+            f"| {arch} | {dtype} | " + " | ".join(str(by_key.get((arch, dtype, width), "")) for width in widths) + " |"
+        )
     lines += ["", "## Calls that no kernel covers", ""]
     lines += [f"- `{name}`: {len(said)}, such as {said[0]}" for name, said in plain.items()] or ["None."]
     return "\n".join(lines) + "\n"
@@ -280,8 +330,14 @@ def page(listed: list[dict], plain: dict[str, list[str]], versions: str) -> str:
 
 def _preface(versions: str) -> list[str]:
     return [
-        f"Compiled, not measured: {versions}. Made by `benchmarks/kernels/resources.py`, which says how; all rows are in `resources.json`.",
-        "Registers a thread, spills in bytes a thread, and instructions of the whole program over the elements that a thread has in one pass;",
+        (
+            f"Compiled, not measured: {versions}. Made by `benchmarks/kernels/resources.py`, which says how; all rows"
+            " are in `resources.json`."
+        ),
+        (
+            "Registers a thread, spills in bytes a thread, and instructions of the whole program over the elements that"
+            " a thread has in one pass;"
+        ),
         "the largest of all variants (widths, bits, types) that the presets launch.",
     ]
 
@@ -296,7 +352,9 @@ def main(words: list[str]) -> None:
     def write(found: Table) -> None:
         listed, plain = found
         head = {"versions": versions, "batch": BATCH, "plain": plain}
-        out.joinpath("resources.json").write_text(json.dumps(head)[:-1] + ', "rows": [\n' + ",\n".join(map(json.dumps, listed)) + "\n]}\n")
+        out.joinpath("resources.json").write_text(
+            json.dumps(head)[:-1] + ', "rows": [\n' + ",\n".join(map(json.dumps, listed)) + "\n]}\n"
+        )
         out.joinpath("resources.md").write_text(page(listed, plain, versions))
 
     table(steps, targets, given.get("dtype", ",".join(DTYPES)).split(","), write)

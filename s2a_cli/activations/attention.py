@@ -1,9 +1,10 @@
 """Attention: fused attention keeps codes of q, k and v; a softmax keeps codes of its map.
 
 - scaled_dot_product_attention: backward decodes a few samples at a time and runs the stock attention on them again.
-  A float mask gets its gradient; one with a part for each sample that needs one is coded, others are kept. Not covered, so stock: dropout_p > 0, inputs without a
-  batch dimension, and q, k, v of unequal batch.
-- the same with `softmax` bits and no `attention` bits, as the S2A paper has it: unfused, q, k and v kept as they are and
+  A float mask gets its gradient; one with a part for each sample that needs one is coded, others are kept. Not covered,
+  so stock: dropout_p > 0, inputs without a batch dimension, and q, k, v of unequal batch.
+- the same with `softmax` bits and no `attention` bits, as the S2A paper has it: unfused, q, k and v kept as they are
+and
   the map as codes. Alone among all operators its output is not stock's to the bit, but to rounding. It runs a few
   samples at a time, so that the map never exists whole. Not covered: also a mask with a gradient, grouped queries.
 - softmax over a dimension: dz = p (g - sum g p), with scales along that dimension, and p decoded so that it sums to 1.
@@ -56,7 +57,9 @@ class Attention(torch.autograd.Function):
         if needs_mask:  # such a mask makes stock attention write out its map
             head = max(head, grad.shape[-2] * shape[-1] * (head // (grad.shape[-2] * grad.shape[-1])))
         for part in slices(grad, head):
-            inputs = [g.decode(*kept[2 * i : 2 * i + 2], grad.dtype, part.start, part.stop) for i, g in enumerate(ctx.grouped)]
+            inputs = [
+                g.decode(*kept[2 * i : 2 * i + 2], grad.dtype, part.start, part.stop) for i, g in enumerate(ctx.grouped)
+            ]
             if len(inputs) == 3:
                 inputs.append(mask[part] if mask is not None and _is_own(mask, grad) else mask)
             found = _gradients(ctx.run, inputs, ctx.needs_input_grad[:4], grad[part])
@@ -172,7 +175,9 @@ def softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, levels: Tensor
 
 
 def _sum_to_one(p: Tensor) -> None:
-    """Makes rows of a decoded map probabilities again: where one is nearly 1, the gradient is a small difference of the two."""
+    """Makes rows of a decoded map probabilities again: where one is nearly 1, the gradient is a small difference of the
+    two.
+    """
     p.div_(p.sum(-1, keepdim=True).clamp_min_(torch.finfo(p.dtype).tiny))
 
 
@@ -196,7 +201,9 @@ class Softmax(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         codes, scales = ctx.saved_tensors
         ctx.shared, grouped, order = None, ctx.grouped, ctx.grouped.order
-        dz = softmax_backward(grad.permute(order), codes, scales, grouped.table.levels, grouped.group, grouped.table.bits)
+        dz = softmax_backward(
+            grad.permute(order), codes, scales, grouped.table.levels, grouped.group, grouped.table.bits
+        )
         return dz.permute(inverse(order)), None, None, None
 
 
@@ -222,6 +229,6 @@ def softmax(op, stock, input, dim=None, *args, **kwargs):
 
 
 softmax.keywords = frozenset(("input", "dim", "_stacklevel", "dtype"))
-SOFTMAX = {f: softmax for f in (F.softmax, torch.softmax, Tensor.softmax)}
+SOFTMAX = dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), softmax)
 FUSED = {F.scaled_dot_product_attention: scaled_dot_product_attention}
 HANDLERS = {"attention": FUSED, "softmax": SOFTMAX | FUSED}

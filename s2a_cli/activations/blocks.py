@@ -5,8 +5,8 @@ same result, and all of the block's temporaries shrink by `chunks`: in the forwa
 in the backward pass. What a recomputed block keeps is its input: exact (gradient checkpointing, arXiv 1604.06174), in
 bfloat16, or in b bits; everything inside is then derived from it, the block's own codes included.
 
-Random numbers are the same when a block is computed again. Against a batch in one piece, stochastic depth drops the same
-samples; an elementwise dropout in pieces has other draws of the same distribution.
+Random numbers are the same when a block is computed again. Against a batch in one piece, stochastic depth drops the
+same samples; an elementwise dropout in pieces has other draws of the same distribution.
 
 Bytes kept by a recomputed block of input [B, ..., C]: grouped_size(B * ..., C, group, input bits), see codes.py.
 """
@@ -132,7 +132,10 @@ class BlockRunner:
         return call.returned(list(Recompute.apply(replay, size, len(inputs), *inputs, *probe.trained)))
 
     def piece_size(self, call: Call, x: Tensor, kind: str) -> int:
-        """Samples in a piece of the batch x. kind: the piece size that holds where the number of pieces is left to us."""
+        """Samples in a piece of the batch x.
+
+        kind: the piece size that holds where the number of pieces is left to us.
+        """
         if call.is_whole:
             return len(x)
         pieces = self.config.chunks or min(MOST, x.numel() // getattr(piece_sizes(x.device), kind))
@@ -151,7 +154,9 @@ class BlockRunner:
 
 
 class MlpRunner(BlockRunner):
-    """Stands in for the forward of a multi-layer perceptron of a block that keeps codes: its hidden layer never exists whole."""
+    """Stands in for the forward of a multi-layer perceptron of a block that keeps codes: its hidden layer never exists
+    whole.
+    """
 
     def piece_size(self, call: Call, x: Tensor, kind: str) -> int:
         return super().piece_size(call, x, "mlp")
@@ -160,9 +165,9 @@ class MlpRunner(BlockRunner):
 class Call:
     """One call of a block, which can be made again with other tensors in the place of its inputs.
 
-    inputs: the first tensor of floats among the arguments, which is split by sample, and all others that need a gradient.
-    states: how many of them, the first ones, are split by sample. is_whole: whether the batch must stay in one piece, because
-    other tensors may hold a part for each sample.
+    inputs: the first tensor of floats among the arguments, which is split by sample, and all others that need a
+    gradient. states: how many of them, the first ones, are split by sample. is_whole: whether the batch must stay in
+    one piece, because other tensors may hold a part for each sample.
     """
 
     def __init__(self, block: BlockRunner, args: tuple, kwargs: dict, name: str):
@@ -203,7 +208,9 @@ class Probe:
 
     trained: list[Tensor]  # the trained tensors that its output depends on, wherever they live
     kept: float  # bytes for the backward pass, of one sample
-    unread: int  # which of its linear layers is the last and has an output that nothing in backward reads: 1, 2, ...; or 0
+    unread: (
+        int  # which of its linear layers is the last and has an output that nothing in backward reads: 1, 2, ...; or 0
+    )
     changes_input: bool  # in place
     splits: bool  # whether what it returns is split by sample as its inputs are
     is_wide: bool  # whether a tensor within has more than twice the elements of its input and of its output
@@ -215,7 +222,9 @@ class Probe:
 
 
 class Reads(TorchFunctionMode):
-    """Collects the parameters that functions are called with, and the elements of the largest tensor that one returns."""
+    """Collects the parameters that functions are called with, and the elements of the largest tensor that one
+    returns.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,37 +271,6 @@ def probe(call: Call, inputs: list[Tensor]) -> Probe:
         is_wide=reads.widest > 2 * max(x.numel() for x in (*samples, *outputs)),
         flags=[(p, p.requires_grad) for p in reads.found.values()],
     )
-
-
-class Draws:
-    """The random numbers of a block that runs in pieces: one a sample are drawn for the whole batch, as without pieces."""
-
-    def __init__(self, samples: int):
-        self.samples, self.part = samples, slice(0)
-        self._drawn: list[Tensor] = []
-        self._next = 0
-
-    def begin(self, part: slice) -> None:
-        self.part, self._next = part, 0
-
-    def bernoulli_(self, input: Tensor, p: Any = 0.5, **kwargs: Any) -> Tensor:
-        """Tensor.bernoulli_, as stochastic depth calls it on [B, 1, ...]."""
-        if isinstance(p, Tensor) or not input.dim() or not self.part.stop - self.part.start == len(input) == input.numel():
-            return input.bernoulli_(p, **kwargs)
-        if self._next == len(self._drawn):
-            self._drawn.append(input.new_empty((self.samples, *input.shape[1:])).bernoulli_(p, **kwargs))
-        self._next += 1
-        return input.copy_(self._drawn[self._next - 1][self.part])
-
-
-def parts(samples: int, size: int) -> Iterator[tuple[slice, Draws | None]]:
-    """The pieces of a batch, with their random numbers where there are several."""
-    draws = Draws(samples) if size < samples else None
-    for start in range(0, samples, size):
-        part = slice(start, min(start + size, samples))
-        if draws:
-            draws.begin(part)
-        yield part, draws
 
 
 def leaves(outputs: Iterable[Tensor]) -> list[Tensor]:

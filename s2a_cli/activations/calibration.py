@@ -2,16 +2,17 @@
 
 - pointwise functions: the levels that are best for a histogram of the layer's inputs;
 - softmax maps: likewise, for probabilities divided by the largest of their group, weighted by its square;
-- normalised activations and inputs of blocks and layers: a shift and a factor for each channel. Residual streams of ViTs have
+- normalised activations and inputs of blocks and layers: a shift and a factor for each channel. Residual streams of
+ViTs have
   channels a hundred times larger than the rest, and with means far from 0; a group that holds one would be coded as
   coarsely as that channel. Shifted and divided, all channels of a group are alike.
 
-A layer is looked at in its first forward pass and in three later ones, so that what is odd about one batch does not stay:
-histograms are added up, of shifts and factors the median counts. Within a batch, samples far out of the ordinary are left
-out of shifts and factors, and a batch from which nothing can be learned, such as a constant one, is none.
+A layer is looked at in its first forward pass and in three later ones, so that what is odd about one batch does not
+stay: histograms are added up, of shifts and factors the median counts. Within a batch, samples far out of the ordinary
+are left out of shifts and factors, and a batch from which nothing can be learned, such as a constant one, is none.
 
-A layer is known by its site (sites.py) and what is coded there: with another function, width or number of bits it is another
-one. All is deterministic, and part of a run's state. Sums and levels are found on the CPU.
+A layer is known by its site (sites.py) and what is coded there: with another function, width or number of bits it is
+another one. All is deterministic, and part of a run's state. Sums and levels are found on the CPU.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Layer:
     first: int  # number of the forward pass in which it was seen first
     last: int = -1  # and last looked at
     looks: int = 0
-    seen: Tensor | None = None  # the sum of histograms [bins], or the shifts and factors of each look [looks, 2, width]; on the CPU
+    seen: Tensor | None = (
+        None  # the sum of histograms [bins], or the shifts and factors of each look [looks, 2, width]; on the CPU
+    )
     fitted: Tensor | None = None  # levels [2**bits], or channels [2, width]; on the CPU
 
     def due(self, number: int) -> bool:
@@ -82,7 +85,9 @@ class Calibration:
         self._draws += not self._is_paused  # what only looks at a block is made anew by a run that goes on
         return (self._origin * 6364136223846793005 + self._draws * 1442695040888963407) % 2**62
 
-    def pointwise(self, site: str, function: Callable[..., Tensor], parameters: dict, bits: int, x: Tensor) -> levels.Table:
+    def pointwise(
+        self, site: str, function: Callable[..., Tensor], parameters: dict, bits: int, x: Tensor
+    ) -> levels.Table:
         """The table of `function` for inputs like x."""
         said = "".join(f" {name}={value}" for name, value in sorted(parameters.items()))
         key = f"{site}/{function.__name__}{said}/{bits}"
@@ -99,10 +104,16 @@ class Calibration:
         if (ready := self._is_ready(key, p)) is not None:
             return ready
         make = functools.partial(levels.unit_table, bits, stochastic=self.is_stochastic)
-        return self._look(key, p, lambda: _shares(p, group), make) or self._stand_in(key, levels.unit(bits, p, self.is_stochastic), p)
+        return self._look(key, p, lambda: _shares(p, group), make) or self._stand_in(
+            key, levels.unit(bits, p, self.is_stochastic), p
+        )
 
-    def _look(self, key: str, x: Tensor, find: Callable[[], Tensor], make: Callable[..., levels.Table]) -> levels.Table | None:
-        """The table of a layer, from its histograms up to now or from the levels that they gave; None: a fixed one serves."""
+    def _look(
+        self, key: str, x: Tensor, find: Callable[[], Tensor], make: Callable[..., levels.Table]
+    ) -> levels.Table | None:
+        """The table of a layer, from its histograms up to now or from the levels that they gave; None: a fixed one
+        serves.
+        """
         layer = self._layer(key, x)
         if layer is None:
             return None
@@ -121,7 +132,8 @@ class Calibration:
         return self._ready[key]
 
     def channels(self, site: str, x: Tensor, change: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor | None:
-        """The shift, factor and inverse of each place of the rows of x [..., width], float32 [3, width]; None: as they are.
+        """The shift, factor and inverse of each place of the rows of x [..., width], float32 [3, width]; None: as they
+        are.
 
         change: gives what is coded from rows [n, width] of x, where that is not x itself.
         """
@@ -165,7 +177,11 @@ class Calibration:
             return None
         ready = (self._traced if is_hollow(x) else self._ready).get(key)
         tensor = ready.levels if isinstance(ready, levels.Table) else ready
-        fits = tensor is not None and tensor.device == x.device and isinstance(tensor, FakeTensor) == isinstance(x, FakeTensor)
+        fits = (
+            tensor is not None
+            and tensor.device == x.device
+            and isinstance(tensor, FakeTensor) == isinstance(x, FakeTensor)
+        )
         return ready if fits else None
 
     def _stand_in(self, key: str, table: levels.Table, x: Tensor) -> levels.Table:
@@ -225,7 +241,9 @@ def _shares(p: Tensor, group: int) -> Tensor:
 
 
 def _rows(x: Tensor, elements: int = ROWS) -> tuple[Tensor, Tensor]:
-    """Some rows of x [..., width], from all over it, float32 [n, width] with n * width at most `elements`, and the sample of each."""
+    """Some rows of x [..., width], from all over it, float32 [n, width] with n * width at most `elements`, and the
+    sample of each.
+    """
     if x.dim() == 1:
         return x[None].float(), torch.zeros(1, dtype=torch.int64, device=x.device)
     count, total = max(1, elements // x.shape[-1]), x.numel() // x.shape[-1]
@@ -250,7 +268,9 @@ def _channels(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor | None:
 
 
 def _usual(rows: Tensor, sample: Tensor, samples: int) -> Tensor:
-    """Which rows [n, width] are of samples like the others: finite, and their square deviation not `ODD` times the median one."""
+    """Which rows [n, width] are of samples like the others: finite, and their square deviation not `ODD` times the
+    median one.
+    """
     centre = rows.nanmedian(0).values
     spread = (rows - centre).abs().nanmedian(0).values
     spread = spread.clamp_min(LEAST * spread.nanmedian())

@@ -135,7 +135,10 @@ def rows(x: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
         pieces = (piece.reshape(-1, width) for piece in x.split(step))
         step *= slice_rows
     for index, piece in enumerate(pieces):
-        yield index * step, piece.contiguous()  # a slice may be a view all the same: [1, heads, N, d] of [1, N, heads, d]
+        yield (
+            index * step,
+            piece.contiguous(),
+        )  # a slice may be a view all the same: [1, heads, N, d] of [1, N, heads, d]
 
 
 def memory_order(x: Tensor) -> tuple[int, ...]:

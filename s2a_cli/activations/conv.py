@@ -87,9 +87,7 @@ class CodedConv(torch.autograd.Function):
     """y = run(x, weight, bias) with a weight that trains; the input is kept as codes."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, geometry: tuple, op: OpContext
-    ):
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, geometry: tuple, op: OpContext):
         ctx.grouped, *kept = keep(x, op.config.linear, op.config.group, True, op.calibration.seed())
         ctx.geometry = geometry
         ctx.save_for_backward(weight, *kept)
@@ -178,7 +176,9 @@ def convolution(op, stock, input, weight, bias=None, stride=1, padding=0, dilati
     return FrozenConv.apply(input, bias, lambda x, bias: run(x, weight, bias), weight, geometry, False)
 
 
-def transposed_convolution(op, stock, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+def transposed_convolution(
+    op, stock, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+):
     trains = input.requires_grad or (bias is not None and bias.requires_grad)
     if weight.requires_grad or not trains or input.dim() != weight.dim():
         return NotImplemented
@@ -200,7 +200,7 @@ def linear(op, stock, input, weight, bias=None):
 HANDLERS = {
     None: {
         F.linear: linear,
-        **{f: convolution for f in (F.conv1d, F.conv2d, F.conv3d)},
-        **{f: transposed_convolution for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)},
+        **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), convolution),
+        **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), transposed_convolution),
     }
 }

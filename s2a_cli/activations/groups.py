@@ -24,7 +24,9 @@ class Grouped:
     order: tuple[int, ...]
     width: int
     group: int
-    channels: Tensor | None = None  # the shift and factor of each place of a row: [3, width], see operators.with_inverse
+    channels: Tensor | None = (
+        None  # the shift and factor of each place of a row: [3, width], see operators.with_inverse
+    )
 
     def decode(
         self, codes: Tensor, scales: Tensor, dtype: torch.dtype, start: int = 0, stop: int | None = None
@@ -72,7 +74,10 @@ def keep(
 
 
 def slices(x: Tensor, elements: int | None = None) -> Iterator[slice]:
-    """Slices of the samples of x that are decoded at a time, of about the same size. `elements` a sample; None: as x has."""
+    """Slices of the samples of x that are decoded at a time, of about the same size.
+
+    `elements` a sample; None: as x has.
+    """
     samples, most = x.shape[0], piece_sizes(x.device).decoded
     step = max(1, most // max(math.prod(x.shape[1:]) if elements is None else elements, 1))
     step = max(1, -(-samples // max(1, -(-samples // step))))

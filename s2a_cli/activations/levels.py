@@ -116,8 +116,8 @@ def _condense(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 def _sums(points: Tensor, mass: Tensor) -> Iterator[np.ndarray]:
     """For each power 0, 1, 2: [i, j] = sum of mass * points**power over i..j-1.
 
-    numpy, here and where these are used: PyTorch would share each of these small sums among threads, which wait for each other
-    for many times as long wherever another process needs a core.
+    numpy, here and where these are used: PyTorch would share each of these small sums among threads, which wait for
+    each other for many times as long wherever another process needs a core.
     """
     x, weights = points.numpy(), mass.numpy()
     for power in range(3):
@@ -180,8 +180,8 @@ def derivative_table(
 ) -> Table:
     """Levels of the derivative of an elementwise `function`, which is called once, on float64 inputs.
 
-    weights: density of the inputs at the centres of the bins, up to a factor. histogram: of inputs, over the bins, which
-    then count most. levels: those to use.
+    weights: density of the inputs at the centres of the bins, up to a factor. histogram: of inputs, over the bins,
+    which then count most. levels: those to use.
     """
     edges = torch.linspace(-RANGE, RANGE, POINTWISE_BINS + 1, dtype=torch.float64)
     values = function(edges).diff() / edges.diff()  # the mean of f' over each bin

@@ -1,9 +1,9 @@
 """The one place where operators are intercepted: a TorchFunctionMode with a table {function: handler}.
 
-A handler is called as handler(op, stock, *args, **kwargs), where `op` is the context of the call (context.py) and `stock`
-the function that was called. It returns what `stock` would, bit for bit (to rounding where a CUDA kernel makes output and
-codes in one pass), and keeps less for the backward pass; or NotImplemented for arguments that it does not cover, and the
-call is stock's.
+A handler is called as handler(op, stock, *args, **kwargs), where `op` is the context of the call (context.py) and
+`stock` the function that was called. It returns what `stock` would, bit for bit (to rounding where a CUDA kernel makes
+output and codes in one pass), and keeps less for the backward pass; or NotImplemented for arguments that it does not
+cover, and the call is stock's.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from s2a_cli.activations import attention, conv, dropout, norm, pointwise, pooling, products, reductions
 from s2a_cli.activations.blocks import BlockRunner, runners_of
 from s2a_cli.activations.calibration import Calibration
-from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
 from s2a_cli.activations.context import OpContext
 from s2a_cli.activations.random_numbers import Draws
 from s2a_cli.activations.recompute import unread_linear
 from s2a_cli.activations.sites import Sites, follow
+from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
 from s2a_cli.config import QuantConfig
 
 FAMILIES = (pointwise, norm, attention, products, reductions, pooling, conv, dropout)
@@ -74,7 +74,9 @@ class ActivationMode(TorchFunctionMode):
                     found.update(handlers)
         return found
 
-    def __torch_function__(self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         thread, kwargs = self.thread, kwargs or {}
         on, thread.on = thread.on, False
         try:
@@ -100,7 +102,9 @@ class ActivationMode(TorchFunctionMode):
         thread = self.thread
         if not thread.entered:
             if getattr(_inside, "mode", None):
-                raise RuntimeError("this thread is within another remember(...) already: use one for the whole forward pass")
+                raise RuntimeError(
+                    "this thread is within another remember(...) already: use one for the whole forward pass"
+                )
             with ExitStack() as stack:
                 for runner in self.runners:
                     stack.enter_context(runner.installed())
@@ -161,8 +165,6 @@ class ActivationMode(TorchFunctionMode):
             yield
         finally:
             state.update(before)
-
-
 
 
 @functools.cache

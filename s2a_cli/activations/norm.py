@@ -211,7 +211,9 @@ def rms_norm(op, stock, input, normalized_shape, weight=None, eps=None):
 
 @functools.cache
 def default_rms_eps(dtype: torch.dtype) -> float:
-    """What F.rms_norm adds to the mean square by default: that of the type it computes in, or in older PyTorch of the input's."""
+    """What F.rms_norm adds to the mean square by default: that of the type it computes in, or in older PyTorch of the
+    input's.
+    """
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         x = torch.full((1, 1), math.sqrt(torch.finfo(dtype).eps), dtype=dtype)
         own, computed = torch.finfo(dtype).eps, torch.finfo(working_type(dtype)).eps

@@ -9,9 +9,9 @@
     s2a::decode_int8      codes * scale, of frozen weights
 
 Optional arguments: `chances` of a table and a `seed` round stochastically; `channels` [3, width], float32, a shift, a
-factor and what with_inverse adds: (x - shift) / factor is what is coded. These are the plain PyTorch implementations, for every device; `kernels`
-has a second one of most for CUDA. The operators are not differentiable: the autograd functions of the operator families
-call them.
+factor and what with_inverse adds: (x - shift) / factor is what is coded. These are the plain PyTorch implementations,
+for every device; `kernels` has a second one of most for CUDA. The operators are not differentiable: the autograd
+functions of the operator families call them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from s2a_cli.activations.codes import byte_table, chunk, elements, groups_of, lookup, memory_order, pack_into, packed_size, rows
+from s2a_cli.activations.codes import (
+    byte_table,
+    chunk,
+    elements,
+    groups_of,
+    lookup,
+    memory_order,
+    pack_into,
+    packed_size,
+    rows,
+)
 
 _LIBRARY = torch.library.Library("s2a", "DEF")
 SCALE = torch.bfloat16  # of groups: the range of float32, so that nothing overflows

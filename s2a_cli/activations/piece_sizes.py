@@ -1,9 +1,9 @@
 """How many elements are worked on at a time, by device.
 
-Small pieces keep what a step has beside the kept activations small. Each costs as many kernel launches as the whole, which
-a CPU hardly notices, and a fast GPU should: its work on 2^20 elements is a few microseconds, no more than what the host
-needs to launch it (an estimate from memory bandwidth; no GPU has confirmed the sizes). The counts of operators and the
-predicted peaks that follow are in benchmarks/results/operators.md.
+Small pieces keep what a step has beside the kept activations small. Each costs as many kernel launches as the whole,
+which a CPU hardly notices, and a fast GPU should: its work on 2^20 elements is a few microseconds, no more than what
+the host needs to launch it (an estimate from memory bandwidth; no GPU has confirmed the sizes). The counts of operators
+and the predicted peaks that follow are in benchmarks/results/operators.md.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ class PieceSizes:
 
 
 BY_DEVICE = {
-    "cpu": PieceSizes(block=1 << 20, wide=1 << 20, mlp=1 << 20, recomputed=1 << 20, forward=1 << 20, decoded=1 << 21, pooled=1 << 21),
-    "cuda": PieceSizes(block=1 << 25, wide=1 << 21, mlp=1 << 22, recomputed=1 << 22, forward=1 << 21, decoded=1 << 24, pooled=1 << 23),
+    "cpu": PieceSizes(
+        block=1 << 20, wide=1 << 20, mlp=1 << 20, recomputed=1 << 20, forward=1 << 20, decoded=1 << 21, pooled=1 << 21
+    ),
+    "cuda": PieceSizes(
+        block=1 << 25, wide=1 << 21, mlp=1 << 22, recomputed=1 << 22, forward=1 << 21, decoded=1 << 24, pooled=1 << 23
+    ),
 }
 MOST = 8  # pieces of a batch
 _planned: str | None = None

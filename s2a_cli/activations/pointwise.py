@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 class Elementwise(torch.autograd.Function):
-    """y = run(x), in place or not; dx = grad * levels[code]. The codes are those of x.permute(order), as it lies in memory."""
+    """y = run(x), in place or not; dx = grad * levels[code].
+
+    The codes are those of x.permute(order), as it lies in memory.
+    """
 
     @staticmethod
     def forward(
@@ -46,7 +49,9 @@ class Elementwise(torch.autograd.Function):
         return product.permute(inverse(ctx.order)), None, None, None, None, None
 
 
-Encoded = tuple[Tensor | None, Tensor, levels.Table]  # the function's output where it was made along the way, codes, table
+Encoded = tuple[
+    Tensor | None, Tensor, levels.Table
+]  # the function's output where it was made along the way, codes, table
 ONE_PASS = {  # functions that s2a::activate knows
     (F.gelu, "none"): "gelu",
     (F.gelu, "tanh"): "gelu_tanh",
@@ -56,7 +61,9 @@ ONE_PASS = {  # functions that s2a::activate knows
 
 
 def in_one_pass(x: Tensor) -> bool:
-    """Whether the function and its codes are made in one pass over x: where a kernel does it, equal to stock to rounding."""
+    """Whether the function and its codes are made in one pass over x: where a kernel does it, equal to stock to
+    rounding.
+    """
     return x.is_cuda
 
 

@@ -1,4 +1,5 @@
-"""Max pooling keeps, for each output, which place of its window was the largest; average pooling and padding nothing. All exact.
+"""Max pooling keeps, for each output, which place of its window was the largest; average pooling and padding nothing.
+All exact.
 
 Bytes kept by max pooling of n outputs: packed_size(n, ceil(log2(kh * kw))), 4 bits for windows of 3 x 3 (stock: the
 input and an int64 index an output). Not covered, so stock: return_indices, windows of more than 256 places, inputs
@@ -212,7 +213,7 @@ def _handle_pad(op, stock, input, pad, mode="constant", value=None):
 
 HANDLERS = {
     None: {
-        **{f: _handle_max for f in (F.max_pool2d, torch.max_pool2d)},
+        **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _handle_max),
         F.avg_pool2d: _handle_average,
         F.adaptive_avg_pool2d: _handle_adaptive,
         F.pad: _handle_pad,

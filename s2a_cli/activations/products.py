@@ -165,7 +165,14 @@ class Power(torch.autograd.Function):
 
 def power(op, stock, input, exponent):
     whole = isinstance(exponent, int | float) and exponent >= 2 and exponent == int(exponent)
-    if not isinstance(input, Tensor) or not whole or not covers(input) or input.is_leaf or input.dim() == 0 or input.numel() == 0:
+    if (
+        not isinstance(input, Tensor)
+        or not whole
+        or not covers(input)
+        or input.is_leaf
+        or input.dim() == 0
+        or input.numel() == 0
+    ):
         return NotImplemented
     return Power.apply(input, lambda x: stock(x, exponent), int(exponent), op)
 
@@ -178,12 +185,12 @@ def square(op, stock, input):
 
 HANDLERS = {
     "attention": {
-        **{f: divide for f in (torch.div, torch.true_divide, Tensor.div, Tensor.true_divide, Tensor.__truediv__)},
-        **{f: divide_ for f in (Tensor.div_, Tensor.true_divide_, Tensor.__itruediv__)},
-        **{f: power for f in (torch.pow, Tensor.pow, Tensor.__pow__)},
-        **{f: square for f in (torch.square, Tensor.square)},
-        **{f: matmul for f in (torch.matmul, Tensor.matmul, Tensor.__matmul__)},
-        **{f: bmm for f in (torch.bmm, Tensor.bmm)},
-        **{f: multiply for f in (torch.mul, Tensor.mul, Tensor.__mul__)},
+        **dict.fromkeys((torch.div, torch.true_divide, Tensor.div, Tensor.true_divide, Tensor.__truediv__), divide),
+        **dict.fromkeys((Tensor.div_, Tensor.true_divide_, Tensor.__itruediv__), divide_),
+        **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), power),
+        **dict.fromkeys((torch.square, Tensor.square), square),
+        **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), matmul),
+        **dict.fromkeys((torch.bmm, Tensor.bmm), bmm),
+        **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__), multiply),
     }
 }

@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 class Draws:
-    """The random numbers of a block that runs in pieces: one a sample are drawn for the whole batch, as without pieces."""
+    """The random numbers of a block that runs in pieces: one a sample are drawn for the whole batch, as without
+    pieces.
+    """
 
     def __init__(self, samples: int):
         self.samples, self.part = samples, slice(0)
@@ -22,7 +24,11 @@ class Draws:
 
     def bernoulli_(self, input: Tensor, p: Any = 0.5, **kwargs: Any) -> Tensor:
         """Tensor.bernoulli_, as stochastic depth calls it on [B, 1, ...]."""
-        if isinstance(p, Tensor) or not input.dim() or not self.part.stop - self.part.start == len(input) == input.numel():
+        if (
+            isinstance(p, Tensor)
+            or not input.dim()
+            or not self.part.stop - self.part.start == len(input) == input.numel()
+        ):
             return input.bernoulli_(p, **kwargs)
         if self._next == len(self._drawn):
             self._drawn.append(input.new_empty((self.samples, *input.shape[1:])).bernoulli_(p, **kwargs))

@@ -50,8 +50,8 @@ class Replay:
 class Recompute(torch.autograd.Function):
     """outputs = block(inputs), `size` samples at a time.
 
-    Of the inputs the first `replay.call.states` hold samples, and are kept in config.input bits; others, which there are only
-    where the batch is in one piece, as they are.
+    Of the inputs the first `replay.call.states` hold samples, and are kept in config.input bits; others, which there
+    are only where the batch is in one piece, as they are.
     """
 
     @staticmethod
@@ -66,7 +66,8 @@ class Recompute(torch.autograd.Function):
             kept += stored
         ctx.save_for_backward(*kept)
         outputs = in_pieces(call, list(inputs), size)
-        # A view of what was made in here, or of an input, could not be changed in place, as the output of a block can be.
+        # A view of what was made in here, or of an input, could not be changed in place, as the output of a block can
+        # be.
         return tuple(y.clone() if any(_share(y, x) for x in inputs) else y.detach() for y in outputs)
 
     @staticmethod
@@ -79,9 +80,13 @@ class Recompute(torch.autograd.Function):
         own: set[int] = set()
         with ctx.replay() as again:
             for part, draws in parts(ctx.samples, ctx.size):
-                inputs = [_read(*x, dtype, part).requires_grad_(need) for x, dtype, need in zip(stored, ctx.dtypes, needed)]
+                inputs = [
+                    _read(*x, dtype, part).requires_grad_(need) for x, dtype, need in zip(stored, ctx.dtypes, needed)
+                ]
                 parts_of_grads = [grad[part] if ctx.size < ctx.samples else grad for grad in grads]
-                of_inputs, of_trained = _gradients(lambda inputs: again(inputs, draws), inputs, ctx.trained, parts_of_grads)
+                of_inputs, of_trained = _gradients(
+                    lambda inputs, draws=draws: again(inputs, draws), inputs, ctx.trained, parts_of_grads
+                )
                 del inputs, parts_of_grads
                 _write(found, of_inputs, part, ctx.samples)
                 _add(totals, of_trained, own)
@@ -95,12 +100,18 @@ def _gradients(
     """Of the inputs that need one (None for others), and of what trains."""
     pairs = [(y, grad) for y, grad in zip(run(inputs), grads) if y.requires_grad]
     wanted = [*(x for x in inputs if x.requires_grad), *trained]
-    new = list(torch.autograd.grad([y for y, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True)) if pairs else [None] * len(wanted)
+    new = (
+        list(torch.autograd.grad([y for y, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True))
+        if pairs
+        else [None] * len(wanted)
+    )
     return [new.pop(0) if x.requires_grad else None for x in inputs], new
 
 
 def _add(totals: list[Tensor | None], new: list[Tensor | None], own: set[int]) -> None:
-    """Adds to the totals; in place to those that were made here alone: what autograd returns may be another's gradient, too."""
+    """Adds to the totals; in place to those that were made here alone: what autograd returns may be another's gradient,
+    too.
+    """
     for index, piece in enumerate(new):
         total = totals[index]
         if total is None or piece is None:
@@ -140,12 +151,20 @@ def input_bytes(x: Tensor, config: QuantConfig) -> int:
     """Bytes that a recomputed block keeps for this input."""
     if config.input is None:
         return x.numel() * x.element_size()
-    return 2 * x.numel() if config.input == 16 else grouped_size(x.numel() // x.shape[-1], x.shape[-1], config.group, config.input)
+    return (
+        2 * x.numel()
+        if config.input == 16
+        else grouped_size(x.numel() // x.shape[-1], x.shape[-1], config.group, config.input)
+    )
 
 
 def splits(outputs: list[Tensor], samples: int | None) -> bool:
-    """Whether what a block returned for so many samples can be put together from pieces; None: whether it could be recomputed."""
-    return bool(outputs) and all(y.is_floating_point() and (samples is None or (y.dim() and len(y) == samples)) for y in outputs)
+    """Whether what a block returned for so many samples can be put together from pieces; None: whether it could be
+    recomputed.
+    """
+    return bool(outputs) and all(
+        y.is_floating_point() and (samples is None or (y.dim() and len(y) == samples)) for y in outputs
+    )
 
 
 def in_pieces(call: Call, inputs: list[Tensor], size: int) -> list[Tensor] | None:

@@ -2,14 +2,14 @@
 
 - vector_norm with ord=2 (Tensor.norm, torch.norm): codes of x, and the norms as they are: dx = g x / |x|.
 - normalize with p=2: codes of the result and a factor a row, as RMSNorm keeps them: dx = (g - y (y . g)) / |x|.
-- amax and amin: which elements are the largest or least, exact; as in stock, they share the gradient where there are several.
+- amax and amin: which elements are the largest or least, exact; as in stock, they share the gradient where there are
+several.
 
 Bytes kept for n elements in rows of D: grouped_size of them; normalize also 4 a row; amax packed_size(n, 1).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -102,7 +102,14 @@ class Direction(torch.autograd.Function):
 
 
 def normalize(op, stock, input, p=2.0, dim=1, eps=1e-12, out=None):
-    if not covers(input) or p != 2 or not isinstance(dim, int) or out is not None or input.dim() < 2 or input.numel() == 0:
+    if (
+        not covers(input)
+        or p != 2
+        or not isinstance(dim, int)
+        or out is not None
+        or input.dim() < 2
+        or input.numel() == 0
+    ):
         return NotImplemented
     return Direction.apply(input, lambda x: stock(x, p, dim, eps), dim % input.dim(), eps, op)
 
@@ -158,9 +165,9 @@ def extreme(op, stock, input, dim=(), keepdim=False):
 
 HANDLERS = {
     "norm": {
-        **{f: norm for f in (torch.norm, Tensor.norm)},
+        **dict.fromkeys((torch.norm, Tensor.norm), norm),
         torch.linalg.vector_norm: vector_norm,
         F.normalize: normalize,
     },
-    None: {f: extreme for f in (torch.amax, Tensor.amax, torch.amin, Tensor.amin)},
+    None: dict.fromkeys((torch.amax, Tensor.amax, torch.amin, Tensor.amin), extreme),
 }

@@ -1,8 +1,8 @@
 """Names for the calls of operators: the module that makes the call, the operator, and which of its calls there it is.
 
-A name stays the same in every step, piece of a batch and recomputation, and whatever else of the model is trained: calls
-are counted whether or not they are coded. Modules are followed by PyTorch's global forward hooks, which are registered
-while a memory is active in any thread.
+A name stays the same in every step, piece of a batch and recomputation, and whatever else of the model is trained:
+calls are counted whether or not they are coded. Modules are followed by PyTorch's global forward hooks, which are
+registered while a memory is active in any thread.
 """
 
 from __future__ import annotations

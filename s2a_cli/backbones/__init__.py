@@ -1,4 +1,6 @@
-"""Pretrained models of timm (or checkpoints of them) as backbones: blocks, the layout of their hidden states, a head, images."""
+"""Pretrained models of timm (or checkpoints of them) as backbones: blocks, the layout of their hidden states, a head,
+images.
+"""
 
 from s2a_cli.backbones.backbone import ADDED, Backbone, Block
 from s2a_cli.backbones.build import build, lacks_variance

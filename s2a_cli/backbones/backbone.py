@@ -54,12 +54,17 @@ class Backbone:
         self._pretrained = [name for name in model.state_dict() if not head.holds(name)]
 
     def _look(self) -> None:
-        """Finds the blocks, or why there are none, by a forward pass. Raises UserError where the model can't take its images."""
+        """Finds the blocks, or why there are none, by a forward pass.
+
+        Raises UserError where the model can't take its images.
+        """
         kind, size = type(self.model).__name__, self.image.size
         try:
             seen = trace(self.model, size)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise UserError(f"backbone: what {kind} computes depends on values of its images: {first_line(error)}") from None
+            raise UserError(
+                f"backbone: what {kind} computes depends on values of its images: {first_line(error)}"
+            ) from None
         except Exception as error:  # models check their input in ways of their own
             raise UserError(f"backbone.image_size={size}: {kind} can't take it: {first_line(error)}") from None
         if not isinstance(seen.output, Tensor) or seen.output.shape[1:] != (self.head.classes,):
@@ -81,7 +86,10 @@ class Backbone:
     def blocks(self) -> list[Block]:
         """All blocks, in order. Raises UserError where they, or the layout of their hidden states, are not known."""
         if not self._blocks:
-            raise UserError(f"backbone: {self._problem}; what needs no blocks works: method=full, linear, or bias with method.blocks=all")
+            raise UserError(
+                f"backbone: {self._problem}; what needs no blocks works: method=full, linear, or bias with"
+                " method.blocks=all"
+            )
         return self._blocks
 
     def check_recomputable(self) -> None:
@@ -95,7 +103,9 @@ class Backbone:
             return self.blocks
         match = re.fullmatch(r"last:0*([1-9]\d*)", blocks)
         if not match or int(match[1]) > len(self.blocks):
-            raise UserError(f"method.blocks={blocks}: accepted are all and last:1 to last:{len(self.blocks)} for this backbone")
+            raise UserError(
+                f"method.blocks={blocks}: accepted are all and last:1 to last:{len(self.blocks)} for this backbone"
+            )
         return self.blocks[-int(match[1]) :]
 
     def adapted_modules(self, blocks: str) -> Iterator[tuple[str, nn.Module]]:
@@ -124,9 +134,16 @@ class Backbone:
         return digest.hexdigest()[:12]
 
     def count(self) -> dict[str, float]:
-        """Parameters: total, trainable (head apart), head, and trainable as percent of the backbone without its head."""
+        """Parameters: total, trainable (head apart), head, and trainable as percent of the backbone without its
+        head.
+        """
         head = sum(p.numel() for p in self.head.parameters())
         added = sum(p.numel() for p in getattr(self.model, ADDED, nn.Module()).parameters())
         total = sum(p.numel() for p in self.model.parameters()) + self.stored
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad) - head
-        return {"total": total, "trainable": trainable, "head": head, "percent": 100 * trainable / (total - head - added)}
+        return {
+            "total": total,
+            "trainable": trainable,
+            "head": head,
+            "percent": 100 * trainable / (total - head - added),
+        }

@@ -26,8 +26,8 @@ from s2a_cli.trust import check_names
 def build(config: BackboneConfig, num_classes: int, *, meta: bool = False) -> Backbone:
     """The backbone of a config with a new head for `num_classes`, on the CPU, its pretrained weights loaded.
 
-    meta: on the meta device and without weights, for predictions. Raises UserError for an unknown model, arguments or an
-    image size that it does not take, weights that can't be had, and a checkpoint that does not fit.
+    meta: on the meta device and without weights, for predictions. Raises UserError for an unknown model, arguments or
+    an image size that it does not take, weights that can't be had, and a checkpoint that does not fit.
     """
     if not meta:
         return _build(config, num_classes, meta)
@@ -71,8 +71,8 @@ def _refuse_size(config: BackboneConfig, model: nn.Module) -> None:
         return
     if need > there:
         raise UserError(
-            f"backbone: the weights of {config.timm} with backbone.kwargs={brief(str(config.kwargs))} take {need / 2**30:,.0f} GiB;"
-            f" this machine has {there / 2**30:,.0f} GiB of memory"
+            f"backbone: the weights of {config.timm} with backbone.kwargs={brief(str(config.kwargs))} take"
+            f" {need / 2**30:,.0f} GiB; this machine has {there / 2**30:,.0f} GiB of memory"
         )
 
 
@@ -86,7 +86,10 @@ def _classified(model: nn.Module, image_size: int, num_classes: int) -> nn.Modul
     except Exception as error:  # models check their input in ways of their own
         raise UserError(f"backbone.image_size={image_size}: {kind} can't take it: {first_line(error)}") from None
     if channels != getattr(model, "num_features", channels):
-        raise UserError(f"backbone: {kind} has no classifier, and returns features of another layout than [B, C], [B, N, C] or [B, C, H, W]")
+        raise UserError(
+            f"backbone: {kind} has no classifier, and returns features of another layout than [B, C], [B, N, C] or [B,"
+            " C, H, W]"
+        )
     return Classified(model, channels, num_classes)
 
 
@@ -119,7 +122,9 @@ def _create(config: BackboneConfig, num_classes: int, from_hub: bool) -> nn.Modu
     architecture = config.timm.split(".")[0]
     if not timm.is_model(architecture):
         known = timm.list_models()
-        raise UserError(f"backbone: timm has no model {config.timm!r}{nearest(architecture, known)}; `s2a ls backbones` lists ours")
+        raise UserError(
+            f"backbone: timm has no model {config.timm!r}{nearest(architecture, known)}; `s2a ls backbones` lists ours"
+        )
 
     check_names(architecture, config.kwargs)
     kwargs = OmegaConf.to_container(config.kwargs) if OmegaConf.is_config(config.kwargs) else config.kwargs
@@ -141,7 +146,9 @@ def _create(config: BackboneConfig, num_classes: int, from_hub: bool) -> nn.Modu
     except RuntimeError as error:
         if "Error(s) in loading state_dict" in str(error):
             mismatch = " ".join(str(error).split())[:400]
-            raise UserError(f"backbone: the weights of {config.timm} do not fit backbone.kwargs={config.kwargs}: {mismatch}") from None
+            raise UserError(
+                f"backbone: the weights of {config.timm} do not fit backbone.kwargs={config.kwargs}: {mismatch}"
+            ) from None
         raise _not_downloaded(config, model, error) from error
     except Exception as error:  # the hub raises many kinds: offline, not found, gated, disk full
         raise _not_downloaded(config, model, error) from error
@@ -150,8 +157,8 @@ def _create(config: BackboneConfig, num_classes: int, from_hub: bool) -> nn.Modu
 def _not_downloaded(config: BackboneConfig, model: nn.Module, error: Exception) -> UserError:
     where = model.pretrained_cfg.get("hf_hub_id") or model.pretrained_cfg.get("url") or "no known address"
     return UserError(
-        f"backbone: the weights of {config.timm} ({where}) could not be downloaded"
-        f" ({type(error).__name__}); give them as backbone.checkpoint=FILE, or backbone.pretrained=false for random weights"
+        f"backbone: the weights of {config.timm} ({where}) could not be downloaded ({type(error).__name__}); give them"
+        " as backbone.checkpoint=FILE, or backbone.pretrained=false for random weights"
     )
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
 class Head:
-    """layers: {name: a linear layer or a 1x1 convolution}; of several, the model adds up or averages what they return."""
+    """layers: {name: a linear layer or a 1x1 convolution}; of several, the model adds up or averages what they
+    return.
+    """
 
     layers: dict[str, nn.Module]
     classes: int
@@ -27,14 +28,19 @@ class Head:
 
 
 def find_head(model: nn.Module, other: nn.Module, classes: int) -> Head:
-    """The head of a model for `classes` classes; `other` is the same model for another number. Empty where there is none."""
+    """The head of a model for `classes` classes; `other` is the same model for another number.
+
+    Empty where there is none.
+    """
     shapes = {name: p.shape for name, p in other.named_parameters()}
     names = [name.rpartition(".")[0] for name, p in model.named_parameters() if shapes.get(name) != p.shape]
     return Head({name: model.get_submodule(name) for name in dict.fromkeys(names)}, classes)
 
 
 class Classified(nn.Module):
-    """A model that returns features [B, C], [B, N, C] or [B, C, H, W], with a linear layer on their mean over positions."""
+    """A model that returns features [B, C], [B, N, C] or [B, C, H, W], with a linear layer on their mean over
+    positions.
+    """
 
     def __init__(self, features: nn.Module, channels: int, classes: int):
         super().__init__()

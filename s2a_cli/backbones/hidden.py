@@ -38,7 +38,9 @@ class Hidden:
         return x.reshape(*x.shape[:-2], *self.shape)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A hidden state as its prefix tokens [B, P, C] and its map [B, C, H, W]; without a square grid, [B, C, N, 1]."""
+        """A hidden state as its prefix tokens [B, P, C] and its map [B, C, H, W]; without a square grid, [B, C, N,
+        1].
+        """
         if x.ndim == 4:
             maps = x if self.layout == "channels_first" else x.permute(0, 3, 1, 2)
             return x.new_empty(x.shape[0], 0, self.channels), maps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -12,7 +13,13 @@ from s2a_cli.errors import UserError, brief, first_line, printable
 from s2a_cli.tensor_files import Unreadable
 
 EMBEDDED = "embedded:"  # prefix of a checkpoint that ships in s2a_cli/weights/
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")  # under which training scripts keep the tensors
+WRAPPERS = (
+    "state_dict_ema",
+    "model_ema",
+    "state_dict",
+    "model",
+    "teacher",
+)  # under which training scripts keep the tensors
 BESIDE = 64 * 2**20  # bytes of a .npz beside four times the model's: a head of 21,843 classes
 
 
@@ -25,7 +32,11 @@ def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
     damaged, or does not fit; the message lists missing and unexpected keys.
     """
     embedded = checkpoint.startswith(EMBEDDED)
-    path = Path(__file__).parents[1] / "weights" / checkpoint.removeprefix(EMBEDDED) if embedded else Path(checkpoint).expanduser()
+    path = (
+        Path(__file__).parents[1] / "weights" / checkpoint.removeprefix(EMBEDDED)
+        if embedded
+        else Path(checkpoint).expanduser()
+    )
     if not tensor_files.is_file(path):
         raise UserError(f"backbone.checkpoint={brief(checkpoint, 200)}: no such file")
     if path.suffix == ".npz":
@@ -33,10 +44,8 @@ def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
     state = _read_tensors(path)
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if adapt:
-        try:
+        with contextlib.suppress(Exception):  # another family's keys: reported below by name
             state = adapt(state, model)
-        except Exception:  # another family's keys: reported below by name
-            pass
     classifiers = model.pretrained_cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     heads = tuple(f"{name}." for name in (*classifiers, *head))
@@ -45,7 +54,11 @@ def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
     counters = tuple(k for k in {**own, **state} if k.endswith("num_batches_tracked"))  # older files have none
     missing = [k for k in own if k not in state and k not in counters]
     unexpected = sorted(k for k in state if k not in own and k not in counters)
-    shapes = [f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}" for k, v in state.items() if k in own and v.shape != own[k].shape]
+    shapes = [
+        f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}"
+        for k, v in state.items()
+        if k in own and v.shape != own[k].shape
+    ]
     if missing or unexpected or shapes:
         parts = {"missing": missing, "unexpected": unexpected, "other shapes": shapes}
         said = "; ".join(f"{len(keys)} {what}: {_few(keys)}" for what, keys in parts.items() if keys)
@@ -57,7 +70,9 @@ def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
 
 
 def _few(keys: list[str], most: int = 6) -> str:
-    return ", ".join(printable(key) for key in keys[:most]) + (f", and {len(keys) - most} more" if len(keys) > most else "")
+    return ", ".join(printable(key) for key in keys[:most]) + (
+        f", and {len(keys) - most} more" if len(keys) > most else ""
+    )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -70,7 +85,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _load_npz(model: nn.Module, path: Path) -> None:
     if not hasattr(model, "load_pretrained"):
-        raise UserError(f"backbone.checkpoint={path}: {type(model).__name__} has no .npz format; use .safetensors or .pth")
+        raise UserError(
+            f"backbone.checkpoint={path}: {type(model).__name__} has no .npz format; use .safetensors or .pth"
+        )
     head = model.get_classifier()
     own = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     kind = f"{type(model).__name__} as configured"
@@ -81,11 +98,15 @@ def _load_npz(model: nn.Module, path: Path) -> None:
         raise UserError(f"backbone.checkpoint={path}: can't be read as arrays of a {kind}: {error}") from None
     blocks = {name.split("/")[1] for name in names if name.startswith("Transformer/encoderblock_")}
     if len(blocks) > len(model.blocks):
-        raise UserError(f"backbone.checkpoint={path} is not of {kind}: it has {len(blocks)} blocks, the model {len(model.blocks)}")
+        raise UserError(
+            f"backbone.checkpoint={path} is not of {kind}: it has {len(blocks)} blocks, the model {len(model.blocks)}"
+        )
     try:
         model.load_pretrained(str(path))
     except KeyError as error:
         raise UserError(f"backbone.checkpoint={path} is not of {kind}: lacks {error}") from None
     except Exception as error:  # arrays of other shapes fail wherever timm turns and reshapes them
-        raise UserError(f"backbone.checkpoint={path}: can't be loaded into {type(model).__name__} ({first_line(error)})") from None
+        raise UserError(
+            f"backbone.checkpoint={path}: can't be loaded into {type(model).__name__} ({first_line(error)})"
+        ) from None
     head.load_state_dict(own)  # timm takes the file's head where the number of classes is the same

@@ -25,11 +25,21 @@ from s2a_cli.memory.predict import hollow_tensors
 BATCH = 2  # images of the pass
 COVERS = 0.5  # of a module's parameters that the blocks within it must have to stand for it
 CHANNELS: dict[Callable, int] = {  # functions that tell which dimension of what they read has the channels
-    **{f: -1 for f in (F.linear, F.layer_norm, F.rms_norm, torch.layer_norm)},
-    **{f: 1 for f in (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d)},
-    **{f: 1 for f in (F.batch_norm, F.group_norm, torch.batch_norm, torch.group_norm)},
+    **dict.fromkeys((F.linear, F.layer_norm, F.rms_norm, torch.layer_norm), -1),
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d), 1),
+    **dict.fromkeys((F.batch_norm, F.group_norm, torch.batch_norm, torch.group_norm), 1),
 }
-JOINS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, torch.cat, torch.concat, torch.addcmul, torch.lerp}
+JOINS = {
+    torch.add,
+    Tensor.add,
+    Tensor.add_,
+    Tensor.__add__,
+    Tensor.__iadd__,
+    torch.cat,
+    torch.concat,
+    torch.addcmul,
+    torch.lerp,
+}
 
 
 class LayoutError(ValueError):
@@ -108,7 +118,9 @@ def trace(model: nn.Module, image_size: int) -> Trace:
             stack.callback(module.register_forward_hook(ends).remove)
         stack.callback(model.train, training)
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)  # a whole nn.TransformerEncoderLayer as one operator, in evaluation
+        torch.backends.mha.set_fastpath_enabled(
+            False
+        )  # a whole nn.TransformerEncoderLayer as one operator, in evaluation
         stack.enter_context(torch.no_grad())
         if parameter.device.type != "meta":
             stack.enter_context(Hollow())
@@ -118,7 +130,9 @@ def trace(model: nn.Module, image_size: int) -> Trace:
         images = torch.empty(BATCH, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
         output = model.eval()(images)
     order = {found.name: found.order for found in ran.values()}
-    for name in names.values():  # a module that runs only through a parent's own arithmetic takes the place of that parent
+    for (
+        name
+    ) in names.values():  # a module that runs only through a parent's own arithmetic takes the place of that parent
         if name not in order:
             order[name] = order.get(name.rpartition(".")[0], 0)
     return Trace(order, list(ran.values()), output)
@@ -150,10 +164,11 @@ class _Evidence(TorchFunctionMode):
 
 
 def find_blocks(model: nn.Module, seen: Trace) -> list[Ran]:
-    """The repeated parts of a model that map one hidden state to the next, in order; none where there are no such parts.
+    """The repeated parts of a model that map one hidden state to the next, in order; none where there are no such
+    parts.
 
-    They are those that timm counts for its layer decay, and where these are sequences of finer ones, the finer ones: down
-    to modules that add something to their input. Without timm's word they are found from the root down.
+    They are those that timm counts for its layer decay, and where these are sequences of finer ones, the finer ones:
+    down to modules that add something to their input. Without timm's word they are found from the root down.
     """
     root, patterns = seen.ran[0], _block_patterns(model)
     named = [r for r in seen.ran if r is not root and any(re.fullmatch(p.rstrip("$"), r.name) for p in patterns)]
@@ -188,7 +203,9 @@ def _units(parent: Ran) -> list[Ran]:
 
 
 def _expanded(block: Ran) -> list[Ran]:
-    """The residual modules within a block that have most of its parameters; itself where it is one, or there are none."""
+    """The residual modules within a block that have most of its parameters; itself where it is one, or there are
+    none.
+    """
     inner = [] if block.is_residual else [b for unit in _units(block) for b in _expanded(unit) if b.is_residual]
     return inner if inner and sum(b.size for b in inner) >= COVERS * block.size else [block]
 
@@ -196,8 +213,8 @@ def _expanded(block: Ran) -> list[Ran]:
 def layouts(blocks: list[Ran], seen: Trace, prefix: int) -> list[tuple[Hidden, Hidden]]:
     """The hidden states at the input and at the output of each block.
 
-    prefix: how many class and register tokens there are where they have joined. Raises LayoutError where the layout can't
-    be known.
+    prefix: how many class and register tokens there are where they have joined. Raises LayoutError where the layout
+    can't be known.
     """
     read = {id(r.given): r.reads for r in seen.ran if r.given is not None and r.reads is not None}
     found: list[tuple[Hidden, Hidden]] = []
@@ -214,11 +231,13 @@ def layouts(blocks: list[Ran], seen: Trace, prefix: int) -> list[tuple[Hidden, H
     return found
 
 
-def _channel_dim(x: Tensor, read: dict[int, int], widths: Iterable[int], before: tuple[torch.Size, int] | None) -> int | None:
+def _channel_dim(
+    x: Tensor, read: dict[int, int], widths: Iterable[int], before: tuple[torch.Size, int] | None
+) -> int | None:
     """Which dimension of x has the channels.
 
-    As a layer reads it; as the widths of the layers say; the one beside a square map, as maps of square images are; as in the
-    state before.
+    As a layer reads it; as the widths of the layers say; the one beside a square map, as maps of square images are; as
+    in the state before.
     """
     if id(x) in read:
         return read[id(x)]
@@ -242,6 +261,8 @@ def _hidden(x: Tensor, dim: int, prefix: int, place: int) -> Hidden:
 
 
 def _prefix(tokens: int, stated: int) -> int:
-    """How many of these tokens are class or register tokens: those that leave a square grid, the stated number first."""
+    """How many of these tokens are class or register tokens: those that leave a square grid, the stated number
+    first.
+    """
     fits = (count for count in (stated, 0, 1) if count < tokens and math.isqrt(tokens - count) ** 2 == tokens - count)
     return next(fits, min(stated, tokens - 1))

@@ -106,7 +106,9 @@ def problems(config: DatasetConfig) -> list[str]:
     if config.name == "folder" and not config.root:
         found.append("dataset=folder needs dataset.root=FOLDER, your images")
     if config.name != "folder" and config.on_corrupt == "skip":
-        found.append("dataset.on_corrupt=skip is for dataset=folder; the other data sets are whole or refused by checksum")
+        found.append(
+            "dataset.on_corrupt=skip is for dataset=folder; the other data sets are whole or refused by checksum"
+        )
     if config.name != "folder" and config.layout:
         found.append("dataset.layout is for dataset=folder: it says what the folders below dataset.root are")
     if config.name == "domainnet" and config.domain is None:

@@ -13,7 +13,7 @@ import stat
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, BinaryIO
@@ -31,12 +31,15 @@ READ_AT_ONCE = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
 )  # fmt: skip
 CHUNK = 1 << 20
-MANIFEST = ".s2a-extracted.json"  # in the folder: {"archive": SHA-256, "files": {name: [SHA-256, size, mtime, ctime, inode]}}
+MANIFEST = (
+    ".s2a-extracted.json"  # in the folder: {"archive": SHA-256, "files": {name: [SHA-256, size, mtime, ctime, inode]}}
+)
 CHECK = "remove that folder to have it extracted anew"
 
 
 def extract(archive: Path, target: Path, digest: str | None = None) -> None:
-    """Extracts `archive` (tar or zip, of that SHA-256) to the new folder `target`, in one step: it appears when it is complete.
+    """Extracts `archive` (tar or zip, of that SHA-256) to the new folder `target`, in one step: it appears when it is
+    complete.
 
     Raises UserError if the archive is damaged, does not fit on the disk, or holds anything but files and folders below
     `target`: absolute paths, "..", links, devices.
@@ -74,8 +77,8 @@ def extract_once(archive: Path, target: Path, digest: str | None = None) -> None
 def whole(target: Path, digest: str) -> bool:
     """Whether `target` was extracted from the archive of this SHA-256, as far as is remembered there.
 
-    Raises UserError if it was and files have changed, are missing or were added. Files are read again only where their size,
-    times or inode are others than before.
+    Raises UserError if it was and files have changed, are missing or were added. Files are read again only where their
+    size, times or inode are others than before.
     """
     try:
         with open_regular(target / MANIFEST) as stream:
@@ -90,11 +93,17 @@ def whole(target: Path, digest: str) -> bool:
 
 
 def _compare(target: Path, digest: str, files: dict[str, list]) -> None:
-    """Compares a folder with `files`, name -> [SHA-256, size, ...] (-1: not known), and remembers what was seen of them."""
+    """Compares a folder with `files`, name -> [SHA-256, size, ...] (-1: not known), and remembers what was seen of
+    them.
+    """
     found = _files(target)
     wrong = [f"{name} is missing" for name in files if name not in found]
-    wrong += [f"{name} was added" for name in found if name not in files and not PurePosixPath(name).name.startswith(".")]
-    changed = {name: stamp(status) for name, status in found.items() if name in files and files[name][1:] != stamp(status)}
+    wrong += [
+        f"{name} was added" for name in found if name not in files and not PurePosixPath(name).name.startswith(".")
+    ]
+    changed = {
+        name: stamp(status) for name, status in found.items() if name in files and files[name][1:] != stamp(status)
+    }
     with Progress(f"checking {target.name}", len(changed), "files") as progress:
         for name, now in changed.items():
             held, before = files[name][:2]
@@ -110,10 +119,8 @@ def _compare(target: Path, digest: str, files: dict[str, list]) -> None:
     if wrong:
         raise UserError(f"{target} is not what its archive held: {listed(wrong, 3)}; {CHECK}")
     if changed:
-        try:
+        with suppress(OSError):  # a folder that cannot be written to costs time, no more
             _remember(target, digest, files)
-        except OSError:
-            pass  # a folder that cannot be written to costs time, no more
 
 
 def _remember(folder: Path, digest: str, files: dict[str, list]) -> None:
@@ -145,7 +152,10 @@ class _Member:
 
 
 def _read(archive: Path, folder: Path | None) -> dict[str, str]:
-    """Relative path -> SHA-256 of each file in an archive, written below `folder` if there is one. Raises UserError, OSError."""
+    """Relative path -> SHA-256 of each file in an archive, written below `folder` if there is one.
+
+    Raises UserError, OSError.
+    """
     damaged = f"{archive} cannot be unpacked (%s); it may be damaged: fetch it anew"
     try:
         with open_regular(archive) as stream:
@@ -165,16 +175,22 @@ def _read_members(archive: Path, stream: BinaryIO, folder: Path | None) -> dict[
     free = shutil.disk_usage(folder).free if folder else None
     for member in _members(archive, stream):
         if not member.plain:
-            raise UserError(f"{archive} is refused: {member.name!r} is a link or a device, not a file; nothing was kept")
+            raise UserError(
+                f"{archive} is refused: {member.name!r} is a link or a device, not a file; nothing was kept"
+            )
         # both kinds of path, as tools on Windows write backslashes and drives
         for path in (PurePosixPath(member.name), PureWindowsPath(member.name)):
             if path.is_absolute() or path.drive or ".." in path.parts:
-                raise UserError(f"{archive} is refused: {member.name!r} points outside of the archive; nothing was kept")
+                raise UserError(
+                    f"{archive} is refused: {member.name!r} points outside of the archive; nothing was kept"
+                )
         unpacked += max(member.bytes, BLOCK)
         if free is not None and unpacked > free:
             raise UserError(f"{archive} does not fit: it needs more than the {size(free)} free in {folder.parent}")
         if unpacked > max(BLOWN_UP * packed, LARGE):
-            raise UserError(f"{archive} is refused: its {size(packed)} unpack to over {size(unpacked)} in {len(held) + 1} files")
+            raise UserError(
+                f"{archive} is refused: its {size(packed)} unpack to over {size(unpacked)} in {len(held) + 1} files"
+            )
         name = PurePosixPath(member.path).as_posix()
         if member.folder:
             if folder:
@@ -210,17 +226,23 @@ def _members(archive: Path, stream: BinaryIO) -> Iterator[_Member]:
                 kind = stat.S_IFMT(member.external_attr >> 16)  # 0 if made on Windows
                 plain = kind in (0, stat.S_IFREG, stat.S_IFDIR)
                 path = member.filename.replace("\\", "/")  # old tools on Windows write those
-                yield _Member(member.filename, path, member.file_size, plain, path.endswith("/"), lambda m=member: packed.open(m))
+                yield _Member(
+                    member.filename, path, member.file_size, plain, path.endswith("/"), lambda m=member: packed.open(m)
+                )
     else:
         with closing(tarfile.open(fileobj=stream, tarinfo=_Header)) as packed:
             while (member := packed.next()) is not None:
                 packed.members.clear()  # a kilobyte each
                 plain = member.isreg() or member.isdir()
-                yield _Member(member.name, member.name, member.size, plain, member.isdir(), lambda m=member: packed.extractfile(m))
+                yield _Member(
+                    member.name, member.name, member.size, plain, member.isdir(), lambda m=member: packed.extractfile(m)
+                )
 
 
 class _Header(tarfile.TarInfo):
-    """A header of a tar that is not believed: tarfile reads what it announces into memory, and ends quietly at a damaged one."""
+    """A header of a tar that is not believed: tarfile reads what it announces into memory, and ends quietly at a
+    damaged one.
+    """
 
     @classmethod
     def fromtarfile(cls, tarfile_):

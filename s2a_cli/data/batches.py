@@ -19,8 +19,8 @@ class Loader:
     """Iterates over one split in batches (images [B, 3, H, W] float32, labels [B] int64), once an epoch.
 
     Set `epoch` before each pass: the order is a function of (seed, epoch), each image's augmentation of (seed, epoch,
-    index); and `skip` to leave out the first batches of a pass. Of `world` processes that share each batch, this one gets
-    part `rank`. Torch's global generators are left as they were. Worker processes live as long as the loader.
+    index); and `skip` to leave out the first batches of a pass. Of `world` processes that share each batch, this one
+    gets part `rank`. Torch's global generators are left as they were. Worker processes live as long as the loader.
     Raises UserError, naming the file, when an image cannot be read; that ends it.
     """
 
@@ -86,11 +86,19 @@ def loader(
     """A `Loader` of `split`. With `train` it shuffles, and leaves out a last batch of one image, useless to BatchNorm.
 
     `workers=None` chooses: none for images in memory, else one process for every two cores, at most eight.
-    part: (rank, world) of the processes that share each batch; a last training batch with fewer images than processes is
-    left out.
+    part: (rank, world) of the processes that share each batch; a last training batch with fewer images than processes
+    is left out.
     """
     return Loader(
-        split, transform, batch_size, seed=seed, epoch=epoch, train=train, workers=workers, pin_memory=pin_memory, part=part
+        split,
+        transform,
+        batch_size,
+        seed=seed,
+        epoch=epoch,
+        train=train,
+        workers=workers,
+        pin_memory=pin_memory,
+        part=part,
     )
 
 

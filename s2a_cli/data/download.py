@@ -13,8 +13,8 @@ from pathlib import Path
 from s2a_cli import __version__
 from s2a_cli.data.archives import extract_once, whole
 from s2a_cli.data.files import lock, one_line, sha256_of
-from s2a_cli.progress import Progress, size
 from s2a_cli.errors import UserError
+from s2a_cli.progress import Progress, size
 
 TIMEOUT = 30.0  # seconds without a byte before a source counts as down
 CHUNK = 1 << 18
@@ -57,10 +57,11 @@ def fetch(file: RemoteFile, folder: Path, download: bool = True) -> Path:
 
 
 def fetch_tree(file: RemoteFile, folder: Path, download: bool = True) -> Path:
-    """The folder into which the archive `file` is extracted: there completely, or not at all, and as the archive has it.
+    """The folder into which the archive `file` is extracted: there completely, or not at all, and as the archive has
+    it.
 
-    Raises UserError as `fetch` does, and where the folder was changed since. An archive that is gone is fetched again only
-    where the folder itself can't tell what it held.
+    Raises UserError as `fetch` does, and where the folder was changed since. An archive that is gone is fetched again
+    only where the folder itself can't tell what it held.
     """
     tree = folder / file.name.split(".")[0]
     if not (tree.exists() and whole(tree, file.sha256)):

@@ -22,7 +22,10 @@ class NotRegular(OSError):
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file, or a link to one, to read its bytes. Raises NotRegular for anything else, OSError as open() does."""
+    """Opens a regular file, or a link to one, to read its bytes.
+
+    Raises NotRegular for anything else, OSError as open() does.
+    """
     refuse_irregular(os.stat(path))
     # another process may have put a pipe there since: without O_NONBLOCK that would be waited for
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))

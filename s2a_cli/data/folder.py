@@ -33,7 +33,9 @@ def read(config: DatasetConfig, cache: Path) -> Source:
     if len(classes) < 2:
         (only,) = classes
         inner = folders(root / trees["train"] / only)
-        hint = f"; is dataset.root={shown(root / only)} what you mean?" if trees["train"] == "" and len(inner) > 1 else ""
+        hint = (
+            f"; is dataset.root={shown(root / only)} what you mean?" if trees["train"] == "" and len(inner) > 1 else ""
+        )
         raise UserError(f"{shown(root / trees['train'])} has one class folder, {only!r}; two or more are needed{hint}")
 
     files = sorted(file for by_class in found.values() for files in by_class.values() for file in files)
@@ -73,7 +75,10 @@ def _open_root(root: Path, cache: Path) -> Path:
 
 
 class _Walk:
-    """Lists the files of classes, and keeps count of what it passes over. A folder is visited once, whatever links to it."""
+    """Lists the files of classes, and keeps count of what it passes over.
+
+    A folder is visited once, whatever links to it.
+    """
 
     def __init__(self, root: Path):
         self.root, self.real = root, os.path.realpath(root)
@@ -82,13 +87,16 @@ class _Walk:
         self.strays: list[str] = []  # links out of their class
 
     def images(self, top: str) -> list[str]:
-        """The image files below a class folder, as sorted paths relative to the root; links may lead elsewhere, not to other classes.
+        """The image files below a class folder, as sorted paths relative to the root; links may lead elsewhere, not to
+        other classes.
 
         Raises UserError for a folder that can't be read, and for one that two class folders lead to.
         """
         own = os.path.realpath(self.root / top)
         if own != os.path.join(self.real, top) and self._astray(own, None):
-            raise UserError(f"{shown(self.root / top)} is a link to {shown(own)}: its images would be in two classes or splits")
+            raise UserError(
+                f"{shown(self.root / top)} is a link to {shown(own)}: its images would be in two classes or splits"
+            )
         found, left = [], [top]
         while left:
             folder = left.pop()
@@ -121,7 +129,9 @@ class _Walk:
         status = os.stat(self.root / folder)
         key = status.st_dev, status.st_ino
         if self.seen.get(key, top) != top:
-            raise UserError(f"{shown(self.root / folder)} is a folder of {shown(self.seen[key])}, too: its images would be in both")
+            raise UserError(
+                f"{shown(self.root / folder)} is a folder of {shown(self.seen[key])}, too: its images would be in both"
+            )
         again = key in self.seen
         self.seen[key] = top
         return again
@@ -165,9 +175,15 @@ def _outside(root: Path, trees: dict[str, str]) -> list[str]:
         phrases.append(f"{listed([f'{name}/' for name in beside])}, which is no split")
     for top in {root, *(root / tree for tree in trees.values())}:
         with os.scandir(top) as entries:
-            images = [entry.name for entry in entries if entry.name.lower().endswith(EXTENSIONS) and not hidden(entry.name) and not is_folder(entry)]
+            images = [
+                entry.name
+                for entry in entries
+                if entry.name.lower().endswith(EXTENSIONS) and not hidden(entry.name) and not is_folder(entry)
+            ]
         if images:
-            phrases.append(f"{len(images)} image{'s' * (len(images) > 1)} in no class folder ({listed([str(top / min(images))])})")
+            phrases.append(
+                f"{len(images)} image{'s' * (len(images) > 1)} in no class folder ({listed([str(top / min(images))])})"
+            )
     return phrases
 
 

@@ -19,7 +19,8 @@ except ImportError:  # Pillow before 11.3
     AVIF = False
 
 HEIF = find_spec("pillow_heif") is not None
-# By content: many a .jpg of a real collection is a PNG. Pillow knows more, of which some start other programs (EPS: Ghostscript).
+# By content: many a .jpg of a real collection is a PNG. Pillow knows more, of which some start other programs (EPS:
+# Ghostscript).
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", *(["AVIF"] if AVIF else []))
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -27,7 +28,10 @@ EXTENSIONS = (
 )  # fmt: skip
 INSTALL = {".avif": "Pillow 11.3 or newer", ".heic": "pillow-heif", ".heif": "pillow-heif"}
 FLOAT_RANGES = ((0, 1), (-1, 1), (0, 255), (0, 65535))
-MIN_SAMPLE, MAX_SAMPLE = (280, 340), (281, 341)  # TIFF: MinSampleValue, SMinSampleValue; MaxSampleValue, SMaxSampleValue
+MIN_SAMPLE, MAX_SAMPLE = (
+    (280, 340),
+    (281, 341),
+)  # TIFF: MinSampleValue, SMinSampleValue; MaxSampleValue, SMaxSampleValue
 
 
 class Images:
@@ -95,11 +99,12 @@ class ImageArray(Images):
 
 
 def open_rgb(path: Path, at_least: int | None = None) -> Image.Image:
-    """Decodes a file to RGB: turned upright by its EXIF tag, transparency over white, deep grey values scaled to 8 bits.
+    """Decodes a file to RGB: turned upright by its EXIF tag, transparency over white, deep grey values scaled to 8
+    bits.
 
     With `at_least`, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side stays at least
-    that many pixels. Raises what Pillow raises for a file that is missing, damaged or truncated, NotRegular for a pipe or a
-    device, ValueError for a format that is not in FORMATS.
+    that many pixels. Raises what Pillow raises for a file that is missing, damaged or truncated, NotRegular for a pipe
+    or a device, ValueError for a format that is not in FORMATS.
     """
     try:
         with open_regular(path) as stream, Image.open(stream, formats=_formats(path)) as image:
@@ -147,8 +152,9 @@ def _stated_range(image: Image.Image) -> tuple[float, float] | None:
 def _eight_bits(values: np.ndarray, stated: tuple[float, float] | None) -> np.ndarray:
     """Grey values of 16 or 32 bits, or floats, [H, W], as uint8.
 
-    The range is the one that the file states, if all values lie in it. Else floats take the first of FLOAT_RANGES that has
-    all of them, integers all of 16 bits; values beyond, such as Hounsfield units, go from the smallest to the largest.
+    The range is the one that the file states, if all values lie in it. Else floats take the first of FLOAT_RANGES that
+    has all of them, integers all of 16 bits; values beyond, such as Hounsfield units, go from the smallest to the
+    largest.
     """
     whole = np.issubdtype(values.dtype, np.integer)
     finite = values if whole else values[np.isfinite(values)]
@@ -157,5 +163,7 @@ def _eight_bits(values: np.ndarray, stated: tuple[float, float] | None) -> np.nd
     low, high = next(((a, b) for a, b in ranges if a <= least and most <= b), (least, most))
     if whole and (low, high) == (0, 65535):
         return (values >> 8).astype(np.uint8)
-    scaled = (np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) - low) * (255 / ((high - low) or 1))
+    scaled = (np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) - low) * (
+        255 / ((high - low) or 1)
+    )
     return np.rint(scaled.clip(0, 255)).astype(np.uint8)

@@ -33,8 +33,8 @@ class Report:
 def examine(root: Path, files: Sequence[str], cache: Path) -> Report:
     """Decodes and hashes `files` (sorted relative paths under `root`), on threads, with progress.
 
-    The report is kept in `cache` under a hash of all names, sizes, times and inodes, so that each state of a folder is read
-    once. A file that cannot be opened is a damaged one.
+    The report is kept in `cache` under a hash of all names, sizes, times and inodes, so that each state of a folder is
+    read once. A file that cannot be opened is a damaged one.
     """
     seen = _state(root, files)
     kept = cache / f"{seen}.json"

@@ -9,15 +9,23 @@ from pathlib import Path
 from s2a_cli.data.files import listed, reason, shown
 from s2a_cli.errors import UserError
 
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}  # in any case
-WORDS = {split: names for split, names in SPLITS.items()} | {"val": (*SPLITS["val"], "dev"), "test": (*SPLITS["test"], "eval")}
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}  # in any case
+WORDS = dict(SPLITS) | {
+    "val": (*SPLITS["val"], "dev"),
+    "test": (*SPLITS["test"], "eval"),
+}
 SPLITS_OR_CLASSES = "say dataset.layout=splits or dataset.layout=classes"
 
 
 def split_folders(root: Path, layout: str | None) -> dict[str, str]:
     """Split -> its folder under `root`; {"train": ""} where the whole of `root` is one tree of classes.
 
-    layout: "splits" or "classes", or None: what the names of the folders say. Raises UserError where they say both or neither.
+    layout: "splits" or "classes", or None: what the names of the folders say. Raises UserError where they say both or
+    neither.
     """
     names = folders(root)
     if layout == "classes":
@@ -30,19 +38,30 @@ def split_folders(root: Path, layout: str | None) -> dict[str, str]:
     as_classes = f"if these are {len(names)} classes, say dataset.layout=classes"
     for split, of_split in found.items():
         if len(of_split) > 1:
-            raise UserError(f"{shown(root)} has {' and '.join(of_split)}, both of which name the {split} split; keep one, or, {as_classes}")
+            raise UserError(
+                f"{shown(root)} has {' and '.join(of_split)}, both of which name the {split} split; keep one, or,"
+                f" {as_classes}"
+            )
     if missing := [split for split in ("train", "test") if split not in found]:
         has = listed([name for of_split in found.values() for name in of_split] or names)
         raise UserError(
-            f"{shown(root)} has {has} but no {' and no '.join(missing)}: as splits, give it the folders train, test and perhaps val; "
-            f"{as_classes}: one tree of class folders, which is split by dataset.test_fraction and dataset.val_fraction"
+            f"{shown(root)} has {has} but no {' and no '.join(missing)}: as splits, give it the folders train, test and"
+            f" perhaps val; {as_classes}: one tree of class folders, which is split by dataset.test_fraction and"
+            " dataset.val_fraction"
         )
     trees = {split: of_split[0] for split, of_split in found.items()}
     for split, name in trees.items():
         if not folders(root / name):
-            raise UserError(f"{shown(root / name)} has no class folders; put the images of each class into one named after it; {as_classes}")
-        if (target := os.path.realpath(root / name)) != str(root.resolve() / name) and within(target, os.path.realpath(root)):
-            raise UserError(f"{shown(root / name)} is a link to {shown(target)}: the {split} split would have the images of another")
+            raise UserError(
+                f"{shown(root / name)} has no class folders; put the images of each class into one named after it;"
+                f" {as_classes}"
+            )
+        if (target := os.path.realpath(root / name)) != str(root.resolve() / name) and within(
+            target, os.path.realpath(root)
+        ):
+            raise UserError(
+                f"{shown(root / name)} is a link to {shown(target)}: the {split} split would have the images of another"
+            )
     return trees
 
 
@@ -51,7 +70,10 @@ def _refuse_hidden_splits(root: Path, names: list[str]) -> None:
     meant = {name: _split_of(name) for name in names}
     both = f"{SPLITS_OR_CLASSES}; folders of splits are to be called train, test and perhaps val"
     if all(meant.values()) and len(set(meant.values())) > 1:
-        raise UserError(f"{shown(root)} has {listed(names)}, which look like splits, but would be read as {len(names)} classes: {both}")
+        raise UserError(
+            f"{shown(root)} has {listed(names)}, which look like splits, but would be read as {len(names)} classes:"
+            f" {both}"
+        )
     if len(names) < 2:
         return
     common: set[str] | None = None
@@ -76,7 +98,9 @@ def _split_of(name: str) -> str | None:
 
 
 def class_folders(root: Path, layout: str | None = None) -> int:
-    """How many classes a folder has by its names alone, also where it is not complete yet, so that reading it would be refused."""
+    """How many classes a folder has by its names alone, also where it is not complete yet, so that reading it would be
+    refused.
+    """
     names = folders(root)
     trees = [] if layout == "classes" else [name for name in names if name.lower() in SPLITS["train"]]
     return len(folders(root / trees[0])) if trees else len(names)

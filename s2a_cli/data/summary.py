@@ -1,4 +1,6 @@
-"""What is said of a data set: before training what it is and what of it is left out, after evaluation what no model had been needed for."""
+"""What is said of a data set: before training what it is and what of it is left out, after evaluation what no model had
+been needed for.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Splits:
 
 
 def describe(splits: Splits) -> str:
-    """A block of lines: classes and counts by split, what was left out and why, and what a reader of the figures should know."""
+    """A block of lines: classes and counts by split, what was left out and why, and what a reader of the figures should
+    know.
+    """
     counts, title = splits.counts(), f"data: {shown(splits.name)}"
     rows = [(_short(shown(name)), cells, mark) for name, cells, mark in _rows(splits.classes, counts)]
     width = max(len(title), *(2 + len(name) for name, _, _ in rows))
@@ -65,9 +69,13 @@ def _short(name: str) -> str:
 def _untested(splits: Splits, counts: np.ndarray) -> list[str]:
     """Classes of which a test figure says nothing, and those that can't be learned."""
     notes = []
-    for column, said in ((2, "never tested, as no image of it is in test"), (0, "never trained on, as no image of it is in train")):
+    for column, said in (
+        (2, "never tested, as no image of it is in test"),
+        (0, "never trained on, as no image of it is in train"),
+    ):
         if missing := [
-            f"{splits.classes[label]} ({_images(int(counts[label].sum()))})" for label in np.flatnonzero(counts[:, column] == 0)
+            f"{splits.classes[label]} ({_images(int(counts[label].sum()))})"
+            for label in np.flatnonzero(counts[:, column] == 0)
         ]:
             notes.append(f"{said if len(missing) == 1 else said.replace('of it', 'of them')}: {listed(missing, 4)}")
     return notes
@@ -92,7 +100,9 @@ def _shared(splits: Splits) -> list[str]:
 
 
 def majority(splits: Splits, top1: float | None) -> str | None:
-    """What to say of a test accuracy in % that always answering the most frequent class of the test images would reach; else None."""
+    """What to say of a test accuracy in % that always answering the most frequent class of the test images would reach;
+    else None.
+    """
     if top1 is None or not len(splits.test):
         return None
     of_class = np.bincount(splits.test.labels, minlength=len(splits.classes))
@@ -101,7 +111,10 @@ def majority(splits: Splits, top1: float | None) -> str | None:
     if top1 > share + 0.005:  # figures have two decimals
         return None
     than = "no more than" if top1 > share - 0.005 else f"less than the {share:.2f} % that"
-    return f"{top1:.2f} % is {than} always answering {shown(splits.classes[label])!r} gives: {count} of {_images(total)} in test are of that class"
+    return (
+        f"{top1:.2f} % is {than} always answering {shown(splits.classes[label])!r} gives: {count} of {_images(total)}"
+        " in test are of that class"
+    )
 
 
 def _images(count: int) -> str:

@@ -1,4 +1,6 @@
-"""Where the runs of a sweep are at work: processes of this machine (local.py), SLURM jobs (slurm.py), Ray tasks (ray.py)."""
+"""Where the runs of a sweep are at work: processes of this machine (local.py), SLURM jobs (slurm.py), Ray tasks
+(ray.py).
+"""
 
 from __future__ import annotations
 
@@ -47,6 +49,8 @@ def engine(settings: SweepConfig, devices: list[str]) -> Engine:
         return Ray(settings.workers)
     gpus = visible_gpus() if any(device in ("auto", "cuda") for device in devices) else []
     if settings.pack and not gpus:
-        raise UserError("sweep.pack=true puts several runs on a GPU, and there is none here; set sweep.workers=N instead")
+        raise UserError(
+            "sweep.pack=true puts several runs on a GPU, and there is none here; set sweep.workers=N instead"
+        )
     named = any(device.startswith("cuda:") for device in devices)
     return Local(settings.workers or max(1, len(gpus)), gpus, gpu_mib() if settings.pack else None, named)

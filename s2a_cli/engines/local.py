@@ -83,13 +83,18 @@ class Local:
     def __init__(self, workers: int, gpus: list[str], pack_mib: float | None = None, named: bool = False):
         self.workers, self.gpus, self.pack_mib = workers, gpus, pack_mib
         self.shared = shared = bool(pack_mib or workers > len(gpus) if gpus else named and workers > 1)
-        said = "s2a: several runs share a GPU: the peaks in their results are predicted, and their speeds are no figures"
+        said = (
+            "s2a: several runs share a GPU: the peaks in their results are predicted, and their speeds are no figures"
+        )
         self.note = said if shared else ""
 
     def free(self, running: dict[int, float | None], peak_mib: float | None) -> int | None:
         if self.pack_mib is None:
             return next((slot for slot in range(self.workers) if slot not in running), None)
-        here = {gpu: [peak for slot, peak in running.items() if slot % len(self.gpus) == gpu] for gpu in range(len(self.gpus))}
+        here = {
+            gpu: [peak for slot, peak in running.items() if slot % len(self.gpus) == gpu]
+            for gpu in range(len(self.gpus))
+        }
         taken = {gpu: sum((peak or self.pack_mib) + CONTEXT_MIB for peak in peaks) for gpu, peaks in here.items()}
         for gpu in sorted(taken, key=taken.get):
             room = self.pack_mib - taken[gpu]

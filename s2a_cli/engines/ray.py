@@ -13,7 +13,6 @@ from s2a_cli.engines.local import POLL, Process
 from s2a_cli.engines.remote import INTERRUPTED, LOST, Again, Queue, note, settle
 from s2a_cli.errors import UserError
 
-
 PREFIXES = ("S2A_", "OMP_", "MKL_", "CUDA_", "CUBLAS_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_", "NCCL_")
 NEEDED = {
     *("PYTHONPATH", "PYTHONHASHSEED", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "TORCH_HOME"),
@@ -83,7 +82,8 @@ class Task:
 
 
 def handed(words: list[str], environment: Mapping[str, str]) -> dict[str, str]:
-    """What a run needs of the sweep's environment: where its data and caches lie, how torch computes, and what its words name.
+    """What a run needs of the sweep's environment: where its data and caches lie, how torch computes, and what its
+    words name.
 
     The cluster may be another's: tokens and all else stay here. A worker that needs more has it in its own environment.
     """

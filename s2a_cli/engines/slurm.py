@@ -98,7 +98,7 @@ class Slurm(Queue):
             submitted = Submitted(kind(folder, kept["id"]), log)
         except (OSError, ValueError, KeyError):
             return None
-        return None if submitted.over() or submitted.state() == "UNKNOWN" and age > UNKNOWN else submitted
+        return None if submitted.over() or (submitted.state() == "UNKNOWN" and age > UNKNOWN) else submitted
 
 
 class Submitted:

@@ -10,6 +10,20 @@ from s2a_cli.memory.snapshot import snapshot
 from s2a_cli.memory.tracker import Tracker
 
 __all__ = [
-    *("CudaMeter", "Margin", "Memory", "Part", "Profile", "Tracker"),
-    *("is_idle", "meter", "observe", "outlook", "predict", "profile", "refusal", "saved_bytes", "snapshot", "track"),
+    "CudaMeter",
+    "Margin",
+    "Memory",
+    "Part",
+    "Profile",
+    "Tracker",
+    "is_idle",
+    "meter",
+    "observe",
+    "outlook",
+    "predict",
+    "profile",
+    "refusal",
+    "saved_bytes",
+    "snapshot",
+    "track",
 ]

@@ -36,17 +36,16 @@ def predict_memory(
     model: with `requires_grad` and training mode set as in training; on any device, "meta" included. Left as found.
     batch: what the model is called with: one tensor or several (only shapes and dtypes are read), or a shape, such as
         (64, 3, 224, 224), in the dtype of the weights.
-    loss: `loss(output)`, or `loss(output, targets)` with targets, -> scalar; None takes the mean of all outputs in float32.
-    targets: of the batch, such as torch.empty(64, dtype=torch.long).
-    optimizer: called with the list of trainable parameters.
-    precision: fp32 (the model and the batch as they are), amp-bf16 or amp-fp16 (under autocast).
-    quant: what is kept for the backward pass, as `s2a_cli.activations.remember` takes it; None: stock PyTorch.
-    blocks: {name: module} that the breakdown tells apart, and that `quant.recompute` and `quant.chunks` are about.
+    loss: `loss(output)`, or `loss(output, targets)` with targets, -> scalar; None takes the mean of all outputs in
+    float32. targets: of the batch, such as torch.empty(64, dtype=torch.long). optimizer: called with the list of
+    trainable parameters. precision: fp32 (the model and the batch as they are), amp-bf16 or amp-fp16 (under autocast).
+    quant: what is kept for the backward pass, as `s2a_cli.activations.remember` takes it; None: stock PyTorch. blocks:
+    {name: module} that the breakdown tells apart, and that `quant.recompute` and `quant.chunks` are about.
 
-    Returns a Profile: `memory` (peak, static and kept MiB; its kind is "predicted"), `parts` (what is alive at the peak, in
-    bytes that add up to it), `phase` and `place` of the peak, `timeline`. Raises ValueError for settings that don't fit,
-    torch's DataDependentOutputException or DynamicOutputShapeException where memory depends on the data, and whatever
-    the model raises.
+    Returns a Profile: `memory` (peak, static and kept MiB; its kind is "predicted"), `parts` (what is alive at the
+    peak, in bytes that add up to it), `phase` and `place` of the peak, `timeline`. Raises ValueError for settings that
+    don't fit, torch's DataDependentOutputException or DynamicOutputShapeException where memory depends on the data, and
+    whatever the model raises.
     """
     if precision not in ("fp32", *AUTOCAST):
         raise ValueError(f"precision={precision!r}: expected one of fp32, {', '.join(AUTOCAST)}")
@@ -84,7 +83,9 @@ def _inputs(model: nn.Module, batch: Tensor | Sequence[Tensor] | Sequence[int]) 
     if batch and all(isinstance(item, Tensor) for item in batch):
         return batch
     if not batch or not all(isinstance(item, int) and item > 0 for item in batch):
-        raise ValueError(f"batch={batch}: expected tensors, or a shape of integers of at least 1, such as (64, 3, 224, 224)")
+        raise ValueError(
+            f"batch={batch}: expected tensors, or a shape of integers of at least 1, such as (64, 3, 224, 224)"
+        )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return [torch.empty(batch, device="meta", dtype=dtype)]
 

@@ -34,7 +34,9 @@ class Profile:
     parts: tuple[Part, ...]  # what is alive at the peak; they add up to it to the byte
     place: str  # what runs when the peak is reached
     uses: tuple[str, ...]  # of each allocation, by its number
-    timeline: tuple[tuple[int, int], ...]  # (number of the allocation, bytes): it comes, or goes where bytes are below zero
+    timeline: tuple[
+        tuple[int, int], ...
+    ]  # (number of the allocation, bytes): it comes, or goes where bytes are below zero
     begins_at: int  # entries of the timeline with what is there before the step
     peak_at: int  # entries of the timeline up to the peak
     phases: tuple[tuple[int, str], ...]  # (entry of the timeline, forward | backward | update), in order
@@ -82,7 +84,9 @@ class Profile:
         sums: Counter[tuple[str, str, str]] = Counter()
         for allocation in alive.values():
             sums[allocation.use or "transient", _family(allocation), allocation.place] += allocation.bytes
-        parts = sorted((Part(*key, size) for key, size in sums.items()), key=lambda part: (USES.index(part.use), -part.bytes))
+        parts = sorted(
+            (Part(*key, size) for key, size in sums.items()), key=lambda part: (USES.index(part.use), -part.bytes)
+        )
         return cls(
             memory,
             tuple(parts),

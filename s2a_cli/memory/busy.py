@@ -33,12 +33,16 @@ def refusal(name: str) -> UserError | None:
         if time.monotonic() >= until:
             shown = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
             return UserError(
-                f"device={shown} ({torch.cuda.get_device_name(shown)}) is not idle: {found}; take another device="
-                " or wait, or set busy=allow to train beside them, with a peak that is predicted and a speed that is no figure"
+                f"device={shown} ({torch.cuda.get_device_name(shown)}) is not idle: {found}; take another device= or"
+                " wait, or set busy=allow to train beside them, with a peak that is predicted and a speed that is no"
+                " figure"
             )
         time.sleep(POLL)
     if (held := _held_mib(device)) >= CONTEXT_MIB:
-        print(f"s2a: {held:,.0f} MiB of {device} are held by what does not compute, such as a screen: it counts as idle", file=sys.stderr)
+        print(
+            f"s2a: {held:,.0f} MiB of {device} are held by what does not compute, such as a screen: it counts as idle",
+            file=sys.stderr,
+        )
     return None
 
 
@@ -50,8 +54,8 @@ def is_idle(device: torch.device) -> bool:
 def rivals(device: torch.device) -> str | None:
     """In words, what else computes on a device; None where nothing does.
 
-    Where little is held, nobody is asked: inside a container the driver knows other process ids than we do. What draws a
-    screen, and the memory of a device that shares it with the host, is no rival.
+    Where little is held, nobody is asked: inside a container the driver knows other process ids than we do. What draws
+    a screen, and the memory of a device that shares it with the host, is no rival.
     """
     try:
         held = _held_mib(device)
@@ -62,7 +66,10 @@ def rivals(device: torch.device) -> str | None:
     listed = processes(device)
     others = [(pid, name, mib) for pid, name, mib in listed or () if pid != os.getpid()]
     if others:
-        said = [f"process {pid} ({name}, {f'{mib:,} MiB' if mib is not None else 'MiB not known'})" for pid, name, mib in others]
+        said = [
+            f"process {pid} ({name}, {f'{mib:,} MiB' if mib is not None else 'MiB not known'})"
+            for pid, name, mib in others
+        ]
         return f"{', '.join(said)} {'hold' if len(said) > 1 else 'holds'} memory of it"
     if _shares_host_memory(device):
         return None
@@ -91,7 +98,9 @@ def _properties(device: torch.device) -> object:
 
 
 def processes(device: torch.device) -> list[tuple[int, str, int | None]] | None:
-    """(id, name, MiB or None where that is not told) of the processes that compute, as nvidia-smi lists them; None: it can't be asked."""
+    """(id, name, MiB or None where that is not told) of the processes that compute, as nvidia-smi lists them; None: it
+    can't be asked.
+    """
     lines = _smi(device, "--query-compute-apps=pid,process_name,used_memory")
     if lines is None:
         return None

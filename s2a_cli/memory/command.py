@@ -62,7 +62,9 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _predict(row: Row, words: list[str], predictor: Predictor, available: int | None, margin: Margin, alone: bool) -> None:
+def _predict(
+    row: Row, words: list[str], predictor: Predictor, available: int | None, margin: Margin, alone: bool
+) -> None:
     """Fills in a row; where one of several can't be predicted, with the reason."""
     try:
         row.profile = predictor(row.composition)
@@ -88,7 +90,9 @@ def _margin(given: dict[str, str]) -> Margin:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text)
         share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
         if not 0 <= share < 1:
-            raise UserError(f"fragmentation={text}: expected a share of the peak of at least 0 and below 1, such as 0.05 or 5%")
+            raise UserError(
+                f"fragmentation={text}: expected a share of the peak of at least 0 and below 1, such as 0.05 or 5%"
+            )
         changes["fragmentation"] = share
     return Margin(**changes)
 

@@ -22,7 +22,14 @@ SIZES = {  # classes, training images before a validation split is taken, and wh
     "flowers102": (102, 1_020, True),
     "pets": (37, 3_680, False),
 }
-DOMAINNET = {"clipart": 33_525, "infograph": 36_023, "painting": 50_416, "quickdraw": 120_750, "real": 120_906, "sketch": 48_212}
+DOMAINNET = {
+    "clipart": 33_525,
+    "infograph": 36_023,
+    "painting": 50_416,
+    "quickdraw": 120_750,
+    "real": 120_906,
+    "sketch": 48_212,
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,13 @@ class Composition:
     @property
     def title(self) -> str:
         config = self.config
-        names = [config.backbone.name, config.method.name, f"quant {config.quant.name}", config.precision, config.optim.name]
+        names = [
+            config.backbone.name,
+            config.method.name,
+            f"quant {config.quant.name}",
+            config.precision,
+            config.optim.name,
+        ]
         weights = [f"{config.backbone.weights} weights"] if config.backbone.weights != "fp32" else []
         micro = [f"micro-batches of {config.optim.micro_batch}"] if config.optim.micro_batch else []
         return " · ".join([*names, *weights, f"batch {self.batch}", *micro])
@@ -60,14 +73,26 @@ class Predictor:
         self._built: dict[str, backbones.Backbone] = {}  # for other batch sizes
 
     def __call__(self, composition: Composition) -> Profile:
-        """The step of a composition. Raises UserError for one that can't be predicted, and for settings that don't fit."""
+        """The step of a composition.
+
+        Raises UserError for one that can't be predicted, and for settings that don't fit.
+        """
         config = composition.config
         if config.compile:
-            raise UserError("compile=true can't be predicted: the compiler decides what it keeps; predict the run without it")
+            raise UserError(
+                "compile=true can't be predicted: the compiler decides what it keeps; predict the run without it"
+            )
         if config.quant.budget_mib:
             budget = f"{config.quant.budget_mib:g}"
-            raise UserError(f"quant=auto can't be predicted: it chooses on images of the run, for a peak of at most {budget} MiB")
-        key = json.dumps([OmegaConf.to_container(OmegaConf.merge(config, {"optim": {"batch_size": 1}}), resolve=True), composition.classes])
+            raise UserError(
+                f"quant=auto can't be predicted: it chooses on images of the run, for a peak of at most {budget} MiB"
+            )
+        key = json.dumps(
+            [
+                OmegaConf.to_container(OmegaConf.merge(config, {"optim": {"batch_size": 1}}), resolve=True),
+                composition.classes,
+            ]
+        )
         if key not in self._built:
             backbone = backbones.build(config.backbone, composition.classes, meta=True)
             training.attach(config, backbone)
@@ -78,7 +103,13 @@ class Predictor:
         """The same composition under full fine-tuning, with stock PyTorch."""
         config = composition.config
         plain = OmegaConf.to_container(config, resolve=True)
-        key = json.dumps([{name: plain[name] for name in ("backbone", "optim", "precision")}, composition.classes, composition.images])
+        key = json.dumps(
+            [
+                {name: plain[name] for name in ("backbone", "optim", "precision")},
+                composition.classes,
+                composition.images,
+            ]
+        )
         if key not in self._full:
             backbone, changed = training.full_finetuning(config, composition.classes)
             self._full[key] = self._profile(backbone, changed, composition)
@@ -99,7 +130,9 @@ class Predictor:
 
 
 def sizes(dataset: DatasetConfig) -> tuple[int, int, str | None]:
-    """(classes, training images, what is assumed) of a data set, from what is known of it: nothing is read but folder names."""
+    """(classes, training images, what is assumed) of a data set, from what is known of it: nothing is read but folder
+    names.
+    """
     assumed = None
     if dataset.name == "domainnet" and dataset.domain:
         classes, images, has_val = 345, DOMAINNET[dataset.domain], False
@@ -108,7 +141,10 @@ def sizes(dataset: DatasetConfig) -> tuple[int, int, str | None]:
     else:
         classes, images, has_val = _class_folders(dataset), IMAGES, True
         if not classes:
-            classes, assumed = CLASSES, f"{CLASSES} classes and at least a batch of images are assumed: dataset.root is not a folder here"
+            classes, assumed = (
+                CLASSES,
+                f"{CLASSES} classes and at least a batch of images are assumed: dataset.root is not a folder here",
+            )
     if not has_val:
         images = round(images * (1 - dataset.val_fraction))
     if dataset.shots is not None:

@@ -1,8 +1,8 @@
 """What a CUDA device does differently from the CPU tensors that a prediction runs on.
 
-In the headline, because PyTorch's documentation leaves no doubt: requests are rounded up to 512 bytes, and autocast runs
-more operators in fp32 than on a CPU (`CudaAutocast`). Beside it, as bounds or estimates, because no CUDA device has
-confirmed them: `differences`, and what the allocator takes from the device (`reserved`). Not modelled: the kernels'
+In the headline, because PyTorch's documentation leaves no doubt: requests are rounded up to 512 bytes, and autocast
+runs more operators in fp32 than on a CPU (`CudaAutocast`). Beside it, as bounds or estimates, because no CUDA device
+has confirmed them: `differences`, and what the allocator takes from the device (`reserved`). Not modelled: the kernels'
 own temporaries, NCCL's buffers, and that autograd adds two gradients of one tensor in place where it can, so that a
 peak on a residual connection may be one gradient too high.
 """
@@ -25,8 +25,25 @@ from s2a_cli.memory.tracker import Call
 # "CUDA Ops that can autocast to float32" of PyTorch's AMP documentation, those that a CPU leaves in 16 bits.
 IN_FP32 = {
     *(F.softmax, F.log_softmax, F.layer_norm, F.group_norm, F.cosine_similarity, F.softplus, F.softmin),
-    *(torch.softmax, torch.log_softmax, torch.layer_norm, torch.group_norm, torch.exp, torch.log, torch.pow, torch.rsqrt, torch.norm),
-    *(torch.Tensor.softmax, torch.Tensor.log_softmax, torch.Tensor.exp, torch.Tensor.log, torch.Tensor.pow, torch.Tensor.norm),
+    *(
+        torch.softmax,
+        torch.log_softmax,
+        torch.layer_norm,
+        torch.group_norm,
+        torch.exp,
+        torch.log,
+        torch.pow,
+        torch.rsqrt,
+        torch.norm,
+    ),
+    *(
+        torch.Tensor.softmax,
+        torch.Tensor.log_softmax,
+        torch.Tensor.exp,
+        torch.Tensor.log,
+        torch.Tensor.pow,
+        torch.Tensor.norm,
+    ),
 }
 
 
@@ -71,7 +88,11 @@ def attention_kernel(dtype: torch.dtype, head: int, masked: bool) -> str:
 
 def differences(calls: Iterable[Call]) -> list[Difference]:
     """What CUDA adds to the peak of a step with these attentions and convolutions; untested on a device."""
-    found = [Difference("cuBLAS workspace", CUBLAS_MIB, False, "CUBLAS_WORKSPACE_CONFIG=:4096:8, held by PyTorch's allocator")]
+    found = [
+        Difference(
+            "cuBLAS workspace", CUBLAS_MIB, False, "CUBLAS_WORKSPACE_CONFIG=:4096:8, held by PyTorch's allocator"
+        )
+    ]
     fused = [call for call in calls if "scaled_dot_product" in call.operator and call.keeps]
     for kernel in ("flash", "memory-efficient", "unfused"):
         chosen = [call for call in fused if attention_kernel(call.dtype, call.inputs[0][-1], call.masked) == kernel]
@@ -107,21 +128,28 @@ def _unfolded(call: Call) -> int:
     return out[0] * math.prod(out[2:]) * math.prod(weight[1:]) * call.dtype.itemsize if math.prod(weight[2:]) > 1 else 0
 
 
-SMALL, LARGE, ROUND = 1 * MIB, 10 * MIB, 2 * MIB  # of c10/cuda/CUDACachingAllocator: kSmallSize, kMinLargeAlloc, kRoundLarge
+SMALL, LARGE, ROUND = (
+    1 * MIB,
+    10 * MIB,
+    2 * MIB,
+)  # of c10/cuda/CUDACachingAllocator: kSmallSize, kMinLargeAlloc, kRoundLarge
 SMALL_SEGMENT, LARGE_SEGMENT = 2 * MIB, 20 * MIB  # kSmallBuffer, kLargeBuffer
 
 
 class Allocator:
     """PyTorch's caching allocator for CUDA with its default settings, on numbers: what it takes from the device.
 
-    Requests up to 1 MiB come from segments of 2 MiB, up to 10 MiB from such of 20 MiB, others from segments of their own
-    in steps of 2 MiB. The smallest free block that fits is taken, and split where enough remains; neighbours that are
-    free are joined. Segments are never given back: a device that is not full gives no cause to.
+    Requests up to 1 MiB come from segments of 2 MiB, up to 10 MiB from such of 20 MiB, others from segments of their
+    own in steps of 2 MiB. The smallest free block that fits is taken, and split where enough remains; neighbours that
+    are free are joined. Segments are never given back: a device that is not full gives no cause to.
     """
 
     def __init__(self) -> None:
         self.reserved = 0  # bytes
-        self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # small or not -> [(bytes, address)], sorted
+        self._free: dict[bool, list[tuple[int, int]]] = {
+            True: [],
+            False: [],
+        }  # small or not -> [(bytes, address)], sorted
         self._size: dict[int, int] = {}  # address -> bytes of every block
         self._after: dict[int, int] = {}  # address -> that of its neighbour in the segment
         self._ahead: dict[int, int] = {}
@@ -145,10 +173,14 @@ class Allocator:
     def give(self, address: int) -> None:
         """The block is free again."""
         small = self._small[address]
-        if (after := self._after.get(address)) is not None and (self._size[after], after) in self._free_set(small, after):
+        if (after := self._after.get(address)) is not None and (self._size[after], after) in self._free_set(
+            small, after
+        ):
             self._free[small].remove((self._size[after], after))
             self._join(address, after)
-        if (ahead := self._ahead.get(address)) is not None and (self._size[ahead], ahead) in self._free_set(small, ahead):
+        if (ahead := self._ahead.get(address)) is not None and (self._size[ahead], ahead) in self._free_set(
+            small, ahead
+        ):
             self._free[small].remove((self._size[ahead], ahead))
             self._join(ahead, address)
             address = ahead
@@ -189,7 +221,8 @@ class Allocator:
 def reserved(timeline: Iterable[tuple[int, int]], begins_at: int, steps: int = 3) -> int:
     """Bytes that the allocator has taken from the device after some steps like this one, fragmentation included.
 
-    timeline: (number of an allocation, bytes; below zero where it goes), of which the first `begins_at` precede the step.
+    timeline: (number of an allocation, bytes; below zero where it goes), of which the first `begins_at` precede the
+    step.
     """
     allocator, places = Allocator(), {}
     timeline = list(timeline)

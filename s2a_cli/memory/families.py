@@ -24,7 +24,9 @@ FAMILIES = {
     "codes": r"s2a::.*",
 }
 PRIORITY = tuple(FAMILIES)  # of several readers of a kept tensor, the one that is named
-KEEPS_RESULT = re.compile(r"aten::(_?scaled_dot.*|_?softmax|relu_?|sigmoid_?|tanh_?|max_pool.*|_log_softmax|hardsigmoid)")
+KEEPS_RESULT = re.compile(
+    r"aten::(_?scaled_dot.*|_?softmax|relu_?|sigmoid_?|tanh_?|max_pool.*|_log_softmax|hardsigmoid)"
+)
 OTHER = "elementwise and copies"
 
 
@@ -42,12 +44,18 @@ def family(operator: Any) -> str:
 def reads(operator: Any) -> str | None:
     """The family of an operator that may keep what it reads for its backward pass; None for others."""
     found = family(operator)
-    return found if found in ("attention", "normalisation", "softmax", "activation", "convolution", "linear", "pooling") else None
+    return (
+        found
+        if found in ("attention", "normalisation", "softmax", "activation", "convolution", "linear", "pooling")
+        else None
+    )
 
 
 @functools.cache
 def keeps_result(operator: Any) -> bool:
-    return operator is not None and not isinstance(operator, str) and KEEPS_RESULT.match(operator._schema.name) is not None
+    return (
+        operator is not None and not isinstance(operator, str) and KEEPS_RESULT.match(operator._schema.name) is not None
+    )
 
 
 def of_module(module: nn.Module) -> str:

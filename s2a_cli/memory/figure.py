@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -19,16 +20,35 @@ from s2a_cli.memory.result import MIB
 from s2a_cli.memory.watch import USES
 
 COLORS = {
-    **{"weights": "#4a5a78", "trainable": "#7b8fb8", "optimiser": "#a9b8d6", "buffers": "#ccd4e4"},
-    **{"gradients": "#7f5aa2", "batch": "#9a9a9a", "kept": "#e0883c", "transient": "#f2c94c"},
+    "weights": "#4a5a78",
+    "trainable": "#7b8fb8",
+    "optimiser": "#a9b8d6",
+    "buffers": "#ccd4e4",
+    "gradients": "#7f5aa2",
+    "batch": "#9a9a9a",
+    "kept": "#e0883c",
+    "transient": "#f2c94c",
 }  # cold for what stays between steps, warm for what a step needs
 POINTS = 1500  # of a timeline
-STYLE = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "s2a", "axes.spines.top": False, "axes.spines.right": False}
-STYLE |= {"text.parse_math": False, "axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False, "axes.axisbelow": True}
+STYLE = {
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "s2a",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+STYLE |= {
+    "text.parse_math": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "axes.axisbelow": True,
+}
 
 
 def save(rows: list[Row], path: Path, force: bool = False) -> None:
-    """One composition as a timeline beside bars, several as bars. Raises UserError where nothing can be drawn or written.
+    """One composition as a timeline beside bars, several as bars. Raises UserError where nothing can be drawn or
+    written.
 
     A file that is no figure of ours is overwritten by `force` only.
     """
@@ -64,7 +84,10 @@ def several(rows: list[Row]) -> plt.Figure:
     axis.invert_yaxis()
     axis.set_xlabel("MiB alive at the peak, predicted")
     figure.legend(
-        [plt.Rectangle((0, 0), 1, 1, color=COLORS[use]) for use in USES], [NAMES[use] for use in USES], loc="outside lower center", ncols=4
+        [plt.Rectangle((0, 0), 1, 1, color=COLORS[use]) for use in USES],
+        [NAMES[use] for use in USES],
+        loc="outside lower center",
+        ncols=4,
     )
     return figure
 
@@ -81,17 +104,23 @@ def _timeline(axis: plt.Axes, profile: Profile) -> None:
     values = live(profile)
     total, peak = values.sum(1), profile.peak_at - profile.begins_at
     edges = np.linspace(0, len(total), min(POINTS, len(total)) + 1).astype(int)
-    kept = [start + int(total[start:stop].argmax()) for start, stop in zip(edges, edges[1:], strict=False)]  # no peak gets lost
+    kept = [start + int(total[start:stop].argmax()) for start, stop in pairwise(edges)]  # no peak gets lost
     axis.stackplot(kept, values[kept].T, colors=[COLORS[use] for use in USES], lw=0)
     axis.plot(kept, total[kept], color="#333333", lw=0.6)
     top = profile.peak_bytes / MIB
     axis.plot([peak], [top], "o", ms=5, color="#c0392b", zorder=3)
     late = peak > 0.6 * len(total)
     axis.annotate(
-        f"peak {top:,.0f} MiB\n{profile.place}, {profile.phase}", (peak, top), (-9 if late else 9, 4), textcoords="offset points",
-        ha="right" if late else "left", va="bottom", color="#c0392b", fontweight="bold",
+        f"peak {top:,.0f} MiB\n{profile.place}, {profile.phase}",
+        (peak, top),
+        (-9 if late else 9, 4),
+        textcoords="offset points",
+        ha="right" if late else "left",
+        va="bottom",
+        color="#c0392b",
+        fontweight="bold",
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
-    )  # fmt: skip
+    )
     axis.set(xlim=(0, len(total) - 1), ylim=(0, top * 1.25), ylabel="MiB alive, predicted")
     starts = [max(0, at - profile.begins_at) for at, _ in profile.phases]
     for (_, name), start, end in zip(profile.phases, starts, [*starts[1:], len(total) - 1], strict=True):
@@ -114,8 +143,14 @@ def _bars(axis: plt.Axes, names: list[str], profiles: list[Profile], across: boo
         ends += sizes
     for place, end in enumerate(ends):
         text, shift = f"{end:,.0f}", (4, 0) if across else (0, 3)
-        axis.annotate(text, (end, place) if across else (place, end), shift, textcoords="offset points",
-                      ha="left" if across else "center", va="center" if across else "bottom")  # fmt: skip
+        axis.annotate(
+            text,
+            (end, place) if across else (place, end),
+            shift,
+            textcoords="offset points",
+            ha="left" if across else "center",
+            va="center" if across else "bottom",
+        )
     numbers = axis.xaxis if across else axis.yaxis
     (axis.set_yticks if across else axis.set_xticks)(range(len(names)), names)
     (axis.set_xlim if across else axis.set_ylim)(0, ends.max() * 1.12)

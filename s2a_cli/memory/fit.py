@@ -39,7 +39,9 @@ def device_size(text: str) -> int:
     return torch.cuda.get_device_properties(number).total_memory
 
 
-def largest_batch(config: DictConfig, device_bytes: int, margin: Margin = Margin(), predictor: Predictor | None = None) -> int:
+def largest_batch(
+    config: DictConfig, device_bytes: int, margin: Margin = Margin(), predictor: Predictor | None = None
+) -> int:
     """The most images an optimiser step with which a run is predicted to fit; 0 where not even one does.
 
     At most as many as there are images to train on. Raises UserError for a composition that can't be predicted.
@@ -102,7 +104,9 @@ CHANGES = (  # cheapest in speed first
 
 
 def options(words: list[str], device_bytes: int, margin: Margin, predictor: Predictor) -> Iterator[Option]:
-    """Changes to the words of a composition, each with its prediction; those that change nothing or don't apply are left out."""
+    """Changes to the words of a composition, each with its prediction; those that change nothing or don't apply are
+    left out.
+    """
     now = Composition.of(compose(words))
     batch = now.config.optim.micro_batch or now.batch
     for change, costs in CHANGES:
@@ -133,13 +137,16 @@ AUTO = "optim.batch_size=auto"
 def need_device() -> None:
     """Raises UserError where there is no CUDA device that a batch could fit."""
     if not torch.cuda.device_count():
-        raise UserError(f"{AUTO}: there is no CUDA device to fit; `s2a memory fit=8GiB` tells a batch for one elsewhere")
+        raise UserError(
+            f"{AUTO}: there is no CUDA device to fit; `s2a memory fit=8GiB` tells a batch for one elsewhere"
+        )
 
 
 def resolved(words: list[str]) -> list[str]:
     """The words of `s2a train` with optim.batch_size=auto replaced by the largest batch that fits the CUDA device.
 
-    With busy=allow it fits what others leave free now. Raises UserError where there is no CUDA device, and where nothing fits.
+    With busy=allow it fits what others leave free now. Raises UserError where there is no CUDA device, and where
+    nothing fits.
     """
     if AUTO not in words:
         return words

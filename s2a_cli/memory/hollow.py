@@ -1,9 +1,9 @@
 """Tensors without data: real training code runs on them, no kernel does.
 
-Within `Hollow`, operators return tensors that nobody has written to. The operating system gives a page of memory when it
-is first written, so these take none, whatever their size. What an operator returns is asked once for each combination
-of shapes, of PyTorch's fake tensors; the second layer of a network costs a look-up. That is several times faster than
-fake tensors throughout, and dispatch, autocast and autograd are those of CPU tensors.
+Within `Hollow`, operators return tensors that nobody has written to. The operating system gives a page of memory when
+it is first written, so these take none, whatever their size. What an operator returns is asked once for each
+combination of shapes, of PyTorch's fake tensors; the second layer of a network costs a look-up. That is several times
+faster than fake tensors throughout, and dispatch, autocast and autograd are those of CPU tensors.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ class Hollow(TorchDispatchMode):
 
 
 def is_hollow(tensor: Tensor) -> bool:
-    """Whether nothing can be learned from the values of a tensor: a prediction, or a trace of the compiler's, is going on."""
+    """Whether nothing can be learned from the values of a tensor: a prediction, or a trace of the compiler's, is going
+    on.
+    """
     return Hollow.active > 0 or isinstance(tensor, FakeTensor)
 
 

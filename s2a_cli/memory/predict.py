@@ -32,7 +32,9 @@ MakeOptimizer = Callable[[nn.Module], Optimizer]
 Blocks = Mapping[str, nn.Module]
 
 
-def observe(model: nn.Module, batch: Iterable[Tensor], step: Step, make_optimizer: MakeOptimizer, blocks: Blocks | None = None) -> Profile:
+def observe(
+    model: nn.Module, batch: Iterable[Tensor], step: Step, make_optimizer: MakeOptimizer, blocks: Blocks | None = None
+) -> Profile:
     """Trains `model` for two steps and follows the second: the core of `profile`, and its check on real CPU tensors.
 
     Gradients are released between the steps. The optimiser is told to work on lists of tensors (foreach) unless it
@@ -62,7 +64,9 @@ def track(model: nn.Module, batch: Iterable[Tensor], step: Step, make_optimizer:
     return observe(model, batch, step, make_optimizer).memory
 
 
-def profile(model: nn.Module, batch: Iterable[Tensor], step: Step, make_optimizer: MakeOptimizer, blocks: Blocks | None = None) -> Profile:
+def profile(
+    model: nn.Module, batch: Iterable[Tensor], step: Step, make_optimizer: MakeOptimizer, blocks: Blocks | None = None
+) -> Profile:
     """Predicts the memory of training `model` with `step`, on a machine without the device and without the memory.
 
     model: on any device, "meta" included. Left exactly as found, also when the step fails; hooks that refer to its
@@ -115,7 +119,9 @@ def hollow_tensors(model: nn.Module) -> Iterator[None]:
     tables = [table for module in modules for table in (module._parameters, module._buffers)]
     originals = [dict(table) for table in tables]
     training = [module.training for module in modules]
-    hollow = {id(t): _hollow(t) for table in originals for t in table.values() if t is not None}  # tied tensors stay tied
+    hollow = {
+        id(t): _hollow(t) for table in originals for t in table.values() if t is not None
+    }  # tied tensors stay tied
     try:
         for table in tables:
             table.update((name, hollow[id(t)]) for name, t in table.items() if t is not None)

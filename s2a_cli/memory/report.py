@@ -69,8 +69,10 @@ def one(row: Row) -> str:
         f"{row.composition.title} · predicted, not measured",
         *([f"assumed: {row.composition.assumed}"] if row.composition.assumed else []),
         "",
-        f"peak {mib(mine.peak_bytes)} MiB, {row.times:.1f}x below full fine-tuning ({mib(full.peak_bytes)} MiB),"
-        f" in the {mine.phase} {'pass' if mine.phase != 'update' else 'of the weights'}, at {mine.place}",
+        (
+            f"peak {mib(mine.peak_bytes)} MiB, {row.times:.1f}x below full fine-tuning ({mib(full.peak_bytes)} MiB),"
+            f" in the {mine.phase} {'pass' if mine.phase != 'update' else 'of the weights'}, at {mine.place}"
+        ),
         f"between steps {mine.memory.static_mib:,.1f} MiB; after the forward pass {mine.memory.kept_mib:,.1f} MiB more",
         "",
     ]
@@ -114,12 +116,17 @@ def natural(name: str) -> tuple:
 
 def cuda_lines(profile: Profile) -> list[str]:
     """What a CUDA device adds to the peak, apart from it."""
-    found = [f"  {d.name}: {'at most ' if d.is_bound else ''}{d.mib:,.1f} MiB ({d.why})" for d in differences(profile.calls)]
+    found = [
+        f"  {d.name}: {'at most ' if d.is_bound else ''}{d.mib:,.1f} MiB ({d.why})" for d in differences(profile.calls)
+    ]
     taken = reserved(profile.timeline, profile.begins_at)
     return [
         "on CUDA, beside the peak (modelled from documentation, not confirmed on a device):",
         *found,
-        f"  taken from the device by PyTorch's allocator, a simulation of it: {mib(taken)} MiB; the CUDA context comes on top",
+        (
+            f"  taken from the device by PyTorch's allocator, a simulation of it: {mib(taken)} MiB; the CUDA context"
+            " comes on top"
+        ),
     ]
 
 
@@ -127,19 +134,38 @@ def fit_lines(row: Row) -> list[str]:
     fitted, batch = row.fitted, row.composition.batch
     verdict = "fits" if fitted.needed <= fitted.available else "does not fit"
     lines = [
-        f"fit: batch {batch} {verdict}: {mib(fitted.needed)} of {mib(fitted.available)} MiB, margin included ({fitted.margin})",
+        (
+            f"fit: batch {batch} {verdict}: {mib(fitted.needed)} of {mib(fitted.available)} MiB, margin included"
+            f" ({fitted.margin})"
+        ),
         f"largest batch that fits: {fitted.largest or 'none, not even one image'}",
     ]
     if fitted.options:
-        table = [[" ".join(o.words), mib(o.needed), "fits" if o.needed <= fitted.available else "no", o.costs] for o in fitted.options]
-        lines += ["", _table(table, ["would change it, cheapest in speed first", "needs, MiB", "", "costs"], left=(0, 2, 3))]
+        table = [
+            [" ".join(o.words), mib(o.needed), "fits" if o.needed <= fitted.available else "no", o.costs]
+            for o in fitted.options
+        ]
+        lines += [
+            "",
+            _table(table, ["would change it, cheapest in speed first", "needs, MiB", "", "costs"], left=(0, 2, 3)),
+        ]
     return lines
 
 
 def several(rows: list[Row]) -> str:
     """A table, a line a composition."""
     fits = any(row.fitted for row in rows)
-    header = ["run", "peak", "static", "gradients", "kept", "transient", "below full", "peak in", *(["largest batch"] if fits else [])]
+    header = [
+        "run",
+        "peak",
+        "static",
+        "gradients",
+        "kept",
+        "transient",
+        "below full",
+        "peak in",
+        *(["largest batch"] if fits else []),
+    ]
     table = []
     for row in rows:
         if row.profile is None:
@@ -151,7 +177,10 @@ def several(rows: list[Row]) -> str:
         figures = [mib(value) for value in (row.profile.peak_bytes, static, *sums)]
         fitted = [str(row.fitted.largest or "none") if row.fitted else "–"] if fits else []
         table.append([row.name, *figures, f"{row.times:.1f}x", row.profile.phase, *fitted])
-    notes = ["MiB at the peak, predicted, not measured; static: with the images; below full: against full fine-tuning of the same"]
+    notes = [
+        "MiB at the peak, predicted, not measured; static: with the images; below full: against full fine-tuning of the"
+        " same"
+    ]
     notes += dict.fromkeys(f"assumed: {row.composition.assumed}" for row in rows if row.composition.assumed)
     notes += [f"{row.name}: {row.problem}" for row in rows if row.problem]
     if fits:
@@ -190,7 +219,9 @@ def _plain(row: Row) -> dict[str, Any]:
             "static_mib": profile.memory.static_mib,
             "kept_mib": profile.memory.kept_mib,
             "full_finetune_peak_mib": row.full.peak_bytes / MIB,
-            "parts": [{"use": p.use, "family": p.family, "place": p.place, "mib": p.bytes / MIB} for p in profile.parts],
+            "parts": [
+                {"use": p.use, "family": p.family, "place": p.place, "mib": p.bytes / MIB} for p in profile.parts
+            ],
             "cuda": {
                 "reserved_mib": reserved(profile.timeline, profile.begins_at) / MIB,
                 "differences": [_difference(d) for d in differences(profile.calls)],
@@ -223,7 +254,9 @@ def as_csv(rows: list[Row]) -> str:
     writer.writerow(["run", "kind", "use", "family", "place", "mib", "bytes", "problem"])
     for row in rows:
         for part in row.profile.parts if row.profile else ():
-            writer.writerow([row.name, "predicted", part.use, part.family, part.place, f"{part.bytes / MIB:.4f}", part.bytes, ""])
+            writer.writerow(
+                [row.name, "predicted", part.use, part.family, part.place, f"{part.bytes / MIB:.4f}", part.bytes, ""]
+            )
         if row.profile is None:
             writer.writerow([row.name, "", "", "", "", "", "", row.problem])
     return text.getvalue().rstrip("\n")

@@ -15,12 +15,17 @@ ENTRIES = 200_000  # of the newest allocations and releases
 
 @contextmanager
 def snapshot(folder: Path, device: torch.device, wanted: bool) -> Iterator[None]:
-    """Records allocations within, and writes them to the run's folder at the end, also of a run that ran out of memory."""
+    """Records allocations within, and writes them to the run's folder at the end, also of a run that ran out of
+    memory.
+    """
     if not wanted:
         yield
         return
     if device.type != "cuda":
-        print(f"s2a: profile=memory needs CUDA: {device} has no record of allocations; `s2a memory` predicts them", file=sys.stderr)
+        print(
+            f"s2a: profile=memory needs CUDA: {device} has no record of allocations; `s2a memory` predicts them",
+            file=sys.stderr,
+        )
         yield
         return
     torch.cuda.memory._record_memory_history(max_entries=ENTRIES)

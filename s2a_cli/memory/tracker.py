@@ -24,7 +24,9 @@ WATCHED = tuple(
 
 
 class Allocation:
-    """One storage: its bytes, rounded; what it is for ("" until known), the operator that made it, the place in the model."""
+    """One storage: its bytes, rounded; what it is for ("" until known), the operator that made it, the place in the
+    model.
+    """
 
     __slots__ = ("bytes", "operator", "place", "readers", "use")
 
@@ -105,9 +107,10 @@ class Tracker(TorchDispatchMode):
 
     def _here(self) -> str:
         node = torch._C._current_autograd_node()
-        if node is not None and self._bounds and (number := node._sequence_nr()) < 2**63:  # beyond: an accumulation
-            if number < self._bounds[-1]:  # beyond: within what a backward pass computes again
-                self.place = self._places[max(0, bisect_right(self._bounds, number) - 1)]
+        # Numbers beyond are an accumulation (2^63 and more), or what a backward pass computes again.
+        if node is not None and self._bounds and node._sequence_nr() < self._bounds[-1]:
+            number = node._sequence_nr()
+            self.place = self._places[max(0, bisect_right(self._bounds, number) - 1)]
         return self.place
 
     def _log(self, allocation: Allocation, came: bool) -> None:
@@ -132,5 +135,7 @@ class Tracker(TorchDispatchMode):
             given = [argument for argument in args if isinstance(argument, Tensor)]
             shapes = (tuple(tuple(tensor.shape) for tensor in tensors) for tensors in (given, results))
             masked = kwargs.get("attn_mask") is not None
-            self.calls.append(Call(func._schema.name, *shapes, given[0].dtype, masked, self.reading and torch.is_grad_enabled()))
+            self.calls.append(
+                Call(func._schema.name, *shapes, given[0].dtype, masked, self.reading and torch.is_grad_enabled())
+            )
         return out

@@ -23,7 +23,9 @@ class Watch:
     Only hooks are added to the model and the optimiser, and taken away at the end.
     """
 
-    def __init__(self, tracker: Tracker, model: nn.Module, optimizer: Optimizer, blocks: Mapping[str, nn.Module] | None):
+    def __init__(
+        self, tracker: Tracker, model: nn.Module, optimizer: Optimizer, blocks: Mapping[str, nn.Module] | None
+    ):
         self.tracker, self.model, self.optimizer = tracker, model, optimizer
         self.static = 0  # bytes between steps
         self.kept: list[int] = []  # bytes after each forward pass of a step, less `static`
@@ -35,7 +37,9 @@ class Watch:
     def __enter__(self) -> Watch:
         with ExitStack() as hooks:
             for name, module in self.places.items():
-                hooks.callback(module.register_forward_pre_hook(lambda *_, name=name: self._enters(name), prepend=True).remove)
+                hooks.callback(
+                    module.register_forward_pre_hook(lambda *_, name=name: self._enters(name), prepend=True).remove
+                )
                 hooks.callback(module.register_forward_hook(lambda *_: self._leaves()).remove)
             hooks.callback(self.model.register_forward_pre_hook(lambda *_: self._phase("forward"), prepend=True).remove)
             hooks.callback(self.optimizer.register_step_pre_hook(lambda *_: self._updates()).remove)
@@ -126,8 +130,12 @@ def _places(model: nn.Module, blocks: Mapping[str, nn.Module] | None) -> dict[st
     Without blocks, its children, and theirs where a child is but a list.
     """
     if blocks is None:
-        lists = {name: child for name, child in model.named_children() if isinstance(child, nn.Sequential | nn.ModuleList)}
-        blocks = {f"{name}.{inner}": module for name, child in lists.items() for inner, module in child.named_children()}
+        lists = {
+            name: child for name, child in model.named_children() if isinstance(child, nn.Sequential | nn.ModuleList)
+        }
+        blocks = {
+            f"{name}.{inner}": module for name, child in lists.items() for inner, module in child.named_children()
+        }
     others = {
         name: child
         for name, child in model.named_children()

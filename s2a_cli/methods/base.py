@@ -33,9 +33,9 @@ class Method:
     def attach(self, backbone: Backbone) -> None:
         """Unfreezes parameters of `backbone` and adds modules to it, in place.
 
-        At the call every parameter is frozen but the head's. Afterwards the function computed is still the pretrained one. In
-        training the model may return several votes, [votes, B, classes] instead of [B, classes]: each gets a loss of its own.
-        Raises UserError for settings that do not fit this backbone.
+        At the call every parameter is frozen but the head's. Afterwards the function computed is still the pretrained
+        one. In training the model may return several votes, [votes, B, classes] instead of [B, classes]: each gets a
+        loss of its own. Raises UserError for settings that do not fit this backbone.
         """
         raise TypeError(f"{type(self).__name__} does not say what it attaches")
 

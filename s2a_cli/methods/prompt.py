@@ -36,19 +36,25 @@ class LowRankPrompt(nn.Module):
 def add_prompts(backbone: Backbone, blocks: str, rank: int) -> None:
     """Adds a low-rank prompt at the input of every adapted block.
 
-    Where a block has fewer channels or positions than `rank`, its prompt has as many; says so. Raises UserError where every
-    block has fewer channels.
+    Where a block has fewer channels or positions than `rank`, its prompt has as many; says so. Raises UserError where
+    every block has fewer channels.
     """
     prompts, adapted = nn.ModuleList(), backbone.adapted_blocks(blocks)
     widest = max(block.input.channels for block in adapted)
     if rank > widest:
-        raise UserError(f"rank={rank} of the low-rank prompt is larger than any block of this backbone allows: they have at most {widest} channels")
+        raise UserError(
+            f"rank={rank} of the low-rank prompt is larger than any block of this backbone allows: they have at most"
+            f" {widest} channels"
+        )
     limits = {block.name: min(block.input.channels, block.input.positions) for block in adapted}
     narrow = {name: limit for name, limit in limits.items() if limit < rank}
     if narrow and is_first():
         few = ", ".join(f"{limit} at {name}" for name, limit in list(narrow.items())[:3])
         more = f" and {len(narrow) - 3} more" if len(narrow) > 3 else ""
-        print(f"s2a: the low-rank prompt has a lower rank than {rank} where channels or positions are few: {few}{more}", file=sys.stderr)
+        print(
+            f"s2a: the low-rank prompt has a lower rank than {rank} where channels or positions are few: {few}{more}",
+            file=sys.stderr,
+        )
     for block in adapted:
         prompts.append(LowRankPrompt(block.input, min(rank, limits[block.name])))
         block.module.register_forward_pre_hook(prompts[-1].on_block_input, with_kwargs=True)

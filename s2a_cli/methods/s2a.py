@@ -22,19 +22,29 @@ class S2A(Method):
         bias: bool = True  # false: without
         prompt: PromptConfig | None = field(default_factory=PromptConfig)  # null: without
         side: SideConfig | None = field(default_factory=SideConfig)  # null: without
-        segments: int = 1  # of the adapted blocks; each but the last learns by the side branch's vote at its end: no gradient leaves it
+        # of the adapted blocks; each but the last learns by the side branch's vote at its end: no gradient leaves it
+        segments: int = 1
 
     def attach(self, backbone):
         config = self.config
         if not (config.bias or config.prompt or config.side):
-            raise UserError("method=s2a with bias, prompt and side all switched off trains only the head: that is method=linear")
+            raise UserError(
+                "method=s2a with bias, prompt and side all switched off trains only the head: that is method=linear"
+            )
         blocks = backbone.adapted_blocks(config.blocks)
         if config.segments > len(blocks):
-            raise UserError(f"method.segments={config.segments}: accepted are 1 to {len(blocks)}, the number of adapted blocks")
+            raise UserError(
+                f"method.segments={config.segments}: accepted are 1 to {len(blocks)}, the number of adapted blocks"
+            )
         if config.segments > 1 and not config.side:
-            raise UserError(f"method.segments={config.segments} needs the side branch, whose votes train the segments: method.side=null is set")
+            raise UserError(
+                f"method.segments={config.segments} needs the side branch, whose votes train the segments:"
+                " method.side=null is set"
+            )
         if config.segments > 1 and not (config.bias or config.prompt):
-            raise UserError(f"method.segments={config.segments} trains bias or prompt in segments: both are switched off")
+            raise UserError(
+                f"method.segments={config.segments} trains bias or prompt in segments: both are switched off"
+            )
         borders = [blocks[len(blocks) * end // config.segments - 1] for end in range(1, config.segments)]
         if config.bias:
             tune_biases(backbone, config.blocks)

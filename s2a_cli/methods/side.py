@@ -32,7 +32,8 @@ STEP = 1 / 8  # of the codes of normalised tokens
 
 
 class Tap(nn.Module):
-    """A detached hidden state as tokens [B, N, C] in int8: positions pooled to a grid, each token to mean 0 and variance 1.
+    """A detached hidden state as tokens [B, N, C] in int8: positions pooled to a grid, each token to mean 0 and
+    variance 1.
 
     Normalised, they all fit one grid, of `STEP`: what lies beyond 16 standard deviations is cut off.
     """
@@ -60,7 +61,9 @@ def pieces(h: Tensor) -> tuple[Tensor, ...]:
 
 
 class Read(torch.autograd.Function):
-    """(hidden state, tap) -> the tap's tokens in fp32, with a gradient, which is computed in pieces from the hidden state alone."""
+    """(hidden state, tap) -> the tap's tokens in fp32, with a gradient, which is computed in pieces from the hidden
+    state alone.
+    """
 
     @staticmethod
     def forward(ctx, h: Tensor, tap: Tap):
@@ -82,13 +85,17 @@ class Read(torch.autograd.Function):
 
 
 def attend(t: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens t [B, N, C], queries [heads, C] -> the mean of the tokens weighted by softmax(t . q), [B, heads, C]; the weights, [B, N, heads]."""
+    """Tokens t [B, N, C], queries [heads, C] -> the mean of the tokens weighted by softmax(t .
+
+    q), [B, heads, C]; the weights, [B, N, heads].
+    """
     weights = torch.softmax(t @ query.T, dim=1)
     return weights.transpose(1, 2).to(t.dtype) @ t, weights
 
 
 class Attend(torch.autograd.Function):
-    """`attend` to tokens in codes, [B, heads, C]. Keeps the codes, once for all heads, and the weights; its gradient is exact.
+    """`attend` to tokens in codes, [B, heads, C]. Keeps the codes, once for all heads, and the weights; its gradient is
+    exact.
 
     The tokens get none.
     """
@@ -110,9 +117,11 @@ class Attend(torch.autograd.Function):
 
 
 class Reader(nn.Module):
-    """Tokens [B, N, C] -> a vote [B, classes]: attention pooling by one learned query a head, a projection of each, a linear map.
+    """Tokens [B, N, C] -> a vote [B, classes]: attention pooling by one learned query a head, a projection of each, a
+    linear map.
 
-    The queries begin near zero, where the weights are even and what is read is the mean; the linear map is zero at the start.
+    The queries begin near zero, where the weights are even and what is read is the mean; the linear map is zero at the
+    start.
     """
 
     def __init__(self, channels: int, heads: int, width: int, classes: int):
@@ -134,15 +143,17 @@ class Reader(nn.Module):
 class LiteSideBranch(nn.Module):
     """Reads each detached tap with learned queries and votes on the classes by it, beside the backbone's head.
 
-    In training each vote has a loss of its own: what one has learned would otherwise be missing in the gradients of the others.
-    Nothing of it is back-propagated through the backbone, except at the blocks numbered in `borders`: such a vote trains the blocks
-    from the border before it on, and no gradient crosses it. In evaluation the votes are added, the branch's with `weight`; they
-    are zero at the start.
-    Source: S2A (arXiv 2503.08154), lite side branch; attention pooling instead of channel average pooling, and votes instead
-    of a ladder, are ours, see docs/structures.md. Losses at borders: Nokland and Eidnes (arXiv 1901.06656).
+    In training each vote has a loss of its own: what one has learned would otherwise be missing in the gradients of the
+    others. Nothing of it is back-propagated through the backbone, except at the blocks numbered in `borders`: such a
+    vote trains the blocks from the border before it on, and no gradient crosses it. In evaluation the votes are added,
+    the branch's with `weight`; they are zero at the start. Source: S2A (arXiv 2503.08154), lite side branch; attention
+    pooling instead of channel average pooling, and votes instead of a ladder, are ours, see docs/structures.md. Losses
+    at borders: Nokland and Eidnes (arXiv 1901.06656).
     """
 
-    def __init__(self, taps: list[Hidden], config: SideConfig, classes: int, weight: float, borders: Iterable[int] = ()):
+    def __init__(
+        self, taps: list[Hidden], config: SideConfig, classes: int, weight: float, borders: Iterable[int] = ()
+    ):
         super().__init__()
         self.weight, self.borders = weight, frozenset(borders)
         self.taps = nn.ModuleList(Tap(hidden, config.grid) for hidden in taps)
@@ -179,16 +190,24 @@ class LiteSideBranch(nn.Module):
         self._votes.append(cast(self.readers[index](tokens)))
 
     def join(self, logits: Tensor) -> Tensor:
-        """The model's logits with the votes on the way to them: [1 + taps, B, classes], or [B, classes] in evaluation."""
+        """The model's logits with the votes on the way to them: [1 + taps, B, classes], or [B, classes] in
+        evaluation.
+        """
         votes, self._votes = [vote.to(logits.dtype) for vote in self._votes], []
         return torch.stack([logits, *votes]) if self.training else logits + self.weight * sum(votes)
 
 
 def refuse_shared(hidden: Hidden, block: nn.Module, args: tuple, kwargs: dict) -> None:
-    """A forward pre-hook. Raises UserError for a block that is handed a trained tensor beside its hidden state: it crosses borders."""
+    """A forward pre-hook.
+
+    Raises UserError for a block that is handed a trained tensor beside its hidden state: it crosses borders.
+    """
     state = hidden.of((args, kwargs))
     if any(isinstance(x, Tensor) and x.requires_grad and x is not state for x in tree_leaves((args, kwargs))):
-        raise UserError("method.segments: the blocks of this backbone share a trained part, so no gradient can stay within a segment; 1 is accepted")
+        raise UserError(
+            "method.segments: the blocks of this backbone share a trained part, so no gradient can stay within a"
+            " segment; 1 is accepted"
+        )
 
 
 def add_side(backbone: Backbone, config: SideConfig, peers: bool, borders: Sequence[Block] = ()) -> None:
@@ -199,7 +218,10 @@ def add_side(backbone: Backbone, config: SideConfig, peers: bool, borders: Seque
     """
     read = backbone.adapted_blocks(config.blocks)
     if not set(borders) <= set(read):
-        raise UserError(f"method.side.blocks={config.blocks} leaves out the last block of a segment: its vote is what trains the segment")
+        raise UserError(
+            f"method.side.blocks={config.blocks} leaves out the last block of a segment: its vote is what trains the"
+            " segment"
+        )
     weight = 2 / len(read) if peers else 1.0
     branch = LiteSideBranch([b.output for b in read], config, backbone.head.classes, weight, map(read.index, borders))
     # Bound methods, so that a copy of the model has hooks to its own copy of the branch.
@@ -212,7 +234,9 @@ def add_side(backbone: Backbone, config: SideConfig, peers: bool, borders: Seque
 
 
 class Side(Method):
-    """lite side branch (LSB): learned queries read each hidden state and vote; nothing is back-propagated through the backbone"""
+    """lite side branch (LSB): learned queries read each hidden state and vote; nothing is back-propagated through the
+    backbone
+    """
 
     @dataclass
     class Config(SideConfig, Method.Config):
@@ -222,7 +246,11 @@ class Side(Method):
         add_side(backbone, self.config, peers=False)
 
     def tail(self, backbone):
-        return Tail(backbone.head, getattr(backbone.model, ADDED)["side"], f"blocks={self.config.blocks} grid={self.config.grid}")
+        return Tail(
+            backbone.head,
+            getattr(backbone.model, ADDED)["side"],
+            f"blocks={self.config.blocks} grid={self.config.grid}",
+        )
 
 
 METHOD = Side

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from s2a_cli import backbones
-from s2a_cli.activations import STOCK, blocks, remember
+from s2a_cli.activations import STOCK, remember
 from s2a_cli.activations.blocks import leaves
 from s2a_cli.activations.codes import grouped_size
+from s2a_cli.compose import compose
 from s2a_cli.config import BackboneConfig, QuantConfig
 from s2a_cli.memory import saved_bytes
-from s2a_cli.compose import compose
 from s2a_cli.methods import METHODS
 from s2a_cli.steps import train_mode
 from s2a_cli.votes import vote_losses
@@ -89,7 +89,9 @@ def quant(lossless: bool = False, **kwargs) -> QuantConfig:
 @pytest.mark.parametrize("method", ["full", "bias", "s2a", "side"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize(
-    "config", [{"recompute": "block"}, {"chunks": 2}, {"chunks": None}, {"recompute": "block", "chunks": 3, "lossless": True}], ids=str
+    "config",
+    [{"recompute": "block"}, {"chunks": 2}, {"chunks": None}, {"recompute": "block", "chunks": 3, "lossless": True}],
+    ids=str,
 )
 def test_gradients_are_those_of_stock(backbone, method, config, set_piece_sizes):
     set_piece_sizes(mlp=1)
@@ -104,7 +106,9 @@ def test_gradients_are_those_of_stock(backbone, method, config, set_piece_sizes)
 
 @pytest.mark.parametrize("lossless", [False, True])
 def test_random_numbers_are_those_of_the_forward_pass(lossless):
-    """With one piece the draws are stock's, with several those of the pieces: as if stock saw them one after another."""
+    """With one piece the draws are stock's, with several those of the pieces: as if stock saw them one after
+    another.
+    """
     found = made("vit", "bias", drop_path_rate=0.5, proj_drop_rate=0.3)
     stock, once = gradients(found, STOCK), gradients(found, quant(lossless, recompute="block"))
     for name in stock:
@@ -136,7 +140,10 @@ def test_a_coded_input_gives_nearly_the_gradient(bits, at_least):
     assert F.cosine_similarity(exact, coded, 0) > at_least
 
 
-@pytest.mark.parametrize("bits, kept", [(None, 8 * 17 * 32), (16, 2 * 17 * 32), (8, grouped_size(17, 32, 64, 8)), (4, grouped_size(17, 32, 64, 4))])
+@pytest.mark.parametrize(
+    "bits, kept",
+    [(None, 8 * 17 * 32), (16, 2 * 17 * 32), (8, grouped_size(17, 32, 64, 8)), (4, grouped_size(17, 32, 64, 4))],
+)
 def test_kept_bytes_are_those_of_the_inputs(bits, kept):
     found = made("vit", "bias")
     block = found.block_modules[1]
@@ -191,9 +198,9 @@ def test_the_last_product_of_a_block_is_not_computed_again():
 def test_blocks_without_anything_trained_have_no_graph():
     found = made("vit", "linear")
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        with remember(quant(recompute="block", chunks=2), found.block_modules):
-            out = found.block_modules[0](torch.randn(4, 17, 32, dtype=torch.float64))
+    saved = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with saved, remember(quant(recompute="block", chunks=2), found.block_modules):
+        out = found.block_modules[0](torch.randn(4, 17, 32, dtype=torch.float64))
     assert not out.requires_grad and not kept
 
 
@@ -237,7 +244,9 @@ def test_pieces_as_the_device_wants_them(set_piece_sizes):
 @pytest.mark.parametrize("expansion, expected", [(6, [2, 2, 2, 2, 2]), (2, [10])])
 def test_a_block_with_wide_layers_and_no_mlp_runs_in_smaller_pieces(set_piece_sizes, expansion, expected):
     set_piece_sizes(wide=2 * 4 * 8 * 8)  # two images of 4 x 8 x 8
-    block = torch.nn.Sequential(torch.nn.Conv2d(4, 4 * expansion, 1), torch.nn.ReLU(), torch.nn.Conv2d(4 * expansion, 4, 1))
+    block = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 4 * expansion, 1), torch.nn.ReLU(), torch.nn.Conv2d(4 * expansion, 4, 1)
+    )
     x, seen = torch.randn(10, 4, 8, 8, requires_grad=True), []
     exact = torch.autograd.grad(block(x).square().sum(), x)[0]
     block[0].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
@@ -253,10 +262,9 @@ def test_a_block_with_wide_layers_and_no_mlp_runs_in_smaller_pieces(set_piece_si
 def test_the_modules_are_left_as_they_were():
     found = made("vit", "bias")
     memory = remember(quant(chunks=2), found.block_modules)
-    with pytest.raises(ZeroDivisionError):
-        with memory:
-            assert found.block_modules[0].forward is memory.runners[0]
-            1 / 0
+    with pytest.raises(ZeroDivisionError), memory:
+        assert found.block_modules[0].forward is memory.runners[0]
+        1 / 0
     assert all("forward" not in block.__dict__ for block in found.block_modules)
     with memory:  # and it can be entered again
         pass

@@ -63,7 +63,11 @@ def test_a_layer_is_looked_at_in_a_few_forward_passes(model):
         gradient(model, memory, batch(number))
         states.append(fitted(memory))
     assert len(states[0]) == 9 and all(state.keys() == states[0].keys() for state in states)
-    changed = [i for i in range(1, len(states)) if any(not torch.equal(states[i][key], states[i - 1][key]) for key in states[0])]
+    changed = [
+        i
+        for i in range(1, len(states))
+        if any(not torch.equal(states[i][key], states[i - 1][key]) for key in states[0])
+    ]
     assert changed == list(LOOKS[1:])
     again = remember(config(**FAMILIES))
     gradient(model, again, batch(0))
@@ -181,7 +185,11 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-@pytest.mark.parametrize("quant", [config(bits=4), config(recompute="block", input=8), config(recompute="block", input=4)], ids=["int4", "tiny", "input4"])
+@pytest.mark.parametrize(
+    "quant",
+    [config(bits=4), config(recompute="block", input=8), config(recompute="block", input=4)],
+    ids=["int4", "tiny", "input4"],
+)
 def test_an_odd_first_batch_does_not_stay(quant, name, monkeypatch):
     """One of 1e4 made the error of `tiny` 0.27, 300 times what it is."""
     torch.manual_seed(0)

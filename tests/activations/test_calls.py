@@ -1,4 +1,6 @@
-"""Every function that is handled, as it can be called: positional, by keyword, with defaults; stock's result to the bit."""
+"""Every function that is handled, as it can be called: positional, by keyword, with defaults; stock's result to the
+bit.
+"""
 
 from __future__ import annotations
 
@@ -33,22 +35,49 @@ SAMPLES = {1: made(2, 6, 9), 2: IMAGE, 3: made(2, 6, 4, 5, 6)}
 
 # function -> its arguments by name, in order; those behind the first `required` have defaults
 POINTWISE = {
-    F.gelu: {"approximate": "tanh"}, F.silu: {"inplace": False}, F.mish: {"inplace": False}, F.hardswish: {"inplace": False},
-    F.elu: {"alpha": 0.7, "inplace": False}, F.celu: {"alpha": 0.7, "inplace": False}, F.selu: {"inplace": False},
-    F.softplus: {"beta": 2.0, "threshold": 10.0}, F.logsigmoid: {}, torch.sigmoid: {}, torch.tanh: {}, F.relu: {"inplace": False},
-    torch.relu: {}, F.relu6: {"inplace": False}, F.hardtanh: {"min_val": -0.5, "max_val": 0.7, "inplace": False},
-    F.hardsigmoid: {"inplace": False}, F.leaky_relu: {"negative_slope": 0.2, "inplace": False},
-}  # fmt: skip
+    F.gelu: {"approximate": "tanh"},
+    F.silu: {"inplace": False},
+    F.mish: {"inplace": False},
+    F.hardswish: {"inplace": False},
+    F.elu: {"alpha": 0.7, "inplace": False},
+    F.celu: {"alpha": 0.7, "inplace": False},
+    F.selu: {"inplace": False},
+    F.softplus: {"beta": 2.0, "threshold": 10.0},
+    F.logsigmoid: {},
+    torch.sigmoid: {},
+    torch.tanh: {},
+    F.relu: {"inplace": False},
+    torch.relu: {},
+    F.relu6: {"inplace": False},
+    F.hardtanh: {"min_val": -0.5, "max_val": 0.7, "inplace": False},
+    F.hardsigmoid: {"inplace": False},
+    F.leaky_relu: {"negative_slope": 0.2, "inplace": False},
+}
 CALLS = [
     *((function, {"input": X} | arguments, 1) for function, arguments in POINTWISE.items()),
     *((f, {"self": X}, 1) for f in (Tensor.sigmoid, Tensor.tanh, Tensor.relu)),
-    *((f, {"self": X}, 1) for f in (torch.sigmoid_, Tensor.sigmoid_, torch.tanh_, Tensor.tanh_, torch.relu_, Tensor.relu_)),
+    *(
+        (f, {"self": X}, 1)
+        for f in (torch.sigmoid_, Tensor.sigmoid_, torch.tanh_, Tensor.tanh_, torch.relu_, Tensor.relu_)
+    ),
     (F.hardtanh_, {"input": X, "min_val": -0.5, "max_val": 0.7}, 1),
     (F.leaky_relu_, {"input": X, "negative_slope": 0.2}, 1),
     (F.layer_norm, {"input": X, "normalized_shape": (8,), "weight": VECTOR, "bias": VECTOR, "eps": 1e-3}, 2),
     (F.rms_norm, {"input": X * 0.05, "normalized_shape": (8,), "weight": VECTOR, "eps": 1e-3}, 2),
     (F.group_norm, {"input": IMAGE, "num_groups": 3, "weight": CHANNELS, "bias": CHANNELS, "eps": 1e-3}, 2),
-    (F.batch_norm, {"input": IMAGE, **STATISTICS, "weight": None, "bias": CHANNELS, "training": False, "momentum": 0.2, "eps": 1e-3}, 3),
+    (
+        F.batch_norm,
+        {
+            "input": IMAGE,
+            **STATISTICS,
+            "weight": None,
+            "bias": CHANNELS,
+            "training": False,
+            "momentum": 0.2,
+            "eps": 1e-3,
+        },
+        3,
+    ),
     (F.normalize, {"input": X, "p": 2.0, "dim": 2, "eps": 1e-5}, 1),
     (torch.norm, {"input": X, "p": 2, "dim": (0, 1), "keepdim": True}, 1),
     (Tensor.norm, {"self": X, "p": 2, "dim": (0, 1), "keepdim": True}, 1),
@@ -61,8 +90,14 @@ CALLS = [
     (torch.bmm, {"input": X, "mat2": made(3, 8, 4)}, 2),
     (Tensor.bmm, {"self": X, "mat2": made(3, 8, 4)}, 2),
     *((f, {"input": X, "other": made(3, 5, 1)}, 2) for f in (torch.mul, torch.div, torch.true_divide)),
-    *((f, {"self": X, "other": made(3, 5, 1)}, 2) for f in (Tensor.mul, Tensor.__mul__, Tensor.div, Tensor.true_divide)),
-    *((f, {"self": X, "other": made(3, 5, 1)}, 2) for f in (Tensor.__truediv__, Tensor.div_, Tensor.true_divide_, Tensor.__itruediv__)),
+    *(
+        (f, {"self": X, "other": made(3, 5, 1)}, 2)
+        for f in (Tensor.mul, Tensor.__mul__, Tensor.div, Tensor.true_divide)
+    ),
+    *(
+        (f, {"self": X, "other": made(3, 5, 1)}, 2)
+        for f in (Tensor.__truediv__, Tensor.div_, Tensor.true_divide_, Tensor.__itruediv__)
+    ),
     *((f, {"input": X, "exponent": 2}, 2) for f in (torch.pow,)),
     *((f, {"self": X, "exponent": 3}, 2) for f in (Tensor.pow, Tensor.__pow__)),
     (torch.square, {"input": X}, 1),
@@ -73,22 +108,58 @@ CALLS = [
         (f, {"input": IMAGE, "kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": True}, 2)
         for f in (F.max_pool2d, torch.max_pool2d)
     ),
-    (F.avg_pool2d, {"input": IMAGE, "kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True, "count_include_pad": False}, 2),
+    (
+        F.avg_pool2d,
+        {"input": IMAGE, "kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True, "count_include_pad": False},
+        2,
+    ),
     (F.adaptive_avg_pool2d, {"input": IMAGE, "output_size": (2, 3)}, 2),
     (F.pad, {"input": IMAGE, "pad": (1, 2, 3, 0), "mode": "reflect", "value": None}, 2),
     (F.linear, {"input": X, "weight": made(4, 8), "bias": made(4)}, 2),
     *(
-        (f, {"input": SAMPLES[n], "weight": KERNEL[n], "bias": made(4), "stride": 2, "padding": 1, "dilation": 1, "groups": 1}, 2)
+        (
+            f,
+            {
+                "input": SAMPLES[n],
+                "weight": KERNEL[n],
+                "bias": made(4),
+                "stride": 2,
+                "padding": 1,
+                "dilation": 1,
+                "groups": 1,
+            },
+            2,
+        )
         for n, f in enumerate((F.conv1d, F.conv2d, F.conv3d), 1)
     ),
     *(
-        (f, {"input": SAMPLES[n], "weight": TRANSPOSED[n], "bias": made(4), "stride": 2, "padding": 1, "output_padding": 1}, 2)
+        (
+            f,
+            {
+                "input": SAMPLES[n],
+                "weight": TRANSPOSED[n],
+                "bias": made(4),
+                "stride": 2,
+                "padding": 1,
+                "output_padding": 1,
+            },
+            2,
+        )
         for n, f in enumerate((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), 1)
     ),
     (F.dropout, {"input": X, "p": 0.3, "training": True, "inplace": False}, 1),
-    (F.scaled_dot_product_attention, {"query": HEADS, "key": HEADS, "value": HEADS, "attn_mask": made(5, 5), "dropout_p": 0.0}, 3),
+    (
+        F.scaled_dot_product_attention,
+        {"query": HEADS, "key": HEADS, "value": HEADS, "attn_mask": made(5, 5), "dropout_p": 0.0},
+        3,
+    ),
 ]
-KEYWORD_ONLY = {(F.gelu, "approximate"), (torch.linalg.vector_norm, "dtype"), (Tensor.softmax, "dtype"), (torch.div, "rounding_mode")}
+KEYWORD_ONLY = {
+    (F.gelu, "approximate"),
+    (torch.linalg.vector_norm, "dtype"),
+    (Tensor.softmax, "dtype"),
+    (torch.div, "rounding_mode"),
+}
 POSITIONAL_ONLY = {"self", "x"}
 
 
@@ -98,7 +169,9 @@ def test_every_function_that_is_handled_is_called_here():
 
 
 def prepared(value, dtype):
-    """An argument in this type; tensors that need a gradient, and are no leaves, so that they can be changed in place."""
+    """An argument in this type; tensors that need a gradient, and are no leaves, so that they can be changed in
+    place.
+    """
     return value.to(dtype).requires_grad_() * 1 if isinstance(value, Tensor) else value
 
 
@@ -120,7 +193,11 @@ def results(function, arguments: dict, dtype, how: str, frozen: bool, quant: Qua
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("function, arguments, required", CALLS, ids=lambda value: getattr(value, "__qualname__", None) or getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    "function, arguments, required",
+    CALLS,
+    ids=lambda value: getattr(value, "__qualname__", None) or getattr(value, "__name__", ""),
+)
 def test_a_call_is_stock_however_it_is_made(function, arguments, required, dtype, monkeypatch):
     names = list(arguments)
     for one_pass in (False, True):
@@ -135,7 +212,9 @@ def test_a_call_is_stock_however_it_is_made(function, arguments, required, dtype
                         if isinstance(stock, type):
                             assert found is stock, (how, names[:count], found)
                         else:
-                            assert isinstance(found, Tensor) and found.dtype == stock.dtype and torch.equal(found, stock), (how, names[:count])
+                            assert (
+                                isinstance(found, Tensor) and found.dtype == stock.dtype and torch.equal(found, stock)
+                            ), (how, names[:count])
 
 
 @pytest.mark.parametrize("function", [torch.sigmoid, torch.matmul, torch.pow, torch.amax, F.normalize])
@@ -144,9 +223,8 @@ def test_an_argument_that_no_handler_knows_is_stocks(function):
     arguments = {torch.matmul: {"other": made(3, 8, 4)}, torch.pow: {"exponent": 2}}.get(function, {})
     said = []
     for quant in (None, EVERYTHING):
-        with remember(quant) if quant else torch.enable_grad():
-            with pytest.raises(RuntimeError) as caught:
-                function(X.clone().requires_grad_() * 1, **arguments, out=torch.empty(0))
+        with remember(quant) if quant else torch.enable_grad(), pytest.raises(RuntimeError) as caught:
+            function(X.clone().requires_grad_() * 1, **arguments, out=torch.empty(0))
         said.append(str(caught.value))
     assert said[0] == said[1]
 

@@ -1,4 +1,6 @@
-"""Triton kernels against the plain operators: on a CUDA device, or under Triton's interpreter in a process of its own."""
+"""Triton kernels against the plain operators: on a CUDA device, or under Triton's interpreter in a process of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ def test_strided_inputs_are_read_in_logical_order():
     assert same(launch.multiply_levels(*arguments), PLAIN["multiply_levels"](*arguments))
     arguments = x, "silu", table.bins, table.low, table.high, 4
     y, found = launch.activate(*arguments)
-    assert y.stride() == x.stride() and same(found, PLAIN["encode_levels"](x.t(), *arguments[2:]))  # as x lies in memory
+    assert y.stride() == x.stride() and same(
+        found, PLAIN["encode_levels"](x.t(), *arguments[2:])
+    )  # as x lies in memory
     torch.testing.assert_close(y, F.silu(x))
 
 

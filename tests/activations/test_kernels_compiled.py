@@ -1,4 +1,6 @@
-"""Kernels compiled ahead of time, without a GPU, for what the launchers would launch: no spills, few registers and little shared memory."""
+"""Kernels compiled ahead of time, without a GPU, for what the launchers would launch: no spills, few registers and
+little shared memory.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "kernels"))
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles", allow_module_level=True)
-import resources  # noqa: E402
+import resources
 
 REGISTERS = 168  # a thread, of 255: three programs of four warps a multiprocessor
 SHARED = 16 << 10  # bytes a program: what any GPU has for each of six
@@ -35,15 +37,31 @@ def encode_norm(width: int, bits: int = 4) -> resources.Call:
 
 def softmax_backward(width: int) -> resources.Call:
     count = 64 * 12 * width
-    codes, scales = TENSOR((count * width // 2,), (1,), torch.uint8), TENSOR((count, -(-width // 64)), (-(-width // 64), 1), torch.bfloat16)
-    given = {"grad": rows(width, count), "codes": codes, "scales": scales, "levels": TENSOR((16,), (1,), torch.float32), "group": 64, "bits": 4}
+    codes, scales = (
+        TENSOR((count * width // 2,), (1,), torch.uint8),
+        TENSOR((count, -(-width // 64)), (-(-width // 64), 1), torch.bfloat16),
+    )
+    given = {
+        "grad": rows(width, count),
+        "codes": codes,
+        "scales": scales,
+        "levels": TENSOR((16,), (1,), torch.float32),
+        "group": 64,
+        "bits": 4,
+    }
     return "softmax_backward", tuple(given.items())
 
 
 def query() -> resources.Call:
     """One of q, k and v as it lies in what one layer makes."""
     x = TENSOR((64, 12, 197, 64), (197 * 2304, 64, 2304, 1), torch.float32)
-    return "encode_groups", (("x", x), ("bins", TENSOR((4096,), (1,), torch.uint8)), ("low", -1.0), ("group", 64), ("bits", 4))
+    return "encode_groups", (
+        ("x", x),
+        ("bins", TENSOR((4096,), (1,), torch.uint8)),
+        ("low", -1.0),
+        ("group", 64),
+        ("bits", 4),
+    )
 
 
 def checked(call: resources.Call, arch: str, dtype: str) -> list[dict]:
@@ -77,14 +95,29 @@ def test_layer_norms_on_all_architectures(arch):
 
 @pytest.mark.slow
 def test_all_that_the_presets_launch():
-    """Every call of a step of ViT-B and ResNet-50 has a kernel, within the limits. All presets: see benchmarks/kernels."""
-    words = "backbone=vit_b method=bias quant=paper", "backbone=vit_b method=bias quant=int5", "backbone=resnet50 method=bias quant=int4"
+    """Every call of a step of ViT-B and ResNet-50 has a kernel, within the limits.
+
+    All presets: see benchmarks/kernels.
+    """
+    words = (
+        "backbone=vit_b method=bias quant=paper",
+        "backbone=vit_b method=bias quant=int5",
+        "backbone=resnet50 method=bias quant=int4",
+    )
     steps = {each: resources.calls(each.split()) for each in words}
     for arch, dtype in (("sm_90", "bf16"), ("gfx942", "fp16")):
         listed, plain = resources.table(steps, {arch: resources.TARGETS[arch]}, [dtype])
         assert not plain
         operators = {row["operator"] for row in listed}
-        assert operators >= {"activate", "encode_norm", "norm_backward", "softmax_backward", "encode_groups", "decode_groups", "max_pool2d"}
+        assert operators >= {
+            "activate",
+            "encode_norm",
+            "norm_backward",
+            "softmax_backward",
+            "encode_groups",
+            "decode_groups",
+            "max_pool2d",
+        }
         for row in listed:
             assert row["spills"] == 0 and row["registers"] <= REGISTERS and row["shared"] <= SHARED, row
 

@@ -47,7 +47,10 @@ def test_a_failure_is_said_once_with_its_reason(triton):
     triton.fails = [RuntimeError("no C compiler\nfound in PATH")]
     found, said = asked(3)
     assert found == ["plain (Triton: RuntimeError)"] * 3 and triton.probes == 1
-    assert said == ["codes are made by plain PyTorch, several times slower: Triton can't build its kernels (RuntimeError: no C compiler)"]
+    assert said == [
+        "codes are made by plain PyTorch, several times slower: Triton can't build its kernels (RuntimeError: no C"
+        " compiler)"
+    ]
 
 
 def test_a_failure_that_passes_is_not_remembered(triton):

@@ -1,6 +1,7 @@
 """No two threads write the same address, and none reads what another writes; run as test_kernels.py says.
 
-The interpreter runs programs one after the other, so that a race would go unseen there. Its loads and stores are watched instead.
+The interpreter runs programs one after the other, so that a race would go unseen there. Its loads and stores are
+watched instead.
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ class Watch:
 
         self.builder, self.launches = builder, 0
         self.writes, self.reads = [], []
-        for name in ("set_grid_dim", "create_masked_store", "create_masked_load", "create_atomic_rmw", "create_atomic_cas"):
+        for name in (
+            "set_grid_dim",
+            "create_masked_store",
+            "create_masked_load",
+            "create_atomic_rmw",
+            "create_atomic_cas",
+        ):
             monkeypatch.setattr(builder, name, getattr(self, name)(getattr(builder, name)))
 
     def set_grid_dim(self, inner):
@@ -91,7 +98,9 @@ def test_no_kernel_races(monkeypatch):
         launch.decode_groups(codes, scales, unit.levels, width, 64, bits, 5, count, torch.bfloat16)
         launch.softmax_backward(x, codes, scales, unit.levels, 64, bits)
         launch.weight_gradient(x[:, :3], codes, scales, unit.levels, width, 64, bits)
-        launch.decode_int8(torch.zeros(count, width, dtype=torch.int8), torch.ones(count, 1, dtype=torch.bfloat16), torch.float16)
+        launch.decode_int8(
+            torch.zeros(count, width, dtype=torch.int8), torch.ones(count, 1, dtype=torch.bfloat16), torch.float16
+        )
         if width % 8 == 0:
             channels = channelled(width)
             kept = launch.encode_norm(x, width, 1e-5, True, signed.bins, 64, bits, None, 0, channels)

@@ -45,7 +45,11 @@ def test_views_are_coded_where_they_lie(monkeypatch, dtype, width):
 @here
 def test_rows_of_other_tensors_are_copied():
     table = table_of(4, -1.0)
-    for x in (normal(4, 3, 64, 5).mT, normal(64, 9, 2)[..., 0].t(), normal(2, 3, 2, 3, 2, 3, 64)[:, 0:2, :, 0:2, :, 0:2]):
+    for x in (
+        normal(4, 3, 64, 5).mT,
+        normal(64, 9, 2)[..., 0].t(),
+        normal(2, 3, 2, 3, 2, 3, 64)[:, 0:2, :, 0:2, :, 0:2],
+    ):
         arguments = x, table.bins, -1.0, 64, 4
         (found, found_scales), (expected, scales) = launch.encode_groups(*arguments), PLAIN["encode_groups"](*arguments)
         assert same(found_scales, scales) and same(found, expected)
@@ -56,9 +60,13 @@ def test_reciprocals_of_scales_are_rounded_correctly():
     """Of all that bfloat16 holds: what a program divides by is exactly what its twin divides by."""
     scales = torch.arange(2**15, dtype=torch.int16).view(torch.bfloat16).float()
     scales = scales[scales.isfinite() & (scales > 2.0**-100)].view(-1, 1)
-    x = torch.cat([scales, (scales * torch.rand(len(scales), 7, generator=torch.Generator().manual_seed(0)))], 1).to(DEVICE)
+    x = torch.cat([scales, (scales * torch.rand(len(scales), 7, generator=torch.Generator().manual_seed(0)))], 1).to(
+        DEVICE
+    )
     table = table_of(8, -1.0)
-    (found, found_scales), (expected, stored) = (f(x, table.bins, -1.0, 8, 8) for f in (launch.encode_groups, PLAIN["encode_groups"]))
+    (found, found_scales), (expected, stored) = (
+        f(x, table.bins, -1.0, 8, 8) for f in (launch.encode_groups, PLAIN["encode_groups"])
+    )
     assert torch.equal(found_scales, stored) and torch.equal(found, expected)
 
 
@@ -107,7 +115,9 @@ def test_weight_gradients(monkeypatch, dtype, width, calibrated):
     arguments = grad, codes, scales, table.levels, width, 64, 4, channels
     mine, stock = launch.weight_gradient(*arguments), PLAIN["weight_gradient"](*arguments)
     assert mine.dtype == stock.dtype and mine.shape == stock.shape == (7, width)
-    torch.testing.assert_close(mine.float(), stock.float(), rtol=8 * EPS[dtype], atol=8 * EPS[dtype] * stock.abs().max().item())
+    torch.testing.assert_close(
+        mine.float(), stock.float(), rtol=8 * EPS[dtype], atol=8 * EPS[dtype] * stock.abs().max().item()
+    )
 
 
 @here

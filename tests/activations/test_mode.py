@@ -18,7 +18,7 @@ from s2a_cli.config import QuantConfig
 
 def config(bits: int | None, **families: int | bool | str | None) -> QuantConfig:
     return QuantConfig(
-        name="test", bits=bits, **{f: bits for f in ("pointwise", "norm", "attention", "softmax")} | families
+        name="test", bits=bits, **dict.fromkeys(("pointwise", "norm", "attention", "softmax"), bits) | families
     )
 
 

@@ -1,4 +1,6 @@
-"""Recomputed blocks of any shape: gradients that are nobody else's, outputs that can be changed, several tensors, random numbers."""
+"""Recomputed blocks of any shape: gradients that are nobody else's, outputs that can be changed, several tensors,
+random numbers.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ TINY = QuantConfig(recompute="block", input=8, chunks=8)
 
 
 class Positions(nn.Module):
-    """A block that adds its own [1, N, C] parameter: with one sample a piece its gradient is that of the output itself."""
+    """A block that adds its own [1, N, C] parameter: with one sample a piece its gradient is that of the output
+    itself.
+    """
 
     def __init__(self):
         super().__init__()
@@ -46,7 +50,9 @@ def test_no_gradient_of_others_is_added_to(batch):
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_an_output_can_be_changed_in_place(quant, batch):
     torch.manual_seed(0)
-    block = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 8), nn.Unflatten(-1, (2, 4)), nn.Flatten(-2))  # ends in a view
+    block = nn.Sequential(
+        nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 8), nn.Unflatten(-1, (2, 4)), nn.Flatten(-2)
+    )  # ends in a view
     x = torch.randn(batch, 16, 8, requires_grad=True)
     found = []
     for memory in (torch.enable_grad(), remember(quant, [block])):
@@ -80,7 +86,11 @@ def test_a_block_that_returns_its_input_does_not_share_it():
         torch.testing.assert_close(grad, exact)
 
 
-@pytest.mark.parametrize("quant", [EXACT, QuantConfig(lossless=False, chunks=4), QuantConfig(bits=4, chunks=4)], ids=["exact", "pieces", "int4"])
+@pytest.mark.parametrize(
+    "quant",
+    [EXACT, QuantConfig(lossless=False, chunks=4), QuantConfig(bits=4, chunks=4)],
+    ids=["exact", "pieces", "int4"],
+)
 def test_a_block_that_changes_its_input_in_place_is_left_whole(quant):
     """As a layer of VGG whose first operator is a ReLU in place."""
     torch.manual_seed(0)
@@ -113,7 +123,9 @@ def test_several_hidden_states(quant, scale):
     torch.manual_seed(0)
     block, sizes = Several(), []
     block.b.requires_grad_(False)
-    table = None if scale is None else torch.randn(4, 6, requires_grad=scale == "trained")  # of each position, not of each sample
+    table = (
+        None if scale is None else torch.randn(4, 6, requires_grad=scale == "trained")
+    )  # of each position, not of each sample
     start = torch.randn(5, 4, 8, requires_grad=True), torch.randn(5, 4, 6, requires_grad=True)
     block.a.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
     found = []
@@ -145,7 +157,12 @@ class Odd(nn.Module):
 
     def forward(self, numbers, x):
         y = x + torch.tanh(self.linear(x)) + self.table(numbers)
-        return {"opaque": Opaque(y), "mean": (y, y.mean(0, keepdim=True)), "dictionary": {"hidden": y, "size": 3}, "numbers": (y, y.argmax(-1))}[self.kind]
+        return {
+            "opaque": Opaque(y),
+            "mean": (y, y.mean(0, keepdim=True)),
+            "dictionary": {"hidden": y, "size": 3},
+            "numbers": (y, y.argmax(-1)),
+        }[self.kind]
 
 
 @pytest.mark.parametrize("grad", [True, False])

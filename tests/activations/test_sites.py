@@ -65,7 +65,11 @@ def test_another_width_or_function_at_the_same_place_is_another_layer():
 
 def test_names_are_those_of_modules():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
-    memories = [remember(CODED), remember(CODED, model.blocks), remember(QuantConfig(bits=4, recompute="block"), model.blocks)]
+    memories = [
+        remember(CODED),
+        remember(CODED, model.blocks),
+        remember(QuantConfig(bits=4, recompute="block"), model.blocks),
+    ]
     names = []
     for memory in memories:
         with memory:
@@ -73,10 +77,17 @@ def test_names_are_those_of_modules():
         loss.backward()
         names.append({key for key in memory.calibration.fitted() if not key.split("/")[0].endswith(":input")})
     assert names[0] == names[1] == names[2]
-    assert "blocks.1.mlp.act:gelu/gelu approximate=none/4" in names[0] and "blocks.0.norm1:layer_norm/channels/192" in names[0]
+    assert (
+        "blocks.1.mlp.act:gelu/gelu approximate=none/4" in names[0]
+        and "blocks.0.norm1:layer_norm/channels/192" in names[0]
+    )
 
 
-@pytest.mark.parametrize("config", [QuantConfig(recompute="block"), QuantConfig(recompute="block", input=8, chunks=8), CODED], ids=["exact", "tiny", "int4"])
+@pytest.mark.parametrize(
+    "config",
+    [QuantConfig(recompute="block"), QuantConfig(recompute="block", input=8, chunks=8), CODED],
+    ids=["exact", "tiny", "int4"],
+)
 def test_what_is_unfrozen_later_gets_its_gradient(config):
     """Gradual unfreezing, also of parameters that live outside of the block."""
     torch.manual_seed(0)

@@ -11,7 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from s2a_cli.activations import levels, remember
 from s2a_cli.activations.norm import encode_norm
-from s2a_cli.activations.operators import decode_groups, encode_groups, encode_interval, encode_levels, multiply_levels, with_inverse
+from s2a_cli.activations.operators import (
+    decode_groups,
+    encode_groups,
+    encode_interval,
+    encode_levels,
+    multiply_levels,
+    with_inverse,
+)
 from s2a_cli.config import QuantConfig
 
 X = torch.randn(4096, 1536, generator=torch.Generator().manual_seed(0))  # 24 chunks

@@ -173,7 +173,12 @@ def test_a_thread_that_autograd_hands_the_mode_on_to():
     thread = threading.Thread(target=device)
     thread.start()
     thread.join()
-    assert seen == {"handed on": "GeluBackward0", "again": "ElementwiseBackward", "linears": 1, "after": "GeluBackward0"}
+    assert seen == {
+        "handed on": "GeluBackward0",
+        "again": "ElementwiseBackward",
+        "linears": 1,
+        "after": "GeluBackward0",
+    }
     exact = torch.autograd.grad(block(x).square().sum(), x)[0]
     with memory:
         found = torch.autograd.grad(block(x).square().sum(), x)[0]
@@ -203,10 +208,9 @@ def test_checkpointing_of_others_is_refused(config, reentrant):
     blocks = blocks_of()
     x = torch.randn(4, 5, 32, requires_grad=True)
     memory = remember(config, blocks)
-    with pytest.raises(RuntimeError, match="set_grad_checkpointing.*recompute='block'"):
-        with memory:
-            for block in blocks:
-                x = checkpoint(block, x, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="set_grad_checkpointing.*recompute='block'"), memory:
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=reentrant)
     with memory, torch.no_grad():  # nothing is computed again
         checkpoint(blocks[0], torch.randn(4, 5, 32), use_reentrant=False)
     assert all("forward" not in block.__dict__ for block in blocks)
@@ -216,9 +220,8 @@ def test_checkpointing_of_others_is_refused(config, reentrant):
 def test_timms_checkpointing_is_refused(config):
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
     model.set_grad_checkpointing()
-    with pytest.raises(RuntimeError, match="set_grad_checkpointing"):
-        with remember(config, model.blocks):
-            model(torch.randn(2, 3, 32, 32))
+    with pytest.raises(RuntimeError, match="set_grad_checkpointing"), remember(config, model.blocks):
+        model(torch.randn(2, 3, 32, 32))
     model.set_grad_checkpointing(False)
     with remember(config, model.blocks):
         model(torch.randn(2, 3, 32, 32)).sum().backward()

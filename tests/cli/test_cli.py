@@ -57,9 +57,11 @@ def test_help_of_a_verb_opens_with_three_examples_that_can_be_copied(name, capsy
 def test_help_of_train_lists_every_setting_as_composed(capsys):
     assert main(["train", "method=prompt", "--help"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"^  method\.rank=8\b", said, re.M) and not re.search(r"^  method\.prompt", said, re.M)
-    assert re.search(r"^  optim\.epochs=10 +passes over the training images$", said, re.M)
-    assert all(re.search(rf"^  {group}= +.*{options[-1]}", said, re.M) for group, options in groups().items())
+    assert re.search(r"^  method\.rank=8\b", said, re.MULTILINE) and not re.search(
+        r"^  method\.prompt", said, re.MULTILINE
+    )
+    assert re.search(r"^  optim\.epochs=10 +passes over the training images$", said, re.MULTILINE)
+    assert all(re.search(rf"^  {group}= +.*{options[-1]}", said, re.MULTILINE) for group, options in groups().items())
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,10 @@ def test_validate_sums_up(capsys):
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("oom", 1), ("failed", 1), ("interrupted", 1)])
 def test_train_prints_the_table_and_the_folder(training, make_result, capsys, status, code):
     asked = []
-    training.train = lambda config, anew, once: (asked.append(config.seed), (make_result(status=status), Path("runs/x")))[1]
+    training.train = lambda config, anew, once: (
+        asked.append(config.seed),
+        (make_result(status=status), Path("runs/x")),
+    )[1]
     assert main(["train", "seed=5"]) == code and asked == [5]
     said = capsys.readouterr()
     assert "peak MiB" in said.out and said.out.endswith("\nrun: runs/x\n")
@@ -238,5 +243,9 @@ def test_ctrl_c_leaves_a_run_marked_interrupted(tmp_path):
             break
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, "".join(lines) + err
-    assert "Traceback" not in err and err.endswith("s2a: interrupted: the same line goes on from there\n") and "1 interrupted" in out
+    assert (
+        "Traceback" not in err
+        and err.endswith("s2a: interrupted: the same line goes on from there\n")
+        and "1 interrupted" in out
+    )
     assert json.loads((tmp_path / "stopped" / "result.json").read_text())["status"] == "interrupted"

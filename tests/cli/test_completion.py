@@ -29,7 +29,10 @@ from s2a_cli.verbs import VERBS
         ("s2a train meth", ["method.", "method="]),
         ("s2a train method=s", ["method=s2a", "method=side"]),
         ("s2a validate quant=int4 method=prompt method.r", ["method.rank="]),
-        ("s2a train method=s2a method.side.", [f"method.side.{key}=" for key in ("blocks", "grid", "heads", "lr_scale", "width")]),
+        (
+            "s2a train method=s2a method.side.",
+            [f"method.side.{key}=" for key in ("blocks", "grid", "heads", "lr_scale", "width")],
+        ),
         ("s2a train dataset.shots=3 dataset.sh", ["dataset.shots="]),
         ("s2a train --debug precision=amp", ["precision=amp-bf16", "precision=amp-fp16"]),
         ("s2a train hydra", []),

@@ -1,5 +1,5 @@
-"""Image files, archives and folders as strangers send them, drawn by hypothesis: valid ones, damaged ones, and ones made to harm; and
-what must hold for each. Used by test_data_fuzz.py with few examples, and with as many as wanted by
+"""Image files, archives and folders as strangers send them, drawn by hypothesis: valid ones, damaged ones, and ones
+made to harm; and what must hold for each. Used by test_data_fuzz.py with few examples, and with as many as wanted by
 `PYTHONPATH=. python tests/data/fuzz_data.py 20000`.
 """
 
@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from pictures import folder_config
+from PIL import Image
 
 from s2a_cli.data import archives, describe, load
 from s2a_cli.data.images import open_rgb
@@ -59,7 +59,9 @@ SPOTS = st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8)), 
 
 @dataclass(frozen=True)
 class Damage:
-    """What happened to bytes on the way: spots that were overwritten, at a share of the length, and an end that is missing."""
+    """What happened to bytes on the way: spots that were overwritten, at a share of the length, and an end that is
+    missing.
+    """
 
     spots: list[tuple[float, bytes]] = field(default_factory=list)
     keeps: float = 1.0
@@ -78,17 +80,22 @@ damages = st.just(Damage()) | st.just(Damage()) | real_damages
 sides = st.integers(1, 40)
 images = st.builds(
     lambda content, damage: damage.of(content),
-    st.builds(image_bytes, st.sampled_from(WRITTEN), st.sampled_from(MODES), sides, sides, st.integers(0, 3)) | st.binary(max_size=64),
+    st.builds(image_bytes, st.sampled_from(WRITTEN), st.sampled_from(MODES), sides, sides, st.integers(0, 3))
+    | st.binary(max_size=64),
     damages,
 )
 
 # Names without a slash that a disk takes, and worse ones for archives
-plain_names = st.sampled_from(["cat", "dog", "train", "test", "Val", "validation", "training_set", ".hidden", "0", "a b", "é", "__MACOSX"])
+plain_names = st.sampled_from(
+    ["cat", "dog", "train", "test", "Val", "validation", "training_set", ".hidden", "0", "a b", "é", "__MACOSX"]
+)
 odd_names = st.sampled_from(["\n", "\x1b[2J", "\udcff", "$(x)", "-rf", "CON", "a" * 255, "x.tar"]) | st.text(
     st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=6
 ).filter(lambda name: name not in (".", "..") and len(os.fsencode(name)) < 250)
 names = plain_names | plain_names | odd_names
-files = st.builds(lambda stem, ending: stem + ending, plain_names | odd_names.filter(lambda n: len(n) < 200), st.sampled_from(ENDINGS))
+files = st.builds(
+    lambda stem, ending: stem + ending, plain_names | odd_names.filter(lambda n: len(n) < 200), st.sampled_from(ENDINGS)
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,9 @@ good_images = st.builds(image_bytes, st.sampled_from(WRITTEN[:6]), st.just("RGB"
 targets = [".", "..", "../..", "/", "/dev/zero", "nowhere", "../cat", "../dog/0.png", "../../test", "loop.png"]
 links = st.tuples(st.just("link"), st.sampled_from(targets))
 contents = good_images | good_images | images | links | st.just("pipe")
-paths = st.tuples(names, files) | st.tuples(names, names, files) | st.tuples(files) | st.tuples(names, names, names, files)
+paths = (
+    st.tuples(names, files) | st.tuples(names, names, files) | st.tuples(files) | st.tuples(names, names, names, files)
+)
 class_paths = st.sampled_from(["cat", "dog", "train/cat", "train/dog", "test/cat", "test/dog"])
 usual = st.tuples(class_paths, files).map(lambda drawn: (*drawn[0].split("/"), drawn[1]))
 entries = st.lists(st.tuples(usual | paths, contents), max_size=8)
@@ -128,11 +137,20 @@ entries = st.lists(st.tuples(usual | paths, contents), max_size=8)
 
 def class_images(tops: tuple[str, ...]) -> st.SearchStrategy[list]:
     """Enough good images in two classes of each tree."""
-    wanted = [(*filter(None, top.split("/")), name, f"{number}.png") for top in tops for name in ("cat", "dog") for number in range(4)]
-    return st.lists(good_images, min_size=len(wanted), max_size=len(wanted)).map(lambda contents: list(zip(wanted, contents)))
+    wanted = [
+        (*filter(None, top.split("/")), name, f"{number}.png")
+        for top in tops
+        for name in ("cat", "dog")
+        for number in range(4)
+    ]
+    return st.lists(good_images, min_size=len(wanted), max_size=len(wanted)).map(
+        lambda contents: list(zip(wanted, contents))
+    )
 
 
-good_entries = st.sampled_from([("",), ("train", "test"), ("Training", "TEST", "val"), ("training_set", "test_set")]).flatmap(class_images)
+good_entries = st.sampled_from(
+    [("",), ("train", "test"), ("Training", "TEST", "val"), ("training_set", "test_set")]
+).flatmap(class_images)
 trees = st.builds(lambda good, more: Tree(more + good), st.just([]) | good_entries | good_entries, entries)
 
 
@@ -199,7 +217,15 @@ archive_names = st.builds("/".join, usual | st.tuples(names, names, files)) | st
         *("", ".", "./", archives.MANIFEST, "x" * 300, "é"),
     ]
 )
-odd_kinds = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.GNUTYPE_SPARSE, tarfile.XHDTYPE, b"?"]
+odd_kinds = [
+    tarfile.SYMTYPE,
+    tarfile.LNKTYPE,
+    tarfile.FIFOTYPE,
+    tarfile.DIRTYPE,
+    tarfile.GNUTYPE_SPARSE,
+    tarfile.XHDTYPE,
+    b"?",
+]
 kinds = st.sampled_from([tarfile.REGTYPE] * 12 + odd_kinds)
 members = st.builds(
     Member, archive_names, good_images | images | st.just(bytes(5000)), kinds,
@@ -220,7 +246,10 @@ packed = tars | zips  # (ending, bytes)
 
 @contextlib.contextmanager
 def sandbox() -> Iterator[Path]:
-    """A new folder that holds `inside`, for what is tried; nothing beside that may change. Ends what takes longer than SECONDS."""
+    """A new folder that holds `inside`, for what is tried; nothing beside that may change.
+
+    Ends what takes longer than SECONDS.
+    """
 
     def too_long(*_):
         raise AssertionError(f"longer than {SECONDS} s")
@@ -265,8 +294,14 @@ def check_loads(root: Path, **chosen) -> None:
             for index in range(len(split)):
                 image, label = split[index]
                 assert image.mode == "RGB" and min(image.size) > 0
-                parts = Path(split.name(index)).relative_to(root).parts if Path(split.name(index)).is_relative_to(root) else ()
-                assert not parts or splits.classes[label] in parts[:2], "an image has the label of the folder that it lies in"
+                parts = (
+                    Path(split.name(index)).relative_to(root).parts
+                    if Path(split.name(index)).is_relative_to(root)
+                    else ()
+                )
+                assert not parts or splits.classes[label] in parts[:2], (
+                    "an image has the label of the folder that it lies in"
+                )
 
 
 def check_image(content: bytes, ending: str) -> None:
@@ -309,11 +344,19 @@ def check_folder(tree: Tree, layout: str | None, on_corrupt: str) -> None:
 DRAWN: dict[Callable, dict[str, st.SearchStrategy]] = {
     check_image: {"content": images, "ending": st.sampled_from(ENDINGS)},
     check_archive: {"archive": packed},
-    check_folder: {"tree": trees, "layout": st.sampled_from([None, None, "splits", "classes"]), "on_corrupt": st.sampled_from(["stop", "skip"])},
+    check_folder: {
+        "tree": trees,
+        "layout": st.sampled_from([None, None, "splits", "classes"]),
+        "on_corrupt": st.sampled_from(["stop", "skip"]),
+    },
 }
 
 
 def fuzz(check: Callable, examples: int, same: bool = False) -> None:
-    """Tries a check with so many drawn examples, each time the same ones or others; raises what the smallest failing one raises."""
-    how = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=same)
+    """Tries a check with so many drawn examples, each time the same ones or others; raises what the smallest failing
+    one raises.
+    """
+    how = settings(
+        max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=same
+    )
     how(given(**DRAWN[check])(check))()

@@ -17,8 +17,8 @@ from fake_web import Served, serve
 from s2a_cli.data import archives, download
 from s2a_cli.data.archives import HEADER, MANIFEST, extract, extract_once
 from s2a_cli.data.download import RemoteFile, fetch, fetch_tree
-from s2a_cli.progress import Progress, duration, size
 from s2a_cli.errors import UserError
+from s2a_cli.progress import Progress, duration, size
 
 CONTENT = bytes(range(256)) * 3000  # more than two chunks
 
@@ -211,7 +211,10 @@ def test_a_good_archive_is_extracted_once(tmp_path, name):
     inode = (tmp_path / "target/good.txt").stat().st_ino
     extract_once(archive, tmp_path / "target")
     assert (tmp_path / "target/good.txt").stat().st_ino == inode
-    assert json.loads((tmp_path / "target" / MANIFEST).read_text())["archive"] == hashlib.sha256(archive.read_bytes()).hexdigest()
+    assert (
+        json.loads((tmp_path / "target" / MANIFEST).read_text())["archive"]
+        == hashlib.sha256(archive.read_bytes()).hexdigest()
+    )
 
 
 def test_a_tar_that_ends_in_a_zip_is_a_tar(tmp_path):
@@ -301,7 +304,9 @@ def test_a_folder_that_is_not_what_its_archive_held_is_refused(web, tmp_path, ch
     elif change == "a pipe":
         os.mkfifo(photo)
     message = refusal(fetch_tree, file, tmp_path, download=False)
-    said = {"added": "folder/noise.jpg was added", "missing": "folder/photo.jpg is missing"}.get(change, "folder/photo.jpg differs")
+    said = {"added": "folder/noise.jpg was added", "missing": "folder/photo.jpg is missing"}.get(
+        change, "folder/photo.jpg differs"
+    )
     assert said in message and str(tree) in message and "remove that folder" in message
 
 
@@ -310,13 +315,17 @@ def test_a_folder_that_was_copied_is_read_again_once(tmp_path, monkeypatch):
     extract_once(archive, tmp_path / "tree")
     shutil.copytree(tmp_path / "tree", tmp_path / "copy")
     read = []
-    monkeypatch.setattr(archives, "sha256", lambda path: read.append(path.name) or hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(
+        archives, "sha256", lambda path: read.append(path.name) or hashlib.sha256(path.read_bytes()).hexdigest()
+    )
     for _ in range(2):
         extract_once(archive, tmp_path / "copy", hashlib.sha256(archive.read_bytes()).hexdigest())
         assert sorted(read) == ["good.txt", "photo.jpg"]
 
 
-@pytest.mark.parametrize("manifest", [None, "{", "[]", '{"archive": 1}', '{"archive": "%s", "files": {"good.txt": [1]}}', "[" * 10**5])
+@pytest.mark.parametrize(
+    "manifest", [None, "{", "[]", '{"archive": 1}', '{"archive": "%s", "files": {"good.txt": [1]}}', "[" * 10**5]
+)
 def test_a_folder_from_before_is_compared_with_its_archive(tmp_path, manifest):
     archive = make_tar(tmp_path / "photos.tar")
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
@@ -376,7 +385,9 @@ def test_an_archive_of_very_many_files_is_refused(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar.gz"]
 
 
-@pytest.mark.parametrize("member", [{"type": tarfile.GNUTYPE_SPARSE}, {"pax_headers": {"GNU.sparse.map": "0,1", "GNU.sparse.size": "9"}}])
+@pytest.mark.parametrize(
+    "member", [{"type": tarfile.GNUTYPE_SPARSE}, {"pax_headers": {"GNU.sparse.map": "0,1", "GNU.sparse.size": "9"}}]
+)
 def test_sparse_files_are_refused(tmp_path, member):
     assert "sparse" in refusal(extract, make_tar(tmp_path / "a.tar", "hole.jpg", **member), tmp_path / "target")
 

@@ -45,9 +45,9 @@ def test_one_tree_is_split_by_class(tmp_path):
 
 @pytest.mark.parametrize("val", [None, "val", "valid", "validation"])
 def test_split_trees(tmp_path, val):
-    for seed, (name, images) in enumerate([("train", 5), ("test", 3), (val, 2)]):
+    for seed, (name, count) in enumerate([("train", 5), ("test", 3), (val, 2)]):
         if name:
-            tree(tmp_path / name, images=images, seed=1000 * seed)
+            tree(tmp_path / name, images=count, seed=1000 * seed)
     splits = load(folder_config(tmp_path))
     assert (len(splits.train), len(splits.val), len(splits.test)) == ((10, 4, 6) if val else (8, 2, 6))
     assert all(f"/{val or 'train'}/" in name for name in names(splits.val))
@@ -69,7 +69,9 @@ def test_nested_hidden_and_other_files(tmp_path):
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
     assert "does not exist" in refusal(tmp_path / "nowhere")
-    assert "does not exist" in refusal(tmp_path / "no\nwhere") and "names of at most 255 bytes" in refusal(tmp_path / ("x" * 5000))
+    assert "does not exist" in refusal(tmp_path / "no\nwhere") and "names of at most 255 bytes" in refusal(
+        tmp_path / ("x" * 5000)
+    )
     (tmp_path / "file.txt").write_text("")
     assert "neither a folder nor an archive" in refusal(tmp_path / "file.txt")
     (tmp_path / "empty").mkdir()
@@ -193,11 +195,17 @@ def test_what_is_no_file_is_a_damaged_image(tmp_path):
     (root / "cat" / "zero.png").symlink_to("/dev/zero")
     os.mkfifo(root / "cat" / "pipe.png")
     message = refusal(root)
-    assert message.startswith(f"{root / 'cat/gone.png'} is not a readable image (a link to what is not there)") and "and 3 more" in message
+    assert (
+        message.startswith(f"{root / 'cat/gone.png'} is not a readable image (a link to what is not there)")
+        and "and 3 more" in message
+    )
     for _ in range(2):
         splits = load(folder_config(root, on_corrupt="skip"))
         assert len(splits.train) + len(splits.val) + len(splits.test) == 12
-        assert "cat/pipe.png: a pipe, not a file" in splits.left_out[0] and "cat/zero.png: a device, not a file" in splits.left_out[0]
+        assert (
+            "cat/pipe.png: a pipe, not a file" in splits.left_out[0]
+            and "cat/zero.png: a device, not a file" in splits.left_out[0]
+        )
     shutil.copy(root / "cat" / "0.png", tmp_path / "gone.png")
     assert len(load(folder_config(root, on_corrupt="skip")).train) == 9, "the link leads to something now"
 
@@ -241,7 +249,9 @@ def test_a_change_that_size_and_time_do_not_tell_is_seen(tmp_path):
         first = now
 
 
-@pytest.mark.parametrize("kept", ["", "{}", "[]", '{"revision": 1, "damaged": {}, "dark": [], "same": []}', "[" * 10**5])
+@pytest.mark.parametrize(
+    "kept", ["", "{}", "[]", '{"revision": 1, "damaged": {}, "dark": [], "same": []}', "[" * 10**5]
+)
 def test_a_kept_report_that_is_damaged_is_made_again(tmp_path, cache, kept):
     root = tree(tmp_path / "photos")
     first = load(folder_config(root))
@@ -363,12 +373,16 @@ def test_heic_is_read_with_pillow_heif_and_else_left_out_with_its_count(tmp_path
         (root / "cat" / f"IMG_{index}.HEIC").write_bytes(b"ftypheic")
     for name in ("notes.txt", "README", "Thumbs.db"):
         (root / "dog" / name).write_text("")
-    monkeypatch.setattr(folder, "EXTENSIONS", tuple(ending for ending in images.EXTENSIONS if not ending.startswith(".hei")))
+    monkeypatch.setattr(
+        folder, "EXTENSIONS", tuple(ending for ending in images.EXTENSIONS if not ending.startswith(".hei"))
+    )
     left_out = ["3 .heic (install pillow-heif to read them)", "1 without an ending", "1 .db", "1 .txt"]
     assert load(folder_config(root)).left_out == left_out
     (root / "bird").mkdir()
     (root / "bird" / "0.heic").write_bytes(b"")
-    assert "no image in" in refusal(root) and "but 1 .heic (install pillow-heif to read them); accepted: .jpg" in refusal(root)
+    assert "no image in" in refusal(
+        root
+    ) and "but 1 .heic (install pillow-heif to read them); accepted: .jpg" in refusal(root)
 
     class Heif:
         @staticmethod
@@ -381,7 +395,9 @@ def test_heic_is_read_with_pillow_heif_and_else_left_out_with_its_count(tmp_path
     images._heif.cache_clear()
     for path in root.glob("*/*.[hH]*"):
         picture(7).save(path, "GIF")
-    assert sum(len(getattr(load(folder_config(root, on_corrupt="skip")), name)) for name in ("train", "val", "test")) == 16
+    assert (
+        sum(len(getattr(load(folder_config(root, on_corrupt="skip")), name)) for name in ("train", "val", "test")) == 16
+    )
 
 
 def test_an_image_beside_the_class_folders_is_said(tmp_path):
@@ -449,7 +465,7 @@ def test_a_real_archive(real_data):
 
 def test_a_real_photo_cut_short(real_data, tmp_path):
     root = tree(tmp_path / "photos")
-    photo = sorted((real_data / "flowers5/train/daisy").iterdir())[0]
+    photo = min((real_data / "flowers5/train/daisy").iterdir())
     content = photo.read_bytes()
     (root / "cat" / "photo.jpg").write_bytes(content[: len(content) // 2])
     assert "photo.jpg is not a readable image" in refusal(root)

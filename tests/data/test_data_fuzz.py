@@ -1,4 +1,6 @@
-"""Whatever is given as an image, an archive or a folder: it is read, or refused in one line, soon, and nothing else changes."""
+"""Whatever is given as an image, an archive or a folder: it is read, or refused in one line, soon, and nothing else
+changes.
+"""
 
 from __future__ import annotations
 

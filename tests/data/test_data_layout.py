@@ -39,7 +39,9 @@ def test_splits_are_known_in_any_case(tmp_path, names):
     assert sizes(DatasetConfig(name="folder", root=str(tmp_path)))[0] == 2
 
 
-@pytest.mark.parametrize("names", [("train", "test", "val", "validation"), ("train", "Training", "test"), ("train", "test", "TEST")])
+@pytest.mark.parametrize(
+    "names", [("train", "test", "val", "validation"), ("train", "Training", "test"), ("train", "test", "TEST")]
+)
 def test_two_names_for_one_split_are_both_named(tmp_path, names):
     message = refusal(splits_of(tmp_path, *names))
     twice = {"val": ("val", "validation"), "train": ("Training", "train"), "test": ("TEST", "test")}
@@ -73,7 +75,10 @@ def test_what_is_a_tree_of_classes_all_the_same(tmp_path):
     root = splits_of(tmp_path / "some", "cat", "dog", classes=["2019", "2020"], images=5)
     tree(root, classes=["bird"], images=5)
     assert load(folder_config(root)).classes == ["bird", "cat", "dog"]
-    assert load(folder_config(tree(tmp_path / "stations", classes=["train_station", "bus_station"]))).classes[1] == "train_station"
+    assert (
+        load(folder_config(tree(tmp_path / "stations", classes=["train_station", "bus_station"]))).classes[1]
+        == "train_station"
+    )
 
 
 def test_classes_that_are_called_like_splits(tmp_path):
@@ -85,12 +90,16 @@ def test_classes_that_are_called_like_splits(tmp_path):
     assert splits.classes == ["bus", "car", "train"]
     assert sizes(DatasetConfig(name="folder", root=str(root), layout="classes"))[0] == 3
     both = tree(tmp_path / "both", classes=["test", "train"])
-    assert "has no class folders" in refusal(both) and "if these are 2 classes, say dataset.layout=classes" in refusal(both)
+    assert "has no class folders" in refusal(both) and "if these are 2 classes, say dataset.layout=classes" in refusal(
+        both
+    )
     assert load(folder_config(both, layout="classes")).classes == ["test", "train"]
 
 
 def test_the_setting_is_judged(tmp_path):
-    assert problems(DatasetConfig(name="folder", root="x", layout="tree")) == ["dataset.layout=tree: expected one of splits, classes"]
+    assert problems(DatasetConfig(name="folder", root="x", layout="tree")) == [
+        "dataset.layout=tree: expected one of splits, classes"
+    ]
     assert "dataset.layout is for dataset=folder" in problems(DatasetConfig(name="digits", layout="splits"))[0]
 
 
@@ -136,7 +145,11 @@ def test_links_that_lead_elsewhere_are_followed_once(tmp_path):
     (pool / "c" / "loop").symlink_to(pool / "c")
     (root / "bird").symlink_to(pool / "d")
     splits = load(folder_config(root))
-    assert splits.classes == ["bird", "cat", "dog"] and splits.counts().sum(1).tolist() == [5, 10, 5] and not splits.left_out
+    assert (
+        splits.classes == ["bird", "cat", "dog"]
+        and splits.counts().sum(1).tolist() == [5, 10, 5]
+        and not splits.left_out
+    )
     (root / "dog" / "more").symlink_to(pool / "c")
     assert "dog/more is a folder of cat, too: its images would be in both" in refusal(root)
 

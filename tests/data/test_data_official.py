@@ -66,7 +66,7 @@ def cifar_record(labels: list[int], red: int, green: int, blue: int) -> bytes:
 
 
 def test_cifar10(root, monkeypatch):
-    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     files = {"cifar-10-batches-bin/batches.meta.txt": "\n".join(names).encode() + b"\n\n"}
     for batch in range(1, 6):
         files[f"cifar-10-batches-bin/data_batch_{batch}.bin"] = b"".join(

@@ -38,7 +38,15 @@ def test_many_classes_stay_short():
         "  each of 102 classes       5       1       4",
         "  all 102 classes         510     102     408",
     ]
-    uneven = describe(splits(*[(5, 1, 4)] * 50, (9, 2, 8), (2, 1, 1), *[(5, 1, 4)] * 50, names=["x" * 50] * 50 + ["owl", "\x1b[2J\n"] + ["x"] * 50))
+    uneven = describe(
+        splits(
+            *[(5, 1, 4)] * 50,
+            (9, 2, 8),
+            (2, 1, 1),
+            *[(5, 1, 4)] * 50,
+            names=["x" * 50] * 50 + ["owl", "\x1b[2J\n"] + ["x"] * 50,
+        )
+    )
     assert uneven.splitlines()[1:3] == [
         "  owl                   9       2       8  largest",
         "  \\x1b[2J\\n             2       1       1  smallest",
@@ -67,7 +75,13 @@ def test_what_the_settings_leave_out_is_said(tmp_path):
     ("top1", "said"),
     [
         (97.56, "97.56 % is no more than always answering 'cat' gives: 40 of 41 images in test are of that class"),
-        (95.12, "95.12 % is less than the 97.56 % that always answering 'cat' gives: 40 of 41 images in test are of that class"),
+        (
+            95.12,
+            (
+                "95.12 % is less than the 97.56 % that always answering 'cat' gives: 40 of 41 images in test are of"
+                " that class"
+            ),
+        ),
         (100.0, None),
         (None, None),
     ],

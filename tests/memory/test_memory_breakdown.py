@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 import s2a_cli
 from s2a_cli.compose import compose
-from s2a_cli.memory import Tracker, observe
+from s2a_cli.memory import observe
 from s2a_cli.memory.compositions import Composition, Predictor
 from s2a_cli.memory.figure import live
 from s2a_cli.memory.hollow import Hollow, is_hollow
@@ -73,7 +74,9 @@ def test_weights_gradients_and_state_are_told_apart():
     found = profile("backbone=vit_s", "method=full", "quant=none", "optim.batch_size=1")  # the update is the peak
     uses, weights = found.by("use"), sum(p.bytes for p in found.parts if p.use == "trainable")
     assert found.phase == "update" and found.place == "loss and update"
-    assert uses["gradients",] == pytest.approx(weights, rel=0.01) and uses["optimiser",] == pytest.approx(2 * weights, rel=0.01)
+    assert uses["gradients",] == pytest.approx(weights, rel=0.01) and uses["optimiser",] == pytest.approx(
+        2 * weights, rel=0.01
+    )
     assert found.by("place", uses=("gradients",))["blocks.0",] == found.by("place", uses=("trainable",))["blocks.0",]
     frozen = profile("method=linear", "quant=none", "backbone.weights=int8")
     whole = profile("method=linear", "quant=none")
@@ -122,7 +125,9 @@ def test_the_api_takes_any_model_shape_and_loss():
     assert found.by("place", uses=("kept",))["layers.1",] == whole  # ReLU keeps its output, not the convolution's
     assert s2a_cli.predict_memory(model, (16, 3, 64, 64)).peak_bytes > 1.9 * found.peak_bytes
     assert next(model.parameters()).device.type == "meta"
-    half = s2a_cli.predict_memory(model, (8, 3, 64, 64), precision="amp-fp16", optimizer=partial(torch.optim.SGD, lr=0.1))
+    half = s2a_cli.predict_memory(
+        model, (8, 3, 64, 64), precision="amp-fp16", optimizer=partial(torch.optim.SGD, lr=0.1)
+    )
     assert half.memory.kept_mib < 0.7 * found.memory.kept_mib
 
 
@@ -146,7 +151,7 @@ def test_importing_the_package_imports_no_torch():
 
 
 def test_hollow_tensors_take_no_memory():
-    resident = lambda: int(open("/proc/self/statm").read().split()[1])  # pages
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1])  # pages
     with Hollow():
         before = resident()
         tensors = [torch.zeros(1 << 26).add_(1) for _ in range(4)]  # 1 GiB
@@ -159,7 +164,13 @@ def test_hollow_operators_return_what_real_ones_do():
         x = torch.randn(4, 6, 8)
         values, indices = x.topk(3)
         out = [x.transpose(0, 1), x @ x.mT, x.softmax(-1), values, indices, x.to(torch.bfloat16)]
-        out += [F.conv2d(x[None], torch.randn(5, 4, 3, 3)), torch.arange(5), x.view(-1)[::2].contiguous(), x > 0, *x.split(2)]
+        out += [
+            F.conv2d(x[None], torch.randn(5, 4, 3, 3)),
+            torch.arange(5),
+            x.view(-1)[::2].contiguous(),
+            x > 0,
+            *x.split(2),
+        ]
         out += torch._foreach_mul([x, values], 2.0)
         assert x.add_(1) is x
         out += [x[0].t_(), torch.add(x, 1, out=torch.empty(4, 6, 8))]

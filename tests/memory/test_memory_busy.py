@@ -45,7 +45,9 @@ class Gpus:
         return type("Properties", (), {"uuid": f"0000-{device.index or 0}", "total_memory": 80_000 * MIB})
 
     def says(self, *lines, code=0, state="Disabled, 97"):
-        """lines: the processes that compute; state: whether a screen is drawn, and the share of time in which kernels run."""
+        """lines: the processes that compute; state: whether a screen is drawn, and the share of time in which kernels
+        run.
+        """
         told = "".join(f"echo '{line}'\n" for line in lines)
         program = self.folder / "nvidia-smi"
         program.write_text(
@@ -81,14 +83,18 @@ def test_a_refusal_names_who_holds_the_device(gpus):
     gpus.used = [0, 9_000]
     gpus.says("4242, /usr/bin/python, train.py, 8123", "17, Xorg, [N/A]", f"{os.getpid()}, python, 300", "no process")
     said = str(memory.refusal("cuda:1"))
-    assert said.startswith("device=cuda:1 (NVIDIA Test) is not idle: process 4242 (/usr/bin/python, train.py, 8,123 MiB), process 17 (Xorg")
+    assert said.startswith(
+        "device=cuda:1 (NVIDIA Test) is not idle: process 4242 (/usr/bin/python, train.py, 8,123 MiB), process 17 (Xorg"
+    )
     assert "MiB not known" in said and str(os.getpid()) not in said and "busy=allow" in said and "\n" not in said
     assert "-i GPU-0000-1" in gpus.asked.read_text()
     gpus.used = [9_000, 0]
     assert str(memory.refusal("auto")).startswith("device=cuda:0 ")
 
 
-@pytest.mark.parametrize("lines, code", [([], 0), (["Failed to initialize NVML: Unknown Error"], 9), (["No devices were found"], 0)])
+@pytest.mark.parametrize(
+    "lines, code", [([], 0), (["Failed to initialize NVML: Unknown Error"], 9), (["No devices were found"], 0)]
+)
 def test_processes_that_nvidia_smi_does_not_show(gpus, lines, code):
     gpus.used = [5_120, 0]
     gpus.says(*lines, code=code)
@@ -111,7 +117,9 @@ def test_a_screen_and_memory_of_the_host_are_no_rivals(gpus, monkeypatch, capsys
     gpus.used = [1_100, 0]
     gpus.says(*lines, state=state)
     properties = gpus.properties
-    monkeypatch.setattr(gpus, "properties", lambda device: type("P", (properties(device),), {"is_integrated": int(shares)}))
+    monkeypatch.setattr(
+        gpus, "properties", lambda device: type("P", (properties(device),), {"is_integrated": int(shares)})
+    )
     found = memory.refusal("cuda")
     assert (found is None) == idle
     said = capsys.readouterr().err
@@ -153,7 +161,10 @@ def test_a_run_is_refused_before_anything_is_loaded(gpus, monkeypatch, capsys):
     monkeypatch.setattr(training, "prepare", prepare)
     assert main(["train", "device=cuda"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("s2a: device=cuda:0 (NVIDIA Test) is not idle: process 4242 (python, 8,123 MiB) holds") and said.count("\n") == 1
+    assert (
+        said.startswith("s2a: device=cuda:0 (NVIDIA Test) is not idle: process 4242 (python, 8,123 MiB) holds")
+        and said.count("\n") == 1
+    )
     assert not reached
     for words in (["device=cuda", "busy=allow"], ["device=cuda:1"], ["device=cpu"]):
         assert main(["train", *words]) == 130
@@ -195,7 +206,9 @@ def test_runs_that_share_a_gpu_allow_each_other(monkeypatch, tmp_path, workers, 
 
 
 def test_it_is_no_part_of_what_a_run_computes():
-    contents = {records.content(OmegaConf.to_container(compose([f"busy={word}"])), "r1", "w1") for word in ("refuse", "allow")}
+    contents = {
+        records.content(OmegaConf.to_container(compose([f"busy={word}"])), "r1", "w1") for word in ("refuse", "allow")
+    }
     assert len(contents) == 1
 
 

@@ -39,7 +39,10 @@ def s2a(capsys):
 def test_one_composition(s2a):
     code, out, _ = s2a("method=bias", "quant=none")
     assert code == 0 and "predicted, not measured" in out
-    full, mine = (float(re.search(pattern, out)[1].replace(",", "")) for pattern in (r"fine-tuning \(([\d.,]+) MiB", r"peak ([\d.,]+) MiB"))
+    full, mine = (
+        float(re.search(pattern, out)[1].replace(",", ""))
+        for pattern in (r"fine-tuning \(([\d.,]+) MiB", r"peak ([\d.,]+) MiB")
+    )
     assert full > mine > 0
     line = next(line for line in out.splitlines() if line.startswith("sum"))
     assert [float(number.replace(",", "")) for number in line.split()[1:]] == [mine, full]
@@ -58,7 +61,9 @@ def test_json_and_csv_hold_parts_that_add_up(s2a):
     _, out, _ = s2a("method=s2a", "format=json")
     (found,) = json.loads(out)
     assert sum(part["mib"] for part in found["parts"]) == pytest.approx(found["peak_mib"], abs=1e-9)
-    assert found["kind"] == "predicted" and found["classes"] == 10 and found["full_finetune_peak_mib"] > found["peak_mib"]
+    assert (
+        found["kind"] == "predicted" and found["classes"] == 10 and found["full_finetune_peak_mib"] > found["peak_mib"]
+    )
     _, out, _ = s2a("method=s2a", "format=csv")
     lines = list(csv.DictReader(io.StringIO(out)))
     assert sum(int(line["bytes"]) for line in lines) == round(found["peak_mib"] * MIB)
@@ -107,10 +112,14 @@ def test_bad_input_is_one_line_and_exit_code_2(s2a, word, said):
 
 
 def needed(batch, config, margin=Margin()):
-    return margin.needed(Predictor()(Composition.of(OmegaConf.merge(config, {"optim": {"batch_size": batch}}))).peak_bytes)
+    return margin.needed(
+        Predictor()(Composition.of(OmegaConf.merge(config, {"optim": {"batch_size": batch}}))).peak_bytes
+    )
 
 
-@pytest.mark.parametrize("words", [["method=bias", "quant=none"], pytest.param(["method=s2a", "quant=tiny"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "words", [["method=bias", "quant=none"], pytest.param(["method=s2a", "quant=tiny"], marks=pytest.mark.slow)]
+)
 def test_the_largest_batch_fits_and_one_more_does_not(words):
     config, margin = compose([*SMALL, *words]), Margin(context=0)
     available = 400 * MIB
@@ -122,7 +131,9 @@ def test_the_largest_batch_fits_and_one_more_does_not(words):
 
 
 @pytest.mark.parametrize("limit", [0, 1, 7, 100, 12345])
-@pytest.mark.parametrize("shape", [lambda n: n, lambda n: 10 + n + 5 * (n % 2 == 0) // 5, lambda n: n**1.3, lambda n: 64 * -(-n // 64)])
+@pytest.mark.parametrize(
+    "shape", [lambda n: n, lambda n: 10 + n + 5 * (n % 2 == 0) // 5, lambda n: n**1.3, lambda n: 64 * -(-n // 64)]
+)
 def test_the_search_is_exact_and_short(limit, shape):
     calls = []
 
@@ -137,7 +148,9 @@ def test_the_search_is_exact_and_short(limit, shape):
 
 @pytest.mark.slow
 def test_what_would_make_a_batch_fit(s2a):
-    _, out, _ = s2a("optim.batch_size=512", "method=bias", "quant=none", "fit=1500MiB", "format=json", "dataset=cifar100")
+    _, out, _ = s2a(
+        "optim.batch_size=512", "method=bias", "quant=none", "fit=1500MiB", "format=json", "dataset=cifar100"
+    )
     fit = json.loads(out)[0]["fit"]
     assert fit["needed_mib"] > fit["available_mib"] == 1500 and 0 < fit["largest_batch"] < 512
     options = {" ".join(option["words"]): option for option in fit["options"]}
@@ -223,7 +236,7 @@ def test_a_run_foretells_its_memory(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
         said, warning = outlook(block, torch.device("cuda", 0))
         assert bool(warning) == warned
-        assert not warned or f"fit={gib}.0GiB" in warning and "3,782 MiB" in warning  # 3000 x 1.05 + 32 + 600
+        assert not warned or (f"fit={gib}.0GiB" in warning and "3,782 MiB" in warning)  # 3000 x 1.05 + 32 + 600
 
 
 def test_a_snapshot_needs_cuda(tmp_path, capsys):

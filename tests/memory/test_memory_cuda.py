@@ -1,4 +1,7 @@
-"""What CUDA does differently: the allocator on numbers, autocast's list, the choice of attention kernels. No device is asked."""
+"""What CUDA does differently: the allocator on numbers, autocast's list, the choice of attention kernels.
+
+No device is asked.
+"""
 
 from __future__ import annotations
 
@@ -61,11 +64,10 @@ def test_repeated_steps_take_no_more():
 @pytest.mark.parametrize("function", [F.softmax, torch.softmax, torch.Tensor.softmax, F.log_softmax])
 def test_softmax_runs_in_fp32_under_autocast(function):
     x = torch.randn(2, 4, dtype=torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
-        with CudaAutocast():
-            assert function(x, -1).dtype == torch.float32
-            assert F.layer_norm(x, (4,)).dtype == torch.float32
-            assert F.gelu(x).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16), CudaAutocast():
+        assert function(x, -1).dtype == torch.float32
+        assert F.layer_norm(x, (4,)).dtype == torch.float32
+        assert F.gelu(x).dtype == torch.bfloat16
     with CudaAutocast():
         assert function(x, -1).dtype == torch.bfloat16
         assert function(x.double(), -1).dtype == torch.float64

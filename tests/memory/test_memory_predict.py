@@ -93,7 +93,7 @@ def test_agrees_with_real_cpu_tensors_to_the_byte(name, what):
     with torch.backends.mkldnn.flags(enabled=False):
         assert predicted == track(model, batch, train_step, optimizer_for)
     assert predicted.kind == "predicted"
-    assert 0 < predicted.static_mib and 0 < predicted.kept_mib
+    assert predicted.static_mib > 0 and predicted.kept_mib > 0
     assert predicted.static_mib + predicted.kept_mib < predicted.peak_mib
 
 

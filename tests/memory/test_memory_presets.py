@@ -34,7 +34,9 @@ CASES = [
 
 @pytest.mark.parametrize("method, quant, weights", CASES)
 def test_what_is_predicted_is_what_real_tensors_take(method, quant, weights):
-    config = compose([*f"method={method}".split(), f"quant={quant}", "backbone.pretrained=false", f"backbone.weights={weights}"])
+    config = compose(
+        [*f"method={method}".split(), f"quant={quant}", "backbone.pretrained=false", f"backbone.weights={weights}"]
+    )
     torch.manual_seed(0)
     backbone = backbones.build(config.backbone, 10)
     METHODS[config.method.name](config.method).attach(backbone)

@@ -13,7 +13,9 @@ from s2a_cli.methods import METHODS
 from s2a_cli.votes import vote_losses
 
 BACKBONES = {
-    "vit": dict(timm="vit_tiny_patch16_224", image_size=32, kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=3)),
+    "vit": dict(
+        timm="vit_tiny_patch16_224", image_size=32, kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=3)
+    ),
     "swin": dict(
         timm="swin_tiny_patch4_window7_224",
         image_size=32,
@@ -48,7 +50,7 @@ def defaults(backbone: str, method: str) -> dict:
 
 def randomise(model):
     """Weights and statistics as of a trained model: no zero gammas, no unit variances."""
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.ndim == 1:
             p.data += 0.1 * torch.randn_like(p)
     for name, b in model.named_buffers():
@@ -71,7 +73,9 @@ def loss_of(backbone, quant=STOCK):
 
 
 def quant(bits):
-    return QuantConfig(name=f"int{bits}", lossless=bits is not None, bits=bits, pointwise=bits, norm=bits, attention=bits, softmax=bits)
+    return QuantConfig(
+        name=f"int{bits}", lossless=bits is not None, bits=bits, pointwise=bits, norm=bits, attention=bits, softmax=bits
+    )
 
 
 each_backbone = pytest.mark.parametrize("backbone", BACKBONES)

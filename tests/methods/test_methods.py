@@ -55,7 +55,9 @@ def test_only_what_should_train_changes(backbone, method):
     changed = {name for name, t in made.model.state_dict().items() if not torch.equal(t, before[name])}
     assert changed - buffers <= expected
     biases = {name for name in expected if name.endswith("bias")}
-    single = {f"s2a.side.readers.{i}.query" for i, block in enumerate(made.blocks) if block.output.positions == 1}  # nothing to weigh
+    single = {
+        f"s2a.side.readers.{i}.query" for i, block in enumerate(made.blocks) if block.output.positions == 1
+    }  # nothing to weigh
     assert expected - biases - single <= changed
     # a key's bias moves no softmax, and a bias before a normalisation by batch statistics is taken off again
     assert len(biases & changed) > 0.5 * len(biases)
@@ -121,7 +123,7 @@ def test_kept_bytes_fall_with_bits(backbone, method):
     for bits in (None, 8, 4, 2):
         made = make(backbone, method)
         train_mode(made.model)
-        kept.append(saved_bytes(lambda: loss_of(made, quant(bits)), made.model))
+        kept.append(saved_bytes(lambda made=made, bits=bits: loss_of(made, quant(bits)), made.model))
     assert kept == sorted(kept, reverse=True)
     if method in ("bias", "prompt", "s2a"):  # a gradient passes the backbone, whose weights are frozen
         assert kept[0] > 2 * kept[1]

@@ -28,7 +28,9 @@ def test_a_step_learns_from_each_vote_before_the_next_block(backbone, settings):
     train_mode(made.model)
     readers, seen = made.model.s2a["side"].readers, []
     for block in made.blocks[1:]:
-        block.module.register_forward_pre_hook(lambda *_: seen.append([reader.vote.bias.grad is not None for reader in readers]))
+        block.module.register_forward_pre_hook(
+            lambda *_: seen.append([reader.vote.bias.grad is not None for reader in readers])
+        )
     optimizer = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=0.1)
     Step(compose(["method=s2a", "quant=none"]), torch.device("cpu"))(made.model, optimizer, *batch(made))
     count = len(made.blocks)
@@ -59,7 +61,10 @@ def test_a_tap_in_pieces_is_the_tap_of_the_whole_batch(backbone, set_piece_sizes
 
 def test_a_side_branch_reads_as_its_formula_says():
     """The gradient of the queries against autograd's in float64; kept are the codes once, and the weights."""
-    tokens, query = torch.randint(-127, 128, (3, 10, 16), dtype=torch.int8), torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
+    tokens, query = (
+        torch.randint(-127, 128, (3, 10, 16), dtype=torch.int8),
+        torch.randn(4, 16, dtype=torch.float64, requires_grad=True),
+    )
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         read = Attend.apply(tokens, query)
@@ -70,7 +75,9 @@ def test_a_side_branch_reads_as_its_formula_says():
     torch.testing.assert_close(
         *(torch.autograd.grad(output, query, upstream)[0] for output in (read, exact)), rtol=1e-10, atol=1e-12
     )
-    assert {(t.dtype, t.numel()) for t in kept} == {(torch.int8, 3 * 10 * 16), (torch.float64, 3 * 10 * 4)} and len(kept) == 2
+    assert {(t.dtype, t.numel()) for t in kept} == {(torch.int8, 3 * 10 * 16), (torch.float64, 3 * 10 * 4)} and len(
+        kept
+    ) == 2
 
 
 @each_backbone
@@ -86,19 +93,25 @@ def test_a_tail_alone_computes_and_trains_what_the_model_does(backbone, method):
     images, targets = batch(made)
     tail = METHODS[method](made_config(backbone, method)).tail(made)
     taps, logits = tail.capture(lambda: made.model(images))
-    assert {t.dtype for t in taps.tensors[1:]} <= {torch.int8} and len(taps.tensors) == 1 + (method == "side") * len(made.blocks)
+    assert {t.dtype for t in taps.tensors[1:]} <= {torch.int8} and len(taps.tensors) == 1 + (method == "side") * len(
+        made.blocks
+    )
     assert not any(t.requires_grad for t in taps.tensors)
     assert torch.equal(tail(taps), logits) and torch.equal(tail(taps), whole.model(images))
     vote_losses(tail(taps), targets).sum().backward()
     vote_losses(whole.model(images), targets).sum().backward()
     for (name, one), two in zip(made.model.named_parameters(), whole.model.parameters()):
         assert (one.grad is None) == (two.grad is None) and (one.grad is None or torch.equal(one.grad, two.grad)), name
-    assert sum(p.numel() for p in tail.parameters()) == sum(p.numel() for p in made.model.parameters() if p.requires_grad)
+    assert sum(p.numel() for p in tail.parameters()) == sum(
+        p.numel() for p in made.model.parameters() if p.requires_grad
+    )
 
 
 @each_backbone
 def test_the_votes_of_head_and_branch_leave_each_other_alone(backbone):
-    """With the side branch, biases and head get the gradients that they get without; and the branch those of its own vote."""
+    """With the side branch, biases and head get the gradients that they get without; and the branch those of its own
+    vote.
+    """
     alone, both = make(backbone, "bias"), make(backbone, "s2a", prompt=None)
     branch = both.model.s2a["side"]
     torch.manual_seed(3)
@@ -109,7 +122,9 @@ def test_the_votes_of_head_and_branch_leave_each_other_alone(backbone):
         loss_of(made).backward()
     found = dict(both.model.named_parameters())
     for name, p in alone.model.named_parameters():
-        assert (p.grad is None) == (found[name].grad is None) and (p.grad is None or torch.equal(p.grad, found[name].grad)), name
+        assert (p.grad is None) == (found[name].grad is None) and (
+            p.grad is None or torch.equal(p.grad, found[name].grad)
+        ), name
     images, targets = batch(both)
     head, *votes = both.model(images)
     for reader, vote in zip(branch.readers, votes, strict=True):
@@ -154,7 +169,9 @@ def test_no_gradient_leaves_a_segment(backbone):
 
 @each_backbone
 def test_learning_at_once_is_learning_afterwards(backbone):
-    """Blocks that are computed again within the forward pass, where votes are learned from, make the codes that they make after it."""
+    """Blocks that are computed again within the forward pass, where votes are learned from, make the codes that they
+    make after it.
+    """
     codes = QuantConfig(name="codes", recompute="block", input=8, pointwise=4, norm=4, attention=4)
     at_once, after = (make(backbone, "s2a", segments=2) for _ in range(2))
     gradients = []
@@ -165,7 +182,11 @@ def test_learning_at_once_is_learning_afterwards(backbone):
         train_mode(made.model)
         optimizer = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=0.0)
         optimizer.zero_grad = lambda set_to_none: None
-        step = Step(OmegaConf.merge(compose(["method=s2a"]), {"quant": OmegaConf.structured(codes)}), torch.device("cpu"), made.block_modules)
+        step = Step(
+            OmegaConf.merge(compose(["method=s2a"]), {"quant": OmegaConf.structured(codes)}),
+            torch.device("cpu"),
+            made.block_modules,
+        )
         for _ in range(2):  # the first fits the codes
             made.model.zero_grad()
             if made is at_once:
@@ -194,7 +215,12 @@ def test_the_gradient_of_a_vote_at_a_border_is_computed_in_pieces(backbone, set_
 
 
 def test_segments_of_blocks_that_share_a_trained_part_are_refused():
-    config = BackboneConfig(name="shared", timm="vit_srelpos_small_patch16_224", pretrained=False, kwargs=dict(depth=2, embed_dim=48, num_heads=2))
+    config = BackboneConfig(
+        name="shared",
+        timm="vit_srelpos_small_patch16_224",
+        pretrained=False,
+        kwargs=dict(depth=2, embed_dim=48, num_heads=2),
+    )
     for segments, refused in ((1, False), (2, True)):
         made = backbones.build(config, CLASSES)
         METHODS["s2a"](made_config("vit", "s2a", segments=segments)).attach(made)

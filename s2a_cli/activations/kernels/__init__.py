@@ -1,8 +1,8 @@
 """Triton kernels for CUDA: second implementations of operators `s2a::*`, each one pass over memory.
 
 The plain PyTorch ones stay in place for every other device, for arguments that a kernel does not cover (the kernels'
-docstrings say which), and where Triton is missing or cannot build a kernel on this machine, which is said once. `available`
-says which.
+docstrings say which), and where Triton is missing or cannot build a kernel on this machine, which is said once.
+`available` says which.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ _warned = False
 
 
 def _launchers() -> Launchers:
-    """What runs, in words, and the kernels by operator. Tried again after a failure that may pass, such as too little memory."""
+    """What runs, in words, and the kernels by operator.
+
+    Tried again after a failure that may pass, such as too little memory.
+    """
     global _known, _warned
     if _known is not None:
         return _known
@@ -50,7 +53,8 @@ def _launchers() -> Launchers:
             _warned = True
             reason = next(iter(str(error).strip().splitlines()), "no reason given")
             warnings.warn(
-                f"codes are made by plain PyTorch, several times slower: Triton can't build its kernels ({type(error).__name__}: {reason})",
+                "codes are made by plain PyTorch, several times slower: Triton can't build its kernels"
+                f" ({type(error).__name__}: {reason})",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -23,7 +23,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def probe() -> None:
-    """Raises where kernels cannot be built or launched: also where Triton cannot round to bfloat16 (Turing, Triton 3.2)."""
+    """Raises where kernels cannot be built or launched: also where Triton cannot round to bfloat16 (Turing, Triton
+    3.2).
+    """
     encode_groups(torch.zeros(1, 64, device="cuda"), torch.zeros(16, dtype=torch.uint8, device="cuda"), -1.0, 64, 4)
 
 
@@ -88,7 +90,14 @@ def _tiles(width: int, group: int, warp: int = TILE, warps: int = 1) -> dict | N
     if width % 8 or cols > WIDEST or group != triton.next_power_of_2(group):
         return None
     rows = max(1, warp * warps // cols)
-    return {"WIDTH": width, "GROUP": group, "ROWS": rows, "COLS": cols, **OPTIONS, "num_warps": max(warps, cols // warp)}
+    return {
+        "WIDTH": width,
+        "GROUP": group,
+        "ROWS": rows,
+        "COLS": cols,
+        **OPTIONS,
+        "num_warps": max(warps, cols // warp),
+    }
 
 
 def _ragged(width: int, group: int) -> dict | None:
@@ -98,11 +107,20 @@ def _ragged(width: int, group: int) -> dict | None:
     if cols > WIDEST // 4 or group != triton.next_power_of_2(group):
         return None
     rows = max(8, 2 * TILE // cols)
-    return {"WIDTH": width, "GROUP": group, "ROWS": rows, "COLS": cols, **OPTIONS, "num_warps": max(4, rows * cols // TILE)}
+    return {
+        "WIDTH": width,
+        "GROUP": group,
+        "ROWS": rows,
+        "COLS": cols,
+        **OPTIONS,
+        "num_warps": max(4, rows * cols // TILE),
+    }
 
 
 def _layout(x: Tensor) -> tuple[int, ...] | None:
-    """Where the rows of x begin, as `grouped.encode` has it: inner, middle, near, far, outer; None where it can't say."""
+    """Where the rows of x begin, as `grouped.encode` has it: inner, middle, near, far, outer; None where it can't
+    say.
+    """
     dims = []  # (size, stride) of the leading dimensions, the last first, those that lie one after the other as one
     for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1])):
         if size == 1:
@@ -133,7 +151,9 @@ def encode_groups(
     seed: int = 0,
     channels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Plain: float64, stochastic rounding, groups of no power of two, rows of over 8192 elements (or 2048 and no multiple of 8)."""
+    """Plain: float64, stochastic rounding, groups of no power of two, rows of over 8192 elements (or 2048 and no
+    multiple of 8).
+    """
     width, total = x.shape[-1], math.prod(x.shape[:-1])
     tiles = _tiles(_shortest(width, group, channels) if x.is_contiguous() else width, group)
     pieces = _ragged(width, group) if tiles is None and channels is None and hasattr(tl, "gather") else None
@@ -163,7 +183,9 @@ def encode_norm(
     seed: int = 0,
     channels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain: float64, stochastic rounding, rows of over 8192 elements or no multiple of 8, groups of no power of two."""
+    """Plain: float64, stochastic rounding, rows of over 8192 elements or no multiple of 8, groups of no power of
+    two.
+    """
     tiles = _tiles(width, group)
     x = x if x.shape[-1] == width else x.contiguous().view(-1, width)
     if x.dtype not in FLOATS or x.numel() == 0 or chances is not None or tiles is None:
@@ -317,9 +339,17 @@ def softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, levels: Tensor
 
 
 def weight_gradient(
-    grad: Tensor, codes: Tensor, scales: Tensor, table: Tensor, width: int, group: int, bits: int, channels: Tensor | None = None
+    grad: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    width: int,
+    group: int,
+    bits: int,
+    channels: Tensor | None = None,
 ) -> Tensor:
-    """Plain: float64. Rows are decoded by a kernel and multiplied by the library's: a fused one would decode them again for each
+    """Plain: float64. Rows are decoded by a kernel and multiplied by the library's: a fused one would decode them again
+    for each
     tile of the result's rows, 24 times for 3072 of them, at more instructions than the product itself has."""
     if grad.dtype not in FLOATS or grad.numel() == 0:
         return PLAIN["weight_gradient"](grad, codes, scales, table, width, group, bits, channels)

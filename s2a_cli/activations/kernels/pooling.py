@@ -1,4 +1,5 @@
-"""Max pooling: kernels and what calls them. A thread gathers what its element depends on, so nothing is added up atomically.
+"""Max pooling: kernels and what calls them. A thread gathers what its element depends on, so nothing is added up
+atomically.
 
 Codes lie in logical order, as their plain twin has it; tensors are read and written by their strides.
 """
@@ -59,7 +60,9 @@ def pool(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The maximum of each window of x [., channels, height, width], and its place there: out [., channels, rows, columns]."""
+    """The maximum of each window of x [., channels, height, width], and its place there: out [., channels, rows,
+    columns].
+    """
     first = tl.program_id(0) * BLOCK
     index = first + tl.arange(0, BLOCK)
     held = index < total
@@ -72,7 +75,9 @@ def pool(
         j = column * SW - PW + place % KW * DW
         inside = held & (i >= 0) & (i < height) & (j >= 0) & (j < width)
         value = tl.load(plane + i * x_row + j * x_column, inside, other=0).to(tl.float32)
-        better = inside & ((value > best) | (value != value) | (codes < 0))  # as stock: the first of several, the last NaN
+        better = inside & (
+            (value > best) | (value != value) | (codes < 0)
+        )  # as stock: the first of several, the last NaN
         best = tl.where(better, value, best)
         codes = tl.where(better, place, codes)
     where = out + sample * out_sample + channel * out_channel + row * out_row + column * out_column

@@ -25,7 +25,10 @@ def encode(
     COLS: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    """Codes and scales of x. ROWS is a multiple of 8, so that a program's codes are whole bytes; FLAT >= ROWS * WIDTH."""
+    """Codes and scales of x.
+
+    ROWS is a multiple of 8, so that a program's codes are whole bytes; FLAT >= ROWS * WIDTH.
+    """
     GROUPS: tl.constexpr = COLS // GROUP
     STRIDE: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -87,7 +90,9 @@ def decode_int8(out, codes, scales, total, GROUP: tl.constexpr, BLOCK: tl.conste
     index = tl.arange(0, BLOCK)
     held = index < total - first
     own = first // GROUP + ((first % GROUP).to(tl.int32) + index) // GROUP
-    values = tl.load(codes + first + index, held, other=0).to(tl.float32) * tl.load(scales + own, held, other=0).to(tl.float32)
+    values = tl.load(codes + first + index, held, other=0).to(tl.float32) * tl.load(scales + own, held, other=0).to(
+        tl.float32
+    )
     tl.store(out + first + index, values.to(out.dtype.element_ty), held)
 
 

@@ -1,4 +1,5 @@
-"""What the kernels share. A program handles a tile [ROWS, COLS]: some rows of WIDTH elements, COLS a power of two >= WIDTH.
+"""What the kernels share. A program handles a tile [ROWS, COLS]: some rows of WIDTH elements, COLS a power of two >=
+WIDTH.
 
 An elementwise kernel reads its tensor as rows of COLS = WIDTH elements, the last of which may be short (EVEN: it is
 not, which lets the compiler use wide loads and stores). Elsewhere WIDTH is a multiple of 8, so that a row's codes
@@ -22,11 +23,11 @@ else:
 
     @triton.jit
     def reciprocal(x):
-        """1 / x of what bfloat16 holds, correctly rounded: a Newton step on an approximation, in a fifth of a division's
+        """1 / x of what bfloat16 holds, correctly rounded: a Newton step on an approximation, in a fifth of a
+        division's
         instructions. With 8 bits of x no such quotient is as near to halfway between two floats as the step's error."""
         near = 1.0 / x
         return tl.fma(near, tl.fma(-x, near, 1.0), near)
-
 
 
 @triton.jit
