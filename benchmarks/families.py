@@ -33,15 +33,16 @@ from families_report import EXACT_ERROR, LOW, table
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from s2a_cli import backbones, memory, training
+from s2a_cli import backbones, memory
 from s2a_cli.activations.piece_sizes import BY_DEVICE
 from s2a_cli.backbones import Backbone
-from s2a_cli.compose import compose
-from s2a_cli.errors import UserError, first_line
+from s2a_cli.common.errors import UserError, first_line
+from s2a_cli.common.progress import Progress
+from s2a_cli.config.compose import compose
 from s2a_cli.methods import METHODS
-from s2a_cli.progress import Progress
-from s2a_cli.records import atomic_write, environment
-from s2a_cli.steps import Step, make_optimizer, moving_norms, train_mode
+from s2a_cli.results.record import atomic_write, environment
+from s2a_cli.training import trainer
+from s2a_cli.training.step import Step, make_optimizer, moving_norms, train_mode
 
 RESULTS = Path(__file__).parent / "results"
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"
@@ -101,7 +102,7 @@ def randomise(model: nn.Module) -> None:
 def made(model: str, method: str, size: int) -> Backbone:
     backbone = backbones.build(configured(model, method, size).backbone, CLASSES)
     randomise(backbone.model)
-    training.attach(configured(model, method, size, "quant=none"), backbone)
+    trainer.attach(configured(model, method, size, "quant=none"), backbone)
     for layer in backbone.head.layers.values():
         nn.init.normal_(layer.weight, std=0.05)
     train_mode(backbone.model)
@@ -181,7 +182,7 @@ def methods_of(model: str, size: int) -> Row:
                     )  # their statistics are the batch's
                     config = configured(model, method, size, *words, *whole)
                     try:
-                        training.attach(config, backbones.build(config.backbone, CLASSES, meta=True))
+                        trainer.attach(config, backbones.build(config.backbone, CLASSES, meta=True))
                         found = gradient(backbone, config, images, targets, kind)
                     except UserError as refused:
                         row[name] = first_line(refused)
@@ -244,8 +245,8 @@ def kept_of(model: str) -> Row:
     for quant in ("none", "int4", "tiny"):
         config = configured(model, "bias", None, f"quant={quant}")
         backbone = backbones.build(config.backbone, CLASSES, meta=True)
-        training.attach(config, backbone)
-        kept[quant] = training.predict_step(backbone, config, BATCH).kept_mib / BATCH
+        trainer.attach(config, backbone)
+        kept[quant] = trainer.predict_step(backbone, config, BATCH).kept_mib / BATCH
     return kept
 
 
@@ -255,7 +256,7 @@ def tracked_of(model: str, size: int) -> Row:
     for method, quant in TRACKED:
         config = configured(model, method, size, quant)
         backbone = made(model, method, size)
-        predicted = training.predict_step(backbone, config, BATCH)
+        predicted = trainer.predict_step(backbone, config, BATCH)
         step = Step(config, torch.device("cpu"), backbone.block_modules)
         real = memory.track(
             backbone.model, batch(size), step, lambda model, config=config: make_optimizer(config.optim, model)

@@ -33,11 +33,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from s2a_cli.activations import levels, remember
-from s2a_cli.compose import CONF, compose
-from s2a_cli.config import QuantConfig
+from s2a_cli.activations import remember
+from s2a_cli.activations.quant import codebooks
+from s2a_cli.config.compose import CONF, compose
+from s2a_cli.config.schema import QuantConfig
 from s2a_cli.memory.predict import saved_bytes
-from s2a_cli.steps import train_mode
+from s2a_cli.training.step import train_mode
 
 VIT = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 MOBILENET = "mobilenetv2_100.tf2_in1k_int8deq_same"
@@ -186,7 +187,7 @@ def families(state: State) -> Iterator[Row]:
                 yield measured(family, f"{bits} bits, {kind}", state, memory, bits + scale, every=family == "linear")
 
 
-def with_table(table: levels.Table, bits: int) -> AbstractContextManager:
+def with_table(table: codebooks.Table, bits: int) -> AbstractContextManager:
     memory = remember(quant(pointwise=bits))
     memory.calibration.pointwise = lambda *args: table
     return memory
@@ -195,15 +196,15 @@ def with_table(table: levels.Table, bits: int) -> AbstractContextManager:
 def grids(state: State) -> Iterator[Row]:
     """Ways to choose the levels of GELU', and layouts of groups."""
     for bits in (4, 2):
-        make = functools.partial(levels.derivative_table, F.gelu, bits)
-        uniform = make(levels=levels.uniform_levels(F.gelu, bits))
-        centres = torch.linspace(-16, 16, levels.POINTWISE_BINS, dtype=torch.float64)
-        density = levels.pointwise_weights(centres)
+        make = functools.partial(codebooks.derivative_table, F.gelu, bits)
+        uniform = make(levels=codebooks.uniform_levels(F.gelu, bits))
+        centres = torch.linspace(-16, 16, codebooks.POINTWISE_BINS, dtype=torch.float64)
+        density = codebooks.pointwise_weights(centres)
         slope = torch.autograd.grad(F.gelu(centres.requires_grad_()).sum(), centres)[0]
         mass = torch.zeros(2**bits, dtype=torch.float64).index_add_(0, uniform.bins.long(), density)
         means = torch.zeros_like(mass).index_add_(0, uniform.bins.long(), density * slope) / mass
-        cells = levels.Table(bits, uniform.low, uniform.high, uniform.bins, means.float())
-        stochastic = make(stochastic=True, levels=levels.uniform_levels(F.gelu, bits))
+        cells = codebooks.Table(bits, uniform.low, uniform.high, uniform.bins, means.float())
+        stochastic = make(stochastic=True, levels=codebooks.uniform_levels(F.gelu, bits))
         normal = make(weights=lambda x: torch.exp(-(x**2) / 2))
         for name, table in (
             ("uniform grid on f', nearest", uniform),

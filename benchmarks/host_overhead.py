@@ -22,15 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2a_cli.activations import groups, norm, pointwise, remember
-from s2a_cli.config import QuantConfig
-from s2a_cli.records import atomic_write, environment
+from s2a_cli.activations import remember
+from s2a_cli.activations.ops import norm, pointwise
+from s2a_cli.activations.quant import grouped
+from s2a_cli.config.schema import QuantConfig
+from s2a_cli.results.record import atomic_write, environment
 
 ROUNDS, PASSES, CALLS = 7, 100, 20
 FITTED = 40  # passes after which no layer is looked at any more
 OUT = Path(__file__).parent / "results"
 CODES = [(pointwise, "encode_levels"), (pointwise, "multiply_levels"), (norm, "encode_norm"), (norm, "norm_backward")]
-CODES += [(groups, "encode_groups"), (groups, "decode_groups")]
+CODES += [(grouped, "encode_groups"), (grouped, "decode_groups")]
 
 x = torch.randn(1, 2, 16, requires_grad=True)
 weight = torch.ones(16, requires_grad=True)

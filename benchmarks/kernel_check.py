@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from s2a_cli.activations.operators import PLAIN
+from s2a_cli.activations.quant.primitives import PLAIN
 
 # Largest differences that rounding explains, by dtype: of codes the share of bytes, of floats relative to the largest.
 LIMITS = {torch.uint8: 0.01, torch.float32: 1e-4, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}

@@ -23,11 +23,11 @@ from rows import checkpoint, lora
 
 from s2a_cli import memory
 from s2a_cli.backbones import Backbone, build
-from s2a_cli.compose import compose
+from s2a_cli.config.compose import compose
 from s2a_cli.memory.cuda import reserved
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import METHODS
-from s2a_cli.steps import Step, make_optimizer, train_mode
+from s2a_cli.training.step import Step, make_optimizer, train_mode
 
 UNITS = {"GB": 1024.0, "MB": 1.0, "MiB": 1.0}  # in MiB, read as powers of 1024; see the notes in the results
 

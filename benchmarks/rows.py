@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2a_cli import backbones, memory
 from s2a_cli.backbones import Backbone
-from s2a_cli.compose import compose
-from s2a_cli.errors import UserError
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.compose import compose
 from s2a_cli.memory.predict import hollow_tensors
 from s2a_cli.methods import METHODS
-from s2a_cli.steps import Step, make_optimizer, moving_norms, train_mode, weight_dtype
+from s2a_cli.training.step import Step, make_optimizer, moving_norms, train_mode, weight_dtype
 
 CLASSES = 100
 BUILT = 4  # backbones that are kept to be copied: making ViT-B anew takes seconds
@@ -160,9 +160,9 @@ class Made:
             raise UserError("BatchNorms that train see the whole batch: no pieces of it")
         self.model.to(weight_dtype(self.config.precision))
         if self.config.backbone.weights != "fp32":
-            from s2a_cli import frozen
+            from s2a_cli.backbones import weight_quant
 
-            frozen.store(self.backbone, self.config.backbone.weights)
+            weight_quant.store(self.backbone, self.config.backbone.weights)
         if not meta:
             self.model.to(device)
         train_mode(self.model)

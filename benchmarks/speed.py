@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 from rows import BY_NAME, Batch, Entry, Made, noise, problems
 
-from s2a_cli.errors import UserError
-from s2a_cli.fitting import WARMUP_STEPS
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.progress import Progress
 from s2a_cli.memory.result import MIB
-from s2a_cli.progress import Progress
+from s2a_cli.training.loop import WARMUP_STEPS
 
 Tell = Callable[[str, float | None], None]  # a row's name, and the seconds of a step of it; None: it begins
 

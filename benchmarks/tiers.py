@@ -49,15 +49,16 @@ from speed import time_rows
 from tiers_report import figure, markdown
 from torch import Tensor
 
-from s2a_cli import folders, memory, records
+from s2a_cli import memory
 from s2a_cli.backbones import Head
-from s2a_cli.compose import compose
+from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.progress import Progress
+from s2a_cli.config.compose import compose
 from s2a_cli.data import build_transform
 from s2a_cli.data.transforms import ImageConfig
-from s2a_cli.errors import UserError, nearest
-from s2a_cli.fitting import WARMUP_STEPS
-from s2a_cli.progress import Progress
-from s2a_cli.training import choose_device
+from s2a_cli.results import record, run_folder
+from s2a_cli.training.loop import WARMUP_STEPS
+from s2a_cli.training.trainer import choose_device
 
 MEASURED_STEPS = 3  # of memory, after the warm-up
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -234,7 +235,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     machine = {"cpu": cpu[0] if cpu else platform.machine(), "cores": os.cpu_count(), "cuda": torch.version.cuda}
-    return records.environment(str(device)) | machine | versions
+    return record.environment(str(device)) | machine | versions
 
 
 def cpuinfo() -> list[str]:
@@ -292,14 +293,14 @@ def main(argv: list[str]) -> None:
         print(json.dumps(measured(BY_NAME[options.measure], words, options.batch, device, meter)))
         return
     result = benchmark(argv)
-    out = folders.make_run_dir(Path(options.out))
+    out = run_folder.make_run_dir(Path(options.out))
     device = "_cuda" if any(row["measured"] for row in result["rows"]) else ""
     name = f"{result['backbone']}_{result['image_size']}px_b{result['batch']}_{result['precision']}{device}"
     path = out / (options.name or name)
     table = markdown(result)
     print(table)
-    records.atomic_write(path.with_name(f"{path.name}.json"), json.dumps(result, indent=1) + "\n")
-    records.atomic_write(path.with_name(f"{path.name}.md"), table)
+    record.atomic_write(path.with_name(f"{path.name}.json"), json.dumps(result, indent=1) + "\n")
+    record.atomic_write(path.with_name(f"{path.name}.md"), table)
     if options.time:
         figure(result, path.with_name(f"{path.name}.png"))
     print(f"{path}.json", file=sys.stderr)

@@ -1,6 +1,6 @@
 import sys
 
-from s2a_cli.cli import main
+from s2a_cli.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

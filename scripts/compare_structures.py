@@ -27,9 +27,11 @@ from statistics import mean, stdev
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from s2a_cli.config.schema.compose import compose
 
-from s2a_cli import backbones, records, training
-from s2a_cli.compose import compose
+from s2a_cli import backbones
+from s2a_cli.results import record
+from s2a_cli.training.trainer import trainer
 
 LARGE, SMALL = (2e-3, 4e-3, 8e-3, 16e-3), (5e-5, 1e-4, 2e-4, 4e-4)
 CONTENDERS = {  # name -> (words, learning rates, codes for the memory)
@@ -65,7 +67,7 @@ def calm(threads: int) -> None:
 
 def run(words: list[str]) -> dict[str, float]:
     """The accuracies of a run."""
-    result, folder = training.train(compose(words), once=True)
+    result, folder = trainer.train(compose(words), once=True)
     if result["status"] != "ok":
         raise SystemExit(f"{folder}: {result['status']}: {result['error']}")
     return result["accuracy"]
@@ -108,8 +110,8 @@ def costs(backbone: str, words: list[str], codes: str) -> tuple[float, float]:
     """With 100 classes and a batch of 64: the predicted peak in MiB, and the share of parameters that train, in %."""
     config = compose([backbone, "dataset=cifar100", "optim.batch_size=64", *words, f"quant={codes}"])
     built = backbones.build(config.backbone, 100, meta=True)
-    training.attach(config, built)
-    return training.predict_step(built, config, 50_000).peak_mib, built.count()["percent"]
+    trainer.attach(config, built)
+    return trainer.predict_step(built, config, 50_000).peak_mib, built.count()["percent"]
 
 
 def draw(table: pd.DataFrame, backbone: str, path: Path) -> None:
@@ -159,7 +161,7 @@ def main() -> None:
                 "% trained": percent,
             }
             table = pd.DataFrame.from_dict(rows, orient="index")
-            records.atomic_write(args.out / "table.md", table.to_markdown(floatfmt=".4g") + "\n")
+            record.atomic_write(args.out / "table.md", table.to_markdown(floatfmt=".4g") + "\n")
             draw(table, backbone, args.out / "structures.png")
     print((args.out / "table.md").read_text())
 

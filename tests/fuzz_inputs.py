@@ -17,10 +17,10 @@ import safetensors.torch
 import torch
 from hypothesis import strategies as st
 
-from s2a_cli import tensor_files
-from s2a_cli.cli import main
-from s2a_cli.compose import groups
-from s2a_cli.config import RULES
+from s2a_cli.cli.main import main
+from s2a_cli.common import tensor_files
+from s2a_cli.config.compose import groups
+from s2a_cli.config.schema import RULES
 
 CODES = {0, 1, 2, 130}  # 1: a run failed
 WRAPPERS = ("state_dict", "model")

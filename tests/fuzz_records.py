@@ -18,9 +18,10 @@ from example_result import result
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from s2a_cli import folders, records
-from s2a_cli.cli import main
-from s2a_cli.errors import UserError
+from s2a_cli.cli.main import main
+from s2a_cli.common.errors import UserError
+from s2a_cli.results import record as records
+from s2a_cli.results import run_folder
 
 SECONDS = 10.0  # of this process, within which a command must be done with a damaged file
 CODES = (0, 2)
@@ -152,8 +153,8 @@ def check(record: bytes, metrics: bytes, page: bool) -> None:
             assert "77.25" in (root / "page.html").read_text()
             (root / "page.html").unlink()
         good = records.read_result(root / "runs" / "good")
-        assert folders.state(root / "runs" / "good", records.content_of(good)) == ("done", None)
-        assert folders.state(root / "runs" / "odd", records.content_of(good))[0] in (
+        assert run_folder.state(root / "runs" / "good", records.content_of(good)) == ("done", None)
+        assert run_folder.state(root / "runs" / "odd", records.content_of(good))[0] in (
             "new",
             "done",
             "oom",
@@ -162,7 +163,7 @@ def check(record: bytes, metrics: bytes, page: bool) -> None:
         )
         for force in (False, True):
             try:
-                folders.place(root / "runs" / "odd", records.content_of(good), force)
+                run_folder.place(root / "runs" / "odd", records.content_of(good), force)
             except UserError as error:
                 assert len(str(error).splitlines()) == 1
         for name in ("good", "odd"):

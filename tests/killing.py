@@ -19,9 +19,11 @@ from pathlib import Path
 
 import torch
 
-from s2a_cli import checkpoints, folders, records, sweeps, training
-from s2a_cli.cli import main
-from s2a_cli.engines import PARENT
+from s2a_cli.cli.main import main
+from s2a_cli.results import record, run_folder
+from s2a_cli.sweeps import sweep as sweeps
+from s2a_cli.sweeps.launchers import PARENT
+from s2a_cli.training import checkpoints, trainer
 
 WORDS = [
     *(
@@ -107,7 +109,7 @@ def outcome(folder: Path) -> tuple:
     """All of a run that must be equal: its record's figures, the metrics of its epochs apart from times, its
     tensors.
     """
-    result = records.read_result(folder)
+    result = record.read_result(folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     metrics = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
     return result["status"], result["id"], result["accuracy"], metrics, (folder / checkpoints.FILE).read_bytes()
@@ -116,14 +118,14 @@ def outcome(folder: Path) -> tuple:
 def outcomes(root: Path) -> dict[str, tuple]:
     """{id: outcome} of the finished runs of a sweep."""
     found = {
-        path.parent for path in root.glob("*/*/*/*/result.json") if records.read_result(path.parent)["status"] == "ok"
+        path.parent for path in root.glob("*/*/*/*/result.json") if record.read_result(path.parent)["status"] == "ok"
     }
     return {folder.name: outcome(folder) for folder in found}
 
 
 def settled(folder: Path) -> Path:
     """The folder when a process of s2a has opened it: what a kill left half-moved is in place."""
-    with folders.claimed(folder, wait=30):
+    with run_folder.claimed(folder, wait=30):
         return folder
 
 
@@ -145,7 +147,7 @@ class Killing:
         self.seconds = time.monotonic() - began  # of a life, the shortest of those that ended by themselves
         self.folders = {outcome(folder)[1]: folder for folder in map(Path, (root / "whole").glob("*/*/*/*"))}
         self.old, self.new = (
-            next(f for f in self.folders.values() if records.read_result(f)["config"]["seed"] == seed)
+            next(f for f in self.folders.values() if record.read_result(f)["config"]["seed"] == seed)
             for seed in (0, 1)
         )
         self.cached = outcome(root / "cached")
@@ -189,11 +191,11 @@ class Killing:
         new = ["train", *WORDS, "seed=1", f"run_dir={folder}"]
         while killed and len(self.seen) < self.kills:
             killed = self._killed("re-run over a finished run", Life([*new, *force], self.log))
-            assert records.read_result(folder)["status"] == "ok", folder
+            assert record.read_result(folder)["status"] == "ok", folder
             assert outcome(settled(folder)) in (outcome(self.old), outcome(self.new)), folder
-            force = [] if (folder / folders.NEXT / "result.json").exists() else ["--force"]
+            force = [] if (folder / run_folder.NEXT / "result.json").exists() else ["--force"]
         assert Life([*new, *force], self.log).wait() == 0, self.log.read_text()
-        assert outcome(folder) == outcome(self.new) and not (folder / folders.NEXT).exists(), folder
+        assert outcome(folder) == outcome(self.new) and not (folder / run_folder.NEXT).exists(), folder
 
     def sweep(self) -> None:
         """A sweep and its runs: what one life finished stays as it is, and the last one finishes all."""
@@ -221,12 +223,12 @@ class Killing:
             scenes[0]()
             if len(self.seen) > before:  # else its lives ended before their moments, and it comes again
                 scenes.append(scenes.pop(0))
-        litter = [path for path in self.root.glob("**/.*") if folders.LITTER.fullmatch(path.name)]
+        litter = [path for path in self.root.glob("**/.*") if run_folder.LITTER.fullmatch(path.name)]
         assert not litter, litter
 
 
 if __name__ == "__main__":
-    training.predict = lambda run: None  # what takes most of the time of so short a run
+    trainer.predict = lambda run: None  # what takes most of the time of so short a run
     sweeps.engine = lambda settings, devices: Forks()
     killing = Killing(Path(sys.argv[2]).resolve(), seed=int(sys.argv[3]) if len(sys.argv) > 3 else 0)
     killing(int(sys.argv[1]))

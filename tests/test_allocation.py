@@ -11,14 +11,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from s2a_cli import allocation, backbones, training
+from s2a_cli import backbones
 from s2a_cli.activations import STOCK
-from s2a_cli.allocation import Costs, Gradient, allocate, measure
-from s2a_cli.compose import compose
-from s2a_cli.errors import UserError
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.compose import compose
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import METHODS
-from s2a_cli.steps import train_mode
+from s2a_cli.training import bit_allocation, trainer
+from s2a_cli.training.bit_allocation import Costs, Gradient, allocate, measure
+from s2a_cli.training.step import train_mode
 
 TINY = ["backbone=vit_micro", "backbone.pretrained=false", "+backbone.kwargs.depth=2", "optim.batch_size=32"]
 
@@ -36,7 +37,7 @@ def gradient_of(*words: str) -> Gradient:
 def predicted(gradient: Gradient):
     def peak(quant, micro_batch=None):
         changed = {"quant": OmegaConf.structured(quant), "optim": {"micro_batch": micro_batch}}
-        return training.predict_step(gradient.backbone, OmegaConf.merge(gradient.config, changed), 32).peak_mib
+        return trainer.predict_step(gradient.backbone, OmegaConf.merge(gradient.config, changed), 32).peak_mib
 
     return peak
 
@@ -59,12 +60,12 @@ def test_too_few_bytes_are_no_allocation():
 
 def test_measured_costs_foretell_the_error_of_all_codes_together():
     gradient = gradient_of()
-    costs = measure(gradient, allocation.CODED)
+    costs = measure(gradient, bit_allocation.CODED)
     assert set(costs.bytes) == set(itertools.product((0, 1), ("pointwise", "norm", "attention")))
     assert all(0 < error < 0.5 for error in costs.error.values())
     for count in (3, 4, 6):
         bits = dict.fromkeys(costs.bytes, count)
-        found = gradient.error(allocation._applied(OmegaConf.to_object(gradient.config.quant), bits))
+        found = gradient.error(bit_allocation._applied(OmegaConf.to_object(gradient.config.quant), bits))
         assert found / 2.5 < costs.expected(bits) < 2.5 * found
 
 
@@ -93,16 +94,16 @@ def test_every_budget_above_the_fewest_bits_fits_in_segments():
     gradient = gradient_of("method=s2a", "method.segments=3", "backbone.kwargs.depth=6")
     peak, codes, asked = (
         predicted(gradient),
-        measure(gradient, allocation.CODED),
+        measure(gradient, bit_allocation.CODED),
         OmegaConf.to_object(gradient.config.quant),
     )
     least, most = (
-        peak(allocation._applied(asked, dict.fromkeys(codes.bytes, bits)))
-        for bits in (allocation.BITS[0], allocation.BITS[-1])
+        peak(bit_allocation._applied(asked, dict.fromkeys(codes.bytes, bits)))
+        for bits in (bit_allocation.BITS[0], bit_allocation.BITS[-1])
     )
     for part in (0.05, 0.2, 0.35, 0.5, 0.8):
         asked = replace(asked, budget_mib=least + part * (most - least))
-        choice = allocation._fit(asked, codes, allocation.BITS, gradient, peak)
+        choice = bit_allocation._fit(asked, codes, bit_allocation.BITS, gradient, peak)
         assert choice and choice.peak_mib <= asked.budget_mib, part
 
 
@@ -127,12 +128,12 @@ def test_a_run_records_what_was_chosen(tmp_path, capsys):
         "optim.epochs=1",
         "device=cpu",
     ]
-    result, folder = training.train(compose([*words, f"run_dir={tmp_path}"]))
+    result, folder = trainer.train(compose([*words, f"run_dir={tmp_path}"]))
     assert "quant=auto: " in capsys.readouterr().out
     assert result["status"] == "ok" and result["memory"]["peak_mib"] <= 2.5
     assert result["allocation"]["name"] == "auto" and len(result["allocation"]["blocks"]) == 2
     assert result["config"]["quant"]["blocks"] == {} and json.loads((folder / "result.json").read_text())["allocation"]
-    assert training.train(compose([*words, f"run_dir={tmp_path}"]), anew=True)[0]["allocation"] == result["allocation"]
+    assert trainer.train(compose([*words, f"run_dir={tmp_path}"]), anew=True)[0]["allocation"] == result["allocation"]
 
 
 def test_a_budget_is_needed():

@@ -18,8 +18,8 @@ import tiers
 import tiers_report
 
 from s2a_cli import memory
-from s2a_cli.activations.operators import PLAIN
-from s2a_cli.errors import UserError
+from s2a_cli.activations.quant.primitives import PLAIN
+from s2a_cli.common.errors import UserError
 
 CPU = torch.device("cpu")
 SHALLOW = ["backbone=vit_micro", "backbone.kwargs.depth=2", "backbone.checkpoint=null", "backbone.pretrained=false"]

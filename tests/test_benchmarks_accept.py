@@ -22,7 +22,7 @@ import accept_run  # noqa: E402
 import accept_summary  # noqa: E402
 from accept_pool import Failed, Pool, Task  # noqa: E402
 
-from s2a_cli.errors import UserError  # noqa: E402
+from s2a_cli.common.errors import UserError  # noqa: E402
 
 H100 = 81559.0  # MiB
 ABOUT = {

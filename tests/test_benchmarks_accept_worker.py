@@ -23,8 +23,8 @@ import rows  # noqa: E402
 import speed  # noqa: E402
 from accept_pool import Failed, Task, Worker  # noqa: E402
 
-from s2a_cli.errors import UserError  # noqa: E402
-from s2a_cli.memory import busy  # noqa: E402
+from s2a_cli.common.errors import UserError  # noqa: E402
+from s2a_cli.memory import device as busy  # noqa: E402
 
 ECHO = """
 import json, sys, time

@@ -12,8 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from s2a_cli import checkpoints, distributed
-from s2a_cli.errors import UserError
+from s2a_cli.common import distributed
+from s2a_cli.common.errors import UserError
+from s2a_cli.training import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +83,8 @@ def test_out_of_memory_in_one_process_is_that_of_the_run(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         "import os, sys, torch\n"
-        "from s2a_cli import cli, fitting\n"
+        "from s2a_cli.cli import main as cli\n"
+        "from s2a_cli.training import loop as fitting\n"
         "train = fitting.Fit._train\n"
         "def short(self, *args):\n"
         "    if os.environ['RANK'] == '1' and self.sofar.step == 1:\n"

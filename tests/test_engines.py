@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from s2a_cli import checkpoints, folders
-from s2a_cli.cli import main
-from s2a_cli.config import SweepConfig
-from s2a_cli.engines import engine, remote
-from s2a_cli.errors import UserError
+from s2a_cli.cli.main import main
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.schema import SweepConfig
+from s2a_cli.results import run_folder
+from s2a_cli.sweeps.launchers import engine, remote
+from s2a_cli.training import checkpoints
 
 pytestmark = pytest.mark.xdist_group("engines")  # `whole` is made once
 
@@ -217,7 +218,7 @@ def test_a_missing_package_is_named(monkeypatch, launcher, package):
 
 
 def test_a_cluster_gets_what_a_run_needs_and_no_secret(monkeypatch, tmp_path):
-    from s2a_cli.engines.ray import Task
+    from s2a_cli.sweeps.launchers.ray import Task
 
     for name in (
         "AWS_SECRET_ACCESS_KEY",
@@ -253,7 +254,7 @@ def test_runs_are_packed_on_gpus_of_this_machine_alone():
 
 def test_a_run_waits_until_the_last_attempt_has_let_go(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "SAVING", 0.1)
-    with folders.claimed(tmp_path):
+    with run_folder.claimed(tmp_path):
         began = time.monotonic()
         remote.settle(tmp_path)
     assert time.monotonic() - began >= 0.1

@@ -11,17 +11,19 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from s2a_cli import backbones, checkpoints, frozen
+from s2a_cli import backbones
 from s2a_cli.activations import STOCK, remember
-from s2a_cli.compose import compose
-from s2a_cli.config import BackboneConfig, QuantConfig
+from s2a_cli.backbones import weight_quant
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.compose import compose
+from s2a_cli.config.schema import BackboneConfig, QuantConfig
 from s2a_cli.data import build_transform
-from s2a_cli.errors import UserError
 from s2a_cli.memory import predict, saved_bytes, track
 from s2a_cli.methods import METHODS
-from s2a_cli.steps import Step, make_optimizer, train_mode, weight_dtype
-from s2a_cli.training import predict_step
-from s2a_cli.votes import vote_losses
+from s2a_cli.methods.parts.deep_supervision import vote_losses
+from s2a_cli.training import checkpoints
+from s2a_cli.training.step import Step, make_optimizer, train_mode, weight_dtype
+from s2a_cli.training.trainer import predict_step
 
 KINDS = ("bf16", "int8", "nf4")
 SMALL = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2)
@@ -75,14 +77,14 @@ def gradients(backbone: backbones.Backbone, quant: QuantConfig = STOCK) -> dict[
     return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in trained}
 
 
-def stored_layers(backbone: backbones.Backbone) -> dict[str, frozen.Stored]:
-    return {name: m for name, m in backbone.model.named_modules() if isinstance(m, frozen.Stored)}
+def stored_layers(backbone: backbones.Backbone) -> dict[str, weight_quant.Stored]:
+    return {name: m for name, m in backbone.model.named_modules() if isinstance(m, weight_quant.Stored)}
 
 
 def pair(name: str, kind: str, dtype: torch.dtype = torch.float64) -> tuple[backbones.Backbone, backbones.Backbone]:
     """A backbone with stored weights, and the same one with what they decode to as parameters."""
     backbone, twin = made(name, "bias", dtype), made(name, "bias", dtype)
-    frozen.store(backbone, kind)
+    weight_quant.store(backbone, kind)
     layers, modules = stored_layers(backbone), dict(twin.model.named_modules())
     assert len(layers) > 4
     for where, layer in layers.items():
@@ -94,7 +96,7 @@ def stored(kind: str, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A normal weight, and what it decodes to."""
     torch.manual_seed(0)
     weight = torch.randn(shape)
-    encode, decode = frozen.CODECS[kind]
+    encode, decode = weight_quant.CODECS[kind]
     codes, *scales = encode(weight.flatten(1))
     rows = decode(codes, scales[0] if scales else None, weight[0].numel(), torch.float32)
     return weight, rows.view(shape)
@@ -107,7 +109,7 @@ def test_normal_float_levels_are_those_of_the_paper():
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
         0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ]  # fmt: skip
-    assert frozen.normal_float_levels().tolist() == pytest.approx(published, abs=1e-6)
+    assert weight_quant.normal_float_levels().tolist() == pytest.approx(published, abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(3072, 768), (400, 80), (320, 3, 3, 3), (960, 1, 7, 7)])
@@ -123,8 +125,8 @@ def test_root_mean_square_error_of_normal_weights(kind, most, shape):
 def test_int8_is_off_by_half_a_step_at_most(dtype):
     weight = 1e-3 * torch.randn(50, 192, generator=torch.Generator().manual_seed(0))
     weight[:, 64:128] = 0
-    codes, scales = frozen.encode_int8(weight)
-    decoded = frozen.decode_int8(codes, scales, 192, dtype)
+    codes, scales = weight_quant.encode_int8(weight)
+    decoded = weight_quant.decode_int8(codes, scales, 192, dtype)
     assert decoded.dtype == dtype and not decoded[:, 64:128].any()
     largest = weight.unflatten(1, (3, 64)).abs().amax(-1, keepdim=True)
     rounded = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(dtype, 0)
@@ -138,13 +140,13 @@ def test_int8_is_off_by_half_a_step_at_most(dtype):
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_rows_of_zeros_stay_zeros(kind):
-    encode, decode = frozen.CODECS[kind]
+    encode, decode = weight_quant.CODECS[kind]
     assert not decode(*encode(torch.zeros(8, 128)), 128, torch.float32).any()
 
 
 @pytest.mark.parametrize("width, group", [(768, 64), (80, 40), (27, 27), (49, 49), (147, 49), (2730, 42)])
 def test_groups_are_whole(width, group):
-    assert frozen.group_size(width) == group
+    assert weight_quant.group_size(width) == group
 
 
 @pytest.mark.parametrize("quant", QUANTS, ids=lambda quant: quant.name)
@@ -184,7 +186,7 @@ def test_autocast(kind, dtype):
 
 def test_second_derivatives_are_refused():
     backbone = made()
-    frozen.store(backbone, "int8")
+    weight_quant.store(backbone, "int8")
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(loss_of(backbone), [backbone.model.blocks[0].norm1.bias], create_graph=True)
 
@@ -193,7 +195,7 @@ def test_second_derivatives_are_refused():
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_compiled(kind):
     backbone = made(dtype=torch.float32)
-    frozen.store(backbone, kind)
+    weight_quant.store(backbone, kind)
     expected = gradients(backbone)
     backbone.model.compile(backend="eager")
     torch.testing.assert_close(gradients(backbone), expected)
@@ -201,7 +203,7 @@ def test_compiled(kind):
 
 def test_weights_that_a_parent_reads_stay():
     backbone = made("beit")
-    frozen.store(backbone, "int8")
+    weight_quant.store(backbone, "int8")
     layers = stored_layers(backbone)
     assert "blocks.0.attn.qkv" not in layers
     assert {"patch_embed.proj", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"} <= layers.keys()
@@ -220,7 +222,7 @@ def test_weights_that_a_parent_reads_stay():
 def test_only_frozen_weights_of_the_backbone_are_stored(method, words):
     backbone = made("vit", method, torch.float32, *words)
     before, state = backbone.count(), checkpoints.trainable_state(backbone.model)
-    frozen.store(backbone, "nf4")
+    weight_quant.store(backbone, "nf4")
     assert backbone.count() == before
     layers = stored_layers(backbone)
     assert len(layers) == 1 + 2 * 4
@@ -234,13 +236,13 @@ def test_only_frozen_weights_of_the_backbone_are_stored(method, words):
 
 def test_full_fine_tuning_has_nothing_to_store():
     with pytest.raises(UserError, match="backbone.weights=int8: this method freezes no weight"):
-        frozen.store(made("vit", "full"), "int8")
+        weight_quant.store(made("vit", "full"), "int8")
 
 
 def test_a_weight_that_trains_stays():
     backbone = made()
     backbone.model.blocks[0].mlp.fc1.weight.requires_grad_(True)
-    frozen.store(backbone, "int8")
+    weight_quant.store(backbone, "int8")
     assert "blocks.0.mlp.fc1" not in stored_layers(backbone) and "blocks.0.mlp.fc2" in stored_layers(backbone)
 
 
@@ -255,7 +257,7 @@ def test_nothing_decoded_is_kept(kind, autocast):
 
     before = kept()
     weights = sum(m.weight.numel() for m in backbone.model.modules() if type(m) in (nn.Linear, nn.Conv2d))
-    frozen.store(backbone, kind)
+    weight_quant.store(backbone, kind)
     assert kept() <= before
     if autocast:  # stock keeps a bfloat16 copy of each frozen weight whose gradient of the input is wanted
         assert before - kept() > weights
@@ -264,7 +266,7 @@ def test_nothing_decoded_is_kept(kind, autocast):
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_survive_changes_of_dtype_and_copies(kind):
     backbone = made("vit", "bias", torch.float32)
-    frozen.store(backbone, kind)
+    weight_quant.store(backbone, kind)
     layer = stored_layers(backbone)["blocks.0.mlp.fc1"]
     before = layer.weight
     backbone.model.to(torch.bfloat16)
@@ -282,7 +284,7 @@ def test_codes_survive_changes_of_dtype_and_copies(kind):
 def test_predicted_memory_is_that_of_real_tensors(kind, quant):
     config = compose(["method=bias", f"quant={quant}", "optim.batch_size=4"])
     backbone = made("vit", "bias", torch.float32)
-    frozen.store(backbone, kind)
+    weight_quant.store(backbone, kind)
     batch = images_for(backbone), torch.arange(4)
 
     def arguments() -> tuple:
@@ -303,7 +305,7 @@ def test_memory_of_vit_b(precision):
     for kind in ("fp32", *KINDS):
         backbone = backbones.build(config.backbone, 10, meta=True)
         METHODS["bias"](config.method).attach(backbone)
-        frozen.store(backbone, kind)
+        weight_quant.store(backbone, kind)
         backbone.model.to(weight_dtype(precision))
         found[kind] = predict_step(backbone, config, 64)
     whole = found["fp32"]
@@ -327,7 +329,7 @@ def test_real_weights_still_see_the_same(real_data):
         backbone = backbones.build(config.backbone, 1000)
         backbone.head.layers["head"].load_state_dict({key: classifier[f"head.{key}"] for key in ("weight", "bias")})
         METHODS["linear"](config.method).attach(backbone)
-        frozen.store(backbone, kind)
+        weight_quant.store(backbone, kind)
         transform = build_transform(backbone.image, config.dataset, False)
         files = sorted((real_data / "flowers5" / "test").glob("*/*"))
         files = files[:: max(1, len(files) // 40)]

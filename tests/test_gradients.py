@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from s2a_cli import gradients
-from s2a_cli.gradients import GradientSum
-from s2a_cli.memory.hollow import Hollow
+from s2a_cli.memory.dataless import Hollow
+from s2a_cli.training import gradient_sum
+from s2a_cli.training.gradient_sum import GradientSum
 
 
 class Work:
@@ -31,8 +31,8 @@ def log(monkeypatch):
         return Work(events, flat.numel())
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(gradients, "part", lambda: (0, 2))
-    monkeypatch.setattr(gradients, "from_first", lambda make: make())
+    monkeypatch.setattr(gradient_sum, "part", lambda: (0, 2))
+    monkeypatch.setattr(gradient_sum, "from_first", lambda make: make())
     return events
 
 
@@ -54,7 +54,7 @@ def backward(model: nn.Module, total: GradientSum, x: torch.Tensor) -> list[torc
 
 @pytest.mark.parametrize("bucket", [1, 200, 2**20], ids=["one a parameter", "some", "all in one"])
 def test_sums_in_every_step(log, monkeypatch, bucket):
-    monkeypatch.setattr(gradients, "BUCKET", bucket)
+    monkeypatch.setattr(gradient_sum, "BUCKET", bucket)
     model, x = network(), torch.randn(3, 4)
     total = GradientSum(model.parameters())
     for _ in range(3):
@@ -65,7 +65,7 @@ def test_sums_in_every_step(log, monkeypatch, bucket):
 
 
 def test_buckets_go_out_while_the_backward_pass_goes_on(log, monkeypatch):
-    monkeypatch.setattr(gradients, "BUCKET", 1)
+    monkeypatch.setattr(gradient_sum, "BUCKET", 1)
     model, x = network(), torch.randn(3, 4)
     model[0].register_full_backward_hook(lambda *_: log.append(("backward", "first layer")))
     total = GradientSum(model.parameters())
@@ -78,12 +78,12 @@ def test_buckets_go_out_while_the_backward_pass_goes_on(log, monkeypatch):
     alive = 0
     for event, _ in log:
         alive += {"started": 1, "finished": -1}.get(event, 0)
-        assert alive <= gradients.IN_FLIGHT
+        assert alive <= gradient_sum.IN_FLIGHT
     assert alive == 0
 
 
 def test_gradients_of_earlier_backward_passes_and_unused_parameters(log, monkeypatch):
-    monkeypatch.setattr(gradients, "BUCKET", 1)
+    monkeypatch.setattr(gradient_sum, "BUCKET", 1)
     model, x, vote, unused = network(), torch.randn(3, 4), nn.Linear(4, 1), nn.Linear(2, 2)
     parameters = [*model.parameters(), *vote.parameters(), *unused.parameters()]
     total = GradientSum(parameters)
@@ -104,7 +104,7 @@ def test_gradients_of_earlier_backward_passes_and_unused_parameters(log, monkeyp
 
 
 def test_a_parameter_that_gets_no_gradient_any_more_holds_nothing_up(log, monkeypatch):
-    monkeypatch.setattr(gradients, "BUCKET", 2**20)
+    monkeypatch.setattr(gradient_sum, "BUCKET", 2**20)
     model, x = network(), torch.randn(3, 4)
     total = GradientSum(model.parameters())
     backward(model, total, x)
@@ -136,7 +136,7 @@ def test_alone_nothing_is_sent(monkeypatch):
 def test_a_prediction_sends_nothing(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", None)
     monkeypatch.setattr(dist, "broadcast_object_list", None)
-    monkeypatch.setattr(gradients, "part", lambda: (0, 2))
+    monkeypatch.setattr(gradient_sum, "part", lambda: (0, 2))
     model, x = network(), torch.randn(3, 4)
     total = GradientSum(model.parameters())
     with Hollow():

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2a_cli import checkpoints, fitting, training
-from s2a_cli.compose import compose
-from s2a_cli.errors import RunError
-from s2a_cli.pending import Pending
+from s2a_cli.common.errors import RunError
+from s2a_cli.config.compose import compose
+from s2a_cli.training import checkpoints, loop, trainer
+from s2a_cli.training.pending import Pending
 
 QUICK = [
     *(
@@ -49,11 +49,11 @@ class Late(Pending):
 
 @pytest.fixture(autouse=True)
 def without_prediction(monkeypatch):
-    monkeypatch.setattr(training, "predict", lambda run: None)
+    monkeypatch.setattr(trainer, "predict", lambda run: None)
 
 
 def train(folder, *words):
-    return training.train(compose([*QUICK, f"run_dir={folder}", *words]))[0]
+    return trainer.train(compose([*QUICK, f"run_dir={folder}", *words]))[0]
 
 
 def outcome(folder):
@@ -65,10 +65,10 @@ def outcome(folder):
 
 def test_late_figures_are_the_same(tmp_path, monkeypatch):
     result = train(tmp_path / "at once")
-    monkeypatch.setattr(fitting, "Pending", Late)
+    monkeypatch.setattr(loop, "Pending", Late)
     late = train(tmp_path / "late")
     assert outcome(tmp_path / "late") == outcome(tmp_path / "at once") and late["accuracy"] == result["accuracy"]
-    train_one, count = fitting.Fit._train, [0]
+    train_one, count = loop.Fit._train, [0]
 
     def stops(self, *args):
         train_one(self, *args)
@@ -76,7 +76,7 @@ def test_late_figures_are_the_same(tmp_path, monkeypatch):
         return count[0] == 6, False  # in the second epoch
 
     with monkeypatch.context() as patch:
-        patch.setattr(fitting.Fit, "_train", stops)
+        patch.setattr(loop.Fit, "_train", stops)
         assert train(tmp_path / "broken")["status"] == "interrupted"
     sofar = checkpoints.load_state(tmp_path / "broken")["sofar"]
     assert sofar["step"] == 2 and sofar["images"] == 40 and len(sofar["rates"]) == 6
@@ -85,14 +85,14 @@ def test_late_figures_are_the_same(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_read_late_names_its_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting, "Pending", Late)
-    step, count = fitting.Step.__call__, [0]
+    monkeypatch.setattr(loop, "Pending", Late)
+    step, count = loop.Step.__call__, [0]
 
     def breaks(self, *args, **kwargs):
         count[0] += 1
         return step(self, *args, **kwargs) * (float("nan") if count[0] == 3 else 1.0)
 
-    monkeypatch.setattr(fitting.Step, "__call__", breaks)
+    monkeypatch.setattr(loop.Step, "__call__", breaks)
     with pytest.raises(RunError, match="the loss is nan in epoch 1, step 3"):
         train(tmp_path)
 
@@ -115,7 +115,7 @@ class Reads(TorchDispatchMode):
     ids=" ".join,
 )
 def test_a_step_reads_nothing_from_the_device(tmp_path, monkeypatch, words):
-    step, counts = fitting.Step.__call__, []
+    step, counts = loop.Step.__call__, []
 
     def watched(self, model, optimizer, *args, **kwargs):
         with Reads(state["step"] for state in optimizer.state.values()) as reads:
@@ -123,6 +123,6 @@ def test_a_step_reads_nothing_from_the_device(tmp_path, monkeypatch, words):
         counts.append(reads.count)
         return loss
 
-    monkeypatch.setattr(fitting.Step, "__call__", watched)
+    monkeypatch.setattr(loop.Step, "__call__", watched)
     train(tmp_path, "optim.epochs=5", "optim.clip_grad=1", *words)
     assert len(counts) == 20 and not any(counts[17:]), counts  # codes are fitted to the steps of calibration.LOOKS

@@ -10,9 +10,10 @@ import sys
 import fuzz_records
 import pytest
 
-from s2a_cli import folders, records, tables
-from s2a_cli.cli import main
-from s2a_cli.errors import UserError, printable
+from s2a_cli.cli.main import main
+from s2a_cli.common.errors import UserError, printable
+from s2a_cli.results import record as records
+from s2a_cli.results import run_folder, summary
 
 
 def written(folder, record):
@@ -149,12 +150,12 @@ def test_an_error_about_a_name_moves_no_cursor(tmp_path, capsys):
 def test_a_run_that_is_training_is_shown_as_running(write_result, tmp_path, capsys):
     folder = write_result("a", status="interrupted")
     write_result("b", status="interrupted", seed=1)
-    with folders.claimed(folder):
-        rows = tables.table(tables.load([tmp_path / "runs"]))
+    with run_folder.claimed(folder):
+        rows = summary.table(summary.load([tmp_path / "runs"]))
         assert set(rows["status"][0].split(", ")) == {"1 interrupted", "1 running"}
         assert main(["report", str(tmp_path / "runs"), f"out={tmp_path / 'p.html'}"]) == 0
         assert "1 running" in (tmp_path / "p.html").read_text()
-    assert tables.table(tables.load([tmp_path / "runs"]))["status"].tolist() == ["2 interrupted"]
+    assert summary.table(summary.load([tmp_path / "runs"]))["status"].tolist() == ["2 interrupted"]
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "page.html", "figure.svg", "figure.pdf"])
@@ -187,20 +188,20 @@ def test_a_folder_of_somebody_is_refused_and_nothing_in_it_is_touched(tmp_path):
             r"run_dir=.*: holds .env.defaults, .env.template, notes.txt and 2 more, and no run; set run_dir= to a new"
         ),
     ):
-        folders.usable(tmp_path)
+        run_folder.usable(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     for name in (".env.template", ".env.defaults", "notes.txt"):
         (tmp_path / name).unlink()
     with pytest.raises(UserError, match="holds config.yaml, result.json, and no run"):
-        folders.usable(tmp_path)
+        run_folder.usable(tmp_path)
 
 
 def test_only_litter_with_names_of_ours_is_removed(make_result, tmp_path):
     written(tmp_path, make_result())
     for name in (".env.template", ".result.json.0123abcd", ".state.pt.abcdefgh", ".notes.txt.abcdefgh", "photo.jpg"):
         (tmp_path / name).write_text("")
-    folders.usable(tmp_path)
-    with folders.claimed(tmp_path):
+    run_folder.usable(tmp_path)
+    with run_folder.claimed(tmp_path):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {
         ".env.template",
@@ -214,37 +215,37 @@ def test_only_litter_with_names_of_ours_is_removed(make_result, tmp_path):
 def test_where_a_run_is_made(make_result, tmp_path):
     mine, other = make_result(), make_result(optim__lr=0.5, seed=3)
     content, another = records.content_of(mine), records.content_of(other)
-    assert folders.place(tmp_path, content, False) == tmp_path, "an empty folder"
+    assert run_folder.place(tmp_path, content, False) == tmp_path, "an empty folder"
     written(tmp_path, mine)
-    assert folders.place(tmp_path, content, False) is None, "finished"
-    assert folders.place(tmp_path, content, True) == tmp_path / folders.NEXT
+    assert run_folder.place(tmp_path, content, False) is None, "finished"
+    assert run_folder.place(tmp_path, content, True) == tmp_path / run_folder.NEXT
     with pytest.raises(
         UserError,
         match=r"holds a finished run of another config \(optim.lr=0.001, here 0.5; seed=0, here 3\); --force replaces",
     ):
-        folders.place(tmp_path, another, False)
-    assert folders.place(tmp_path, another, True) == tmp_path / folders.NEXT
-    written(tmp_path / folders.NEXT, other | {"status": "interrupted"})
-    assert folders.place(tmp_path, another, False) == tmp_path / folders.NEXT, "asked for before, and broken off"
-    assert folders.place(tmp_path, content, False) is None and folders.state(tmp_path, content) == ("done", None)
+        run_folder.place(tmp_path, another, False)
+    assert run_folder.place(tmp_path, another, True) == tmp_path / run_folder.NEXT
+    written(tmp_path / run_folder.NEXT, other | {"status": "interrupted"})
+    assert run_folder.place(tmp_path, another, False) == tmp_path / run_folder.NEXT, "asked for before, and broken off"
+    assert run_folder.place(tmp_path, content, False) is None and run_folder.state(tmp_path, content) == ("done", None)
     written(tmp_path, mine | {"status": "interrupted"})
-    assert folders.place(tmp_path, another, False) == tmp_path, "nothing was trained"
-    (tmp_path / folders.STATE).write_text("")
+    assert run_folder.place(tmp_path, another, False) == tmp_path, "nothing was trained"
+    (tmp_path / run_folder.STATE).write_text("")
     with pytest.raises(UserError, match="holds an unfinished run of another config"):
-        folders.place(tmp_path, another, False)
-    assert folders.place(tmp_path, content, False) == folders.place(tmp_path, another, True) == tmp_path
+        run_folder.place(tmp_path, another, False)
+    assert run_folder.place(tmp_path, content, False) == run_folder.place(tmp_path, another, True) == tmp_path
 
 
 def test_tensors_beside_a_damaged_record_are_not_lost(make_result, tmp_path, capsys):
     content = records.content_of(make_result())
     for name in ("named", records.identity(content)):
         folder = written(tmp_path / name, b"{half")
-        (folder / folders.TENSORS).write_text("dear")
-        with folders.claimed(folder):
+        (folder / run_folder.TENSORS).write_text("dear")
+        with run_folder.claimed(folder):
             if name == "named":
                 with pytest.raises(UserError, match="result.json: can't be read .*--force trains anew"):
-                    folders.place(folder, content, False)
-            assert folders.place(folder, content, name == "named") == folder / folders.NEXT
+                    run_folder.place(folder, content, False)
+            assert run_folder.place(folder, content, name == "named") == folder / run_folder.NEXT
         assert "named" not in name or "trained anew, the old files stay" in capsys.readouterr().err
 
 
@@ -253,11 +254,11 @@ def test_a_replacement_counts_when_its_record_says_ok_and_is_moved_whatever_brea
     real, calls = os.replace, []
     for breaks in range(1, 5):
         folder = written(tmp_path / str(breaks), make_result())
-        (folder / folders.TENSORS).write_text("old")
-        begun = written(folder / folders.NEXT, new | {"status": "interrupted"})
-        (begun / folders.TENSORS).write_text("new")
-        (begun / folders.METRICS).write_text("new")
-        folders.settle(folder)
+        (folder / run_folder.TENSORS).write_text("old")
+        begun = written(folder / run_folder.NEXT, new | {"status": "interrupted"})
+        (begun / run_folder.TENSORS).write_text("new")
+        (begun / run_folder.METRICS).write_text("new")
+        run_folder.settle(folder)
         assert records.read_result(folder)["accuracy"]["test_top1"] == 90.0
         written(begun, new)
         calls.clear()
@@ -271,25 +272,25 @@ def test_a_replacement_counts_when_its_record_says_ok_and_is_moved_whatever_brea
         monkeypatch.setattr(os, "replace", replace)
         if breaks < 4:
             with pytest.raises(KeyboardInterrupt):
-                folders.settle(folder)
+                run_folder.settle(folder)
         monkeypatch.setattr(os, "replace", real)
-        with folders.claimed(folder):
+        with run_folder.claimed(folder):
             pass
         assert records.read_result(folder)["accuracy"]["test_top1"] == 50.0
-        assert (folder / folders.TENSORS).read_text() == (
-            folder / folders.METRICS
+        assert (folder / run_folder.TENSORS).read_text() == (
+            folder / run_folder.METRICS
         ).read_text() == "new" and not begun.exists()
 
 
 def test_a_link_where_a_lock_or_a_replacement_should_be_is_refused(make_result, tmp_path):
     folder, outside = written(tmp_path / "run", make_result()), tmp_path / "outside"
     outside.mkdir()
-    (folder / folders.NEXT).symlink_to(outside)
+    (folder / run_folder.NEXT).symlink_to(outside)
     with pytest.raises(UserError, match="is a link; remove it"):
-        folders.place(folder, records.content_of(make_result()), True)
+        run_folder.place(folder, records.content_of(make_result()), True)
     (outside / "file").write_text("mine")
-    (folder / folders.LOCK).symlink_to(outside / "file")
-    with pytest.raises(UserError, match="can't be locked"), folders.claimed(folder):
+    (folder / run_folder.LOCK).symlink_to(outside / "file")
+    with pytest.raises(UserError, match="can't be locked"), run_folder.claimed(folder):
         pass
     assert (outside / "file").read_text() == "mine"
 
@@ -300,6 +301,6 @@ def test_a_key_that_could_end_a_line_is_shown_as_an_escape(make_result, tmp_path
     folder = written(tmp_path / "odd", odd)
     (folder / "trainable.safetensors").touch()
     with pytest.raises(UserError, match="another config") as raised:
-        folders.place(folder, records.content_of(make_result(method="bias")), False)
+        run_folder.place(folder, records.content_of(make_result(method="bias")), False)
     assert len(str(raised.value).splitlines()) == 1 and "a\\nb\\x1b[2J" in str(raised.value)
     assert str(UserError("one\ntwo\r")) == "one\ntwo\\r"

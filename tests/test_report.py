@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from s2a_cli import figures, report, tables
-from s2a_cli.cli import main
-from s2a_cli.errors import UserError
+from s2a_cli.cli.main import main
+from s2a_cli.common.errors import UserError
+from s2a_cli.results import html_report, plots, summary
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HEADLESS = [
@@ -108,13 +108,13 @@ def test_runs_are_chosen_and_bad_input_is_one_line(runs, tmp_path, capsys):
 
 def test_only_failed_runs_make_a_page(write_result, tmp_path):
     write_result("a", status="oom")
-    report.write([str(tmp_path / "runs")], {}, tmp_path / "p.html")
+    html_report.write([str(tmp_path / "runs")], {}, tmp_path / "p.html")
     assert "1 oom" in (tmp_path / "p.html").read_text()
 
 
 def test_the_frontier_holds_what_nothing_beats():
     points = pd.DataFrame({"peak_mib": [10, 10, 20, 30, 40], "top1_mean": [50.0, 60.0, 55.0, 70.0, 70.0]})
-    assert figures.frontier(points, "peak_mib").index.tolist() == [1, 3]
+    assert plots.frontier(points, "peak_mib").index.tolist() == [1, 3]
 
 
 def test_measured_and_predicted_have_frontiers_of_their_own(make_result):
@@ -124,13 +124,13 @@ def test_measured_and_predicted_have_frontiers_of_their_own(make_result):
         ("full", "measured-cuda", 90.0),
         ("linear", "measured-cuda", 40.0),
     ]
-    rows = tables.table(tables.frame([make_result(method=m, kind=k, peak=p, top1=60 + p / 10) for m, k, p in kinds]))
-    figure, _ = figures.pareto(rows, "peak_mib")
+    rows = summary.table(summary.frame([make_result(method=m, kind=k, peak=p, top1=60 + p / 10) for m, k, p in kinds]))
+    figure, _ = plots.pareto(rows, "peak_mib")
     lines = {line.get_linestyle() for line in figure.axes[0].lines}
     assert {"-", "--"} <= lines
     fills = {line.get_markerfacecolor() for line in figure.axes[0].lines if line.get_marker() not in (None, "None", "")}
     assert "none" in fills and len(fills) > 1
-    figures.plt.close(figure)
+    plots.plt.close(figure)
 
 
 @pytest.mark.parametrize("kind", ["svg", "png", "pdf"])
@@ -142,8 +142,8 @@ def test_table_draws_a_file(runs, tmp_path, kind, capsys):
 
 def test_a_figure_of_nothing_or_of_another_kind(write_result, tmp_path):
     write_result("a")
-    rows = tables.table(tables.load([tmp_path / "runs"]))
+    rows = summary.table(summary.load([tmp_path / "runs"]))
     with pytest.raises(UserError, match="nothing to draw"):
-        figures.save(rows, tmp_path / "a.svg")
+        plots.save(rows, tmp_path / "a.svg")
     with pytest.raises(UserError, match="ends in .svg, .png or .pdf"):
-        figures.save(rows, Path("a.gif"))
+        plots.save(rows, Path("a.gif"))

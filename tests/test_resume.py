@@ -17,9 +17,10 @@ import time
 import pytest
 import torch
 
-from s2a_cli import checkpoints, fitting, folders, records, training
-from s2a_cli.compose import compose
-from s2a_cli.errors import UserError
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.compose import compose
+from s2a_cli.results import record, run_folder
+from s2a_cli.training import checkpoints, loop, trainer
 
 QUICK = [
     *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=bias", "device=cpu", "workers=0"),
@@ -34,11 +35,11 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def without_prediction(monkeypatch):
-    monkeypatch.setattr(training, "predict", lambda run: None)
+    monkeypatch.setattr(trainer, "predict", lambda run: None)
 
 
 def train(folder, *words, anew=False):
-    return training.train(compose([*QUICK, f"run_dir={folder}", *words]), anew)[0]
+    return trainer.train(compose([*QUICK, f"run_dir={folder}", *words]), anew)[0]
 
 
 def outcome(folder):
@@ -52,7 +53,7 @@ def outcome(folder):
 
 def breaks_at(monkeypatch, step, how=Killed):
     """The process is gone after so many steps of this life."""
-    train_one, count = fitting.Fit._train, [0]
+    train_one, count = loop.Fit._train, [0]
 
     def one(self, *args):
         stops = train_one(self, *args)
@@ -64,7 +65,7 @@ def breaks_at(monkeypatch, step, how=Killed):
             return True, False
         return stops
 
-    monkeypatch.setattr(fitting.Fit, "_train", one)
+    monkeypatch.setattr(loop.Fit, "_train", one)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +85,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, 
             with pytest.raises(Killed):
                 train(tmp_path / "broken", *words)
             patch.undo()
-            patch.setattr(training, "predict", lambda run: None)
-        assert records.read_result(tmp_path / "broken")["status"] == "interrupted"
+            patch.setattr(trainer, "predict", lambda run: None)
+        assert record.read_result(tmp_path / "broken")["status"] == "interrupted"
     train(tmp_path / "broken", *words)
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
     assert not (tmp_path / "broken" / checkpoints.STATE).exists()
@@ -135,7 +136,7 @@ def test_whatever_write_breaks_the_old_file_stays_whole(tmp_path, monkeypatch, e
                 train(folder, *words)
         assert not list(folder.glob(".*.????????")), "litter"
         if (folder / "result.json").exists():
-            assert records.read_result(folder)["status"] == "interrupted"
+            assert record.read_result(folder)["status"] == "interrupted"
         train(folder, *words)
         assert outcome(folder) == outcome(tmp_path / "whole")
 
@@ -163,7 +164,7 @@ def test_whatever_write_of_a_repetition_breaks_a_finished_run_is_there(tmp_path,
             with pytest.raises(UserError, match="--force replaces it"):
                 train(folder, *words, "seed=1")
         train(folder, *words, "seed=1", anew=number == 1)
-        assert outcome(folder) == whole["new"] and not (folder / folders.NEXT).exists(), number
+        assert outcome(folder) == whole["new"] and not (folder / run_folder.NEXT).exists(), number
 
 
 def test_a_disk_that_is_full_while_a_state_is_written_says_so(tmp_path, monkeypatch):
@@ -198,7 +199,7 @@ def test_a_state_of_another_run_or_one_that_is_not_wanted_is_not_used(tmp_path, 
     for copy in "123":
         shutil.copytree(tmp_path / "0", tmp_path / copy)
     seen = []
-    monkeypatch.setattr(fitting.Fit, "__call__", lambda self, state: seen.append(state))
+    monkeypatch.setattr(loop.Fit, "__call__", lambda self, state: seen.append(state))
     with pytest.raises(
         UserError, match="holds an unfinished run of another config .seed=0, here 1.; --force replaces it"
     ):
@@ -232,18 +233,18 @@ def test_a_state_from_which_none_can_go_on_is_named(tmp_path, monkeypatch):
 
 
 def test_two_processes_are_not_at_the_same_run(tmp_path):
-    with folders.claimed(tmp_path), pytest.raises(UserError, match="another process is at this run"):
+    with run_folder.claimed(tmp_path), pytest.raises(UserError, match="another process is at this run"):
         train(tmp_path)
-    with folders.claimed(tmp_path):
+    with run_folder.claimed(tmp_path):
         pass
 
 
 def test_a_part_of_a_batch_and_skipped_batches_have_the_images_that_they_should(tmp_path):
-    run = training.prepare(compose(QUICK))
+    run = trainer.prepare(compose(QUICK))
 
     def images(part, skip=0):
-        loader = training.data.loader(
-            run.splits.train, training.data.build_transform(run.backbone.image, run.config.dataset, True), 9,
+        loader = trainer.data.loader(
+            run.splits.train, trainer.data.build_transform(run.backbone.image, run.config.dataset, True), 9,
             seed=3, train=True, workers=0, part=part,
         )  # fmt: skip
         loader.epoch, loader.skip = 2, skip

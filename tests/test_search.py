@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from s2a_cli import records
-from s2a_cli.cli import main
-from s2a_cli.compose import compose
+from s2a_cli.cli.main import main
+from s2a_cli.config.compose import compose
+from s2a_cli.results import record
 
 optuna = pytest.importorskip("optuna", reason="pip install 's2a[optuna]'")
-from s2a_cli import search  # noqa: E402
+from s2a_cli.sweeps import search  # noqa: E402
 
 TINY = [
     "dataset=digits",
@@ -63,7 +63,7 @@ class Peak:
         config, content = member.config, json.loads(member.content)
         ok = number not in self.fails
         result = {
-            "schema": records.SCHEMA,
+            "schema": record.SCHEMA,
             "id": "0" * 12,
             "status": "ok" if ok else "failed",
             "error": None if ok else "it broke",
@@ -74,7 +74,7 @@ class Peak:
             "data": {"name": "digits", "revision": content["data"]},
             "weights": content["weights"],
         }
-        records.write_result(log.parent, result)
+        record.write_result(log.parent, result)
         return type("Job", (), {"poll": lambda self: 0 if ok else 1, "stop": lambda self: None})()
 
     def close(self):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2a_cli.compose import compose
-from s2a_cli.steps import Step, weight_dtype
+from s2a_cli.config.compose import compose
+from s2a_cli.training.step import Step, weight_dtype
 
 
 @pytest.mark.parametrize(

@@ -16,16 +16,16 @@ from pathlib import Path
 import pytest
 
 import s2a_cli
-from s2a_cli import streams
+from s2a_cli.common import streams
 
 # A training in miniature, so that no test waits for torch: it speaks on all ways, before and after its terminal is
 # gone.
 SCRIPT = """
 import dataclasses, sys, time
 from pathlib import Path
-from s2a_cli.cli import main
-from s2a_cli.progress import Progress
-from s2a_cli.verbs import VERBS
+from s2a_cli.cli.main import main
+from s2a_cli.common.progress import Progress
+from s2a_cli.cli.commands import VERBS
 
 def train(words):
     with Progress("training", 2, " images") as progress:

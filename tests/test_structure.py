@@ -9,13 +9,14 @@ import timm
 import torch
 from torch import nn
 
-from s2a_cli import backbones, training
+from s2a_cli import backbones
 from s2a_cli.backbones.trace import LayoutError, find_blocks, layouts, trace
-from s2a_cli.compose import compose
-from s2a_cli.config import BackboneConfig
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.compose import compose
+from s2a_cli.config.schema import BackboneConfig
 from s2a_cli.data.transforms import ImageConfig
-from s2a_cli.errors import UserError
 from s2a_cli.methods import METHODS
+from s2a_cli.training import trainer
 
 CLASSES = 7
 # model -> blocks; layout, shape and prefix tokens at the first block's input and at the last one's output; layers of
@@ -157,8 +158,8 @@ def test_what_needs_no_blocks_runs_without():
 def test_recomputation_without_blocks_is_refused():
     config = compose(["method=bias", "quant=tiny"])
     with pytest.raises(UserError, match="quant.recompute=block: .*no repeated blocks"):
-        training.attach(config, wrapped(Plain()))
-    training.attach(compose(["method=bias", "quant=int4"]), wrapped(Plain()))
+        trainer.attach(config, wrapped(Plain()))
+    trainer.attach(compose(["method=bias", "quant=int4"]), wrapped(Plain()))
 
 
 class Block(nn.Module):

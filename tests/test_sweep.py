@@ -13,12 +13,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from s2a_cli import folders, records, sweeps
-from s2a_cli.cli import main
-from s2a_cli.engines import local
-from s2a_cli.engines.local import Local
-from s2a_cli.errors import UserError
-from s2a_cli.grid import expand
+from s2a_cli.cli.main import main
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.overrides import expand
+from s2a_cli.results import record as records
+from s2a_cli.results import run_folder
+from s2a_cli.sweeps import sweep as sweeps
+from s2a_cli.sweeps.launchers import local
+from s2a_cli.sweeps.launchers.local import Local
 
 TINY = ["dataset.shots=4", "optim.epochs=1", "optim.batch_size=16", "device=cpu", "workers=0"]
 
@@ -202,7 +204,7 @@ def test_what_can_not_be_locked_or_written_stops_no_sweep(monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders.FileLock, "acquire", readonly)
+        patch.setattr(run_folder.FileLock, "acquire", readonly)
         started, summary = go(["seed=0"])
     assert not started and len(summary.skipped) == 1
     Path("runs").rename("before")
@@ -219,7 +221,7 @@ def test_a_replacement_that_was_broken_off_is_to_be_done():
     (member,) = sweeps.plan([*TINY, "seed=0"]).members
     assert member.state() == "done"
     begun = records.read_result(member.folder) | {"status": "interrupted"}
-    records.write_result(folders.make_run_dir(member.folder / folders.NEXT), begun)
+    records.write_result(run_folder.make_run_dir(member.folder / run_folder.NEXT), begun)
     assert member.state() == "interrupted"
 
 
@@ -240,9 +242,9 @@ def test_a_report_that_would_replace_a_file_of_somebody_is_refused_before_anythi
 
 def test_a_run_of_another_process_is_waited_for():
     planned = sweeps.plan([*TINY, "seed=0,1"])
-    member = folders.make_run_dir(planned.members[0].folder)
+    member = run_folder.make_run_dir(planned.members[0].folder)
     engine = Fake(planned)
-    with folders.claimed(member):
+    with run_folder.claimed(member):
         sweep = sweeps.Sweep(planned, engine)
         assert [m.state() for m in planned.members] == ["running", "new"]
         assert len(sweep.busy) == 1 and len(sweep.todo) == 1
@@ -277,7 +279,7 @@ def test_an_automatic_batch_is_a_number_in_the_plan(gpu, monkeypatch, capsys):
         predicted.append((config.method.name, available))
         return {"linear": 40, "bias": 20}[config.method.name]
 
-    monkeypatch.setattr("s2a_cli.memory.fit.largest_batch", largest)
+    monkeypatch.setattr("s2a_cli.planner.batch_size.largest_batch", largest)
     words = [*TINY[:2], *TINY[4:], "quant=none", "seed=0,1"]
     planned = sweeps.plan([*words, "method=linear,bias", "optim.batch_size=auto"])
     batches = [(member.config.method.name, member.config.optim.batch_size) for member in planned.members]
@@ -285,8 +287,8 @@ def test_an_automatic_batch_is_a_number_in_the_plan(gpu, monkeypatch, capsys):
     assert predicted == [("linear", 2 << 30), ("bias", 2 << 30)], "once for all seeds"
     assert all("optim.batch_size=auto" not in member.command for member in planned.members)
     given = sweeps.plan([*words, "optim.batch_size=20", "method=bias"])
-    folders = [member.folder for member in planned.members if member.config.method.name == "bias"]
-    assert [member.folder for member in given.members] == folders, "a run is known by the number"
+    run_folder = [member.folder for member in planned.members if member.config.method.name == "bias"]
+    assert [member.folder for member in given.members] == run_folder, "a run is known by the number"
     assert capsys.readouterr().out.count("the largest that is predicted to fit") == 2
 
 

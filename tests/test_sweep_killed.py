@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from s2a_cli import checkpoints
-from s2a_cli.cli import main
+from s2a_cli.cli.main import main
+from s2a_cli.training import checkpoints
 
 pytestmark = [
     pytest.mark.slow,

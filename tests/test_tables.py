@@ -6,12 +6,12 @@ import json
 import pandas as pd
 import pytest
 
-from s2a_cli import tables
-from s2a_cli.errors import UserError
+from s2a_cli.common.errors import UserError
+from s2a_cli.results import summary
 
 
 def rows_of(*results):
-    return tables.table(tables.frame(results))
+    return summary.table(summary.frame(results))
 
 
 def test_seeds_share_a_row_and_other_runs_do_not(make_result):
@@ -41,7 +41,7 @@ def test_runs_that_differ_in_a_setting_are_not_averaged_and_it_is_shown(make_res
     rows = rows_of(make_result(), make_result(seed=1, **changes))
     assert list(rows["n"]) == [1, 1]
     assert rows[column].map(str).nunique() == 2
-    assert column in tables.readable(rows)
+    assert column in summary.readable(rows)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_does_not_change_a_result_does_not_split_a_row(make_result, changes
         group, _, name = key.partition("__")
         (other["config"][group] if name else other["config"])[name or group] = value
     rows = rows_of(make_result(), other)
-    assert list(rows["n"]) == [2] and list(rows.columns[:5]) == [*tables.BASE, "n"]
+    assert list(rows["n"]) == [2] and list(rows.columns[:5]) == [*summary.BASE, "n"]
 
 
 def test_other_data_or_weights_are_another_row(make_result):
@@ -86,10 +86,10 @@ def test_bits_that_all_families_follow_are_one_column(make_result):
 def test_measured_and_predicted_never_share_a_row(make_result):
     rows = rows_of(make_result(), make_result(seed=1, kind="measured-cuda", peak=140.0, top1=94.0))
     assert dict(zip(rows["memory"], rows["peak_mib"])) == {"predicted": 100.0, "measured": 140.0}
-    text = tables.readable(rows).set_index("memory")
+    text = summary.readable(rows).set_index("memory")
     assert text.loc["measured", "x"] == "3.57*", "a measured peak against a predicted one is marked"
     assert text.loc["predicted", "x"] == "5.00"
-    assert tables.PREDICTED_FULL in tables.render(rows)
+    assert summary.PREDICTED_FULL in summary.render(rows)
 
 
 def test_a_measured_full_run_is_what_measured_peaks_are_compared_with(make_result):
@@ -101,7 +101,7 @@ def test_a_measured_full_run_is_what_measured_peaks_are_compared_with(make_resul
     )
     s2a = rows[rows["method"] == "s2a"].iloc[0]
     assert (s2a["x_full"], s2a["x_full_against"]) == (7.0, "measured")
-    assert "*" not in tables.render(rows)
+    assert "*" not in summary.render(rows)
 
 
 def test_peaks_and_speeds_of_several_devices_are_not_averaged(make_result):
@@ -119,18 +119,18 @@ def test_runs_that_are_not_ok_are_shown_and_not_counted(make_result):
     ).set_index("method")
     assert rows["status"].to_dict() == {"bias": "1 interrupted", "full": "1 oom", "s2a": "1 ok, 1 oom"}
     assert (rows.loc["s2a", "n"], rows.loc["s2a", "top1_mean"], rows.loc["full", "n"]) == (1, 90.0, 0)
-    text = tables.readable(rows.reset_index()).set_index("method")
+    text = summary.readable(rows.reset_index()).set_index("method")
     assert text.loc["full", "top-1 %"] == "–" and text.loc["full", "status"] == "1 oom"
 
 
 def test_only_failed_runs(make_result):
-    assert "1 failed" in tables.render(rows_of(make_result(status="failed")))
+    assert "1 failed" in summary.render(rows_of(make_result(status="failed")))
 
 
 def test_a_copy_of_a_run_is_not_another_run(write_result, tmp_path):
     write_result("a")
     write_result("b")
-    assert list(tables.table(tables.load([tmp_path / "runs", tmp_path]))["n"]) == [1]
+    assert list(summary.table(summary.load([tmp_path / "runs", tmp_path]))["n"]) == [1]
 
 
 def test_damaged_results_are_named_and_left_out(write_result, tmp_path, capsys):
@@ -144,7 +144,7 @@ def test_damaged_results_are_named_and_left_out(write_result, tmp_path, capsys):
     }.items():
         (tmp_path / "runs" / name).mkdir()
         (tmp_path / "runs" / name / "result.json").write_text(content)
-    assert len(tables.load([tmp_path])) == 1
+    assert len(summary.load([tmp_path])) == 1
     said = capsys.readouterr().err
     assert "5 of 6" in said and all(
         f"runs/{name}/result.json" in said for name in ("cut", "list", "old", "bare", "binary")
@@ -153,11 +153,11 @@ def test_damaged_results_are_named_and_left_out(write_result, tmp_path, capsys):
 
 def test_nothing_to_show_is_bad_input(tmp_path, capsys):
     with pytest.raises(UserError, match="no finished runs below"):
-        tables.load([tmp_path])
+        summary.load([tmp_path])
     with pytest.raises(UserError, match="no such folder"):
-        tables.load([tmp_path / "rnus"])
+        summary.load([tmp_path / "rnus"])
     with pytest.raises(UserError, match=r"format=latx: expected one of .* \(did you mean 'latex'\?\)"):
-        tables.render(pd.DataFrame(), "latx")
+        summary.render(pd.DataFrame(), "latx")
 
 
 @pytest.fixture
@@ -172,44 +172,44 @@ def two_datasets(make_result):
 
 
 def test_pivot_of_methods_and_datasets(two_datasets):
-    wide = tables.pivot(two_datasets).set_index("method")
+    wide = summary.pivot(two_datasets).set_index("method")
     assert wide.loc["bias", ["dtd", "pets", "mean"]].tolist() == ["60.50 ± 0.71", "80.50 ± 0.71", "70.50"]
     assert wide.loc["s2a", ["dtd", "pets", "mean"]].tolist() == ["–", "80.50 ± 0.71", "–"], (
         "no mean over a part of them"
     )
-    assert tables.pivot(two_datasets[two_datasets["dataset"] == "dtd"]) is None
+    assert summary.pivot(two_datasets[two_datasets["dataset"] == "dtd"]) is None
 
 
 def test_pivot_keeps_settings_of_a_method_apart(make_result):
     runs = [make_result(dataset=d, optim__lr=lr) for d in ("pets", "dtd") for lr in (1e-3, 2e-3)]
-    wide = tables.pivot(rows_of(*runs))
+    wide = summary.pivot(rows_of(*runs))
     assert list(wide["optim.lr"]) == ["0.001", "0.002"]
-    one_each = tables.pivot(
+    one_each = summary.pivot(
         rows_of(make_result(dataset="pets", optim__lr=1e-3), make_result(dataset="dtd", optim__lr=2e-3))
     )
     assert len(one_each) == 1, "a learning rate chosen for each data set is still one method"
 
 
 def test_csv_reads_back(two_datasets):
-    read = pd.read_csv(io.StringIO(tables.render(two_datasets, "csv")))
+    read = pd.read_csv(io.StringIO(summary.render(two_datasets, "csv")))
     assert list(read.columns) == list(two_datasets.columns)
     assert read["top1_mean"].tolist()[0] == 60.5 and read["status"].tolist()[1] == "1 oom"
 
 
 def test_markdown(two_datasets):
-    text = tables.render(two_datasets, "md")
+    text = summary.render(two_datasets, "md")
     first, second = text.split("\n\n")[:2]
     assert all(line.startswith(("| ", "|-")) for line in (first + "\n" + second).splitlines())
     assert "60.50 ± 0.71" in first and "mean of top-1 %" in second and "predicted" in first
 
 
 def test_terminal(two_datasets):
-    text = tables.render(two_datasets)
+    text = summary.render(two_datasets)
     assert "peak MiB" in text and "MiB, memory of a training step" in text and "1 oom" in text
 
 
 def test_latex(make_result):
-    text = tables.render(rows_of(make_result(dataset="a_b"), make_result(dataset="a_b", seed=1)), "latex")
+    text = summary.render(rows_of(make_result(dataset="a_b"), make_result(dataset="a_b", seed=1)), "latex")
     assert text.startswith("\\begin{tabular}{llllrrrrrlrr}\n\\toprule") and "\\bottomrule" in text
     assert "a\\_b & vit\\_t & s2a & int4 & 90.00 $\\pm$ 0.00 & 2" in text
     assert "top-1 \\%" in text and "±" not in text.split("\n\n")[0]
@@ -221,5 +221,5 @@ def test_thousands_of_results(make_result, tmp_path):
         folder.mkdir()
         run = make_result(dataset=f"d{index % 5}", seed=index // 5 % 4, optim__batch_size=1 + index // 20)
         (folder / "result.json").write_text(json.dumps(run))
-    rows = tables.table(tables.load([tmp_path]))
+    rows = summary.table(summary.load([tmp_path]))
     assert len(rows) == 500 and set(rows["n"]) == {4}

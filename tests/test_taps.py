@@ -14,11 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from s2a_cli import cache, checkpoints, data, fitting, records, training
-from s2a_cli.cache import Kept
-from s2a_cli.compose import compose, recompose
-from s2a_cli.errors import RunError, UserError
-from s2a_cli.tail import Taps
+from s2a_cli import data
+from s2a_cli.common.errors import RunError, UserError
+from s2a_cli.config.compose import compose, recompose
+from s2a_cli.methods.parts.feature_head import Taps
+from s2a_cli.results import record
+from s2a_cli.training import checkpoints, feature_cache, loop, trainer
+from s2a_cli.training.feature_cache import Kept
 
 QUICK = [
     *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=side", "device=cpu", "workers=0"),
@@ -30,7 +32,7 @@ TAPS = "dataset.cache=taps"
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("S2A_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(training, "predict", lambda run: None)
+    monkeypatch.setattr(trainer, "predict", lambda run: None)
     return tmp_path / "data" / "taps"
 
 
@@ -43,14 +45,14 @@ def filled(monkeypatch):
 
 
 def train(folder, *words):
-    return training.train(compose([*QUICK, f"run_dir={folder}", *words]))[0]
+    return trainer.train(compose([*QUICK, f"run_dir={folder}", *words]))[0]
 
 
 def outcome(folder):
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [{key: value for key, value in line.items() if key != "seconds"} for line in metrics]
     tensors = checkpoints.safetensors.torch.load_file(folder / checkpoints.FILE)
-    return lines, records.read_result(folder)["accuracy"], tensors
+    return lines, record.read_result(folder)["accuracy"], tensors
 
 
 def agree(one, two):
@@ -85,9 +87,9 @@ def test_a_run_on_kept_taps_is_the_run_without(tmp_path, words):
     train(tmp_path / "without", *words)
     train(tmp_path / "with", *words, TAPS)
     agree(outcome(tmp_path / "with"), outcome(tmp_path / "without"))
-    result = records.read_result(tmp_path / "with")
+    result = record.read_result(tmp_path / "with")
     for cached in (TAPS, "dataset.cache=null"):  # the saved tensors are those of the whole model
-        scores = training.evaluate(recompose(result["config"], [cached]), tmp_path / "with")
+        scores = trainer.evaluate(recompose(result["config"], [cached]), tmp_path / "with")
         assert scores["top1"] == result["accuracy"]["test_top1"]
 
 
@@ -101,7 +103,7 @@ def test_an_image_is_mirrored_when_its_transform_would_mirror_it():
         for index in range(60):
             torch.manual_seed(data.mix(3, 7, index))
             seen.append(transform(image)[0, 0, 1].item() == 1)
-        assert seen == [cache.mirrors(3, 7, index, probability) for index in range(60)]
+        assert seen == [feature_cache.mirrors(3, 7, index, probability) for index in range(60)]
         assert any(seen) == (probability > 0)
 
 
@@ -119,7 +121,7 @@ def test_runs_that_read_something_else_have_other_files(tmp_path):
         fields = [((4,), torch.float32)]  # of the same shape everywhere: what the names depend on beside it
         return {
             kept.path.name
-            for kept in cache._files(training.prepare(compose([*QUICK, TAPS, *words])), tmp_path, fields).values()
+            for kept in feature_cache._files(trainer.prepare(compose([*QUICK, TAPS, *words])), tmp_path, fields).values()
         }
 
     own = names()
@@ -138,8 +140,8 @@ def test_runs_that_read_something_else_have_other_files(tmp_path):
 
 def rows_turned(content):
     """Every byte of the file is there, and those of its rows stand for other images."""
-    half = cache.HEADER + (len(content) - cache.HEADER - 32) // 2
-    return content[: cache.HEADER] + content[half:-32] + content[cache.HEADER : half] + content[-32:]
+    half = feature_cache.HEADER + (len(content) - feature_cache.HEADER - 32) // 2
+    return content[: feature_cache.HEADER] + content[half:-32] + content[feature_cache.HEADER : half] + content[-32:]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_a_file_is_private_and_none_of_another_user_or_kind_is_read(tmp_path, ow
     path = next(own_folder.glob("train-*.taps"))
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in own_folder.glob("*.taps"))
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_me", lambda folder: path.stat().st_uid + 1)
+        patch.setattr(feature_cache, "_me", lambda folder: path.stat().st_uid + 1)
         with pytest.raises(UserError, match="train-.*.taps belongs to another user: it could hold anything; remove it"):
             train(tmp_path / "2", TAPS)
     good = path.rename(tmp_path / "moved")
@@ -197,10 +199,10 @@ def test_a_file_of_other_values_is_filled_anew(tmp_path, own_folder, filled):
     train(tmp_path / "1", TAPS)
     path = next(own_folder.glob("train-*.taps"))
     good = path.read_bytes()
-    content = good[: cache.HEADER] + bytes(len(good) - cache.HEADER - 32)
+    content = good[: feature_cache.HEADER] + bytes(len(good) - feature_cache.HEADER - 32)
     path.write_bytes(content)
     with open(path, "r+b") as file:  # with a checksum that is right: of another model, or made by hand
-        checksum = cache._checksum(file, len(content))
+        checksum = feature_cache._checksum(file, len(content))
         file.seek(0, 2)
         file.write(checksum)
     train(tmp_path / "2", TAPS)
@@ -217,7 +219,7 @@ def test_a_filling_that_breaks_off_leaves_nothing(tmp_path, own_folder, monkeypa
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache.Progress, "add", breaks)
+        patch.setattr(feature_cache.Progress, "add", breaks)
         if isinstance(error, OSError):
             with pytest.raises(RunError, match="dataset.cache=taps: .*No space left.*make room"):
                 train(tmp_path / "run", TAPS)
@@ -230,7 +232,7 @@ def test_a_filling_that_breaks_off_leaves_nothing(tmp_path, own_folder, monkeypa
 
 
 def test_a_disk_without_the_room_is_refused_before_anything_is_written(tmp_path, own_folder, monkeypatch):
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: cache.shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: feature_cache.shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(RunError, match=r"needs \d+ MiB in .*taps, where 0 MiB are free"):
         train(tmp_path / "run", TAPS)
     assert not own_folder.exists()
@@ -238,7 +240,7 @@ def test_a_disk_without_the_room_is_refused_before_anything_is_written(tmp_path,
 
 def test_a_broken_run_goes_on(tmp_path, monkeypatch):
     train(tmp_path / "whole", TAPS, "dataset.hflip=0.5")
-    one, count = fitting.Fit._train, [0]
+    one, count = loop.Fit._train, [0]
 
     def breaks(self, *args):
         count[0] += 1
@@ -247,7 +249,7 @@ def test_a_broken_run_goes_on(tmp_path, monkeypatch):
         return one(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fitting.Fit, "_train", breaks)
+        patch.setattr(loop.Fit, "_train", breaks)
         assert train(tmp_path / "broken", TAPS, "dataset.hflip=0.5", "save_steps=1")["status"] == "interrupted"
     train(tmp_path / "broken", TAPS, "dataset.hflip=0.5", "save_steps=1")
     assert (tmp_path / "broken" / checkpoints.FILE).read_bytes() == (tmp_path / "whole" / checkpoints.FILE).read_bytes()
@@ -277,21 +279,21 @@ def test_a_broken_run_goes_on(tmp_path, monkeypatch):
 )
 def test_what_does_not_fit_is_refused_in_one_line(words, message):
     with pytest.raises(UserError, match=message) as caught:
-        training.prepare(compose([*QUICK, TAPS, *words]))
+        trainer.prepare(compose([*QUICK, TAPS, *words]))
     assert "\n" not in str(caught.value)
 
 
 def test_without_a_cache_a_run_has_the_identity_that_it_always_had():
-    config = training.OmegaConf.to_container(compose(QUICK))
+    config = trainer.OmegaConf.to_container(compose(QUICK))
     before = {**config, "dataset": {key: value for key, value in config["dataset"].items() if key != "cache"}}
     kept = {**config, "dataset": config["dataset"] | {"cache": "taps"}}
-    assert records.content(before, "r", "w") == records.content(config, "r", "w") != records.content(kept, "r", "w")
+    assert record.content(before, "r", "w") == record.content(config, "r", "w") != record.content(kept, "r", "w")
 
 
 def test_the_predicted_peak_is_that_of_filling_or_of_the_step():
     def peak(*words):
         config = compose([*QUICK, *words])
-        return training.predicted_peak(config, 10, 1000)
+        return trainer.predicted_peak(config, 10, 1000)
 
     assert peak(TAPS) < peak()
     assert peak(TAPS) == peak(TAPS, "optim.batch_size=20"), "that of filling, with few images at a time"
@@ -300,9 +302,9 @@ def test_the_predicted_peak_is_that_of_filling_or_of_the_step():
 
 
 def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(training.distributed, "part", lambda: (0, 2))
+    monkeypatch.setattr(trainer.distributed, "part", lambda: (0, 2))
     with pytest.raises(UserError, match="trains in one process"):
-        training.prepare(compose([*QUICK, TAPS]))
+        trainer.prepare(compose([*QUICK, TAPS]))
 
 
 def test_taps_keep_their_dtypes():

@@ -14,9 +14,11 @@ import pytest
 import timm
 import torch
 
-from s2a_cli import backbones, checkpoints, tensor_files
-from s2a_cli.config import BackboneConfig
-from s2a_cli.errors import UserError
+from s2a_cli import backbones
+from s2a_cli.common import tensor_files
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.schema import BackboneConfig
+from s2a_cli.training import checkpoints
 
 TINY = dict(img_size=32, patch_size=16, embed_dim=48, depth=1, num_heads=3)
 SOURCE = timm.create_model("vit_tiny_patch16_224", num_classes=7, **TINY)

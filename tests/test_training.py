@@ -12,10 +12,12 @@ import safetensors.torch
 import torch
 from omegaconf import OmegaConf
 
-from s2a_cli import fitting, folders, records, steps, training
-from s2a_cli.cli import main
-from s2a_cli.compose import compose, recompose
-from s2a_cli.errors import RunError, UserError
+from s2a_cli.cli.main import main
+from s2a_cli.common.errors import RunError, UserError
+from s2a_cli.config.compose import compose, recompose
+from s2a_cli.results import record, run_folder
+from s2a_cli.training import loop, trainer
+from s2a_cli.training import step as steps
 
 QUICK = [
     "dataset=digits", "dataset.shots=8", "backbone=vit_micro", "optim.epochs=2", "optim.batch_size=16", "device=cpu",
@@ -26,12 +28,12 @@ QUICK = [
 def without_prediction(monkeypatch, request):
     """Predictions have tests of their own; here they would take most of the time."""
     if "predicts" not in request.keywords:
-        memory = training.memory.Memory("predicted", 2.0, 1.0, 0.5, None, 4.0, "predicted")
-        monkeypatch.setattr(training, "predict", lambda run: memory.as_dict())
+        memory = trainer.memory.Memory("predicted", 2.0, 1.0, 0.5, None, 4.0, "predicted")
+        monkeypatch.setattr(trainer, "predict", lambda run: memory.as_dict())
 
 
 def train(folder, *words):
-    return training.train(compose([*QUICK, f"run_dir={folder}", *words]))[0]
+    return trainer.train(compose([*QUICK, f"run_dir={folder}", *words]))[0]
 
 
 def lines(folder):
@@ -49,8 +51,8 @@ def test_a_run_leaves_its_record(tmp_path):
     assert result["throughput"]["train_images_per_second"] > 0
     assert 0 <= result["accuracy"]["test_top1"] <= result["accuracy"]["test_top5"] <= 100
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
-    assert result.keys() == records.Result.__annotations__.keys()
-    assert result["memory"].keys() == records.MemoryRecord.__annotations__.keys()
+    assert result.keys() == record.Result.__annotations__.keys()
+    assert result["memory"].keys() == record.MemoryRecord.__annotations__.keys()
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         ".lock", "config.yaml", "metrics.jsonl", "result.json", "trainable.safetensors",
     }  # fmt: skip
@@ -76,25 +78,25 @@ def test_a_micro_batch_changes_memory_and_not_the_result(tmp_path):
 @pytest.mark.parametrize("method", ["full", "s2a"])
 def test_a_finished_run_tests_the_same_again(tmp_path, method):
     result = train(tmp_path, f"method={method}")
-    scores = training.evaluate(recompose(result["config"], []), tmp_path)
+    scores = trainer.evaluate(recompose(result["config"], []), tmp_path)
     assert scores["top1"] == result["accuracy"]["test_top1"] and scores["top5"] == result["accuracy"]["test_top5"]
 
 
 def test_a_run_is_not_tested_with_other_tensors_or_data(tmp_path):
     result = train(tmp_path / "a", "method=bias")
     with pytest.raises(UserError, match="not those of this backbone and method"):
-        training.evaluate(recompose(result["config"], ["method.blocks=last:1"]), tmp_path / "a")
+        trainer.evaluate(recompose(result["config"], ["method.blocks=last:1"]), tmp_path / "a")
     with pytest.raises(UserError, match="trained on data of revision"):
         shutil.copytree(tmp_path / "a", tmp_path / "b")
         result["data"]["revision"] = "other"
-        records.write_result(tmp_path / "b", result)
-        training.evaluate(compose([*QUICK, "method=bias"]), tmp_path / "b")
+        record.write_result(tmp_path / "b", result)
+        trainer.evaluate(compose([*QUICK, "method=bias"]), tmp_path / "b")
     with pytest.raises(UserError, match="trained on backbone weights"):
-        training.evaluate(recompose(result["config"], ["backbone.pretrained=false"]), tmp_path / "a")
+        trainer.evaluate(recompose(result["config"], ["backbone.pretrained=false"]), tmp_path / "a")
     tensors = tmp_path / "a" / "trainable.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:1000])
     with pytest.raises(UserError, match="trainable.safetensors: damaged"):
-        training.evaluate(compose([*QUICK, "method=bias"]), tmp_path / "a")
+        trainer.evaluate(compose([*QUICK, "method=bias"]), tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_how_a_run_ended_is_recorded(tmp_path, monkeypatch, error, status):
     result = train(tmp_path)
     assert result["status"] == status and json.loads((tmp_path / "result.json").read_text())["status"] == status
     assert len(lines(tmp_path)) == 1
-    scores = training.evaluate(recompose(result["config"], []), tmp_path)  # the best epoch so far is there
+    scores = trainer.evaluate(recompose(result["config"], []), tmp_path)  # the best epoch so far is there
     assert 0 <= scores["top1"] <= 100
 
 
@@ -139,11 +141,11 @@ def test_a_device_that_is_not_there():
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(UserError, match="device=cuda:3: not available here"):
-        training.choose_device("cuda:3")
+        trainer.choose_device("cuda:3")
 
 
 def test_weight_decay_spares_biases_norms_and_prompts():
-    run = training.prepare(compose([*QUICK, "method=s2a", "optim.weight_decay=0.1"]))
+    run = trainer.prepare(compose([*QUICK, "method=s2a", "optim.weight_decay=0.1"]))
     optimizer = steps.make_optimizer(run.config.optim, run.model)
     names = {id(p): name for name, p in run.model.named_parameters()}
     decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
@@ -158,7 +160,7 @@ def test_weight_decay_spares_biases_norms_and_prompts():
 
 
 def test_the_head_may_learn_at_a_rate_of_its_own():
-    run = training.prepare(compose([*QUICK, "method=bias", "optim.lr=1e-3", "optim.head_lr=3e-2"]))
+    run = trainer.prepare(compose([*QUICK, "method=bias", "optim.lr=1e-3", "optim.head_lr=3e-2"]))
     groups = steps.make_optimizer(run.config.optim, run.model).param_groups
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     own = {id(p) for p in run.backbone.head.parameters()}
@@ -171,16 +173,16 @@ def test_low_precision_trains_and_tests_the_same_again(tmp_path, precision):
     words = [f"precision={precision}", "method=s2a", "optim.clip_grad=1.0", "dataset.shots=24", "optim.epochs=2"]
     result = train(tmp_path, *words)
     assert lines(tmp_path)[-1]["train_loss"] < lines(tmp_path)[0]["train_loss"]
-    scores = training.evaluate(recompose(result["config"], []), tmp_path)
+    scores = trainer.evaluate(recompose(result["config"], []), tmp_path)
     assert scores["top1"] == result["accuracy"]["test_top1"] > 30
 
 
 def test_learning_rate_rises_and_falls():
-    factor = fitting.lr_factor(compose(["optim.epochs=10", "optim.warmup_epochs=2"]).optim, 5)
+    factor = loop.lr_factor(compose(["optim.epochs=10", "optim.warmup_epochs=2"]).optim, 5)
     rates = [factor(step) for step in range(50)]
     assert rates[:10] == sorted(rates[:10]) and rates[0] > 0 and rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.01
-    constant = fitting.lr_factor(compose(["optim.schedule=constant", "optim.warmup_epochs=0"]).optim, 5)
+    constant = loop.lr_factor(compose(["optim.schedule=constant", "optim.warmup_epochs=0"]).optim, 5)
     assert {constant(step) for step in range(50)} == {1.0}
 
 
@@ -188,9 +190,9 @@ def test_mixing_makes_soft_targets():
     torch.manual_seed(0)  # some draws mix nothing
     images, targets = torch.randn(8, 3, 4, 4), torch.arange(8)
     for words in (["optim.mixup=0.4"], ["optim.cutmix=1.0"], ["optim.mixup=0.4", "optim.cutmix=1.0"]):
-        mixed, soft = fitting.mixing(compose(words).optim, 8)(images, targets)
+        mixed, soft = loop.mixing(compose(words).optim, 8)(images, targets)
         assert soft.shape == (8, 8) and torch.allclose(soft.sum(1), torch.ones(8)) and not torch.equal(mixed, images)
-    same, hard = fitting.mixing(compose([]).optim, 8)(images, targets)
+    same, hard = loop.mixing(compose([]).optim, 8)(images, targets)
     assert same is images and hard is targets
 
 
@@ -256,19 +258,19 @@ def test_a_budget_for_the_compiler_is_refused_where_random_numbers_are_drawn(tmp
 def test_parts_of_a_batch_with_moving_statistics_are_refused(word):
     words = ["backbone=resnet18", "backbone.pretrained=false", "backbone.image_size=32", word]
     with pytest.raises(UserError, match=f"{word} changes the result"):
-        training.prepare(compose([*QUICK[:2], *words, "method=full"]))
+        trainer.prepare(compose([*QUICK[:2], *words, "method=full"]))
 
 
 def test_a_run_with_settings_of_single_blocks_tests_the_same_again(tmp_path):
     result = train(tmp_path, "quant.blocks={1: {recompute: block, input: 8}}", "optim.epochs=1")
-    stored = records.read_result(tmp_path)
+    stored = record.read_result(tmp_path)
     assert stored["config"] == result["config"] and stored["config"]["quant"]["blocks"][1]["input"] == 8
-    assert training.evaluate(recompose(stored["config"], []), tmp_path)["top1"] == result["accuracy"]["test_top1"]
+    assert trainer.evaluate(recompose(stored["config"], []), tmp_path)["top1"] == result["accuracy"]["test_top1"]
 
 
 def test_a_block_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="quant.blocks: there is no block 99; this backbone has those from 0 to"):
-        training.prepare(compose([*QUICK, "quant.blocks={99: {norm: 8}}"]))
+        trainer.prepare(compose([*QUICK, "quant.blocks={99: {norm: 8}}"]))
 
 
 def test_an_earlier_run_stays_until_another_is_whole_and_goes_by_force_alone(tmp_path, monkeypatch):
@@ -280,17 +282,17 @@ def test_an_earlier_run_stays_until_another_is_whole_and_goes_by_force_alone(tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Fit, "__call__", fails)
-        result = training.train(compose([*QUICK, f"run_dir={tmp_path}", "seed=1"]), anew=True)[0]
-    assert result["status"] == "interrupted" and records.read_result(tmp_path) == old
+        patch.setattr(trainer.Fit, "__call__", fails)
+        result = trainer.train(compose([*QUICK, f"run_dir={tmp_path}", "seed=1"]), anew=True)[0]
+    assert result["status"] == "interrupted" and record.read_result(tmp_path) == old
     assert len(lines(tmp_path)) == 2 and (tmp_path / "trainable.safetensors").exists()
     new = train(tmp_path, "seed=1")
-    assert records.read_result(tmp_path)["id"] == new["id"] != old["id"] and not (tmp_path / folders.NEXT).exists()
+    assert record.read_result(tmp_path)["id"] == new["id"] != old["id"] and not (tmp_path / run_folder.NEXT).exists()
 
 
 def test_the_same_line_on_a_finished_run_says_so_and_trains_nothing(tmp_path, monkeypatch, capsys):
     result = train(tmp_path)
-    monkeypatch.setattr(training.Fit, "__call__", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(trainer.Fit, "__call__", lambda *args: pytest.fail("trained again"))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert main(["train", *QUICK, f"run_dir={tmp_path}"]) == 0
     said = capsys.readouterr().out
@@ -301,7 +303,7 @@ def test_the_same_line_on_a_finished_run_says_so_and_trains_nothing(tmp_path, mo
 
 def test_a_folder_that_holds_no_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, "prepare", lambda config: pytest.fail("too late"))
+    monkeypatch.setattr(trainer, "prepare", lambda config: pytest.fail("too late"))
     for name in (".env.template", "result.json", "notes.txt"):
         (tmp_path / name).write_text("mine")
     assert main(["train", *QUICK, "run_dir=."]) == 2
@@ -319,7 +321,7 @@ def test_a_folder_that_holds_no_run_is_refused_before_anything_is_loaded(tmp_pat
 def test_another_split_is_refused_in_eval(tmp_path):
     result = train(tmp_path)
     with pytest.raises(UserError, match="dataset.split_seed=1: the run was made with 0"):
-        training.evaluate(recompose(result["config"], ["dataset.split_seed=1"]), tmp_path)
+        trainer.evaluate(recompose(result["config"], ["dataset.split_seed=1"]), tmp_path)
 
 
 def test_tensorboard(tmp_path):
@@ -337,7 +339,7 @@ def test_identity_leaves_out_where_a_run_lives():
     other = compose([*QUICK, "method.prompt.rank=4"])
 
     def identity(config, revision="revision", weights="weights"):
-        return records.identity(records.content(OmegaConf.to_container(config), revision, weights))
+        return record.identity(record.content(OmegaConf.to_container(config), revision, weights))
 
     assert identity(base) == identity(same) != identity(other)
     older = OmegaConf.to_container(base)  # of a version without these settings
@@ -361,7 +363,7 @@ def test_real_photos(real_data, tmp_path):
     ]
     top1, loss = {}, {}
     for method in ("linear", "s2a"):
-        result = training.train(
+        result = trainer.train(
             compose(
                 [*words, f"method={method}", f"run_dir={tmp_path / method}", "optim.epochs=4", "optim.batch_size=16"]
             )

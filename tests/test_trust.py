@@ -9,11 +9,12 @@ import threading
 import pytest
 from omegaconf import OmegaConf
 
-from s2a_cli import backbones, trust
-from s2a_cli.cli import main
-from s2a_cli.compose import compose, recompose
-from s2a_cli.config import BackboneConfig
-from s2a_cli.errors import UserError
+from s2a_cli import backbones
+from s2a_cli.cli.main import main
+from s2a_cli.common.errors import UserError
+from s2a_cli.config import trust
+from s2a_cli.config.compose import compose, recompose
+from s2a_cli.config.schema import BackboneConfig
 
 BASE = ["backbone=vit_micro", "method=linear", "quant=none", "device=cpu", "workers=0"]
 

@@ -41,8 +41,8 @@ try:
     from accept_pool import Failed, Pool, Worker
     from accept_run import Run
 
-    from s2a_cli import folders, records
-    from s2a_cli.errors import UserError
+    from s2a_cli.common.errors import UserError
+    from s2a_cli.results import record, run_folder
 except ImportError as error:
     sys.exit(f"a package is not here ({error}): pip install -e {ROOT}, and peft for the rows of LoRA")
 
@@ -154,7 +154,7 @@ class Files:
             if not final and time.monotonic() - self._last < SAVE_SECONDS:
                 return
             result = run.result()
-            records.atomic_write(
+            record.atomic_write(
                 self.path.with_name(f"{self.path.name}.json"), json.dumps(finite(result), indent=1) + "\n"
             )
             try:
@@ -163,7 +163,7 @@ class Files:
                 page = f"The page could not be made of {self.path.name}.json:\n\n    " + traceback.format_exc().replace(
                     "\n", "\n    "
                 )
-            records.atomic_write(self.path.with_name(f"{self.path.name}.md"), page)
+            record.atomic_write(self.path.with_name(f"{self.path.name}.md"), page)
             self._last = time.monotonic()
 
 
@@ -174,7 +174,7 @@ def accept(argv: list[str]) -> Path:
     """
     began, chosen = time.monotonic(), arguments(argv)
     try:
-        folders.make_run_dir(chosen.out)
+        run_folder.make_run_dir(chosen.out)
     except UserError:
         raise UserError(
             f"out={chosen.out}: nothing can be written there; set out= to a folder that can be written to"

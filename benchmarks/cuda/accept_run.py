@@ -16,9 +16,9 @@ from accept_pool import Pool, Task
 from accept_summary import decisions, summary
 from speed import set_speed
 
+from s2a_cli.common.progress import Progress, duration
 from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.result import MIB
-from s2a_cli.progress import Progress, duration
 
 MEMORY_UNTIL, SPEED_UNTIL, END = 0.55, 0.93, 0.98  # of the time
 LEAST_ROUNDS = 3  # timed steps of a row whose race was broken off

@@ -29,11 +29,11 @@ from speed import time_rows
 from tiers import environment
 
 from s2a_cli import memory
-from s2a_cli.errors import UserError, first_line
-from s2a_cli.memory import busy
+from s2a_cli.common.errors import UserError, first_line
+from s2a_cli.memory import device as busy
 from s2a_cli.memory.cuda import differences, reserved
 from s2a_cli.memory.result import MIB
-from s2a_cli.training import OUT_OF_MEMORY, choose_device
+from s2a_cli.training.trainer import OUT_OF_MEMORY, choose_device
 
 # Codes are fitted in a layer's forward passes 0, 1, 4 and 16: steps 2 and 3 are steady, step 4 is not.
 WARMUP, STEADY = 2, 2

@@ -36,9 +36,10 @@ sys.path.insert(0, str(HERE.parent))
 from rows import Made, Row
 
 from s2a_cli import memory
-from s2a_cli.activations import kernels, pointwise
+from s2a_cli.activations import kernels
 from s2a_cli.activations.kernels import launch, pooling
-from s2a_cli.errors import UserError
+from s2a_cli.activations.ops import pointwise
+from s2a_cli.common.errors import UserError
 
 TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from s2a_cli.activations.calibration import Calibration
-    from s2a_cli.config import QuantConfig
+    from s2a_cli.activations.quant.calibration import Calibration
+    from s2a_cli.config.schema import QuantConfig
 
 
 class OpContext(NamedTuple):

@@ -20,17 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from s2a_cli.activations import attention, conv, dropout, norm, pointwise, pooling, products, reductions
-from s2a_cli.activations.blocks import BlockRunner, runners_of
-from s2a_cli.activations.calibration import Calibration
+from s2a_cli.activations.checkpointing import BlockRunner, runners_of
 from s2a_cli.activations.context import OpContext
+from s2a_cli.activations.ops import attention, dropout, linear_conv, matmul, norm, pointwise, pooling, reductions
+from s2a_cli.activations.quant.calibration import Calibration
 from s2a_cli.activations.random_numbers import Draws
 from s2a_cli.activations.recompute import unread_linear
 from s2a_cli.activations.sites import Sites, follow
 from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
-from s2a_cli.config import QuantConfig
+from s2a_cli.config.schema import QuantConfig
 
-FAMILIES = (pointwise, norm, attention, products, reductions, pooling, conv, dropout)
+FAMILIES = (pointwise, norm, attention, matmul, reductions, pooling, linear_conv, dropout)
 
 
 class Thread(threading.local):

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2a_cli.activations.autograd import first_order
-from s2a_cli.activations.codes import grouped_size
-from s2a_cli.activations.groups import keep, written
+from s2a_cli.activations.ops.autograd import first_order
+from s2a_cli.activations.quant.grouped import keep, written
+from s2a_cli.activations.quant.packing import grouped_size
 from s2a_cli.activations.random_numbers import Draws, parts, random_state, set_random_state
-from s2a_cli.config import QuantConfig
+from s2a_cli.config.schema import QuantConfig
 
 if TYPE_CHECKING:
-    from s2a_cli.activations.blocks import Call
+    from s2a_cli.activations.checkpointing import Call
 
 
 class Replay:

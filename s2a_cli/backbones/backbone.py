@@ -18,11 +18,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from s2a_cli.backbones.head import Head
 from s2a_cli.backbones.hidden import Hidden
 from s2a_cli.backbones.trace import LayoutError, find_blocks, layouts, trace
+from s2a_cli.common.errors import UserError, first_line
 from s2a_cli.data.transforms import ImageConfig
-from s2a_cli.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from s2a_cli.tail import Tail
+    from s2a_cli.methods.parts.feature_head import Tail
 
 ADDED = "s2a"  # the submodule of the model that holds what a method adds
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from s2a_cli import tensor_files
-from s2a_cli.errors import UserError, brief, first_line, printable
-from s2a_cli.tensor_files import Unreadable
+from s2a_cli.common import tensor_files
+from s2a_cli.common.errors import UserError, brief, first_line, printable
+from s2a_cli.common.tensor_files import Unreadable
 
 EMBEDDED = "embedded:"  # prefix of a checkpoint that ships in s2a_cli/weights/
 WRAPPERS = (

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from s2a_cli.config import DatasetConfig, rule_of
+from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.config.schema import DatasetConfig, rule_of
 from s2a_cli.data import cifar, digits, domainnet, folder, oxford
 from s2a_cli.data.batches import Loader, loader, mix
 from s2a_cli.data.images import Images
@@ -18,7 +19,6 @@ from s2a_cli.data.source import Source
 from s2a_cli.data.splits import few_shots, hold_out, share
 from s2a_cli.data.summary import Splits, describe, majority
 from s2a_cli.data.transforms import ImageConfig, Transform, build_transform
-from s2a_cli.errors import UserError, nearest
 
 __all__ = [
     "DATASETS",

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from s2a_cli.common.errors import UserError
 from s2a_cli.data.images import ImageArray, Images
 from s2a_cli.data.transforms import Transform
-from s2a_cli.errors import UserError
 
 
 class Loader:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from s2a_cli.config import DatasetConfig
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data.download import RemoteFile, fetch_tree
 from s2a_cli.data.images import ImageArray
 from s2a_cli.data.source import Source, revision_of
-from s2a_cli.errors import UserError
 
 SIDE = 32
 # The official host has been throttled to some 50 kB/s since 2026: it comes last.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from s2a_cli.config import DatasetConfig
+from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data.images import ImageArray
 from s2a_cli.data.source import Source
 

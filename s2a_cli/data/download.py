@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2a_cli import __version__
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.files import lock, one_line, sha256_of
+from s2a_cli.common.progress import Progress, size
 from s2a_cli.data.archives import extract_once, whole
-from s2a_cli.data.files import lock, one_line, sha256_of
-from s2a_cli.errors import UserError
-from s2a_cli.progress import Progress, size
 
 TIMEOUT = 30.0  # seconds without a byte before a source counts as down
 CHUNK = 1 << 18

@@ -6,14 +6,14 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from s2a_cli.config import DatasetConfig
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.files import listed, reason, sha256_of, shown
+from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data.archives import SUFFIXES, extract_once
-from s2a_cli.data.files import listed, reason, sha256_of, shown
 from s2a_cli.data.images import EXTENSIONS, INSTALL, ImageFiles
 from s2a_cli.data.integrity import DARK, Report, examine
 from s2a_cli.data.layout import folders, hidden, is_folder, names_split, split_folders, within
 from s2a_cli.data.source import Source
-from s2a_cli.errors import UserError
 
 
 def read(config: DatasetConfig, cache: Path) -> Source:

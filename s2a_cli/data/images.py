@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from s2a_cli.data.files import one_line, open_regular, shown
-from s2a_cli.errors import UserError
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.files import one_line, open_regular, shown
 
 try:
     from PIL.AvifImagePlugin import SUPPORTED as AVIF

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from s2a_cli.data.files import listed, reason, shown
-from s2a_cli.errors import UserError
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.files import listed, reason, shown
 
 SPLITS = {
     "train": ("train", "training"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from s2a_cli.config import DatasetConfig
+from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data.download import RemoteFile, fetch, fetch_tree
 from s2a_cli.data.images import ImageFiles
 from s2a_cli.data.source import Source, revision_of

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from s2a_cli.errors import UserError
+from s2a_cli.common.errors import UserError
 
 
 def shuffled(indices: Sequence[int], seed: int, purpose: str) -> list[int]:

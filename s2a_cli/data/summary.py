@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from s2a_cli.data.files import listed, shown
+from s2a_cli.common.files import listed, shown
 from s2a_cli.data.images import ImageFiles, Images
 
 ROWS = 8  # classes that get a line each; of more, the largest and the smallest

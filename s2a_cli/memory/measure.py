@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from s2a_cli.memory import busy
+from s2a_cli.memory import device as busy
 from s2a_cli.memory.result import MIB, Memory
 
 

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 if TYPE_CHECKING:
     from s2a_cli.backbones import Backbone
-    from s2a_cli.tail import Tail
+    from s2a_cli.methods.parts.feature_head import Tail
 
 
 class Method:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from s2a_cli.methods.base import Method
-from s2a_cli.tail import Tail
+from s2a_cli.methods.parts.feature_head import Tail
 
 
 class Linear(Method):

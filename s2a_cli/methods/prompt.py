@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from s2a_cli.backbones import Backbone, Hidden
-from s2a_cli.distributed import is_first
-from s2a_cli.errors import UserError
+from s2a_cli.common.distributed import is_first
+from s2a_cli.common.errors import UserError
 from s2a_cli.methods.base import Method
 
 

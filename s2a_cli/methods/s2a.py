@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from s2a_cli.errors import UserError
+from s2a_cli.common.errors import UserError
 from s2a_cli.methods.base import Method
 from s2a_cli.methods.bias import tune_biases
 from s2a_cli.methods.prompt import add_prompts

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from s2a_cli.activations.autograd import first_order
+from s2a_cli.activations.ops.autograd import first_order
 from s2a_cli.activations.piece_sizes import piece_sizes
 from s2a_cli.backbones import ADDED, Backbone, Block, Hidden
-from s2a_cli.errors import UserError
+from s2a_cli.common.errors import UserError
 from s2a_cli.methods.base import Method
-from s2a_cli.tail import Tail
-from s2a_cli.votes import cast
+from s2a_cli.methods.parts.deep_supervision import cast
+from s2a_cli.methods.parts.feature_head import Tail
 
 
 @dataclass

@@ -9,14 +9,14 @@ from torch import nn
 
 from s2a_cli import backbones
 from s2a_cli.activations import STOCK, remember
-from s2a_cli.activations.blocks import leaves
-from s2a_cli.activations.codes import grouped_size
-from s2a_cli.compose import compose
-from s2a_cli.config import BackboneConfig, QuantConfig
+from s2a_cli.activations.checkpointing import leaves
+from s2a_cli.activations.quant.packing import grouped_size
+from s2a_cli.config.compose import compose
+from s2a_cli.config.schema import BackboneConfig, QuantConfig
 from s2a_cli.memory import saved_bytes
 from s2a_cli.methods import METHODS
-from s2a_cli.steps import train_mode
-from s2a_cli.votes import vote_losses
+from s2a_cli.methods.parts.deep_supervision import vote_losses
+from s2a_cli.training.step import train_mode
 
 BATCH = 5
 BACKBONES = {

@@ -9,8 +9,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2a_cli.activations import remember
-from s2a_cli.activations.calibration import LOOKS, PATIENCE
-from s2a_cli.config import QuantConfig
+from s2a_cli.activations.quant.calibration import LOOKS, PATIENCE
+from s2a_cli.config.schema import QuantConfig
 
 
 def config(**settings) -> QuantConfig:

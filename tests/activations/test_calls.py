@@ -13,7 +13,7 @@ from torch import Tensor
 
 from s2a_cli.activations import remember
 from s2a_cli.activations.mode import ActivationMode
-from s2a_cli.config import QuantConfig
+from s2a_cli.config.schema import QuantConfig
 
 EVERYTHING = QuantConfig(bits=4, linear=4, calibrate=False)
 WEIGHTS_TRAIN = QuantConfig(bits=4, calibrate=False)
@@ -201,7 +201,7 @@ def results(function, arguments: dict, dtype, how: str, frozen: bool, quant: Qua
 def test_a_call_is_stock_however_it_is_made(function, arguments, required, dtype, monkeypatch):
     names = list(arguments)
     for one_pass in (False, True):
-        monkeypatch.setattr("s2a_cli.activations.pointwise.in_one_pass", lambda x, now=one_pass: now)
+        monkeypatch.setattr("s2a_cli.activations.ops.pointwise.in_one_pass", lambda x, now=one_pass: now)
         for count in range(required, len(names) + 1):
             given = {name: arguments[name] for name in names[:count]}
             for how in ("positional", "keyword"):

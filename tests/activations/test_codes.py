@@ -8,8 +8,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2a_cli.activations import codes, levels
-from s2a_cli.activations.operators import decode_groups, encode_groups, encode_interval, encode_levels, multiply_levels
+from s2a_cli.activations.quant import codebooks, packing
+from s2a_cli.activations.quant.primitives import (
+    decode_groups,
+    encode_groups,
+    encode_interval,
+    encode_levels,
+    multiply_levels,
+)
 
 BITS = range(1, 9)
 
@@ -18,28 +24,28 @@ BITS = range(1, 9)
 @given(bits=st.sampled_from(BITS), count=st.integers(0, 200), cut=st.integers(0, 200), seed=st.integers(0, 999))
 def test_packing_round_trips_and_wastes_less_than_a_byte_a_plane(bits, count, cut, seed):
     values = torch.randint(2**bits, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    packed = torch.zeros(codes.packed_size(count, bits), dtype=torch.uint8)
+    packed = torch.zeros(packing.packed_size(count, bits), dtype=torch.uint8)
     cut = min(cut, count) // 8 * 8
-    codes.pack_into(packed, 0, values[:cut].clone(), bits, count)
-    codes.pack_into(packed, cut, values[cut:].clone(), bits, count)
-    assert torch.equal(codes.unpack(packed, 0, count, bits, count), values)
-    table = codes.byte_table(torch.arange(2.0**bits), bits)
-    assert torch.equal(codes.lookup(packed, cut, count, table, bits, count), values[cut:].float())
-    assert 8 * packed.numel() - bits * count < 8 * len(codes.PLANES[bits])
+    packing.pack_into(packed, 0, values[:cut].clone(), bits, count)
+    packing.pack_into(packed, cut, values[cut:].clone(), bits, count)
+    assert torch.equal(packing.unpack(packed, 0, count, bits, count), values)
+    table = packing.byte_table(torch.arange(2.0**bits), bits)
+    assert torch.equal(packing.lookup(packed, cut, count, table, bits, count), values[cut:].float())
+    assert 8 * packed.numel() - bits * count < 8 * len(packing.PLANES[bits])
 
 
 def test_a_few_bits_a_byte():
     packed = torch.zeros(2, dtype=torch.uint8)
-    codes.pack_into(packed, 0, torch.tensor([1, 2, 3], dtype=torch.uint8), 4, 3)
+    packing.pack_into(packed, 0, torch.tensor([1, 2, 3], dtype=torch.uint8), 4, 3)
     assert packed.tolist() == [0x21, 0x03]
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (8, 40), (16, 7), (1, 9), (2, 3, 4, 5)])
 def test_pieces_cover_a_strided_tensor_in_logical_order(shape, monkeypatch):
-    monkeypatch.setattr(codes, "CHUNK", 32)
+    monkeypatch.setattr(packing, "CHUNK", 32)
     whole = torch.arange(2 * torch.Size(shape).numel()).view(*shape[:-1], -1)
     for x in (whole[..., : shape[-1]], whole[..., : shape[-1]].contiguous(), whole[..., : shape[-1]].transpose(0, -1)):
-        pieces = list(codes.elements(x))
+        pieces = list(packing.elements(x))
         assert torch.equal(torch.cat([piece for _, piece in pieces]), x.flatten())
         assert all(start % 8 == 0 for start, _ in pieces)
         assert sum(piece.numel() for _, piece in pieces) == x.numel()
@@ -50,7 +56,7 @@ def test_pieces_cover_a_strided_tensor_in_logical_order(shape, monkeypatch):
     "bits, std, bound", [(2, 1, 0.090), (3, 1, 0.044), (4, 1, 0.024), (2, 2, 0.073), (3, 2, 0.045), (4, 2, 0.022)]
 )
 def test_levels_reach_the_optimum_of_a_known_distribution(bits, std, bound):
-    table = levels.derivative_table(F.gelu, bits, lambda x: torch.exp(-((x / std) ** 2) / 2))
+    table = codebooks.derivative_table(F.gelu, bits, lambda x: torch.exp(-((x / std) ** 2) / 2))
     x = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
     weight = torch.exp(-((x / std) ** 2) / 2)
     error = multiply_levels(torch.ones_like(x), *_coded(x, table)) - _derivative(F.gelu, x)
@@ -61,8 +67,8 @@ def test_levels_reach_the_optimum_of_a_known_distribution(bits, std, bound):
 def test_levels_are_a_minimum():
     generator = torch.Generator().manual_seed(0)
     values, weights = torch.rand(2, 60, dtype=torch.float64, generator=generator)
-    best = levels.optimal_levels(values, weights, 2)
-    chosen = levels.nearest(values, best)
+    best = codebooks.optimal_levels(values, weights, 2)
+    chosen = codebooks.nearest(values, best)
     error = (weights * (best[chosen.long()] - values) ** 2).sum()
     order = values.argsort()
     for _ in range(300):  # no other cut into four runs is better
@@ -81,7 +87,7 @@ def test_the_error_of_every_table_falls_with_bits(function):
     x = torch.linspace(-7, 5, 5001, dtype=torch.float64)
     errors = []
     for bits in (2, 4, 8):
-        table = levels.pointwise(function, {}, bits, x)
+        table = codebooks.pointwise(function, {}, bits, x)
         errors.append(
             (multiply_levels(torch.ones_like(x), *_coded(x, table)) - _derivative(function, x)).square().mean().sqrt()
         )
@@ -95,10 +101,10 @@ def test_the_error_of_every_table_falls_with_bits(function):
 )
 def test_groups_round_trip_within_the_grid(bits, rows, width, group):
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
-    table = levels.signed(bits, min(group, width), x)
+    table = codebooks.signed(bits, min(group, width), x)
     packed, scales = encode_groups(x, table.bins, table.low, group, bits)
     back = decode_groups(packed, scales, table.levels, width, group, bits, 0, rows, x.dtype)
-    assert packed.numel() + 2 * scales.numel() == codes.grouped_size(rows, width, group, bits)
+    assert packed.numel() + 2 * scales.numel() == packing.grouped_size(rows, width, group, bits)
     centres = torch.linspace(-1, 1, table.bins.numel())
     cell = (table.levels[table.bins.int()] - centres).abs().max()  # the farthest a value is from its level
     largest = torch.stack([part.abs().amax(-1) for part in x.split(group, -1)], -1).repeat_interleave(group, -1)[
@@ -114,7 +120,7 @@ def test_groups_round_trip_within_the_grid(bits, rows, width, group):
 def test_an_outlier_is_kept_and_its_group_does_not_grow(bits, outlier):
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     x[:, 7] = outlier
-    table = levels.signed(bits, 64, x)
+    table = codebooks.signed(bits, 64, x)
     back = decode_groups(*encode_groups(x, table.bins, table.low, 64, bits), table.levels, 64, 64, bits, 0, 4, x.dtype)
     assert torch.allclose(back[:, 7], x[:, 7], rtol=0.005)
     assert back.square().sum() < 1.02 * x.square().sum()
@@ -125,7 +131,7 @@ def test_an_outlier_is_kept_and_its_group_does_not_grow(bits, outlier):
 def test_group_scales_survive_extremes(dtype, value):
     x = torch.full((2, 64), value, dtype=dtype)
     x[1, 0] = 1.0
-    table = levels.signed(8, 64, x)
+    table = codebooks.signed(8, 64, x)
     back = decode_groups(*encode_groups(x, table.bins, table.low, 64, 8), table.levels, 64, 64, 8, 0, 2, dtype)
     assert back.isfinite().all()
     assert torch.allclose(back[0].float(), x[0].float(), rtol=0.01)
@@ -134,15 +140,15 @@ def test_group_scales_survive_extremes(dtype, value):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_diverged_activation_is_no_error(bad):
     x = torch.full((64,), bad)
-    table = levels.pointwise(F.gelu, {}, 4, x)
+    table = codebooks.pointwise(F.gelu, {}, 4, x)
     encode_levels(x, table.bins, table.low, table.high, 4)
-    encode_groups(x, levels.signed(4, 64, x).bins, -1.0, 64, 4)
+    encode_groups(x, codebooks.signed(4, 64, x).bins, -1.0, 64, 4)
 
 
 def test_interval_is_open():
     x = torch.tensor([-3.0, -2.9, 0.0, 2.9, 3.0])
     packed = encode_interval(x, -3.0, 3.0)
-    assert codes.unpack(packed, 0, 5, 1, 5).tolist() == [0, 1, 1, 1, 0]
+    assert packing.unpack(packed, 0, 5, 1, 5).tolist() == [0, 1, 1, 1, 0]
 
 
 def _coded(x, table):

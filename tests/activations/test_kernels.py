@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from s2a_cli.activations import codes, levels
-from s2a_cli.activations.operators import ACTIVATIONS, PLAIN, with_inverse
+from s2a_cli.activations.quant import codebooks, packing
+from s2a_cli.activations.quant.primitives import ACTIVATIONS, PLAIN, with_inverse
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -58,15 +58,15 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.equal(found, expected)
 
 
-def table_of(bits: int, low: float, high: float = 1.0, bins: int = levels.GROUP_BINS) -> levels.Table:
+def table_of(bits: int, low: float, high: float = 1.0, bins: int = codebooks.GROUP_BINS) -> codebooks.Table:
     """Evenly spaced levels: what kernels do does not depend on them."""
-    codes = torch.arange(bins) * 2**bits // bins
-    return levels.Table(bits, low, high, codes.to(torch.uint8), torch.linspace(low, high, 2**bits)).to(DEVICE)
+    packing = torch.arange(bins) * 2**bits // bins
+    return codebooks.Table(bits, low, high, packing.to(torch.uint8), torch.linspace(low, high, 2**bits)).to(DEVICE)
 
 
-def bent(bits: int) -> levels.Table:
+def bent(bits: int) -> codebooks.Table:
     """One where bins far from each other share a code, as for GELU'."""
-    table = table_of(bits, -levels.RANGE, levels.RANGE, levels.POINTWISE_BINS)
+    table = table_of(bits, -codebooks.RANGE, codebooks.RANGE, codebooks.POINTWISE_BINS)
     return replace(table, bins=(table.bins ^ (table.bins.flip(0) << 1)) & (2**bits - 1))
 
 
@@ -89,9 +89,9 @@ def test_strided_inputs_are_read_in_logical_order():
     x = normal(40, 30).t()
     table = bent(4)
     arguments = x, table.bins, table.low, table.high, 4
-    codes = PLAIN["encode_levels"](*arguments)
-    assert same(launch.encode_levels(*arguments), codes)
-    arguments = x, codes, table.levels, 4
+    packing = PLAIN["encode_levels"](*arguments)
+    assert same(launch.encode_levels(*arguments), packing)
+    arguments = x, packing, table.levels, 4
     assert same(launch.multiply_levels(*arguments), PLAIN["multiply_levels"](*arguments))
     arguments = x, "silu", table.bins, table.low, table.high, 4
     y, found = launch.activate(*arguments)
@@ -118,8 +118,8 @@ def test_activations_are_stock_to_rounding(function):
         x.view(-1)[-1] = 1e4
         table = bent(4)
         arguments = x, function, table.bins, table.low, table.high, 4
-        (y, codes), (stock, expected) = launch.activate(*arguments), PLAIN["activate"](*arguments)
-        assert y.dtype == dtype and same(codes, expected)
+        (y, packing), (stock, expected) = launch.activate(*arguments), PLAIN["activate"](*arguments)
+        assert y.dtype == dtype and same(packing, expected)
         # 1 + erf(x) and 1 + tanh(x) cancel where x is far below 0: a float32 rounding of 1, times x
         torch.testing.assert_close(y.float(), stock.float(), rtol=2 * torch.finfo(dtype).eps, atol=2e-6)
 
@@ -127,7 +127,7 @@ def test_activations_are_stock_to_rounding(function):
 @here
 def test_what_kernels_do_not_cover_is_plain():
     x = normal(50).double()
-    table = levels.pointwise(F.gelu, {}, 4, x, stochastic=True)
+    table = codebooks.pointwise(F.gelu, {}, 4, x, stochastic=True)
     for values, seed in ((x, 0), (x.float(), 5), (x[:0].float(), 0)):
         arguments = values, table.bins, table.low, table.high, 4, table.chances, seed
         assert same(launch.encode_levels(*arguments), PLAIN["encode_levels"](*arguments))
@@ -139,7 +139,7 @@ UNCOVERED = [(49, 64), (197, 64), (1, 64), (72, 48)]
 
 
 def unpacked(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    return codes.unpack(packed, 0, count, bits, count).int()
+    return packing.unpack(packed, 0, count, bits, count).int()
 
 
 @here

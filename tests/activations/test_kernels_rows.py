@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_kernels import DEVICE, EPS, INTERPRETED, TYPES, channelled, here, normal, same, table_of
 
-from s2a_cli.activations.operators import PLAIN
+from s2a_cli.activations.quant.primitives import PLAIN
 
 if INTERPRETED or DEVICE == "cuda":
     from s2a_cli.activations.kernels import launch
@@ -108,7 +108,7 @@ def test_maps_of_no_multiple_of_a_byte(bits):
 @here
 @pytest.mark.parametrize("dtype, width, calibrated", list(zip(TYPES, (64, 64, 27), (True, False, False))))
 def test_weight_gradients(monkeypatch, dtype, width, calibrated):
-    monkeypatch.setattr("s2a_cli.activations.codes.CHUNK", 512)  # several pieces
+    monkeypatch.setattr("s2a_cli.activations.quant.packing.CHUNK", 512)  # several pieces
     table, channels = table_of(4, -1.0), channelled(width) if calibrated else None
     x, grad = normal(3, 11, width, dtype=dtype), normal(3, 11, 7, dtype=dtype)
     codes, scales = PLAIN["encode_groups"](x, table.bins, -1.0, 64, 4, None, 0, channels)
@@ -124,14 +124,14 @@ def test_weight_gradients(monkeypatch, dtype, width, calibrated):
 @pytest.mark.parametrize("dtype, rows, width", list(zip(TYPES * 2, (5, 3, 7, 1, 2), (64, 27, 147, 1, 1100))))
 def test_frozen_weights(dtype, rows, width):
     """int8 and NF4 as they are stored, decoded for a layer."""
-    from s2a_cli import frozen
+    from s2a_cli.backbones import weight_quant
 
     weight = normal(rows, width, dtype=dtype)
-    codes, scales = frozen.encode_int8(weight)
+    codes, scales = weight_quant.encode_int8(weight)
     arguments = codes, scales.view(torch.bfloat16), dtype
     assert same(launch.decode_int8(*arguments), PLAIN["decode_int8"](*arguments))
-    codes, scales = frozen.encode_nf4(weight)
-    table, scales = frozen.normal_float_table().to(DEVICE), scales.view(torch.bfloat16)
+    codes, scales = weight_quant.encode_nf4(weight)
+    table, scales = weight_quant.normal_float_table().to(DEVICE), scales.view(torch.bfloat16)
     arguments = codes, scales, table.levels, width, width // scales.shape[1], 4, 0, rows, dtype
     assert same(launch.decode_groups(*arguments), PLAIN["decode_groups"](*arguments))
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from s2a_cli.activations import levels
+from s2a_cli.activations.quant import codebooks
 
-GRID = torch.linspace(-levels.RANGE, levels.RANGE, 100_001, dtype=torch.float64)
+GRID = torch.linspace(-codebooks.RANGE, codebooks.RANGE, 100_001, dtype=torch.float64)
 
 
 def normal(mean: float, deviation: float):
@@ -22,7 +22,7 @@ def derivative(function) -> torch.Tensor:
     return torch.autograd.grad(function(x).sum(), x)[0]
 
 
-def error(function, table: levels.Table, density) -> float:
+def error(function, table: codebooks.Table, density) -> float:
     """Root mean square over inputs of this density."""
     index = ((GRID - table.low) / (table.high - table.low) * len(table.bins)).long().clamp(0, len(table.bins) - 1)
     wrong = table.levels.double()[table.bins[index].long()] - derivative(function)
@@ -44,9 +44,9 @@ PUBLISHED = {
 @pytest.mark.parametrize("bits, deviation", PUBLISHED)
 def test_the_table_of_errors_of_gelu(bits, deviation):
     density, columns = normal(0, deviation), PUBLISHED[bits, deviation]
-    uniform = levels.derivative_table(F.gelu, bits, levels=levels.uniform_levels(F.gelu, bits))
+    uniform = codebooks.derivative_table(F.gelu, bits, levels=codebooks.uniform_levels(F.gelu, bits))
     assert error(F.gelu, uniform, density) == pytest.approx(columns[1], abs=0.0011)
-    ours = error(F.gelu, levels.derivative_table(F.gelu, bits, density), density)
+    ours = error(F.gelu, codebooks.derivative_table(F.gelu, bits, density), density)
     assert ours <= min(columns) + 0.0005  # they are rounded to three digits
 
 
@@ -68,9 +68,9 @@ def test_no_uniform_grid_is_better(name):
     function = FUNCTIONS[name]
     last = float("inf")
     for bits in range(1, 9):
-        uniform = levels.derivative_table(function, bits, levels=levels.uniform_levels(function, bits))
-        for density in (normal(0, 1), normal(0, 2), levels.pointwise_weights):
-            ours = error(function, levels.derivative_table(function, bits, density), density)
+        uniform = codebooks.derivative_table(function, bits, levels=codebooks.uniform_levels(function, bits))
+        for density in (normal(0, 1), normal(0, 2), codebooks.pointwise_weights):
+            ours = error(function, codebooks.derivative_table(function, bits, density), density)
             assert ours <= error(function, uniform, density)
         assert ours < 0.7 * last
         last = ours
@@ -78,13 +78,13 @@ def test_no_uniform_grid_is_better(name):
 
 def test_tables_are_made_once():
     like = torch.zeros(())
-    assert levels.pointwise(F.gelu, {}, 4, like) is levels.pointwise(F.gelu, {}, 4, like)
-    assert levels.signed(4, 64, like, True) is levels.signed(4, 64, like, True)
+    assert codebooks.pointwise(F.gelu, {}, 4, like) is codebooks.pointwise(F.gelu, {}, 4, like)
+    assert codebooks.signed(4, 64, like, True) is codebooks.signed(4, 64, like, True)
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_a_table_is_derived_from_its_levels(stochastic):
-    made = levels.derivative_table(F.silu, 4, stochastic=stochastic)
-    again = levels.derivative_table(F.silu, 4, stochastic=stochastic, levels=made.levels)
+    made = codebooks.derivative_table(F.silu, 4, stochastic=stochastic)
+    again = codebooks.derivative_table(F.silu, 4, stochastic=stochastic, levels=made.levels)
     assert torch.equal(made.levels, again.levels)
     assert (made.bins != again.bins).float().mean() < 1e-3  # ties at float32's rounding

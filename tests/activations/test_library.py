@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from s2a_cli.activations import levels
-from s2a_cli.activations.attention import softmax_backward
-from s2a_cli.activations.conv import weight_gradient
-from s2a_cli.activations.norm import encode_norm, norm_backward
-from s2a_cli.activations.operators import (
+from s2a_cli.activations.ops.attention import softmax_backward
+from s2a_cli.activations.ops.linear_conv import weight_gradient
+from s2a_cli.activations.ops.norm import encode_norm, norm_backward
+from s2a_cli.activations.ops.pooling import max_pool2d, max_pool2d_backward
+from s2a_cli.activations.quant import codebooks
+from s2a_cli.activations.quant.primitives import (
     activate,
     decode_groups,
     decode_int8,
@@ -20,14 +21,13 @@ from s2a_cli.activations.operators import (
     multiply_levels,
     with_inverse,
 )
-from s2a_cli.activations.pooling import max_pool2d, max_pool2d_backward
 
 X = torch.randn(9, 100, generator=torch.Generator().manual_seed(0))
 IMAGE = X.reshape(3, 3, 10, 10)
 POOL = [3, 3], [2, 2], [1, 1], [1, 1], False
-GELU, SIGNED = levels.pointwise(F.gelu, {}, 3, X), levels.signed(4, 64, X)
+GELU, SIGNED = codebooks.pointwise(F.gelu, {}, 3, X), codebooks.signed(4, 64, X)
 CODES, SCALES = encode_groups(X, SIGNED.bins, -1.0, 64, 4)
-STOCHASTIC, CHANNELS = levels.signed(4, 64, X, True), with_inverse(torch.stack([X.mean(0), X.std(0)]))
+STOCHASTIC, CHANNELS = codebooks.signed(4, 64, X, True), with_inverse(torch.stack([X.mean(0), X.std(0)]))
 NORM = encode_norm(X, 100, 1e-5, True, SIGNED.bins, 64, 4)
 
 CALLS = {

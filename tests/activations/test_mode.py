@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s2a_cli.activations import ActivationMode, pointwise, remember
-from s2a_cli.config import QuantConfig
+from s2a_cli.activations import ActivationMode, remember
+from s2a_cli.activations.ops import pointwise
+from s2a_cli.config.schema import QuantConfig
 
 
 def config(bits: int | None, **families: int | bool | str | None) -> QuantConfig:

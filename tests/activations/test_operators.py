@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations import remember
-from s2a_cli.activations.codes import grouped_size, packed_size
-from s2a_cli.config import QuantConfig
+from s2a_cli.activations.quant.packing import grouped_size, packed_size
+from s2a_cli.config.schema import QuantConfig
 
 
 def config(bits: int, linear: int | None = None, group: int = 64) -> QuantConfig:
@@ -252,7 +252,7 @@ def results(case: Case, bits: int | None, arguments: list[Tensor]) -> tuple[Tens
 @pytest.fixture(params=[False, True], ids=["two passes", "one pass"])
 def one_pass(request, monkeypatch):
     """Both ways in which a function and its codes are made, whatever the device."""
-    monkeypatch.setattr("s2a_cli.activations.pointwise.in_one_pass", lambda x: request.param)
+    monkeypatch.setattr("s2a_cli.activations.ops.pointwise.in_one_pass", lambda x: request.param)
 
 
 @pytest.mark.usefixtures("one_pass")

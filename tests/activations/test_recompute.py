@@ -13,7 +13,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from s2a_cli.activations import remember
-from s2a_cli.config import QuantConfig
+from s2a_cli.config.schema import QuantConfig
 
 EXACT = QuantConfig(lossless=False, recompute="block", chunks=8)
 TINY = QuantConfig(recompute="block", input=8, chunks=8)

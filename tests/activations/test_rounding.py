@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s2a_cli.activations import levels, remember
-from s2a_cli.activations.operators import decode_groups, encode_groups
-from s2a_cli.config import QuantConfig
+from s2a_cli.activations import remember
+from s2a_cli.activations.quant import codebooks
+from s2a_cli.activations.quant.primitives import decode_groups, encode_groups
+from s2a_cli.config.schema import QuantConfig
 
 
 def stochastic(**settings) -> QuantConfig:
@@ -47,11 +48,11 @@ def test_nearest_rounding_does_not_converge():
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("make", [levels.signed, levels.unit])
+@pytest.mark.parametrize("make", [codebooks.signed, codebooks.unit])
 def test_grouped_values_are_unbiased(bits, make):
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
-    x = x if make is levels.signed else x.softmax(-1)
-    table = make(bits, 64, x, True) if make is levels.signed else make(bits, x, True)
+    x = x if make is codebooks.signed else x.softmax(-1)
+    table = make(bits, 64, x, True) if make is codebooks.signed else make(bits, x, True)
     total, one = torch.zeros_like(x), None
     for seed in range(400):
         codes, scales = encode_groups(x, table.bins, table.low, 64, bits, table.chances, seed)
@@ -64,9 +65,9 @@ def test_grouped_values_are_unbiased(bits, make):
 def test_levels_for_stochastic_rounding_span_the_range():
     like = torch.zeros(())
     for bits in range(1, 9):
-        assert levels.signed(bits, 64, like, True).levels[[0, -1]].tolist() == [-1, 1]
-        assert levels.unit(bits, like, True).levels[[0, -1]].tolist() == [0, 1]
-        gelu = levels.pointwise(F.gelu, {}, bits, like, True).levels
+        assert codebooks.signed(bits, 64, like, True).levels[[0, -1]].tolist() == [-1, 1]
+        assert codebooks.unit(bits, like, True).levels[[0, -1]].tolist() == [0, 1]
+        gelu = codebooks.pointwise(F.gelu, {}, bits, like, True).levels
         assert gelu[0] == pytest.approx(-0.1289, abs=1e-4) and gelu[-1] == pytest.approx(1.1289, abs=1e-4)
 
 
@@ -78,7 +79,7 @@ def test_its_variance_is_the_least():
         below = torch.bucketize(values, chosen[1:-1], right=True)
         return ((values - chosen[below]) * (chosen[below + 1] - values)).sum()
 
-    best = variance(levels.spanning_levels(values, weights, 2))
+    best = variance(codebooks.spanning_levels(values, weights, 2))
     inner = values[torch.randint(1, 199, (300, 2), generator=torch.Generator().manual_seed(1))].sort(-1).values
     assert all(best <= variance(torch.cat([values[:1], pair, values[-1:]])) + 1e-4 for pair in inner)
 

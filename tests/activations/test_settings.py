@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from s2a_cli.activations import ActivationMode, remember
-from s2a_cli.compose import compose, groups
-from s2a_cli.config import CODED, QuantConfig
+from s2a_cli.config.compose import compose, groups
+from s2a_cli.config.schema import CODED, QuantConfig
 
 
 def test_bits_are_the_default_of_the_families():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from s2a_cli.activations import remember
-from s2a_cli.config import QuantConfig
+from s2a_cli.config.schema import QuantConfig
 
 CODED = QuantConfig(bits=4)
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from s2a_cli.activations import levels, remember
-from s2a_cli.activations.norm import encode_norm
-from s2a_cli.activations.operators import (
+from s2a_cli.activations import remember
+from s2a_cli.activations.ops.norm import encode_norm
+from s2a_cli.activations.quant import codebooks
+from s2a_cli.activations.quant.primitives import (
     decode_groups,
     encode_groups,
     encode_interval,
@@ -19,7 +20,7 @@ from s2a_cli.activations.operators import (
     multiply_levels,
     with_inverse,
 )
-from s2a_cli.config import QuantConfig
+from s2a_cli.config.schema import QuantConfig
 
 X = torch.randn(4096, 1536, generator=torch.Generator().manual_seed(0))  # 24 chunks
 BYTES = X.numel() * X.element_size()
@@ -44,7 +45,7 @@ def test_the_count_sees_what_operators_allocate():
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("bits", [1, 4, 5, 8])
 def test_encoding(bits, stochastic):
-    gelu, signed = levels.pointwise(F.gelu, {}, bits, X, stochastic), levels.signed(bits, 64, X, stochastic)
+    gelu, signed = codebooks.pointwise(F.gelu, {}, bits, X, stochastic), codebooks.signed(bits, 64, X, stochastic)
     channels = with_inverse(torch.stack([X.mean(0), X.std(0)]))
     assert peak(lambda: encode_levels(X, gelu.bins, gelu.low, gelu.high, bits, gelu.chances, 1)) < 0.6 * BYTES
     for calibrated in (None, channels):
@@ -57,7 +58,7 @@ def test_encoding(bits, stochastic):
 
 @pytest.mark.parametrize("bits", [1, 4, 5, 8])
 def test_decoding_needs_little_beyond_its_result(bits):
-    gelu, signed = levels.pointwise(F.gelu, {}, bits, X), levels.signed(bits, 64, X)
+    gelu, signed = codebooks.pointwise(F.gelu, {}, bits, X), codebooks.signed(bits, 64, X)
     codes = encode_levels(X, gelu.bins, gelu.low, gelu.high, bits)
     assert peak(lambda: multiply_levels(X, codes, gelu.levels, bits)) < 1.3 * BYTES
     kept = encode_groups(X, signed.bins, -1.0, 64, bits)

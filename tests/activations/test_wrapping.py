@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from s2a_cli.activations import remember
-from s2a_cli.config import QuantConfig
+from s2a_cli.config.schema import QuantConfig
 
 RECOMPUTED = QuantConfig(recompute="block", input=8, pointwise=4)
 CODED = QuantConfig(bits=4)

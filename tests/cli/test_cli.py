@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 
 import s2a_cli
-from s2a_cli import verbs
-from s2a_cli.cli import main
-from s2a_cli.compose import compose, groups
-from s2a_cli.errors import RunError, UserError
-from s2a_cli.verbs import KINDS, VERBS
+from s2a_cli.cli import commands
+from s2a_cli.cli.commands import KINDS, VERBS
+from s2a_cli.cli.main import main
+from s2a_cli.common.errors import RunError, UserError
+from s2a_cli.config.compose import compose, groups
 
 CONFIGURED = ", ".join(name for name, verb in VERBS.items() if verb.config)
 
@@ -28,9 +28,9 @@ def run(*words, **kwargs):
 
 @pytest.fixture
 def training(monkeypatch):
-    """A stand-in for s2a_cli.training."""
+    """A stand-in for s2a_cli.training.trainer."""
     fake = SimpleNamespace()
-    monkeypatch.setitem(sys.modules, "s2a_cli.training", fake)
+    monkeypatch.setitem(sys.modules, "s2a_cli.training.trainer", fake)
     monkeypatch.setattr(s2a_cli, "training", fake, raising=False)
     return fake
 
@@ -50,7 +50,7 @@ def test_help_of_a_verb_opens_with_three_examples_that_can_be_copied(name, capsy
     for line in lines[:3]:
         words = shlex.split(line.split(">")[0])
         assert words[:2] == ["s2a", name]
-        if VERBS[name].config in (verbs.composed, verbs.first_of_grid):
+        if VERBS[name].config in (commands.composed, commands.first_of_grid):
             VERBS[name].config([word for word in words[2:] if not word.startswith("--")])
 
 
@@ -176,7 +176,7 @@ def test_table_reads_runs_of_this_folder(write_result, tmp_path, capsys, monkeyp
 
 def test_light_commands_import_nothing_heavy(tmp_path):
     script = (
-        "import sys; from s2a_cli.cli import main\n"
+        "import sys; from s2a_cli.cli.main import main\n"
         "assert not any(main(argv) for argv in ([], ['--version'], ['ls'], ['--completion', 'bash'], ['--complete']))\n"
         "print([m for m in ('torch', 'timm', 'pandas') if m in sys.modules])"
     )

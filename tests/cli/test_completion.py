@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from s2a_cli.completion import SCRIPTS, complete, script
-from s2a_cli.verbs import VERBS
+from s2a_cli.cli.commands import VERBS
+from s2a_cli.cli.completion import SCRIPTS, complete, script
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ import shlex
 import pytest
 from omegaconf import OmegaConf
 
-from s2a_cli.cli import main
-from s2a_cli.compose import CONF, compose, compose_sweep, groups, recompose
-from s2a_cli.config import RunConfig, leaves, meanings
-from s2a_cli.errors import UserError
-from s2a_cli.grid import expand
+from s2a_cli.cli.main import main
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.compose import CONF, compose, compose_sweep, groups, recompose
+from s2a_cli.config.overrides import expand
+from s2a_cli.config.schema import RunConfig, leaves, meanings
 
 NEEDS = {
     "backbone=timm": ["backbone.name=resnet34.a1_in1k"],

@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 from pictures import folder_config
 from PIL import Image
 
+from s2a_cli.common.errors import UserError
 from s2a_cli.data import archives, describe, load
 from s2a_cli.data.images import open_rgb
-from s2a_cli.errors import UserError
 
 SECONDS = 10  # a hang
 

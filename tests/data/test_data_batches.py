@@ -10,10 +10,10 @@ from pictures import folder_config, picture, save, tree
 from PIL import Image
 from torchvision.transforms import v2
 
-from s2a_cli.config import DatasetConfig
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data import ImageConfig, Loader, build_transform, load, loader
 from s2a_cli.data.images import ImageArray, ImageFiles
-from s2a_cli.errors import UserError
 
 IMAGE = ImageConfig(size=8, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic", crop_pct=0.9)
 

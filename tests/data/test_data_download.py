@@ -14,11 +14,11 @@ import zipfile
 import pytest
 from fake_web import Served, serve
 
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.progress import Progress, duration, size
 from s2a_cli.data import archives, download
 from s2a_cli.data.archives import HEADER, MANIFEST, extract, extract_once
 from s2a_cli.data.download import RemoteFile, fetch, fetch_tree
-from s2a_cli.errors import UserError
-from s2a_cli.progress import Progress, duration, size
 
 CONTENT = bytes(range(256)) * 3000  # more than two chunks
 
@@ -453,7 +453,7 @@ def test_progress_lines():
 
 
 def test_progress_without_a_terminal_is_plain_lines(capsys, monkeypatch):
-    monkeypatch.setattr("s2a_cli.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("s2a_cli.common.progress.SECONDS_BETWEEN_LINES", 0.0)
     with Progress("checking photos", 3, "images") as progress:
         progress.add(1)
         progress.add(2)

@@ -12,10 +12,10 @@ import pytest
 from pictures import folder_config, picture, save, tree
 from PIL import GifImagePlugin, Image, TiffImagePlugin
 
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.files import open_regular
 from s2a_cli.data import folder, images, integrity, load
-from s2a_cli.data.files import open_regular
 from s2a_cli.data.images import AVIF, open_rgb
-from s2a_cli.errors import UserError
 
 
 def refusal(root: Path, **settings) -> str:

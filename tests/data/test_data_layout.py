@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from pictures import folder_config, save, tree
 
-from s2a_cli.config import DatasetConfig
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data import describe, load, problems
-from s2a_cli.errors import UserError
-from s2a_cli.memory.compositions import sizes
+from s2a_cli.planner.run_memory import sizes
 
 
 def refusal(root: Path, **settings) -> str:

@@ -14,9 +14,9 @@ import pytest
 from pictures import picture
 from scipy.io import savemat
 
-from s2a_cli.config import DatasetConfig
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data import DATASETS, cifar, domainnet, load, oxford
-from s2a_cli.errors import UserError
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from pictures import folder_config, tree
 
-from s2a_cli.compose import CONF
-from s2a_cli.config import DatasetConfig
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.compose import CONF
+from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data import DATASETS, load, problems
 from s2a_cli.data.splits import few_shots, hold_out, share, shuffled
-from s2a_cli.errors import UserError
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=80)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pictures import folder_config, save, tree
 
-from s2a_cli.config import DatasetConfig
+from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data import Splits, describe, load, majority
 from s2a_cli.data.images import ImageArray
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import s2a_cli
-from s2a_cli.compose import compose
+from s2a_cli.config.compose import compose
 from s2a_cli.memory import observe
-from s2a_cli.memory.compositions import Composition, Predictor
-from s2a_cli.memory.figure import live
-from s2a_cli.memory.hollow import Hollow, is_hollow
+from s2a_cli.memory.dataless import Hollow, is_hollow
 from s2a_cli.memory.result import MIB
+from s2a_cli.planner.plot import live
+from s2a_cli.planner.run_memory import Composition, Predictor
 
 WIDE, LONG = 192, 197  # ViT-tiny
 BATCH = 16

@@ -9,15 +9,18 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from s2a_cli import distributed, memory, records, training
-from s2a_cli.cli import main
-from s2a_cli.compose import compose
-from s2a_cli.config import SweepConfig
-from s2a_cli.engines import engine, local
-from s2a_cli.errors import UserError
-from s2a_cli.memory import busy
-from s2a_cli.memory.fit import resolved
+from s2a_cli import memory
+from s2a_cli.cli.main import main
+from s2a_cli.common import distributed
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.compose import compose
+from s2a_cli.config.schema import SweepConfig
+from s2a_cli.memory import device as busy
 from s2a_cli.memory.result import MIB
+from s2a_cli.planner.batch_size import resolved
+from s2a_cli.results import record
+from s2a_cli.sweeps.launchers import engine, local
+from s2a_cli.training import trainer
 
 SMALL = ["backbone=vit_t", "backbone.image_size=64", "dataset=cifar10", "method=full", "quant=none"]
 
@@ -158,7 +161,7 @@ def test_a_run_is_refused_before_anything_is_loaded(gpus, monkeypatch, capsys):
         reached.append(config.device)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "prepare", prepare)
+    monkeypatch.setattr(trainer, "prepare", prepare)
     assert main(["train", "device=cuda"]) == 2
     said = capsys.readouterr().err
     assert (
@@ -207,7 +210,7 @@ def test_runs_that_share_a_gpu_allow_each_other(monkeypatch, tmp_path, workers, 
 
 def test_it_is_no_part_of_what_a_run_computes():
     contents = {
-        records.content(OmegaConf.to_container(compose([f"busy={word}"])), "r1", "w1") for word in ("refuse", "allow")
+        record.content(OmegaConf.to_container(compose([f"busy={word}"])), "r1", "w1") for word in ("refuse", "allow")
     }
     assert len(contents) == 1
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from s2a_cli.cli import main
-from s2a_cli.compose import compose
-from s2a_cli.errors import UserError
-from s2a_cli.memory.compositions import Composition, Predictor, sizes
-from s2a_cli.memory.fit import changed, device_size, largest, largest_batch, resolved, size
+from s2a_cli.cli.main import main
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.compose import compose
 from s2a_cli.memory.margin import Margin, outlook
-from s2a_cli.memory.report import _merged
 from s2a_cli.memory.result import MIB
+from s2a_cli.planner.batch_size import changed, device_size, largest, largest_batch, resolved, size
+from s2a_cli.planner.report import _merged
+from s2a_cli.planner.run_memory import Composition, Predictor, sizes
 
 SMALL = ["backbone=vit_t", "backbone.image_size=64", "dataset=cifar10", "optim.batch_size=16"]
 GIB = 1024 * MIB

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2a_cli import backbones, frozen, training
-from s2a_cli.compose import compose
+from s2a_cli import backbones
+from s2a_cli.backbones import weight_quant
+from s2a_cli.config.compose import compose
 from s2a_cli.memory import predict, track
 from s2a_cli.methods import METHODS
-from s2a_cli.steps import Step, make_optimizer, train_mode
+from s2a_cli.training import trainer
+from s2a_cli.training.step import Step, make_optimizer, train_mode
 
 TIERS = [  # at least how many times less than full fine-tuning in the same precision: ViT-B/16, 224 px, 64 images
     ("side", "tiny", "fp32", 14.0),
@@ -41,7 +43,7 @@ def test_what_is_predicted_is_what_real_tensors_take(method, quant, weights):
     backbone = backbones.build(config.backbone, 10)
     METHODS[config.method.name](config.method).attach(backbone)
     train_mode(backbone.model)
-    frozen.store(backbone, weights)
+    weight_quant.store(backbone, weights)
     size = backbone.image.size
     batch = torch.randn(16, 3, size, size), torch.arange(16) % 10
 
@@ -60,6 +62,6 @@ def test_times_less_than_full_fine_tuning(method, quant, precision, times):
     words = ["backbone=vit_b", "dataset=cifar100", "optim.batch_size=64", f"precision={precision}"]
     config = compose([*words, *f"method={method}".split(), *f"quant={quant}".split()])
     backbone = backbones.build(config.backbone, 100, meta=True)
-    training.attach(config, backbone)
-    full = training.predict_step(*training.full_finetuning(config, 100), 50_000).peak_mib
-    assert full > times * training.predict_step(backbone, config, 50_000).peak_mib
+    trainer.attach(config, backbone)
+    full = trainer.predict_step(*trainer.full_finetuning(config, 100), 50_000).peak_mib
+    assert full > times * trainer.predict_step(backbone, config, 50_000).peak_mib

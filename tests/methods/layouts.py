@@ -8,9 +8,9 @@ from omegaconf import OmegaConf
 
 from s2a_cli import backbones
 from s2a_cli.activations import STOCK, remember
-from s2a_cli.config import BackboneConfig, QuantConfig
+from s2a_cli.config.schema import BackboneConfig, QuantConfig
 from s2a_cli.methods import METHODS
-from s2a_cli.votes import vote_losses
+from s2a_cli.methods.parts.deep_supervision import vote_losses
 
 BACKBONES = {
     "vit": dict(

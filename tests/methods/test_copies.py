@@ -11,7 +11,7 @@ from layouts import batch, each_backbone, make
 from torch.optim.swa_utils import AveragedModel
 
 from s2a_cli.methods import METHODS
-from s2a_cli.votes import vote_losses
+from s2a_cli.methods.parts.deep_supervision import vote_losses
 
 each_method = pytest.mark.parametrize("method", METHODS)
 

@@ -7,14 +7,15 @@ import torch
 from layouts import batch, each_backbone, loss_of, make, quant
 from omegaconf import OmegaConf
 
-from s2a_cli import backbones, checkpoints
-from s2a_cli.compose import compose
-from s2a_cli.config import BackboneConfig
-from s2a_cli.errors import UserError
+from s2a_cli import backbones
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.compose import compose
+from s2a_cli.config.schema import BackboneConfig
 from s2a_cli.memory import saved_bytes
 from s2a_cli.methods import METHODS
-from s2a_cli.steps import Step, train_mode
-from s2a_cli.votes import vote_losses
+from s2a_cli.methods.parts.deep_supervision import vote_losses
+from s2a_cli.training import checkpoints
+from s2a_cli.training.step import Step, train_mode
 
 each_method = pytest.mark.parametrize("method", METHODS)
 

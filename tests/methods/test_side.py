@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from s2a_cli import backbones
 from s2a_cli.activations import remember
-from s2a_cli.compose import compose
-from s2a_cli.config import BackboneConfig, QuantConfig
-from s2a_cli.errors import UserError
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.compose import compose
+from s2a_cli.config.schema import BackboneConfig, QuantConfig
 from s2a_cli.methods import METHODS, side
+from s2a_cli.methods.parts.deep_supervision import vote_losses
 from s2a_cli.methods.side import STEP, Attend
-from s2a_cli.steps import Step, train_mode
-from s2a_cli.votes import vote_losses
+from s2a_cli.training.step import Step, train_mode
 
 
 @each_backbone

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from s2a_cli.activations.operators import PLAIN
+from s2a_cli.activations.quant.primitives import PLAIN
 
 OPERATORS = ("activate", "encode_levels", "encode_interval", "multiply_levels")
 OPERATORS += ("encode_groups", "decode_groups", "encode_norm", "norm_backward", "softmax_backward", "weight_gradient")

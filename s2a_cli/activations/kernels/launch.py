@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2a_cli.activations.codes import groups_of, memory_order, packed_size
 from s2a_cli.activations.kernels import grouped, pointwise, ragged
 from s2a_cli.activations.kernels.pooling import max_pool2d, max_pool2d_backward  # noqa: F401 (as the other operators)
-from s2a_cli.activations.operators import PLAIN, SCALE, row_ranges
+from s2a_cli.activations.quant.packing import groups_of, memory_order, packed_size
+from s2a_cli.activations.quant.primitives import PLAIN, SCALE, row_ranges
 
 BLOCK = 1024  # elements a program: 8 a thread, so 16-byte loads of bfloat16; it divides the size of most hidden layers
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # as PyTorch's own kernels are compiled

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2a_cli.activations.codes import packed_size
 from s2a_cli.activations.kernels.tiles import load_codes_at, store_codes
-from s2a_cli.activations.operators import PLAIN
-from s2a_cli.activations.pooling import output_like, window_bits
+from s2a_cli.activations.ops.pooling import output_like, window_bits
+from s2a_cli.activations.quant.packing import packed_size
+from s2a_cli.activations.quant.primitives import PLAIN
 
 BLOCK, LARGEST = 512, 32  # elements a program; places of a window for which loops are unrolled
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,0 +1,98 @@
+"""A tensor kept as codes with a scale a group, brought back a few samples (slices of the first dimension) at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2a_cli.activations.piece_sizes import piece_sizes
+from s2a_cli.activations.quant import codebooks
+from s2a_cli.activations.quant.packing import inverse, memory_order
+from s2a_cli.activations.quant.primitives import decode_groups, encode_groups
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """How to read codes and scales as a tensor of this shape; they are the rows, of `width`, of x.permute(order)."""
+
+    table: codebooks.Table
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    width: int
+    group: int
+    channels: Tensor | None = (
+        None  # the shift and factor of each place of a row: [3, width], see operators.with_inverse
+    )
+
+    def decode(
+        self, codes: Tensor, scales: Tensor, dtype: torch.dtype, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """The samples start:stop, all by default."""
+        samples, stop = self.shape[0], self.shape[0] if stop is None else stop
+        rows = scales.shape[0]
+        if rows % samples:  # samples do not end where rows do
+            return self._read(codes, scales, dtype, 0, rows, samples)[start:stop]
+        rows //= samples
+        return self._read(codes, scales, dtype, start * rows, stop * rows, stop - start)
+
+    def _read(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, start: int, stop: int, samples: int) -> Tensor:
+        values = decode_groups(
+            codes, scales, self.table.levels, self.width, self.group, self.table.bits, start, stop, dtype, self.channels
+        )
+        return values.view([samples, *(self.shape[d] for d in self.order[1:])]).permute(inverse(self.order))
+
+
+def keep(
+    x: Tensor,
+    bits: int,
+    group: int,
+    flat: bool = False,
+    seed: int | None = None,
+    calibrated: Callable[[Tensor], Tensor | None] = lambda rows: None,
+) -> tuple[Grouped, Tensor, Tensor]:
+    """Codes and scales of x [samples, ..., width], which has no gradient of its own.
+
+    Groups lie along the last dimension; with `flat`, across dimensions as x lies in memory, where they fit.
+    seed: of stochastic rounding. calibrated: gives the shift and factor of each channel of x as it is grouped.
+    """
+    order = memory_order(x)
+    if x.dim() > 2 and x.stride(-1) > x.stride(-2):  # a transposed matrix: rows where they lie
+        order = (*range(x.dim() - 2), x.dim() - 1, x.dim() - 2)
+    if order[0] != 0:
+        order = tuple(range(x.dim()))
+    laid = x.permute(order)
+    if flat and laid.is_contiguous() and x.numel() % group == 0:
+        laid = laid.view(-1, group)
+    width, channels = laid.shape[-1], calibrated(laid)
+    table = codebooks.signed(bits, min(group, width), x, seed is not None)
+    codes, scales = encode_groups(laid, table.bins, table.low, group, bits, table.chances, seed or 0, channels)
+    return Grouped(table, tuple(x.shape), order, width, group, channels), codes, scales
+
+
+def slices(x: Tensor, elements: int | None = None) -> Iterator[slice]:
+    """Slices of the samples of x that are decoded at a time, of about the same size.
+
+    `elements` a sample; None: as x has.
+    """
+    samples, most = x.shape[0], piece_sizes(x.device).decoded
+    step = max(1, most // max(math.prod(x.shape[1:]) if elements is None else elements, 1))
+    step = max(1, -(-samples // max(1, -(-samples // step))))
+    for start in range(0, samples, step):
+        yield slice(start, min(start + step, samples))
+
+
+def written(whole: Tensor | None, piece: Tensor, part: slice, samples: int) -> Tensor:
+    """`piece` as the samples `part` of `whole`, which is made, laid out like the piece, where it is None."""
+    if part.stop - part.start == samples:
+        return piece
+    if whole is None:
+        shape, strides, step = (samples, *piece.shape[1:]), [0] * piece.dim(), 1
+        for dim in reversed(memory_order(piece)):
+            strides[dim], step = step, step * shape[dim]
+        whole = piece.new_empty_strided(shape, strides)  # no view, which could not be changed in place
+    whole[part] = piece
+    return whole

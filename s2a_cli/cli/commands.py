@@ -1,0 +1,384 @@
+"""What `s2a` can do: a verb is one entry in VERBS. Only verbs that need torch import it."""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from s2a_cli.common.errors import UserError, brief, is_there, nearest
+
+OVERWRITE = {"--force": "overwrite a file that s2a did not make"}
+KINDS = {kind + "s": kind for kind in ("backbone", "method", "quant", "dataset", "experiment")}  # what `ls` lists
+
+
+@dataclass(frozen=True)
+class Verb:
+    """`run` takes the words behind the verb and returns the exit code; `config` makes of them what `--cfg job` prints.
+
+    `words` are completed as they stand; a verb with a config completes its settings as well. `flags` {--flag: meaning}
+    are handed on to `run` among the words.
+    """
+
+    run: Callable[[list[str]], int]
+    usage: str
+    about: str
+    examples: tuple[str, str, str]
+    words: tuple[str, ...] = ()
+    config: Callable[[list[str]], Any] | None = None
+    flags: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """For imports of torch: the garbage collector would look through a million new objects again and again, for a
+    second.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # what is there now stays
+        atexit.register(gc.unfreeze)  # modules are to be taken down as ever
+        if was_on:
+            gc.enable()
+
+
+def composed(words: list[str]) -> Any:
+    from s2a_cli.config.compose import compose
+
+    return compose(words)
+
+
+def train(words: list[str]) -> int:
+    if "optim.batch_size=auto" in words:
+        from s2a_cli.planner.batch_size import resolved
+
+        words = resolved(words)
+    config = composed([word for word in words if not word.startswith("--")])
+    with imports():
+        from s2a_cli.common.distributed import silenced
+        from s2a_cli.results import summary
+        from s2a_cli.training import trainer
+
+    with silenced():
+        result, folder = trainer.train(config, anew="--force" in words, once="--once" in words)
+        print(summary.render(summary.table(summary.frame([result]))))
+        print(f"\nrun: {folder}")
+    status, error = result["status"], result["error"]
+    if status != "ok":
+        print(f"s2a: {status}: " + (error if error != status else "the same line goes on from there"), file=sys.stderr)
+    return 0 if status == "ok" else 130 if error == "interrupted" else 1
+
+
+def first_of_grid(words: list[str]) -> Any:
+    """The config of the first run of a grid."""
+    from s2a_cli.config.overrides import expand
+
+    return composed(expand([word for word in words if not word.startswith("sweep.")])[0])
+
+
+def sweep(words: list[str]) -> int:
+    with imports():
+        from s2a_cli.sweeps import sweep as sweeps
+
+    return sweeps.sweep(words)
+
+
+def search(words: list[str]) -> int:
+    from s2a_cli.sweeps import search
+
+    return search.search(words)
+
+
+def _finished(words: list[str]) -> tuple[Path, list[str]]:
+    """The folder behind `run=`, and the other words."""
+    folders = [word.removeprefix("run=") for word in words if word.startswith("run=")]
+    if len(folders) != 1 or not folders[0]:
+        raise UserError("run=DIR is needed once: the folder of a finished run, which `s2a train` prints")
+    from s2a_cli.results.run_folder import settle
+
+    with suppress(OSError):  # on a read-only disk
+        settle(Path(folders[0]))
+    return Path(folders[0]), [word for word in words if not word.startswith("run=")]
+
+
+def _recompose(words: list[str]) -> Any:
+    from s2a_cli.results import record
+
+    folder, overrides = _finished(words)
+    stored = record.read_result(folder)["config"]
+    from s2a_cli.config.compose import recompose
+
+    return recompose(stored, overrides)
+
+
+def evaluate(words: list[str]) -> int:
+    config = _recompose(words)
+    from s2a_cli.results import record
+    from s2a_cli.training import trainer
+
+    folder, _ = _finished(words)
+    scores = trainer.evaluate(config, folder)
+    result = record.read_result(folder)
+    if result["status"] != "ok":
+        print(f"the run ended as {result['status']}: there is no recorded figure to compare with")
+        print(
+            *(f"test_{name}: {value} %" for name, value in scores.items() if name != "loss" and value is not None),
+            sep="\n",
+        )
+        return 0
+    recorded, equal = result["accuracy"], True
+    for name in ("top1", "top5"):
+        now, then = scores[name], recorded[f"test_{name}"]
+        if now is not None or then is not None:
+            equal &= now == then
+            print(f"test_{name}: {now} %, recorded {then} %: {'equal' if now == then else 'NOT EQUAL'}")
+    return 0 if equal else 1
+
+
+def ls(words: list[str]) -> int:
+    if odd := [word for word in words if word not in KINDS]:
+        raise UserError(f"ls {odd[0]}: expected one of {', '.join(KINDS)}{nearest(odd[0], KINDS)}")
+    from s2a_cli.config.compose import CONF, groups
+
+    options = groups()
+    for kind in words or KINDS:
+        group = KINDS[kind]
+        if len(words) != 1:
+            print(f"{kind} ({group}=NAME)")
+        for name in options.get(group, []):
+            about = _docstring(name) if kind == "methods" else _comment(CONF / group / f"{name}.yaml")
+            print(f"  {name:<16} {about}")
+    return 0
+
+
+def _comment(path: Path) -> str:
+    """The leading comment lines of a config file, Hydra's own `# @package` apart."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @"):
+            lines.append(line.lstrip("# "))
+    return "  ".join(lines)
+
+
+def _docstring(method: str) -> str:
+    """The first line of a method's docstring, read without an import of torch."""
+    body = ast.parse((Path(__file__).parents[1] / "methods" / f"{method}.py").read_text(encoding="utf-8")).body
+    assigned = {ast.unparse(node.targets[0]): ast.unparse(node.value) for node in body if isinstance(node, ast.Assign)}
+    found = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == assigned["METHOD"])
+    return (ast.get_docstring(found) or "").split("\n")[0]
+
+
+def validate(words: list[str]) -> int:
+    from omegaconf import OmegaConf
+
+    config = composed(words)
+    keys = ("optim.lr", "optim.epochs", "optim.batch_size", "precision", "seed")
+    chosen = [f"{group}={config[group].name}" for group in ("backbone", "method", "quant", "dataset", "optim")]
+    print("ok:", *chosen, *(f"{key}={OmegaConf.select(config, key)}" for key in keys))
+    return 0
+
+
+TABLE = (
+    "rows",
+    "cols",
+    "value",
+    "format",
+    "against",
+    "groups",
+    "reference",
+    "figure",
+)  # the words of `table`; others choose runs
+
+
+def _runs(words: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Options, what runs must have (dataset=pets), and the folders that hold runs."""
+    words = [word for word in words if word != "--force"]
+    folders = [word for word in words if "=" not in word or is_there(Path(word))]
+    if odd := next((word for word in folders if not is_there(Path(word))), None):
+        raise UserError(
+            f"{brief(odd)}: no such folder; name the folders that hold runs, or key=value to choose among them"
+        )
+    pairs = dict(word.split("=", 1) for word in words if word not in folders)
+    if not folders and not Path("runs").is_dir():
+        raise UserError("no runs/ in this folder; name the folders that hold runs, or make a run with: s2a train")
+    options = {key: value for key, value in pairs.items() if key in names}
+    return options, {key: value for key, value in pairs.items() if key not in names}, folders or ["runs"]
+
+
+def table(words: list[str]) -> int:
+    from s2a_cli.results import formats, pivot, pivot_text, summary
+
+    options, wanted, folders = _runs(words, TABLE)
+    formats.checked(options.get("format", "terminal"))
+    frame = pivot.keep(summary.load(folders), wanted, TABLE)
+    shown = pivot_text.show(frame, options)
+    if "figure" in options:
+        from s2a_cli.results import plots
+
+        plots.save(summary.table(frame), Path(options["figure"]), "--force" in words)
+    print(shown)
+    return 0
+
+
+def report(words: list[str]) -> int:
+    from s2a_cli.results import html_report as page
+
+    options, wanted, folders = _runs(words, ("out",))
+    out = Path(options.get("out", "report.html"))
+    print(page.write(folders, wanted, out, "--force" in words))
+    return 0
+
+
+def memory(words: list[str]) -> int:
+    with imports():
+        from s2a_cli.planner import command
+
+    return command.run(words)
+
+
+def first_of_memory(words: list[str]) -> Any:
+    """The config of the first composition of `s2a memory`."""
+    from s2a_cli.planner.command import OPTIONS
+
+    return first_of_grid([word for word in words if word.partition("=")[0] not in OPTIONS])
+
+
+VERBS = {
+    "train": Verb(
+        train,
+        "s2a train [key=value ...]",
+        "train one run and print its table; one that was broken off goes on, one that is finished is shown",
+        (
+            "s2a train",
+            "s2a train backbone=vit_b method=s2a dataset=folder dataset.root=photos",
+            "s2a train dataset=cifar10 backbone=vit_t method.prompt.rank=4 method.blocks=last:6 quant=int8 seed=1",
+        ),
+        config=composed,
+        flags={
+            "--force": "from the start, even if the run is finished or could go on, and over another run in run_dir",
+            "--once": "not if the run is finished: as without, and said before a busy GPU is",
+        },
+    ),
+    "sweep": Verb(
+        sweep,
+        "s2a sweep [key=value,value ...] [sweep.KEY=value ...]",
+        "a grid of runs, each in a process of its own; finished ones are skipped, broken ones go on",
+        (
+            "s2a sweep method=linear,bias,s2a 'seed=range(0,3)'",
+            "s2a sweep backbone=vit_b,swin_b 'method=glob(*)' quant=none,int4 dataset=cifar100,pets --dry-run",
+            "s2a sweep experiment=photos_112 dataset.root=photos method=bias,s2a optim.lr=2e-3,4e-3 sweep.workers=2",
+        ),
+        config=first_of_grid,
+        flags={
+            "--dry-run": "print the runs, their predicted peaks and what is already there",
+            "--retry-failed": "also those that failed before",
+            "--force": "also those that are finished",
+            "--fail-fast": "begin no more runs after the first that fails",
+        },
+    ),
+    "search": Verb(
+        search,
+        "s2a search [key=interval(LOW,HIGH) ...] [search.trials=N] [search.name=NAME] [sweep.KEY=value ...]",
+        "look for the settings with the best validation accuracy; the same line again goes on",
+        (
+            "s2a search method=bias 'optim.lr=tag(log,interval(1e-3,1e-1))' optim.epochs=2 search.trials=10",
+            (
+                "s2a search 'optim.lr=tag(log,interval(1e-4,1e-2))' 'optim.weight_decay=choice(0,1e-4)'"
+                " 'method.prompt.rank=range(2,17,2)'"
+            ),
+            (
+                "s2a search experiment=photos_112 dataset.root=photos quant=int4,tiny 'optim.mixup=interval(0,1)'"
+                " search.trials=30"
+            ),
+        ),
+        words=("search.trials=", "search.name=", "sweep.workers=", "sweep.dir="),
+    ),
+    "memory": Verb(
+        memory,
+        "s2a memory [key=value,value ...] [fit=8GiB] [context=600MiB] [fragmentation=5%] [processes=N]"
+        " [figure=FILE.svg] [format=terminal|json|csv]",
+        "predict the peak memory of runs and where it is, without a GPU, weights or images; what fits a device",
+        (
+            "s2a memory backbone=vit_b method=s2a dataset=cifar100 optim.batch_size=64",
+            "s2a memory backbone=vit_b method=full,linear,bias,s2a quant=none,int4 figure=memory.svg",
+            "s2a memory backbone=swin_b method=bias quant=none precision=amp-bf16 fit=8GiB",
+        ),
+        words=(
+            "figure=",
+            "fit=",
+            "context=",
+            "fragmentation=",
+            "processes=",
+            "format=terminal",
+            "format=json",
+            "format=csv",
+        ),
+        config=first_of_memory,
+        flags=OVERWRITE,
+    ),
+    "eval": Verb(
+        evaluate,
+        "s2a eval run=DIR [key=value ...]",
+        "test a finished run again from its saved tensors; device, workers, dataset.root ... can change",
+        (
+            "s2a eval run=runs/digits/vit_micro/s2a/0123456789ab",
+            "s2a eval run=runs/pets/vit_t/s2a/0123456789ab device=cpu",
+            "s2a eval run=runs/pets/vit_t/s2a/0123456789ab dataset.root=/data/pets workers=2",
+        ),
+        words=("run=",),
+        config=_recompose,
+    ),
+    "ls": Verb(
+        ls,
+        f"s2a ls [{'|'.join(KINDS)}]",
+        "what there is, a line each",
+        ("s2a ls", "s2a ls backbones", "s2a ls methods datasets"),
+        words=tuple(KINDS),
+    ),
+    "validate": Verb(
+        validate,
+        "s2a validate [key=value ...]",
+        "check a config and report all its errors; train nothing",
+        (
+            "s2a validate",
+            "s2a validate backbone=swin_t method=bias quant.norm=8",
+            "s2a validate experiment=small_gpu dataset.root=photos",
+        ),
+        config=composed,
+    ),
+    "table": Verb(
+        table,
+        "s2a table [DIR ...] [rows=KEYS] [cols=KEYS] [value=NAME] [against=published] [reference=ROW] [groups=vtab]"
+        " [figure=FILE.svg] [format=terminal|md|csv|latex|html] [key=value ...]",
+        "tables of the runs below folders, runs/ by default; key=value keeps the runs that have it",
+        (
+            "s2a table",
+            "s2a table runs rows=method cols=dataset value=test_top1 against=published format=md",
+            "s2a table runs rows=quant cols=dataset reference=none method=bias",
+        ),
+        words=(
+            *(f"{word}=" for word in TABLE if word != "format"),
+            *("format=terminal", "format=md", "format=csv", "format=latex", "format=html"),
+        ),
+        flags=OVERWRITE,
+    ),
+    "report": Verb(
+        report,
+        "s2a report [DIR ...] [out=report.html] [key=value ...]",
+        "one self-contained page of the runs below folders: tables, figures, learning curves, memory, failures",
+        ("s2a report", "s2a report runs/pets runs/dtd out=pets_dtd.html", "s2a report runs backbone=vit_t"),
+        words=("out=",),
+        flags=OVERWRITE,
+    ),
+}

@@ -1,0 +1,170 @@
+"""The command line: `s2a VERB key=value ...`: flags, help and errors. The verbs are in verbs.py."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+from importlib.metadata import version
+
+from s2a_cli import __version__
+from s2a_cli.cli.commands import VERBS, Verb, composed, first_of_grid
+from s2a_cli.common import streams
+from s2a_cli.common.errors import RunError, UserError, nearest, printable
+
+FLAGS = {  # flag -> its value and meaning
+    "--help": ("", "this, or the help of a verb"),
+    "--cfg": ("job", "print the composed config and stop"),
+    "--debug": ("", "show the traceback of an error"),
+    "--version": ("", "versions of s2a and of what it stands on"),
+    "--completion": ("bash|zsh|fish", 'print shell completion: eval "$(s2a --completion bash)"; fish: ... | source'),
+    "--complete": ("", ""),  # what the shells call
+}
+TRAINING = ("train", "sweep", "search")  # verbs that end with their work, and not with what can't be printed
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 1 a failed run, 2 bad input, 75 busy, 130 Ctrl-C, 141 a closed
+    pipe.
+    """
+    as_command, argv = argv is None, sys.argv[1:] if argv is None else argv
+    streams.opened()
+    verb = next((word for word in argv if not word.startswith("-")), "")
+    with streams.unfailing() if verb in TRAINING else contextlib.nullcontext():
+        code = _run(argv)
+        if as_command and "torch" in sys.modules:
+            _leave(code)
+        return code
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        code = _dispatch(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `s2a ls | head -1`; Python flushes stdout once more at exit
+        streams.nowhere(sys.stdout)
+        return 141
+    except KeyboardInterrupt:
+        print("s2a: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        lines = [printable(line) for line in str(error).strip().splitlines()] or [""]
+        if isinstance(error, UserError) and len(lines) > 1:
+            print(f"s2a: {len(lines)} problems:", *lines, sep="\n  ", file=sys.stderr)
+        elif isinstance(error, UserError | RunError):
+            print(f"s2a: {lines[0]}", file=sys.stderr)
+        else:
+            print(f"s2a: {type(error).__name__}: {lines[0]} (--debug shows the traceback)", file=sys.stderr)
+        return error.code if isinstance(error, UserError) else 1
+
+
+def _leave(code: int) -> None:
+    """Ends the process at once: to take down torch's modules, one by one, costs a second and does nothing else."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _dispatch(argv: list[str]) -> int:
+    flags, words = _split(argv)
+    verb_flags = VERBS[words[0]].flags if words and words[0] in VERBS else {}
+    for name in flags.keys() - FLAGS.keys() - verb_flags.keys():
+        accepted = [*(flag for flag, (_, about) in FLAGS.items() if about), *verb_flags]
+        raise UserError(f"{name}: no such flag; accepted: {', '.join(accepted)}{nearest(name, accepted)}")
+    if "--complete" in flags:
+        from s2a_cli.cli.completion import complete
+
+        print(*complete(os.environ.get("COMP_LINE", "")), sep="\n")
+    elif "--completion" in flags:
+        from s2a_cli.cli.completion import script
+
+        print(script(flags["--completion"]))
+    elif "--version" in flags:
+        packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "hydra-core"))
+        print(f"s2a {__version__} ({packages}, Python {sys.version.split()[0]})")
+    elif not words:
+        print(_help())
+    elif words[0] not in VERBS:
+        raise UserError(f"{words[0]}: no such verb; accepted: {', '.join(VERBS)}{nearest(words[0], VERBS)}")
+    elif "--help" in flags:
+        _verb_help(VERBS[words[0]], words[1:])
+    elif "--cfg" in flags:
+        verb = VERBS[words[0]]
+        if verb.config is None or flags["--cfg"] != "job":
+            having = ", ".join(name for name, verb in VERBS.items() if verb.config)
+            raise UserError(f"--cfg: expected --cfg job behind one of {having}")
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(verb.config(words[1:])), end="")
+    else:
+        return VERBS[words[0]].run([*words[1:], *(name for name in flags if name in verb_flags)])
+    return 0
+
+
+def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Flags, wherever they stand, and the other words."""
+    flags, words, rest = {}, [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, _, value = word.partition("=")
+        name = "--help" if name == "-h" else name
+        if not word.startswith("-"):
+            words.append(word)
+        elif FLAGS.get(name, ("",))[0] and not value:
+            if not rest:
+                raise UserError(f"{name}: expected {name} {FLAGS[name][0]}")
+            flags[name] = rest.pop(0)
+        else:
+            flags[name] = value
+    return flags, words
+
+
+def _help() -> str:
+    verbs = [f"  {name:<10} {verb.about}" for name, verb in VERBS.items()]
+    flags = [f"  {f'{flag} {value}':<27} {about}" for flag, (value, about) in FLAGS.items() if about]
+    return "\n".join(
+        [
+            f"s2a {__version__}: fine-tune pretrained vision backbones in little memory",
+            "",
+            "  s2a VERB [key=value ...]     s2a VERB --help shows examples and every key",
+            "",
+            *verbs,
+            "",
+            *flags,
+        ]
+    )
+
+
+def _verb_help(verb: Verb, words: list[str]) -> None:
+    """Examples first; then, for a verb with a config, every key with its default, as composed with `words`."""
+    print(*verb.examples, "", f"{verb.usage}: {verb.about}", sep="\n", flush=True)
+    if verb.flags:
+        print("", *(f"  {flag:<16} {about}" for flag, about in verb.flags.items()), sep="\n")
+    from omegaconf import OmegaConf
+
+    from s2a_cli.config.compose import compose, groups
+    from s2a_cli.config.schema import SweepConfig, leaves, meanings, show
+
+    if verb.config is first_of_grid:
+        print("\nSettings of the sweep; all others, with several values, are those of s2a train --help:")
+        for key, value in leaves(OmegaConf.structured(SweepConfig), "sweep."):
+            print(f"  {f'{key}={show(value)}':<28} {meanings(SweepConfig)[key.removeprefix('sweep.')]}")
+    if verb.config is not composed:
+        return
+
+    print("\nGroups (s2a ls tells more):")
+    for group, options in groups().items():
+        print(f"  {f'{group}=':<13} {', '.join(options)}")
+    config = compose(words)
+    chosen = " ".join(f"{group}={config[group].name}" for group in ("backbone", "method", "quant", "dataset", "optim"))
+    print(f"\nSettings, with the values that they have under {chosen}:")
+    for key, value in leaves(config):
+        node, _, name = key.rpartition(".")
+        schema = OmegaConf.get_type(OmegaConf.select(config, node) if node else config)
+        print(f"  {f'{key}={show(value)}':<42} {meanings(schema).get(name, '')}".rstrip())

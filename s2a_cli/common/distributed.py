@@ -1,0 +1,141 @@
+"""One run on several devices: the processes of `torchrun --nproc-per-node=N -m s2a_cli train ...`.
+
+Each process takes its part of every batch (`optim.batch_size` is that of all together) and their gradients are added up
+(gradients.py), so that the result is that of one process, to rounding. Only the trainable tensors' gradients travel:
+for bias tuning of ViT-B 0.4 MB a step. The first process alone writes files and speaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from s2a_cli.common.errors import UserError, brief, first_line
+
+T = TypeVar("T")
+OUT_OF_MEMORY = "s2a/out-of-memory"  # a key of the store that the processes share
+PATIENCE = 3.0  # seconds
+
+
+def part() -> tuple[int, int]:
+    """(rank, number of processes) of this process: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files."""
+    return part()[0] == 0
+
+
+def world() -> int:
+    """How many processes torchrun started, as it says in the environment; 1 without it."""
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) < default:
+        raise UserError(
+            f"{variable}={brief(text)} in the environment: expected the number that torchrun sets; unset it"
+        )
+    return int(text)
+
+
+def _on_cuda(device: str) -> bool:
+    """Whether torchrun started several processes and each has a GPU of its own."""
+    return world() > 1 and device in ("auto", "cuda") and torch.cuda.is_available()
+
+
+def own_device(device: str) -> str | None:
+    """The device that this process has to itself; None where another of torchrun's has the same one, and was first."""
+    if _on_cuda(device):
+        return f"cuda:{_number('LOCAL_RANK', 0)}"
+    return device if os.environ.get("LOCAL_RANK", "0") == "0" else None
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Joins the processes that torchrun started, if it did, until the end of the context.
+
+    Yields the device of this one.
+    """
+    if world() == 1 or dist.is_initialized():
+        yield device
+        return
+    on_cuda = _on_cuda(device)
+    device = f"cuda:{_number('LOCAL_RANK', 0)}" if on_cuda else device
+    if on_cuda:
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+    except ValueError as error:  # a variable that torchrun sets, and is not there or no number
+        raise UserError(f"WORLD_SIZE={world()}: {first_line(error)}; start several processes with torchrun") from None
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def silenced() -> contextlib.AbstractContextManager[Any]:
+    """Keeps all processes but the first from writing to stdout; what goes wrong is told by each, on stderr."""
+    return contextlib.redirect_stdout(io.StringIO()) if os.environ.get("RANK", "0") != "0" else contextlib.nullcontext()
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns in the first process, in all of them; what it raises, too."""
+    if part()[1] == 1:
+        return make()
+    made: list[Any] = [None, None]
+    if is_first():
+        try:
+            made[0] = make()
+        except BaseException as error:
+            made[1] = error
+    dist.broadcast_object_list(made)
+    if made[1] is not None:
+        raise made[1]
+    return made[0]
+
+
+def wait() -> None:
+    """Until all processes have come here."""
+    if part()[1] > 1:
+        dist.barrier()
+
+
+def announce(text: str) -> None:
+    """Tells the other processes that this one ran out of memory, in these words: they see no more than a lost
+    connection.
+    """
+    if part()[1] > 1:
+        dist.distributed_c10d._get_default_store().set(OUT_OF_MEMORY, f"process {part()[0]}: {text}")
+
+
+def announced() -> str | None:
+    """What another process announced, waited for a little; None where nothing was."""
+    if part()[1] == 1:
+        return None
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        store.wait([OUT_OF_MEMORY], timedelta(seconds=PATIENCE))
+        return store.get(OUT_OF_MEMORY).decode()
+    except (RuntimeError, dist.DistError):  # nothing came, or the process that keeps the store is gone
+        return None
+
+
+def total(*values: float) -> list[float]:
+    """Each value, summed over all processes; float64. No GPU is waited for."""
+    if part()[1] == 1:
+        return list(values)
+    summed: Tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(summed)
+    return summed.tolist()

@@ -1,0 +1,101 @@
+"""Small things about files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock
+
+from s2a_cli.common.errors import UserError, printable
+
+KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+
+
+class NotRegular(OSError):
+    """What was to be read is no file: a pipe would make the reader wait for ever, a device would never end."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file, or a link to one, to read its bytes.
+
+    Raises NotRegular for anything else, OSError as open() does.
+    """
+    refuse_irregular(os.stat(path))
+    # another process may have put a pipe there since: without O_NONBLOCK that would be waited for
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        refuse_irregular(os.fstat(handle))
+    except NotRegular:
+        os.close(handle)
+        raise
+    return os.fdopen(handle, "rb")
+
+
+def refuse_irregular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise NotRegular(f"{KINDS.get(stat.S_IFMT(status.st_mode), 'a device')}, not a file")
+
+
+def stamp(status: os.stat_result) -> list[int]:
+    """What changes when a file is written to, or replaced, even with as many bytes and the old time of modification."""
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a regular file. Raises OSError."""
+    with open_regular(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """The same for a file that the user named. Raises UserError."""
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be read ({reason(error)})") from error
+
+
+@contextmanager
+def lock(folder: Path, name: str) -> Iterator[None]:
+    """Makes runs that start together, as in a sweep, take turns at `name` in `folder`, which is created if need be.
+
+    Raises UserError if the folder cannot be written to.
+    """
+    held = FileLock(folder / f".{name}.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder} ({one_line(error)}); point dataset.root or S2A_DATA elsewhere"
+        ) from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an exception, on one line; its type where it has no text."""
+    return shown(" ".join(str(error).split())) or type(error).__name__
+
+
+def reason(error: OSError) -> str:
+    """Why a file could not be opened, without its name, which is said beside it."""
+    return error.strerror or one_line(error)
+
+
+def shown(name: object) -> str:
+    """A name from a disk or an archive, fit for a line of text: what is not printable is escaped."""
+    return printable(str(name))
+
+
+def listed(names: list[str], limit: int = 5) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(map(shown, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")

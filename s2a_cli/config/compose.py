@@ -1,0 +1,319 @@
+"""From the words of a command line to one typed, resolved and checked config, or to all that is wrong with them.
+
+Hydra composes the files of `conf/`; it accepts any key behind `+` and stops at its first error. So every value
+override is given to it as `++key=value`, and the schema in config.py judges keys, types and values afterwards.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import typing
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError, OmegaConfBaseException
+
+from s2a_cli.common.errors import UserError, brief, first_line, nearest
+from s2a_cli.config.overrides import CONF, groups, read, refuse_explosions
+from s2a_cli.config.schema import CODED, OF_BITS, Rule, RunConfig, SweepConfig, check, leaves, members, rule_of, show
+from s2a_cli.config.trust import check_kwargs, check_stored
+
+OmegaConf.register_new_resolver("times", lambda *factors: math.prod(map(float, factors)), replace=True)
+
+Problems = dict[str, str]  # key -> one line; the first one said about a key stays
+UNFIT = (
+    OmegaConfBaseException,
+    ArithmeticError,
+    ValueError,
+    TypeError,
+    RecursionError,
+)  # what OmegaConf raises about a value
+
+
+def compose(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
+    """The config of one run, resolved and typed: a RunConfig whose `method` is the method's own Config.
+
+    Raises UserError with one line for each problem.
+    """
+    conf = Path(config_dir or CONF).resolve()
+    problems: Problems = {}
+    words = _readable(overrides, conf, problems)
+    if "experiment" in problems:  # whatever else is said about a config without it would be guesswork
+        raise UserError("\n".join(problems.values()))
+    for word in words:
+        if word.lstrip("+").startswith("sweep"):
+            problems[word] = f"{word.lstrip('+')}: a setting of s2a sweep; this is one run"
+    loaded = _load(words, conf, problems)
+    loaded.pop("sweep", None)  # what an experiment brings along for a sweep
+    return _judged(loaded, problems)
+
+
+def compose_sweep(overrides: list[str]) -> SweepConfig:
+    """How to go through a grid, from the words and the experiment named in them. Raises UserError as `compose` does."""
+    problems: Problems = {}
+    loaded = _load(_readable(overrides, CONF, problems), CONF, problems)
+    typed = OmegaConf.structured(SweepConfig)
+    _fit(loaded.get("sweep") or OmegaConf.create(), typed, "sweep.", problems)
+    for key, value in leaves(typed, "sweep."):
+        rule = rule_of(key)
+        if rule and value is not None and not rule.test(value):
+            problems[key] = rule.problem(key, value, optional=True)
+    if problems:
+        raise UserError("\n".join(problems.values()))
+    return OmegaConf.to_object(typed)
+
+
+def recompose(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
+    """The config of a finished run, with changes. Raises UserError as `compose` does.
+
+    stored: what the run's record says. Somebody else may have written it: it is read as values alone, and a data set is
+    downloaded to no folder that it names.
+    """
+    check_stored(stored)
+    refuse_explosions(overrides)
+    problems: Problems = {}
+    loaded = OmegaConf.create(stored)
+    dataset = loaded.get("dataset")
+    if isinstance(dataset, DictConfig) and dataset.get("root"):
+        dataset.download = False
+    known = groups()
+    for override in _parsed(overrides, known, problems):
+        key = override.key_or_group
+        if key in known:
+            problems[key] = f"{override.input_line}: a finished run keeps its {key}"
+        else:
+            try:
+                OmegaConf.update(loaded, key, override.value(), force_add=True)
+                if key == "dataset.root" and not any(
+                    word.lstrip("+").startswith("dataset.download=") for word in overrides
+                ):
+                    loaded.dataset.download = True
+            except UNFIT as error:
+                problems[key] = f"{brief(override.input_line)}: can't be set ({first_line(error)})"
+    return _judged(loaded, problems)
+
+
+def composable(overrides: list[str]) -> list[str]:
+    """Those of the words that Hydra can compose, in a form in which it refuses none of them: for completion."""
+    return _readable(overrides, CONF, {})
+
+
+@contextmanager
+def hydra_on(conf: Path = CONF) -> Iterator[Any]:
+    """Hydra, initialised on a folder of configs; yields its config loader."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Hydra 1.3 warns when version_base is left out, 1.4 when it is given
+        hydra = initialize_config_dir(str(conf), job_name="s2a", version_base="1.3")
+    with hydra:
+        yield GlobalHydra.instance().config_loader()
+
+
+def _parsed(overrides: list[str], known: dict[str, list[str]], problems: Problems) -> list[Any]:
+    """Hydra's reading of the words, without those that set nothing or name several values."""
+    parsed = []
+    for word in overrides:
+        if word.startswith("~"):
+            problems[word] = f"{brief(word)}: nothing can be deleted; leave it out, or set it to null"
+            continue
+        if "=" not in word:
+            hint = next((f" (did you mean {group}={word}?)" for group, options in known.items() if word in options), "")
+            problems[word] = f"{brief(word)}: expected key=value{hint}"
+            continue
+        try:
+            override = read(word)
+        except UserError as error:
+            problems[word] = str(error)
+            continue
+        if not override.key_or_group or override.package is not None:
+            problems[word] = f"{brief(word)}: expected key=value"
+        elif override.is_sweep_override():
+            problems[word] = f"{brief(word)}: one value is expected here; quote a text with commas: 'key=\"a,b\"'"
+        elif override.key_or_group.split(".")[0] == "hydra":
+            problems[word] = f"{word}: Hydra's own settings are not used here"
+        else:
+            parsed.append(override)
+    return parsed
+
+
+def _readable(overrides: list[str], conf: Path, problems: Problems) -> list[str]:
+    """The words that Hydra can compose, in a form in which it refuses none of them; tells what is wrong with others."""
+    refuse_explosions(overrides)
+    known, words = groups(conf), []
+    for override in _parsed(overrides, known, problems):
+        group, value, word = override.key_or_group, override.value(), override.input_line.lstrip("+")
+        if group not in known or isinstance(value, dict):
+            words.append(f"++{word}")
+        elif value in known[group]:
+            words.append(word)
+        elif group != "experiment" or value is not None:
+            accepted = ", ".join(known[group])
+            problems[group] = (
+                f"{group}={brief(show(value))}: expected one of {accepted}{nearest(str(value), known[group])}"
+            )
+    return words
+
+
+def _load(words: list[str], conf: Path, problems: Problems) -> DictConfig:
+    """What the files and the words say, not yet resolved. Raises UserError when nothing can be composed."""
+    import yaml
+    from hydra import compose as hydra_compose
+    from hydra.errors import HydraException
+
+    try:
+        with hydra_on(conf):
+            loaded = hydra_compose("config", overrides=words)
+    except (HydraException, yaml.YAMLError, OSError, *UNFIT) as error:
+        said = " ".join(str(error).split()) + (f" ({error.__cause__})" if error.__cause__ else "")
+        problems["config"] = brief(said or type(error).__name__, 400)
+        raise UserError("\n".join(problems.values())) from error
+    OmegaConf.set_struct(loaded, False)
+    return loaded
+
+
+def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
+    """`loaded` as a RunConfig. Raises UserError with all problems when there are any."""
+    from s2a_cli.methods import METHODS
+
+    typed = OmegaConf.structured(RunConfig)
+    found: Problems = {}
+    name = _method_name(loaded)
+    if name in METHODS:
+        typed.method = OmegaConf.structured(METHODS[name].Config)
+    else:
+        found["method"] = (
+            f"method.name={brief(show(name))}: expected one of {', '.join(METHODS)}{nearest(str(name), METHODS)}"
+        )
+    _fit(loaded, typed, "", found)
+    for key in sorted(OmegaConf.missing_keys(typed) - found.keys() - {"method"}):
+        found[key] = f"{key}: has no value; add {key}=..."
+    found = check(typed) | check_kwargs(OmegaConf.to_container(typed.backbone.kwargs)) | found
+    raw = OmegaConf.to_container(loaded, resolve=False)
+    told = {key: line for key, line in found.items() if _source(raw, key) not in found}  # told where it was written
+    found = told or found  # or two are each other's source
+    # A group that fell back to its default says nothing about the keys that were meant for the other option.
+    wrong = tuple(f"{key}." for key in problems)
+    problems |= {key: line for key, line in found.items() if key not in problems and not key.startswith(wrong)}
+    if problems:
+        raise UserError("\n".join(problems.values()))
+    OmegaConf.resolve(typed)
+    return typed
+
+
+def _method_name(loaded: DictConfig) -> Any:
+    """What stands under method.name; None for no text, and for a reference that leads nowhere."""
+    try:
+        name = loaded.method.name
+    except (AttributeError, *UNFIT):
+        return None
+    return name if isinstance(name, str) else None
+
+
+def _source(raw: dict[str, Any], key: str) -> str | None:
+    """The key that this one takes its value from, as in `norm: ${.bits}` or `lr: ${times:${method.lr},2}`; else
+    None.
+    """
+    node, _, name = key.rpartition(".")
+    settings: Any = raw
+    for part in node.split(".") if node else ():
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    value = OF_BITS if node == "quant" and name in CODED else None  # the schema's own
+    value = settings.get(name, value) if isinstance(settings, dict) else value
+    match = re.match(r"\$\{(?:times:\$\{)?([\w.]+)\}", value) if isinstance(value, str) else None
+    return match[1].replace(".", f"{node}.", 1) if match and match[1][0] == "." else match and match[1]
+
+
+def _fit(values: DictConfig, typed: DictConfig, prefix: str, problems: Problems) -> None:
+    """Moves `values` into `typed` key by key, resolved; says which keys and types the schema does not have."""
+    schema = OmegaConf.get_type(typed)
+    names = typing.get_type_hints(schema)
+    for key in values:
+        full = f"{prefix}{key}"
+        if full in problems:
+            continue
+        if key not in names:
+            problems[full] = _unknown(values, typed, str(key), prefix)
+            continue
+        if OmegaConf.is_missing(values, key):
+            continue
+        try:
+            value = values[key]
+        except InterpolationToMissingValueError:
+            continue  # the missing value is reported under its own key
+        except (InterpolationResolutionError, *UNFIT) as error:
+            problems[full] = f"{full}: can't be resolved: {first_line(error)}"
+            continue
+        accepted = members(schema, key)
+        node = OmegaConf.get_type(typed, key) if full == "method" else next(filter(is_dataclass, accepted), None)
+        if node is not None:
+            _fit_node(value, typed, str(key), full, node, type(None) in accepted, problems)
+            continue
+        try:
+            plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except UNFIT as error:
+            problems[full] = f"{full}: can't be resolved: {first_line(error)}"
+            continue
+        try:
+            if _ambiguous(plain, accepted):
+                raise ValueError
+            OmegaConf.update(typed, str(key), plain, merge=False)
+        except UNFIT:
+            rule = rule_of(full) or Rule(_words(accepted), bool)
+            problems[full] = rule.problem(full, plain, type(None) in accepted)
+
+
+def _fit_node(
+    value: Any, typed: DictConfig, key: str, full: str, node: type, optional: bool, problems: Problems
+) -> None:
+    """A key that holds settings of its own; `false` or null switches an optional one off, `true` takes its defaults."""
+    if optional and (value is None or value is False):
+        typed[key] = None
+    elif optional and value is True:
+        typed[key] = OmegaConf.structured(node)
+    elif isinstance(value, DictConfig):
+        if typed[key] is None:
+            typed[key] = OmegaConf.structured(node)
+        _fit(value, typed[key], f"{full}.", problems)
+    else:
+        names = ", ".join(f"{full}.{name}" for name in typing.get_type_hints(node))
+        problems[full] = (
+            f"{full}={brief(show(value))}: expected its settings ({names}){', or false' if optional else ''}"
+        )
+
+
+def _unknown(values: DictConfig, typed: DictConfig, key: str, prefix: str) -> str:
+    """The line about a key that the schema does not have at this place."""
+    full, inner = f"{prefix}{key}", values._get_node(key)
+    while isinstance(inner, DictConfig) and len(inner) and not inner._is_interpolation():  # as far down as was written
+        full, inner = f"{full}.{next(iter(inner))}", inner._get_node(next(iter(inner)))
+    root = typed._get_root()
+    paths = [path for path, _ in leaves(root)]
+    last = {path: path.split(".")[-1] for path in paths}
+    close = difflib.get_close_matches(full.split(".")[-1], set(last.values()), n=1)  # or the right name elsewhere
+    same = [path for path in paths if last[path] in close]
+    same = [path for path in same if path.startswith(prefix)] or same
+    hint = nearest(full, same or [*paths, *root]) or (f" (did you mean {same[0]!r}?)" if same else "")
+    return f"{brief(full)}: no such setting; accepted{' in ' + prefix[:-1] if prefix else ''}: {', '.join(typed)}{hint}"
+
+
+def _ambiguous(value: Any, accepted: tuple[Any, ...]) -> bool:
+    """What OmegaConf would take for something else: "1_0" for 10, 1000 for true."""
+    if isinstance(value, str):
+        return str not in accepted and ("_" in value or not value.isascii())
+    return bool in accepted and isinstance(value, int | float) and value not in (0, 1)
+
+
+def _words(types: tuple[Any, ...]) -> str:
+    """The types of a field in words."""
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+    return " or ".join(names.get(m, str(m)) for m in types if m is not type(None))

@@ -1,0 +1,153 @@
+"""The words of a command line, `key=value` in Hydra's grammar, and those of several values, which stand for a grid of
+runs.
+
+A word can name huge numbers, endless ranges and references that multiply each other. All bounds on them are here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from s2a_cli.common.errors import UserError, brief, first_line, nearest
+
+PACKAGE = Path(__file__).parents[1]
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # a wheel, or a checkout
+
+LONGEST = 10_000  # characters of a word; Hydra's parser takes a second for so many brackets
+LONGEST_KEY = 200
+LARGEST = 2**63  # no integer of a setting reaches it
+MOST_REFERENCES = 16  # ${...} in all words together: thirty, each of two others, would make a text of a billion letters
+MOST_RUNS = 10_000  # of a grid
+
+
+def groups(conf: Path = CONF) -> dict[str, list[str]]:
+    """{group: its options} as there are files in `conf/`."""
+    folders = sorted(folder for folder in conf.iterdir() if folder.is_dir())
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
+def read(word: str) -> Any:
+    """Hydra's reading of `key=value`. Raises UserError for what it can't read and for what no setting can be."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    if len(word) > LONGEST:
+        raise UserError(f"{brief(word)}: has {len(word):,} characters; at most {LONGEST:,} are read")
+    if len(key := word.partition("=")[0]) > LONGEST_KEY:
+        raise UserError(f"{brief(key)}: no such setting; the longest name has less than {LONGEST_KEY} characters")
+    if not word.isprintable() and (shown := word.encode("utf-8", "backslashreplace").decode()) != word:
+        raise UserError(f"{brief(shown)}: is no text in UTF-8")
+    try:
+        override = OverridesParser.create().parse_override(word)
+        value = override.value()
+    except Exception as error:  # the grammar's functions, such as int() and range(), raise what they like
+        quoting = "write key=value, and quote special characters: 'key=\"a (b)\"'"
+        raise UserError(f"{brief(word)}: can't be read ({first_line(error, 100)}); {quoting}") from None
+    numbers = [leaf for leaf in leaves_of(value) if type(leaf) in (int, float)]
+    if any(isinstance(number, int) and abs(number) >= LARGEST for number in numbers):
+        raise UserError(f"{brief(word)}: an integer here is below 2^63")
+    if numbers and (odd := next(_underscored(override.input_line.partition("=")[2]), None)):
+        joined = odd.replace("_", "")
+        raise UserError(
+            f"{brief(word)}: {odd} could mean the number {joined} or a text; write {joined}, or '{key}=\"{odd}\"'"
+        )
+    return override
+
+
+def leaves_of(value: Any) -> Iterator[Any]:
+    """The single values in one that Hydra read: of lists, dicts, choices, ranges and intervals."""
+    from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
+
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    elif isinstance(value, ChoiceSweep):
+        value = value.list
+    elif isinstance(value, RangeSweep):
+        value = [value.start, value.stop, value.step]
+    elif isinstance(value, IntervalSweep):
+        value = [value.start, value.end]
+    if isinstance(value, list):
+        for inner in value:
+            yield from leaves_of(inner)
+    else:
+        yield value
+
+
+def _underscored(text: str) -> Iterator[str]:
+    """What stands unquoted in a value and is a number to Hydra, as `1_0` is."""
+    unquoted = re.sub(r"'(\\.|[^'\\])*'|\"(\\.|[^\"\\])*\"", "", text)
+    for token in re.split(r"[\s,:()\[\]{}=]+", unquoted):
+        if "_" in token and re.fullmatch(r"[-+]?[\d_]*\.?[\d_]+(e[-+]?[\d_]+)?|[-+]?[\d_]+\.", token, re.IGNORECASE):
+            yield token
+
+
+def refuse_explosions(words: Iterable[str]) -> None:
+    """Raises UserError for more references in the words than any use of them needs: they can multiply each other."""
+    found = sum(word.count("${") for word in words)
+    if found > MOST_REFERENCES:
+        raise UserError(
+            f"these words refer to others {found} times (${{...}}); at most {MOST_REFERENCES} times are followed"
+        )
+
+
+def parsed(word: str) -> Any | None:
+    """`read`, and None where the word can't be read, which `compose` explains better."""
+    try:
+        return read(word) if "=" in word else None
+    except UserError:
+        return None
+
+
+def expand(words: list[str]) -> list[list[str]]:
+    """The words of each member of a grid, in the order of nested loops: the first word that has several values is
+    outermost.
+
+    choice(), range(), sort(), shuffle(), `a,b` and, for config groups, glob() have several values. Raises UserError for
+    words that can't be read, a glob that matches nothing, more than MOST_RUNS members, and interval(), which is for a
+    search.
+    """
+    values = [_values(word) for word in words]
+    if (runs := math.prod(map(len, values))) > MOST_RUNS:
+        raise UserError(f"these words stand for {runs:,} runs; a grid has at most {MOST_RUNS:,}: make several of it")
+    return [list(member) for member in itertools.product(*values)]
+
+
+def _values(word: str) -> list[str]:
+    from hydra.core.override_parser.types import Glob, RangeSweep
+
+    override = parsed(word)
+    if override is None or not override.is_sweep_override():
+        return [word]
+    key, value = override.key_or_group, override.value()
+    if isinstance(value, Glob):
+        known = groups(CONF).get(key)
+        if known is None:
+            raise UserError(
+                f"{brief(word)}: glob() is for {', '.join(groups(CONF))}; give the values of {key}, separated by commas"
+            )
+        found = value.filter(known)
+        if not found:
+            raise UserError(
+                f"{brief(word)}: matches nothing; there are {', '.join(known)}{nearest(value.include[0], known)}"
+            )
+    elif not override.is_discrete_sweep():
+        raise UserError(f"{brief(word)}: an interval has no end of values; give some, or use it with s2a search")
+    else:
+        if isinstance(value, RangeSweep) and (count := steps(word, value)) > MOST_RUNS:
+            raise UserError(f"{brief(word)}: has {count:,} values; a grid has at most {MOST_RUNS:,} runs")
+        found = list(override.sweep_string_iterator())
+    if not found:
+        raise UserError(f"{brief(word)}: no values; range(0,3) means 0,1,2")
+    return [f"{override.get_key_element()}={one}" for one in dict.fromkeys(found)]
+
+
+def steps(word: str, span: Any) -> int:
+    """How many values a range() has. Raises UserError for one that has no end, or no step."""
+    numbers = span.start, span.stop, span.step
+    if not all(map(math.isfinite, numbers)) or not span.step:
+        raise UserError(f"{brief(word)}: expected range(START,STOP,STEP) of finite numbers, with a step other than 0")
+    return max(0, math.ceil(min((span.stop - span.start) / span.step, LARGEST)))

@@ -1,0 +1,167 @@
+"""What fits a device: the largest batch, and the settings that would make a batch fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from s2a_cli.common import distributed
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.compose import compose
+from s2a_cli.memory.margin import Margin
+from s2a_cli.memory.result import MIB
+from s2a_cli.planner.run_memory import Composition, Predictor
+
+UNITS = {"MiB": MIB, "GiB": 1024 * MIB}
+
+
+def size(key: str, text: str) -> int:
+    """Bytes of `8GiB` or `512MiB`. Raises UserError for anything else, and tells the units."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(MiB|GiB)", text)
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"{key}={text}: expected a size above 0 in MiB or GiB (2^20 or 2^30 bytes), such as {key}=8GiB")
+    return round(float(match[1]) * UNITS[match[2]])
+
+
+def device_size(text: str) -> int:
+    """Bytes of `fit=`: a size, or a CUDA device of this machine. Raises UserError for one that is not there."""
+    if not re.fullmatch(r"cuda(:\d+)?", text):
+        return size("fit", text)
+    count = torch.cuda.device_count()
+    number = int(text.partition(":")[2] or 0)
+    if number >= count:
+        there = "this machine has no CUDA device" if not count else f"there are cuda:0 to cuda:{count - 1}"
+        raise UserError(f"fit={text}: {there}; give a size, such as fit=8GiB")
+    return torch.cuda.get_device_properties(number).total_memory
+
+
+def largest_batch(
+    config: DictConfig, device_bytes: int, margin: Margin = Margin(), predictor: Predictor | None = None
+) -> int:
+    """The most images an optimiser step with which a run is predicted to fit; 0 where not even one does.
+
+    At most as many as there are images to train on. Raises UserError for a composition that can't be predicted.
+    """
+    predictor = predictor or Predictor()
+
+    def needed(batch: int) -> float:
+        changed = OmegaConf.merge(config, {"optim": {"batch_size": batch}})
+        return margin.needed(predictor(Composition.of(changed)).peak_bytes)
+
+    return largest(needed, device_bytes, Composition.of(config).images, least=predictor.processes)
+
+
+def largest(needed: Callable[[int], float], available: int, most: int, least: int = 1, first: int = 32) -> int:
+    """The largest count from `least` to `most` for which needed(count) <= available, 0 if there is none.
+
+    Where `needed` is a straight line, as memory almost is, few calls do: each is at where the last two point to.
+    """
+    low, at_low = least, needed(least)
+    if at_low > available:
+        return 0
+    high, at_high = most + 1, None  # too many, as far as is known
+    guess = min(max(first, least + 1), most)
+    while high - low > 1:
+        guess = min(max(guess, low + 1), high - 1)
+        found = needed(guess)
+        slope = max((found - at_low) / (guess - low), 1.0)
+        if found <= available:
+            low, at_low = guess, found
+            ahead = int((available - found) / slope)
+            guess = low + max(1, ahead)
+        else:
+            high, at_high = guess, found
+            guess = low + int((available - at_low) / slope)
+        if at_high is not None and high - low > 8 and not low < guess < high:
+            guess = (low + high) // 2
+    return low
+
+
+@dataclass(frozen=True)
+class Option:
+    """A change of settings, and the bytes of the device that the run is then predicted to need."""
+
+    words: tuple[str, ...]
+    needed: float
+    costs: str  # what it costs
+
+
+CHANGES = (  # cheapest in speed first
+    (("quant=exact",), "nothing: gradients are exact"),
+    (("quant=int4",), "gradients from 4-bit codes"),
+    (("quant=tiny",), "each block is computed twice"),
+    (("optim.micro_batch={half}",), "more, smaller steps of the device"),
+    (("method=side", "quant=tiny"), "another method: no gradient through the backbone"),
+    (("backbone.weights=int8",), "frozen weights in 8 bits, unpacked layer by layer"),
+    (("quant=tiny", "optim.micro_batch={half}"), "both"),
+    (("quant=tiny", "backbone.weights=nf4"), "recomputation, frozen weights in 4 bits"),
+    (("method=side", "quant=tiny", "backbone.weights=nf4", "optim.micro_batch={least}"), "all of it"),
+)
+
+
+def options(words: list[str], device_bytes: int, margin: Margin, predictor: Predictor) -> Iterator[Option]:
+    """Changes to the words of a composition, each with its prediction; those that change nothing or don't apply are
+    left out.
+    """
+    now = Composition.of(compose(words))
+    batch = now.config.optim.micro_batch or now.batch
+    for change, costs in CHANGES:
+        half = batch // 2
+        while True:
+            added = tuple(word.format(half=half, least=max(1, batch // 16)) for word in change)
+            try:
+                profile = predictor(Composition.of(compose(changed(words, added))))
+            except UserError:
+                break  # this method or backbone does not take it
+            needed = margin.needed(profile.peak_bytes)
+            if needed <= device_bytes or half <= 1 or not any("{half}" in word for word in change):
+                yield Option(added, needed, costs)
+                break
+            half //= 2
+
+
+def changed(words: list[str], added: tuple[str, ...]) -> list[str]:
+    """The words with others in place of those that set the same; a group takes its settings along."""
+    keys = [word.partition("=")[0] for word in added]
+    stays = [word for word in words if not any(re.match(rf"\+*{re.escape(key)}[.=]", word) for key in keys)]
+    return [*stays, *added]
+
+
+AUTO = "optim.batch_size=auto"
+
+
+def need_device() -> None:
+    """Raises UserError where there is no CUDA device that a batch could fit."""
+    if not torch.cuda.device_count():
+        raise UserError(
+            f"{AUTO}: there is no CUDA device to fit; `s2a memory fit=8GiB` tells a batch for one elsewhere"
+        )
+
+
+def resolved(words: list[str]) -> list[str]:
+    """The words of `s2a train` with optim.batch_size=auto replaced by the largest batch that fits the CUDA device.
+
+    With busy=allow it fits what others leave free now. Raises UserError where there is no CUDA device, and where
+    nothing fits.
+    """
+    if AUTO not in words:
+        return words
+    need_device()
+    rest = [word for word in words if word != AUTO]
+    config = compose([word for word in rest if not word.startswith("--")])
+    device = torch.device("cuda" if config.device == "auto" else config.device)
+    if device.type != "cuda":
+        raise UserError(f"{AUTO} fits the memory of a CUDA device, not device={config.device}; set a number")
+    processes, there = distributed.world(), torch.cuda.get_device_properties(device).total_memory
+    left = f"{there / MIB:,.0f} MiB of {device}"
+    if config.busy == "allow" and processes == 1 and (free := torch.cuda.mem_get_info(device)[0]) < there:
+        there, left = free, f"{free / MIB:,.0f} MiB that are free on {device}"
+    found = largest_batch(config, there, predictor=Predictor(processes))
+    if not found:
+        raise UserError(f"optim.batch_size=auto: not one image fits the {left}; see s2a memory fit=")
+    print(f"optim.batch_size={found}: the largest that is predicted to fit the {left}")
+    return [*rest, f"optim.batch_size={found}"]

@@ -1,0 +1,103 @@
+"""`s2a memory`: what compositions are predicted to need, where it is, and what fits a device."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.config.compose import compose
+from s2a_cli.config.overrides import expand
+from s2a_cli.memory.margin import Margin
+from s2a_cli.planner import report
+from s2a_cli.planner.batch_size import device_size, largest_batch, options, size
+from s2a_cli.planner.report import Fitted, Row
+from s2a_cli.planner.run_memory import Composition, Predictor
+from s2a_cli.training import trainer
+
+OPTIONS = ("format", "figure", "fit", "context", "fragmentation", "processes")  # words that are not of the composition
+FORMATS = ("terminal", "json", "csv")
+FIGURES = (".png", ".svg", ".pdf")
+
+
+def run(words: list[str]) -> int:
+    """Prints the prediction of one composition, or a table of several. Raises UserError for bad input."""
+    force, words = "--force" in words, [word for word in words if word != "--force"]
+    given = dict(word.split("=", 1) for word in words if word.partition("=")[0] in OPTIONS)
+    rest = [word for word in words if word.partition("=")[0] not in OPTIONS]
+    form, figure = given.get("format", "terminal"), Path(given["figure"]) if "figure" in given else None
+    if form not in FORMATS:
+        raise UserError(f"format={form}: expected one of {', '.join(FORMATS)}{nearest(form, FORMATS)}")
+    if figure and figure.suffix not in FIGURES:
+        raise UserError(f"figure={figure}: expected a file that ends in one of {', '.join(FIGURES)}")
+    if figure:
+        from s2a_cli.results import formats
+
+        formats.check_out(figure, "figure", force)
+    available, margin = device_size(given["fit"]) if "fit" in given else None, _margin(given)
+    predictor = Predictor(_processes(given.get("processes", "1")))
+    grid = expand(rest)
+    varied = [place for place in range(len(rest)) if len({member[place] for member in grid}) > 1]
+    rows = []
+    for number, member in enumerate(grid, 1):
+        config = compose(member)
+        if config.device not in ("auto", "cpu"):
+            trainer.choose_device(config.device)  # one that is not there is a mistake
+        row = Row(" ".join(member[place] for place in varied) or "this run", Composition.of(config))
+        if len(grid) > 1 and sys.stderr.isatty():
+            print(f"\r\033[Kpredicting {number} of {len(grid)}: {row.name}", end="", file=sys.stderr, flush=True)
+        _predict(row, member, predictor, available, margin, alone=len(grid) == 1)
+        rows.append(row)
+    if len(grid) > 1 and sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    if form == "terminal":
+        print(report.one(rows[0]) if len(rows) == 1 else report.several(rows))
+    else:
+        print(report.as_json(rows) if form == "json" else report.as_csv(rows))
+    if figure:
+        from s2a_cli.planner import plot as drawing
+
+        drawing.save(rows, figure, force)
+    return 0
+
+
+def _predict(
+    row: Row, words: list[str], predictor: Predictor, available: int | None, margin: Margin, alone: bool
+) -> None:
+    """Fills in a row; where one of several can't be predicted, with the reason."""
+    try:
+        row.profile = predictor(row.composition)
+        row.full = predictor.full(row.composition)
+    except UserError as error:
+        if alone:
+            raise
+        row.profile, row.problem = None, " ".join(str(error).splitlines())
+        return
+    if available is not None:
+        needed = margin.needed(row.profile.peak_bytes)
+        largest = largest_batch(row.composition.config, available, margin, predictor)
+        tried = list(options(words, available, margin, predictor)) if alone and needed > available else []
+        row.fitted = Fitted(available, margin, needed, largest, tried)
+
+
+def _margin(given: dict[str, str]) -> Margin:
+    changes = {}
+    if "context" in given:
+        changes["context"] = size("context", given["context"])
+    if "fragmentation" in given:
+        text = given["fragmentation"]
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text)
+        share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+        if not 0 <= share < 1:
+            raise UserError(
+                f"fragmentation={text}: expected a share of the peak of at least 0 and below 1, such as 0.05 or 5%"
+            )
+        changes["fragmentation"] = share
+    return Margin(**changes)
+
+
+def _processes(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise UserError(f"processes={text}: expected the number of processes that share a batch, at least 1")
+    return int(text)

@@ -1,0 +1,262 @@
+"""Predictions as text, JSON and CSV. Every figure is a predicted one and in MiB, unless it says otherwise."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+
+from s2a_cli.memory.breakdown import Profile
+from s2a_cli.memory.cuda import Difference, differences, reserved
+from s2a_cli.memory.margin import Margin
+from s2a_cli.memory.result import MIB
+from s2a_cli.memory.watch import USES
+from s2a_cli.planner.batch_size import Option
+from s2a_cli.planner.run_memory import Composition
+
+NAMES = {
+    "weights": "weights, frozen",
+    "trainable": "weights, trainable",
+    "optimiser": "optimiser state",
+    "buffers": "buffers",
+    "gradients": "gradients",
+    "batch": "images and targets",
+    "kept": "kept for backward",
+    "transient": "transient",
+}
+
+
+@dataclass
+class Fitted:
+    """What `fit=` found for a composition."""
+
+    available: int  # bytes of the device
+    margin: Margin
+    needed: float  # bytes of the device, for the batch as configured
+    largest: int  # batch; 0: not even one image
+    options: list[Option] = field(default_factory=list)  # where the batch does not fit
+
+
+@dataclass
+class Row:
+    """A composition with its prediction, or with the reason why there is none."""
+
+    name: str  # the words in which it differs from others
+    composition: Composition
+    profile: Profile | None = None
+    full: Profile | None = None  # full fine-tuning of the same
+    problem: str | None = None
+    fitted: Fitted | None = None
+
+    @property
+    def times(self) -> float:
+        return self.full.peak_bytes / self.profile.peak_bytes
+
+
+def mib(bytes: float) -> str:
+    return f"{bytes / MIB:,.1f}"
+
+
+def one(row: Row) -> str:
+    """A composition: its peak, where it is, beside full fine-tuning."""
+    mine, full = row.profile, row.full
+    lines = [
+        f"{row.composition.title} · predicted, not measured",
+        *([f"assumed: {row.composition.assumed}"] if row.composition.assumed else []),
+        "",
+        (
+            f"peak {mib(mine.peak_bytes)} MiB, {row.times:.1f}x below full fine-tuning ({mib(full.peak_bytes)} MiB),"
+            f" in the {mine.phase} {'pass' if mine.phase != 'update' else 'of the weights'}, at {mine.place}"
+        ),
+        f"between steps {mine.memory.static_mib:,.1f} MiB; after the forward pass {mine.memory.kept_mib:,.1f} MiB more",
+        "",
+    ]
+    uses, whole = mine.by("use"), full.by("use")
+    table = [[NAMES[use], mib(uses.get((use,), 0)), mib(whole.get((use,), 0))] for use in USES]
+    table.append(["sum", mib(mine.peak_bytes), mib(full.peak_bytes)])
+    lines += [_table(table, ["alive at the peak, MiB", "this run", "full fine-tuning"]), ""]
+    lines += [_by(mine, "family", "by operator family"), "", _by(mine, "place", "by part of the model"), ""]
+    lines += cuda_lines(mine)
+    if row.fitted:
+        lines += ["", *fit_lines(row)]
+    return "\n".join(lines)
+
+
+def _by(profile: Profile, key: str, title: str) -> str:
+    """Kept and transient memory, and all else, by family or place; equal neighbours in one line."""
+    columns = {"kept": ("kept",), "transient": ("transient",), "gradients": ("gradients",)}
+    columns["static and batch"] = tuple(use for use in USES if use not in columns)
+    sums = {column: profile.by(key, uses=uses) for column, uses in columns.items()}
+    names = list(dict.fromkeys(part.place for part in profile.parts)) if key == "place" else []
+    order = sorted(names, key=natural) if names else [name for (name,) in profile.by(key)]
+    lines = [[name, *(mib(sums[column].get((name,), 0)) for column in columns)] for name in order]
+    return _table(_merged(lines), [f"{title}, MiB", *columns])
+
+
+def _merged(lines: list[list[str]]) -> list[list[str]]:
+    """Neighbours with the same figures as one line: blocks.1 to blocks.9, of each."""
+    merged: list[tuple[str, list[str]]] = []
+    for name, *figures in lines:
+        if merged and merged[-1][1] == figures:
+            merged[-1] = (f"{merged[-1][0].partition(' to ')[0]} to {name.removesuffix(', each')}, each", figures)
+        else:
+            merged.append((name, figures))
+    return [[name, *figures] for name, figures in merged]
+
+
+def natural(name: str) -> tuple:
+    """blocks.2 before blocks.10."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split("."))
+
+
+def cuda_lines(profile: Profile) -> list[str]:
+    """What a CUDA device adds to the peak, apart from it."""
+    found = [
+        f"  {d.name}: {'at most ' if d.is_bound else ''}{d.mib:,.1f} MiB ({d.why})" for d in differences(profile.calls)
+    ]
+    taken = reserved(profile.timeline, profile.begins_at)
+    return [
+        "on CUDA, beside the peak (modelled from documentation, not confirmed on a device):",
+        *found,
+        (
+            f"  taken from the device by PyTorch's allocator, a simulation of it: {mib(taken)} MiB; the CUDA context"
+            " comes on top"
+        ),
+    ]
+
+
+def fit_lines(row: Row) -> list[str]:
+    fitted, batch = row.fitted, row.composition.batch
+    verdict = "fits" if fitted.needed <= fitted.available else "does not fit"
+    lines = [
+        (
+            f"fit: batch {batch} {verdict}: {mib(fitted.needed)} of {mib(fitted.available)} MiB, margin included"
+            f" ({fitted.margin})"
+        ),
+        f"largest batch that fits: {fitted.largest or 'none, not even one image'}",
+    ]
+    if fitted.options:
+        table = [
+            [" ".join(o.words), mib(o.needed), "fits" if o.needed <= fitted.available else "no", o.costs]
+            for o in fitted.options
+        ]
+        lines += [
+            "",
+            _table(table, ["would change it, cheapest in speed first", "needs, MiB", "", "costs"], left=(0, 2, 3)),
+        ]
+    return lines
+
+
+def several(rows: list[Row]) -> str:
+    """A table, a line a composition."""
+    fits = any(row.fitted for row in rows)
+    header = [
+        "run",
+        "peak",
+        "static",
+        "gradients",
+        "kept",
+        "transient",
+        "below full",
+        "peak in",
+        *(["largest batch"] if fits else []),
+    ]
+    table = []
+    for row in rows:
+        if row.profile is None:
+            table.append([row.name, *["–"] * (len(header) - 1)])
+            continue
+        uses = row.profile.by("use")
+        sums = [uses.get((use,), 0) for use in ("gradients", "kept", "transient")]
+        static = row.profile.peak_bytes - sum(sums)
+        figures = [mib(value) for value in (row.profile.peak_bytes, static, *sums)]
+        fitted = [str(row.fitted.largest or "none") if row.fitted else "–"] if fits else []
+        table.append([row.name, *figures, f"{row.times:.1f}x", row.profile.phase, *fitted])
+    notes = [
+        "MiB at the peak, predicted, not measured; static: with the images; below full: against full fine-tuning of the"
+        " same"
+    ]
+    notes += dict.fromkeys(f"assumed: {row.composition.assumed}" for row in rows if row.composition.assumed)
+    notes += [f"{row.name}: {row.problem}" for row in rows if row.problem]
+    if fits:
+        first = next(row.fitted for row in rows if row.fitted)
+        notes.append(f"largest batch: of those that fit {mib(first.available)} MiB less a margin: {first.margin}")
+    return "\n".join([_table(table, header), "", *notes])
+
+
+def _table(lines: list[list[str]], header: list[str], left: Iterable[int] = (0,)) -> str:
+    align = ["left" if place in left else "right" for place in range(len(header))]
+    return tabulate(lines, header, disable_numparse=True, colalign=align)
+
+
+def as_json(rows: list[Row]) -> str:
+    """A list with an object a composition. MiB throughout; `parts` add up to `peak_mib`."""
+    return json.dumps([_plain(row) for row in rows], indent=2)
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    composition = row.composition
+    found: dict[str, Any] = {
+        "name": row.name,
+        "kind": "predicted",
+        "composition": composition.title,
+        "batch": composition.batch,
+        "classes": composition.classes,
+        "assumed": composition.assumed,
+        "problem": row.problem,
+    }
+    if row.profile:
+        profile = row.profile
+        found |= {
+            "peak_mib": profile.peak_bytes / MIB,
+            "phase": profile.phase,
+            "place": profile.place,
+            "static_mib": profile.memory.static_mib,
+            "kept_mib": profile.memory.kept_mib,
+            "full_finetune_peak_mib": row.full.peak_bytes / MIB,
+            "parts": [
+                {"use": p.use, "family": p.family, "place": p.place, "mib": p.bytes / MIB} for p in profile.parts
+            ],
+            "cuda": {
+                "reserved_mib": reserved(profile.timeline, profile.begins_at) / MIB,
+                "differences": [_difference(d) for d in differences(profile.calls)],
+            },
+        }
+    if row.fitted:
+        fitted = row.fitted
+        found["fit"] = {
+            "available_mib": fitted.available / MIB,
+            "context_mib": fitted.margin.context / MIB,
+            "fragmentation": fitted.margin.fragmentation,
+            "needed_mib": fitted.needed / MIB,
+            "largest_batch": fitted.largest,
+            "options": [
+                {"words": list(o.words), "needed_mib": o.needed / MIB, "fits": o.needed <= fitted.available}
+                for o in fitted.options
+            ],
+        }
+    return found
+
+
+def _difference(difference: Difference) -> dict[str, Any]:
+    return {"name": difference.name, "mib": difference.mib, "is_bound": difference.is_bound, "why": difference.why}
+
+
+def as_csv(rows: list[Row]) -> str:
+    """A line for each part of each composition; the bytes of a composition's lines add up to its peak."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "kind", "use", "family", "place", "mib", "bytes", "problem"])
+    for row in rows:
+        for part in row.profile.parts if row.profile else ():
+            writer.writerow(
+                [row.name, "predicted", part.use, part.family, part.place, f"{part.bytes / MIB:.4f}", part.bytes, ""]
+            )
+        if row.profile is None:
+            writer.writerow([row.name, "", "", "", "", "", "", row.problem])
+    return text.getvalue().rstrip("\n")

@@ -1,0 +1,172 @@
+"""Tables of text in the formats that people read or paste: terminal, Markdown, LaTeX, HTML."""
+
+from __future__ import annotations
+
+import html
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.results.record import atomic_write
+
+MADE_BY = "s2a figure"  # in the files of figures
+MAKER = {"svg": "Creator", "png": "Software", "pdf": "Creator"}  # what each kind of file calls the program that made it
+OURS = (b"<title>s2a report</title>", MADE_BY.encode())
+FORMULA = ("=", "+", "-", "@")
+FORMATS = ("terminal", "md", "csv", "latex", "html")
+ESCAPED = {character: f"\\{character}" for character in "&%$#_{}"}
+ESCAPED |= {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+}
+ESCAPED |= {
+    "±": r"$\pm$",
+    "–": "--",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "≈": r"$\approx$",
+    "†": r"\dag{}",
+    "−": "$-$",
+}
+STYLE = """<style>
+body { font: 15px/1.5 system-ui, sans-serif;
+       margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color-scheme: light dark }
+table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .7rem; border-bottom: 1px solid #8885 }
+.right { text-align: right; font-variant-numeric: tabular-nums }
+</style>"""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of texts; `bold` holds the (line, column) places of the best; columns in `right` are aligned to the
+    right.
+    """
+
+    text: pd.DataFrame
+    right: set[str]
+    bold: set[tuple[int, str]] = field(default_factory=set)
+    title: str = ""
+
+
+def checked(format: str) -> str:
+    if format not in FORMATS:
+        raise UserError(f"format={format}: expected one of {', '.join(FORMATS)}{nearest(format, FORMATS)}")
+    return format
+
+
+def number(value: float, digits: int, suffix: str = "") -> str:
+    return "–" if pd.isna(value) else f"{value:,.{digits}f}{suffix}"
+
+
+def mib(value: float) -> str:
+    return number(value, 1 if pd.isna(value) or value < 100 else 0)
+
+
+def cell(value: object) -> str:
+    return "–" if pd.isna(value) else f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def render(sheets: list[Sheet], notes: list[str], format: str) -> str:
+    """The sheets with the notes under them, in one of FORMATS but csv, which holds numbers and not texts."""
+    if format == "latex":
+        return "\n\n".join([*map(_latex, sheets), "\n".join(f"% {note}" for note in notes)])
+    if format == "html":
+        said = "".join(f"<p>{html.escape(note)}</p>\n" for note in notes)
+        return (
+            f"<!doctype html>\n<meta charset=utf-8>\n<title>s2a</title>\n{STYLE}\n"
+            + "\n".join(map(_html, sheets))
+            + f"\n{said}"
+        )
+    style = {"md": "github", "terminal": "simple"}[format]
+    printed = []
+    for sheet in sheets:
+        text = _marked(sheet, "**{}**" if format == "md" else "*{}")
+        if format == "md":
+            text = text.map(lambda value: value.replace("|", "\\|"))
+        align = ["right" if column in sheet.right else "left" for column in text]
+        table = text.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)
+        printed.append(f"{sheet.title}\n\n{table}" if sheet.title else table)
+    return "\n\n".join([*printed, "\n".join(notes) if format == "terminal" else "  \n".join(notes)])
+
+
+def as_csv(rows: pd.DataFrame) -> str:
+    """The rows as CSV. A text that a spreadsheet would run as a formula has a ' before it."""
+
+    def safe(value: object) -> object:
+        return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+    return rows.map(safe).rename(columns=safe).to_csv(index=False).rstrip("\n")
+
+
+def save(path: Path, data: bytes | str, word: str, force: bool = False) -> None:
+    """Writes a page or a figure under the name that the `word` of a command gave.
+
+    Raises UserError when it can't be written, and without `force` when it would replace a file that is not one of ours.
+    """
+    check_out(path, word, force)
+    try:
+        atomic_write(path, data)
+    except OSError as error:
+        raise UserError(f"{word}={path}: can't be written ({error.strerror})") from None
+
+
+def check_out(path: Path, word: str, force: bool = False) -> None:
+    """Raises UserError for a path under which there is something else than a page or figure of ours, or no file."""
+    try:
+        if not path.exists() or (not path.stat().st_size and path.is_file()):
+            return
+        if not path.is_file():
+            raise UserError(f"{word}={path}: is no file; expected the name of one")
+        if not force and not any(mark in path.read_bytes() for mark in OURS):
+            raise UserError(f"{word}={path}: is there, and was not made by s2a {word}=; --force overwrites it")
+    except OSError as error:
+        raise UserError(f"{word}={path}: can't be written ({error.strerror})") from None
+
+
+def _marked(sheet: Sheet, mark: str) -> pd.DataFrame:
+    text = sheet.text.astype(object)
+    for line, column in sheet.bold:
+        text.iat[line, text.columns.get_loc(column)] = mark.format(text.iat[line, text.columns.get_loc(column)])
+    return text
+
+
+def _tex(text: str) -> str:
+    return "".join(ESCAPED.get(character, character) for character in text)
+
+
+def _latex(sheet: Sheet) -> str:
+    """A booktabs tabular, texts escaped; the document needs \\usepackage{booktabs}."""
+    text = sheet.text.map(_tex).rename(columns=_tex)
+    text = _marked(Sheet(text, set(), {(line, _tex(column)) for line, column in sheet.bold}), r"\textbf{{{}}}")
+    align = "".join("r" if column in sheet.right else "l" for column in sheet.text)
+    title = f"% {sheet.title}\n" if sheet.title else ""
+    return title + text.to_latex(index=False, escape=False, column_format=align).rstrip("\n")
+
+
+def _html(sheet: Sheet) -> str:
+    def line(tag: str, values: list[str]) -> str:
+        pairs = zip(values, sheet.text, strict=True)
+        cells = (f"<{tag}{' class=right' if column in sheet.right else ''}>{value}</{tag}>" for value, column in pairs)
+        return f"<tr>{''.join(cells)}</tr>"
+
+    escaped = Sheet(sheet.text.map(html.escape), sheet.right, sheet.bold)
+    body = [line("td", list(row)) for row in _marked(escaped, "<b>{}</b>").itertuples(index=False)]
+    title = f"<h2>{html.escape(sheet.title)}</h2>\n" if sheet.title else ""
+    return (
+        f"{title}<table>\n<thead>{line('th', [html.escape(c) for c in sheet.text])}</thead>\n<tbody>\n"
+        + "\n".join(body)
+        + "\n</tbody></table>"
+    )
+
+
+def natural(label: str) -> tuple:
+    """Sorts 8 before 16, and texts by their letters."""
+    return tuple(
+        (0, float(part), "") if part.isdigit() else (1, 0.0, part) for part in re.split(r"(\d+)", label) if part
+    )

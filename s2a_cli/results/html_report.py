@@ -1,0 +1,206 @@
+"""`s2a report`: one self-contained page of many runs.
+
+The page is report.html, filled in by Jinja, which escapes all texts.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from s2a_cli.common.errors import UserError, first_line, printable
+from s2a_cli.results import pivot, pivot_text, plots, record, run_folder, summary
+from s2a_cli.results.formats import check_out, mib, number, save
+
+TEMPLATE = Path(__file__).with_name("report.html")
+CURVES = {"panels": 9, "lines": 10, "runs": 3, "points": 60}  # most of each in the learning curves
+BARS = 40  # most memory bars
+
+
+def write(places: list[str], wanted: dict[str, str], out: Path, force: bool = False) -> str:
+    """Writes the page and returns a line about it; what can't be read is named on stderr and in the page.
+
+    Raises UserError when there are no runs, when `out` can't be written, and without `force` when it is no page of
+    ours.
+    """
+    check_out(out, "out", force)
+    frame, odd = summary.read(places)
+    if frame.empty:
+        read = f" ({len(odd)} can't be read, the first: {odd[0]})" if odd else ""
+        raise UserError(f"no finished runs below {', '.join(map(str, places))}{read}; make one with: s2a train")
+    page = html(pivot.keep(frame, wanted, ("out",)), odd, out.parent)
+    summary.tell(odd)
+    save(out, page, "out", force)
+    left = f", {len(odd)} that can't be read" if odd else ""
+    return f"{out}: {len(page.encode()) / 2**20:.1f} MiB, {len(frame)} results{left}"
+
+
+def html(frame: pd.DataFrame, odd: list[str], beside: Path) -> str:
+    """The page of the runs in `frame` (see tables.load); links to run folders are relative to `beside`."""
+    runs, rows = summary.unique(frame), summary.table(frame)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    with plots.plt.rc_context(plots.STYLE):
+        drawn = [_pareto(rows, "peak_mib"), _pareto(rows, "trainable")]
+        curves, curves_said = _curves(runs, odd)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        counts=runs["status"].value_counts().to_dict(),
+        settings=_numbered(summary.readable(rows)),
+        notes=[*summary.NOTES, *pivot.Hidden.of_environment(frame).notes(["method", "quant", "dataset", "backbone"])],
+        grid=_grid(frame),
+        pareto=drawn,
+        curves=curves,
+        curves_said=curves_said,
+        bars=_bars(runs),
+        bars_most=BARS,
+        runs=_runs(runs, beside),
+        failures=_failures(runs, beside),
+        odd=odd,
+        environments=_environments(runs),
+    )
+
+
+def _numbered(text: pd.DataFrame) -> dict[str, Any]:
+    return {"head": list(text), "right": summary.RIGHT, "lines": text.values.tolist()}
+
+
+def _grid(frame: pd.DataFrame) -> dict[str, Any] | None:
+    """Method x dataset with its tests; None for a single row or data set."""
+    runs = summary.unique(frame)
+    if runs["dataset"].nunique() < 2 or runs.groupby(["backbone", "method", "quant"]).ngroups < 2:
+        return None
+    vary = [key for key in ("backbone", "method", "quant") if runs[key].nunique() > 1]
+    sheet, notes = pivot_text.sheet(pivot.make(frame, vary, ["dataset"]))
+    return _numbered(sheet.text) | {"right": sheet.right, "bold": sheet.bold, "notes": notes}
+
+
+def _pareto(rows: pd.DataFrame, cost: str) -> dict[str, str]:
+    figure, said = plots.pareto(rows, cost)
+    title = {"peak_mib": "Accuracy against peak memory", "trainable": "Accuracy against trainable parameters"}[cost]
+    return {"title": title, "svg": plots.svg(figure, cost) if figure else "", "said": said}
+
+
+def _curves(runs: pd.DataFrame, odd: list[str]) -> tuple[str, str]:
+    """Learning curves from metrics.jsonl beside result.json, thinned to CURVES, and a line on what was left out.
+
+    Adds a line to `odd` for each file that can't be read.
+    """
+    if "path" not in runs:
+        return "", "No run folders: no learning curves."
+    settings = runs.groupby(["backbone", "dataset", "method", "quant"])["path"].agg(list)
+    panels = settings.groupby(level=["backbone", "dataset"]).size().sort_values(ascending=False)
+    found = []
+    for place in panels.index[: CURVES["panels"]]:
+        lines = []
+        for (method, quant), paths in settings.loc[place][: CURVES["lines"]].items():
+            read = [points for path in paths[: CURVES["runs"]] if (points := _metrics(path, odd)) is not None]
+            if read:
+                mean = pd.concat(read).groupby("epoch", as_index=False)["val_top1"].mean()
+                lines.append((f"{method} {quant}", mean.iloc[:: -(-len(mean) // CURVES["points"])]))
+        if lines:
+            found.append((" · ".join(place), lines))
+    if not found:
+        return "", "No metrics.jsonl with validation beside the results."
+    said = (
+        "Mean over the runs of a method and quant, {runs} of them at most; {panels} panels, {lines} lines, {points}"
+        " points at most."
+    )
+    left = f" {len(panels) - CURVES['panels']} panels are left out." if len(panels) > CURVES["panels"] else ""
+    return plots.svg(plots.curves(found), "curves"), said.format(**CURVES) + left
+
+
+def _metrics(path: str, odd: list[str]) -> pd.DataFrame | None:
+    """epoch and val_top1 of a run; None without the file or without validation, or where it can't be read: `odd` says
+    so then.
+    """
+    beside = Path(path).with_name(run_folder.METRICS)
+    try:
+        points = record.read_metrics(beside)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        odd.append(printable(f"{beside}: {getattr(error, 'strerror', None) or first_line(error)}"))
+        return None
+    return pd.DataFrame(points, columns=["epoch", "val_top1"]) if points else None
+
+
+def _bars(runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """Static, kept and transient MiB of a step for each setting whose memory is known, beside full fine-tuning's
+    peak.
+    """
+    known = runs[(runs["status"] == "ok") & runs["memory.peak_mib"].notna()].reindex(
+        columns=list(dict.fromkeys([*runs, *_KNOWN]))
+    )
+    known = known.assign(kind=known["memory.kind"].map(summary.KINDS))
+    by = [
+        "backbone",
+        "config.backbone.image_size",
+        "config.optim.batch_size",
+        "config.precision",
+        "method",
+        "quant",
+        "kind",
+    ]
+    bars = []
+    for names, group in list(known.groupby(by, dropna=False))[:BARS]:
+        mean = (
+            group[["memory.peak_mib", "memory.static_mib", "memory.kept_mib", "memory.full_finetune_peak_mib"]]
+            .apply(pd.to_numeric)
+            .mean()
+        )
+        peak, static, kept, full = mean.fillna(0)
+        backbone, size, batch, precision, method, quant, kind = (pivot.label(name) for name in names)
+        widest = max(peak, full)
+        parts = {"static": static, "kept": kept, "transient": max(0.0, peak - static - kept)}
+        bars.append(
+            {
+                "name": f"{method} {quant}",
+                "where": f"{backbone}, {'' if size == 'null' else f'{size} px, '}batch {batch}, {precision}",
+                "kind": kind,
+                "parts": {part: (100 * value / widest, mib(value)) for part, value in parts.items() if widest},
+                "full": (100 * full / widest, mib(full)) if full else None,
+                "peak": mib(peak),
+                "x": number(full / peak, 2) if full and peak else "–",
+            }
+        )
+    return bars
+
+
+_KNOWN = ("memory.static_mib", "memory.kept_mib", "memory.full_finetune_peak_mib", "config.precision")
+
+
+def _folder(path: Any, beside: Path) -> str:
+    return os.path.relpath(os.path.dirname(path), beside) if isinstance(path, str) else ""
+
+
+def _runs(runs: pd.DataFrame, beside: Path) -> list[list[str]]:
+    """A line a run: data set, backbone, method, quant, seed, status, top-1, peak, memory, images/s, folder."""
+    lines = []
+    columns = [*summary.BASE, "config.seed", "status", "accuracy.test_top1", "memory.peak_mib", "memory.kind"]
+    for *names, seed, status, top1, peak, kind, speed, path in runs.reindex(
+        columns=[*columns, "throughput.train_images_per_second", "path"]
+    ).itertuples(index=False, name=None):
+        figures_of = [number(top1, 2), mib(peak), summary.KINDS.get(kind, "–"), mib(speed)]
+        lines.append([*names, pivot.label(seed), status, *figures_of, _folder(path, beside)])
+    return lines
+
+
+def _failures(runs: pd.DataFrame, beside: Path) -> list[list[str]]:
+    failed = runs[~runs["status"].isin(["ok", "running"])].reindex(
+        columns=[*summary.BASE, "config.seed", "status", "error", "path"]
+    )
+    return [
+        [*names, pivot.label(seed), status, str(error or ""), _folder(path, beside)]
+        for *names, seed, status, error, path in failed.itertuples(index=False, name=None)
+    ]
+
+
+def _environments(runs: pd.DataFrame) -> list[tuple[str, list[tuple[str, int]]]]:
+    """(key, [(value, number of runs)]) of all that was recorded of machines and versions."""
+    columns = [c for c in runs if c.startswith("environment.")]
+    return [(c.removeprefix("environment."), list(runs[c].map(pivot.label).value_counts().items())) for c in columns]

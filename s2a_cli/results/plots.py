@@ -1,0 +1,211 @@
+"""Figures of the rows of `tables.table`: accuracy against memory or parameters with the frontier, and learning
+curves.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import matplotlib
+import matplotlib.ticker
+
+matplotlib.use("Agg")
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
+
+from s2a_cli.common.errors import UserError
+from s2a_cli.results import formats
+from s2a_cli.results.formats import natural
+
+# Readable on white and on black (after Okabe & Ito); line and marker by quant where there are several.
+COLORS = ("#3b8fd0", "#e0702f", "#27a074", "#c263a0", "#b8941c", "#7c7cf0", "#d6504c", "#4aa8b8", "#8a8a8a", "#9b6a3c")
+MARKERS = "osD^vP*Xph<>"
+INK = "#010203"  # text and axes; in a page it becomes the page's own colour
+PANELS = 12
+AXES = {"peak_mib": "peak MiB", "trainable": "trainable M, head apart"}
+STYLE = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    "text.parse_math": False,  # a name may hold any number of $
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.color": "#808080",
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "s2a",
+    "axes.titlesize": 9.5,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+def frontier(points: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """The points to which no other is at once as cheap and better, or as good and cheaper; by rising cost."""
+    ordered = points.sort_values([cost, "top1_mean"], ascending=[True, False])
+    return ordered[ordered["top1_mean"] > ordered["top1_mean"].cummax().shift(fill_value=float("-inf"))]
+
+
+def panels(rows: pd.DataFrame, cost: str) -> list[tuple[str, pd.DataFrame]]:
+    """(title, points) for each backbone and data set that has at least two finished settings; the fullest first."""
+    points = rows[rows["top1_mean"].notna() & rows[cost].notna() & (rows["n"] > 0)]
+    found = [(" · ".join(names), group) for names, group in points.groupby(["backbone", "dataset"]) if len(group) > 1]
+    return sorted(found, key=lambda panel: (-len(panel[1]), natural(panel[0])))
+
+
+def pareto(rows: pd.DataFrame, cost: str) -> tuple[plt.Figure | None, str]:
+    """Test top-1 against `cost`, a panel a backbone and data set, and a line on what is left out. None: nothing to
+    draw.
+
+    Measured peaks are filled marks and a solid frontier, predicted ones hollow and dashed.
+    """
+    found = panels(rows, cost)
+    if not found:
+        return None, "No backbone and data set has two finished settings."
+    chosen = found[:PANELS]
+    points = pd.concat([group for _, group in chosen])
+    color = _styles(points["method"], COLORS)
+    marker = _styles(points["quant"], MARKERS)
+    figure, axes = _canvas(len(chosen))
+    for axis, (title, group) in zip(axes, chosen, strict=False):
+        scale = 1e-6 if cost == "trainable" else 1.0
+        for kind, part in group.groupby(group["memory"].fillna("predicted") if cost == "peak_mib" else group["n"] * 0):
+            measured = kind != "predicted"
+            edge = frontier(part, cost)
+            along = [*edge[cost] * scale, group[cost].max() * scale]  # on to the right: dearer settings are below it
+            axis.step(
+                along,
+                [*edge["top1_mean"], edge["top1_mean"].max()],
+                where="post",
+                color="#808080",
+                lw=1.2,
+                ls="-" if measured else "--",
+                zorder=1,
+            )
+            for row in part.itertuples():
+                axis.errorbar(
+                    getattr(row, cost) * scale,
+                    row.top1_mean,
+                    yerr=row.top1_std if row.n > 1 else None,
+                    fmt=marker[row.quant],
+                    ms=6,
+                    color=color[row.method],
+                    mfc=color[row.method] if measured else "none",
+                    elinewidth=0.7,
+                    alpha=0.9,
+                    zorder=2,
+                )
+        axis.set_title(title)
+        low, high = group[cost].min() * scale, group[cost].max() * scale
+        if low > 0 and high / low > 4:
+            axis.set_xscale("log")
+        elif low == 0 and high > 0:  # the linear probe trains nothing beside the head
+            axis.set_xscale("symlog", linthresh=group.loc[group[cost] > 0, cost].min() * scale, linscale=0.5)
+        if axis.get_xscale() == "log":
+            axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+        axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axis.set(xlabel=AXES[cost], ylabel="test top-1 %")
+    handles = [Line2D([], [], color=c, marker="o", ls="", label=name) for name, c in color.items()]
+    handles += (
+        [Line2D([], [], color="#808080", marker=m, ls="", label=name) for name, m in marker.items()]
+        if len(marker) > 1
+        else []
+    )
+    if cost == "peak_mib":
+        kinds = set(points["memory"])
+        handles += [Line2D([], [], color="#808080", marker="o", label="measured")] if "measured" in kinds else []
+        handles += (
+            [Line2D([], [], color="#808080", marker="o", mfc="none", ls="--", label="predicted")]
+            if "predicted" in kinds
+            else []
+        )
+    _legend(figure, handles)
+    left = f" The {PANELS} of {len(found)} panels with the most settings." if len(found) > PANELS else ""
+    said = "Lines: the frontier, no other setting is better at less. Bars: standard deviation over seeds."
+    return figure, f"{said} In what else the points differ, the table of settings says.{left}"
+
+
+def curves(found: list[tuple[str, list[tuple[str, pd.DataFrame]]]]) -> plt.Figure:
+    """Validation top-1 by epoch: [(panel's title, [(name, frame with epoch and val_top1)])]."""
+    figure, axes = _canvas(len(found))
+    color = _styles(pd.Series([name for _, lines in found for name, _ in lines]), COLORS)
+    dashes = {name: ("-", "--", ":", "-.")[place // len(COLORS) % 4] for place, name in enumerate(color)}
+    for axis, (title, lines) in zip(axes, found, strict=False):
+        for name, points in lines:
+            axis.plot(
+                points["epoch"],
+                points["val_top1"],
+                color=color[name],
+                ls=dashes[name],
+                lw=1.4,
+                marker="." if len(points) < 3 else "",
+            )
+        axis.set_title(title)
+        axis.set(xlabel="epoch", ylabel="validation top-1 %")
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=6))
+    _legend(figure, [Line2D([], [], color=color[name], ls=dashes[name], label=name) for name in color])
+    return figure
+
+
+def svg(figure: plt.Figure, name: str) -> str:
+    """The figure as an <svg> element that takes the colour of the text around it; `name` keeps its ids apart from
+    others'.
+    """
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    found = text.getvalue()
+    found = re.sub(r"<metadata>.*?</metadata>", "", found[found.index("<svg") :], flags=re.DOTALL).replace(
+        INK, "currentColor"
+    )
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", found)
+
+
+def save(rows: pd.DataFrame, path: Path, force: bool = False) -> None:
+    """Accuracy against peak memory as a file. Raises UserError for a format that matplotlib can't write, or no points.
+
+    A file that is no figure of ours is overwritten by `force` only.
+    """
+    kind = path.suffix.removeprefix(".")
+    if kind not in formats.MAKER:
+        raise UserError(f"figure={path}: expected a file that ends in .svg, .png or .pdf")
+    with plt.rc_context(STYLE):
+        figure, said = pareto(rows, "peak_mib")
+        if figure is None:
+            raise UserError(f"figure={path}: nothing to draw. {said}")
+        data = io.BytesIO()
+        figure.savefig(
+            data,
+            format=kind,
+            bbox_inches="tight",
+            facecolor="white",
+            dpi=160,
+            metadata={formats.MAKER[kind]: formats.MADE_BY},
+        )
+        plt.close(figure)
+    formats.save(path, data.getvalue(), "figure", force)
+
+
+def _styles(names: pd.Series, choices: str | tuple[str, ...]) -> dict[str, str]:
+    return {name: choices[place % len(choices)] for place, name in enumerate(sorted(names.unique()))}
+
+
+def _canvas(count: int) -> tuple[plt.Figure, list[plt.Axes]]:
+    columns = min(3, count)
+    lines = -(-count // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(max(4.6, 3.6 * columns), 3.0 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, list(axes.flat)[:count]
+
+
+def _legend(figure: plt.Figure, handles: list[Line2D]) -> None:
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(6, len(handles))))

@@ -1,0 +1,356 @@
+"""The record of a run: `result.json`, documented key by key, and the identity under which a run is known."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import stat
+import tempfile
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Literal, TypedDict
+
+from s2a_cli import __version__
+from s2a_cli.common.errors import UserError, first_line, printable
+
+SCHEMA = 1
+MOST = 16 << 20  # bytes of a record; the largest has a name for each of some ten thousand classes
+LARGEST = 1e20  # no figure of a record is as large
+DEEPEST, LONGEST = 50, 300  # levels of a record; characters of a name
+
+# Settings that do not change what a run computes: where it runs, where its files lie, what it logs.
+NOT_IDENTITY = (
+    *("device", "busy", "workers", "tensorboard", "profile", "run_dir", "save_minutes", "save_steps"),
+    *("dataset.root", "dataset.download", "backbone.checkpoint"),
+)
+# Settings that are younger than schema 1: at these values a run is the one that it was before there were any.
+YOUNGER = {"dataset.cache": None, "dataset.layout": None, "method.segments": 1, "optim.head_lr": None}
+
+
+class Accuracy(TypedDict):
+    val_top1: float | None  # %, of the best epoch; null without a validation split
+    test_top1: float | None  # %
+    test_top5: float | None  # %; null with fewer than 6 classes
+    best_epoch: int | None  # 1 is the first
+
+
+class Parameters(TypedDict):
+    total: int
+    trainable: int  # head apart
+    head: int
+    percent: float  # trainable, as % of the backbone without its head
+
+
+class MemoryRecord(TypedDict):
+    kind: Literal["measured-cuda", "predicted"]
+    peak_mib: float  # of a training step
+    static_mib: float  # weights, buffers, optimiser state
+    kept_mib: float  # for the backward pass: after the forward pass, less static
+    full_finetune_peak_mib: float  # of full fine-tuning, same backbone, batch and precision, quant=none
+    reserved_mib: float | None  # measured-cuda only: what the allocator took from the device
+    full_finetune_kind: str  # predicted
+
+
+class Throughput(TypedDict):
+    train_images_per_second: float | None  # median over the steps after the first three; images already loaded
+
+
+class Data(TypedDict):
+    name: str  # of the data set in tables
+    revision: str  # hash of the data's content
+    classes: list[str]
+    train: int  # images
+    val: int
+    test: int
+
+
+class Result(TypedDict):
+    schema: int
+    id: str  # 12 hex digits, see identity()
+    status: Literal["ok", "oom", "failed", "interrupted"]  # the last also while the run is going on
+    error: str | None  # one line
+    config: dict[str, Any]  # resolved
+    allocation: dict[str, Any] | None  # the quant settings that quant=auto chose; null where config has them
+    accuracy: Accuracy
+    parameters: Parameters
+    memory: MemoryRecord | None
+    throughput: Throughput
+    data: Data
+    weights: str  # fingerprint of the pretrained tensors
+    environment: dict[str, Any]
+
+
+def content(config: dict[str, Any], revision: str, weights: str) -> str:
+    """All that decides what a run computes, as JSON: its resolved config less NOT_IDENTITY, data, weights, schema."""
+    kept = json.loads(json.dumps(config))
+    for key in NOT_IDENTITY:
+        parent, _, name = key.rpartition(".")
+        (kept[parent] if parent else kept).pop(name, None)
+    for key, value in YOUNGER.items():
+        parent, name = key.split(".")
+        if kept[parent].get(name, value) == value:
+            kept[parent].pop(name, None)
+    return json.dumps({"config": kept, "data": revision, "weights": weights, "schema": SCHEMA}, sort_keys=True)
+
+
+def identity(content: str) -> str:
+    """12 hex digits: the SHA-256 of a run's `content`."""
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions and machine, as far as they bear on a run's figures."""
+    import timm
+    import torch
+
+    from s2a_cli.activations import kernels
+
+    cuda = device.startswith("cuda")
+    return {
+        "s2a": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "kernels": kernels.available() if cuda else "plain",  # what makes the codes
+    }
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, mode: int | None = None) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes its place under `path` whole, at the end, or not at all.
+
+    mode: who may read and write it; null: as for any new file.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask() if mode is None else mode)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):  # moved already
+            os.unlink(temporary)
+        raise
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Writes a file whole or not at all: a temporary file in the same folder, moved into place."""
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_result(folder: Path, result: Result) -> None:
+    atomic_write(folder / "result.json", json.dumps(result, indent=2, default=str) + "\n")
+
+
+def regular(path: Path | str, most: int = MOST) -> bytes:
+    """The bytes of a file.
+
+    Raises ValueError for what is none, such as a pipe or a device, unread, and for more than `most` bytes.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("no regular file")
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"more than {most >> 20} MiB")
+    return data
+
+
+def load(path: Path | str) -> Result:
+    """The record in a file, with None for what an older one lacks.
+
+    Raises OSError for a file that can't be read and ValueError, in one line, for one that is no record: others'
+    programs rely on what Result says.
+    """
+    try:
+        result = json.loads(regular(path))
+        if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+            raise ValueError(f"not a result of schema {SCHEMA}; train this run again")
+        if odd := _odd_value(result) or _odd_type(result, Result, ""):
+            raise ValueError(odd)
+        return _completed(result)
+    except KeyError as error:
+        raise ValueError(f"no {error} in it") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _odd_value(result: dict[str, Any]) -> str | None:
+    """What no record holds: texts that can't be written, numbers that can't be reckoned with, endless nesting."""
+    left: list[tuple[Any, str, int]] = [(result, "", 0)]
+    while left:
+        value, where, depth = left.pop()
+        if depth > DEEPEST:
+            return f"{where[:80]}: nested too deeply"
+        if isinstance(value, dict):
+            left += [(inner, f"{where}.{key}".lstrip("."), depth + 1) for key, inner in value.items()]
+            left += [(key, f"the key {key!r}", depth + 1) for key in value]
+        elif isinstance(value, list):
+            left += [(inner, where, depth + 1) for inner in value]
+        elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            return f"{where}: a text that is no Unicode"
+        elif isinstance(value, int | float) and not abs(value) < LARGEST:  # nan, too
+            return f"{where}: {str(value)[:40]} is no figure"
+    return None
+
+
+def _odd_type(value: Any, kind: Any, where: str) -> str | None:
+    """Where a value is not of a type of Result, in words; None where it is. A key that is missing is not looked for."""
+    if typing.is_typeddict(kind):
+        if not isinstance(value, dict):
+            return f"{where}: {_short(value)}, expected its keys"
+        hints = typing.get_type_hints(kind).items()
+        return next(
+            filter(
+                None, (_odd_type(value[key], of, f"{where}.{key}".lstrip(".")) for key, of in hints if key in value)
+            ),
+            None,
+        )
+    origin, of = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        odd = [_odd_type(value, one, where) for one in of]
+        return None if None in odd else odd[0]
+    if origin is typing.Literal:
+        fits = value in of if isinstance(value, str) else False
+    elif origin is list:
+        fits = isinstance(value, list) and all(isinstance(one, of[0]) for one in value)
+    elif kind is Any or kind is float:
+        fits = kind is Any or (isinstance(value, int | float) and not isinstance(value, bool))
+    else:
+        fits = isinstance(value, origin or kind) and not (kind is int and isinstance(value, bool))
+    if fits:
+        return None
+    expected = ", ".join(of) if origin is typing.Literal else (origin or kind).__name__
+    return f"{where}: {_short(value)}, expected {expected}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else f"{text[:50]}..."
+
+
+def _completed(result: dict[str, Any]) -> Result:
+    """Raises KeyError without what every record has, ValueError for a config that can be none."""
+    config = result["config"]
+    for group in ("backbone", "method", "quant", "dataset", "optim"):
+        if not isinstance(config[group], dict):
+            raise ValueError(f"config.{group}: {_short(config[group])}, expected its settings")
+    names = {f"config.{group}.name": config[group]["name"] for group in ("backbone", "method", "quant")}
+    for key, name in (names | {"data.name": result["data"]["name"]}).items():
+        if not isinstance(name, str) or not 0 < len(name) <= LONGEST:
+            raise ValueError(f"{key}: {_short(name)}, expected a name")
+    if not isinstance(config.get("seed", 0), int):
+        raise ValueError(f"config.seed: {_short(config['seed'])}, expected an integer")
+    for key in ("id", "status", "weights"):
+        result[key] = result[key]
+    result["data"]["revision"] = result["data"]["revision"]
+    for key in ("error", "allocation", "memory"):
+        result.setdefault(key, None)
+    for key in ("accuracy", "throughput"):
+        result[key] = dict.fromkeys(typing.get_type_hints(Result)[key].__annotations__) | result.get(key, {})
+    for quant in (config["quant"], result["allocation"] or {}):
+        if quant.get("blocks"):  # JSON has no integer keys
+            quant["blocks"] = {int(number): settings for number, settings in _items(quant["blocks"])}
+    return {key: value for key, value in result.items() if key in Result.__annotations__}
+
+
+def _items(blocks: Any) -> Any:
+    if not isinstance(blocks, dict):
+        raise ValueError(f"quant.blocks: {_short(blocks)}, expected numbers of blocks with their settings")
+    return blocks.items()
+
+
+class NoResult(UserError):
+    """A folder without a record."""
+
+
+def read_result(folder: Path) -> Result:
+    """The record in a run's folder. Raises NoResult when there is none, UserError when it can't be read or is none."""
+    path = Path(folder) / "result.json"
+    try:
+        return load(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NoResult(f"{folder}: no result.json there; give the folder of a run") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read ({first_line(error)})") from None
+
+
+def read_metrics(path: Path) -> list[tuple[int, float]]:
+    """(epoch, validation top-1 in %) of a metrics.jsonl; a last line that was cut short is skipped.
+
+    Raises OSError for a file that can't be read, ValueError for one that a run does not write.
+    """
+    lines, points = regular(path).decode().splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            point = json.loads(line)
+            epoch, top1 = point["epoch"], point.get("val_top1")
+            if top1 is None:  # there was no validation
+                continue
+            if (
+                isinstance(epoch, bool | str)
+                or isinstance(top1, bool | str)
+                or not 0 <= top1 <= 100
+                or not 0 < epoch < LARGEST
+            ):
+                raise ValueError(f"line {number}: no epoch with a validation top-1 in %")
+            points.append((int(epoch), float(top1)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if number < len(lines):
+                raise ValueError(f"line {number}: {first_line(error)}") from None
+    return points
+
+
+def finished(folder: Path, content: str) -> Result | None:
+    """The record of a run that is done: `content` is what it computes. None while it is not."""
+    try:
+        result = read_result(folder)
+    except UserError:  # no record, or one that is damaged or of another schema: as if there were none
+        return None
+    same = content_of(result) == content
+    return result if same and result["status"] == "ok" else None
+
+
+def content_of(result: Result) -> str:
+    """The `content` of the run that a record is of."""
+    return content(result["config"], result["data"]["revision"], result["weights"])
+
+
+def differences(there: str, here: str) -> list[str]:
+    """What sets a run's `content` apart from another's, a text each: "optim.epochs=2, here 4", "other data"."""
+    one, two = (_leaves(json.loads(text)) for text in (there, here))
+    odd = [key for key in [*one, *(two.keys() - one.keys())] if one.get(key, "not set") != two.get(key, "not set")]
+    named = {"data": "other data", "weights": "other pretrained weights"}
+    said = [
+        named.get(key) or f"{key.removeprefix('config.')}={one.get(key, 'not set')}, here {two.get(key, 'not set')}"
+        for key in odd
+    ]
+    return list(dict.fromkeys(map(printable, said)))
+
+
+def _leaves(node: Any, prefix: str = "") -> dict[str, str]:
+    if not isinstance(node, dict) or not node:
+        return {prefix: json.dumps(node)}
+    return {
+        key: text
+        for name, inner in node.items()
+        for key, text in _leaves(inner, f"{prefix}.{name}".lstrip(".")).items()
+    }

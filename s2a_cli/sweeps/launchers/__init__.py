@@ -1,0 +1,56 @@
+"""Where the runs of a sweep are at work: processes of this machine (local.py), SLURM jobs (slurm.py), Ray tasks
+(ray.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.schema import SweepConfig
+
+PARENT = "S2A_PARENT"  # environment: the sweep's process; a run whose sweep is gone saves where it is and ends
+
+
+class Job(Protocol):
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+
+    def stop(self) -> None:
+        """Asks it to save where it is and to end."""
+
+
+class Engine(Protocol):
+    note: str  # to be said before it starts
+
+    def free(self, running: dict[int, float | None], peak_mib: float | None) -> int | None:
+        """A slot for one more run with this predicted peak beside those {slot: peak} that run; None: not now."""
+
+    def start(self, words: list[str], log: Path, slot: int) -> Job:
+        """Starts `s2a train` with the words; what it says goes to the end of the log."""
+
+    def close(self) -> None: ...
+
+
+def engine(settings: SweepConfig, devices: list[str]) -> Engine:
+    """The engine that the settings name. devices: the `device` of each run. Raises UserError when it is not there."""
+    from s2a_cli.sweeps.launchers.local import Local, gpu_mib, visible_gpus
+
+    if settings.launcher != "local" and settings.pack:
+        raise UserError(f"sweep.pack=true is for the GPUs of this machine, not for sweep.launcher={settings.launcher}")
+    if settings.launcher == "slurm":
+        from s2a_cli.sweeps.launchers.slurm import Slurm
+
+        return Slurm(settings.workers, settings.slurm)
+    if settings.launcher == "ray":
+        from s2a_cli.sweeps.launchers.ray import Ray
+
+        return Ray(settings.workers)
+    gpus = visible_gpus() if any(device in ("auto", "cuda") for device in devices) else []
+    if settings.pack and not gpus:
+        raise UserError(
+            "sweep.pack=true puts several runs on a GPU, and there is none here; set sweep.workers=N instead"
+        )
+    named = any(device.startswith("cuda:") for device in devices)
+    return Local(settings.workers or max(1, len(gpus)), gpus, gpu_mib() if settings.pack else None, named)

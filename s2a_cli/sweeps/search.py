@@ -1,0 +1,282 @@
+"""Search over settings for the best validation accuracy; the test split is left alone.
+
+Every trial is a run as those of a sweep are: a process of its own, known by what it computes. Optuna proposes the
+settings (a tree-structured Parzen estimator, Bergstra et al. 2011) and keeps the trials in a file, so that a search
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shlex
+import signal
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2a_cli import data
+from s2a_cli.common.errors import RunError, UserError, brief, nearest
+from s2a_cli.config.compose import compose, compose_sweep
+from s2a_cli.config.overrides import expand, parsed, steps
+from s2a_cli.config.schema import SweepConfig
+from s2a_cli.results import record, run_folder
+from s2a_cli.sweeps.launchers import Engine, engine
+from s2a_cli.sweeps.sweep import Known, Plan, Sweep
+
+KEYS = {
+    "search.trials": "finished trials to reach",
+    "search.name": "of the study; null: after the settings and their ranges",
+}
+FAILURES = 5  # in a row, at which a search gives up
+ENOUGH = 10  # trials from which on the importance of settings is told
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched: `ranges` {key: word in Hydra's grammar}, and the words that are the same in all trials."""
+
+    ranges: dict[str, str]
+    fixed: list[str]
+
+    def distributions(self) -> dict[str, Any]:
+        return {key: _distribution(word) for key, word in self.ranges.items()}
+
+    def words(self, values: dict[str, Any]) -> list[str]:
+        return [*self.fixed, *(f"{key}={values[key]}" for key in self.ranges)]
+
+    def text(self) -> str:
+        return json.dumps(sorted([*self.ranges.values(), *self.fixed]))
+
+
+def _distribution(word: str) -> Any:
+    """Optuna's form of an interval, of a range, or of several values, which are then kept as they are written."""
+    from hydra.core.override_parser.types import IntervalSweep, RangeSweep
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    value = parsed(word).value()
+    if isinstance(value, IntervalSweep):
+        log = "log" in value.tags
+        if odd := value.tags - {"log"}:
+            raise UserError(f"{word}: tag {min(odd)!r} is not known; there is tag(log,interval(1e-4,1e-2))")
+        if not value.start < value.end or (log and value.start <= 0):
+            raise UserError(
+                f"{word}: expected interval(LOW,HIGH) with LOW below HIGH{' and above 0, for log' if log else ''}"
+            )
+        if not all(map(math.isfinite, (value.start, value.end))):
+            raise UserError(f"{word}: expected finite numbers")
+        return (IntDistribution if isinstance(value.start, int) else FloatDistribution)(value.start, value.end, log=log)
+    is_range = isinstance(value, RangeSweep) and not value.shuffle and steps(word, value)
+    if is_range and all(isinstance(x, int) for x in (value.start, value.stop, value.step)):
+        low, high = sorted((value.range()[0], value.range()[-1]))
+        return IntDistribution(low, high, step=abs(value.step))
+    values = [one.partition("=")[2] for (one,) in expand([word])]
+    return CategoricalDistribution(values)
+
+
+def _first(word: str) -> str:
+    """The word with the first of its values."""
+    from hydra.core.override_parser.types import RangeSweep
+
+    override = parsed(word)
+    value = override.value()
+    if isinstance(value, RangeSweep) and not value.shuffle and steps(word, value):
+        return f"{override.get_key_element()}={next(iter(value.range()))}"
+    return expand([word])[0][0]
+
+
+class Search:
+    """Goes on with a study until it has `trials` finished trials. seed: of the proposals."""
+
+    def __init__(self, study: Any, space: Space, settings: SweepConfig, on: Engine, seed: int = 0):
+        self.study, self.space, self.settings, self.engine, self.seed = study, space, settings, on, seed
+        self.known = Known()
+        self.failures = 0
+
+    def __call__(self, trials: int) -> None:
+        from optuna.trial import TrialState
+
+        broken_off = [trial for trial in self.study.trials if trial.state == TrialState.RUNNING]
+        while (left := trials - len(finished(self.study))) > 0:
+            together = min(left, self.settings.workers or getattr(self.engine, "workers", None) or 1)
+            proposed, broken_off = broken_off[:together], broken_off[together:]
+            self._run(proposed or [self._propose() for _ in range(together)])
+
+    def _propose(self) -> Any:
+        """A new trial; the same after the same trials, whether or not the search was broken off in between."""
+        self.study.sampler = _sampler(self.seed + len(self.study.trials))
+        return self.study.ask(self.space.distributions())
+
+    def _run(self, trials: list[Any]) -> None:
+        """Runs some trials at once and tells the study how they ended. Raises UserError for settings that can't be."""
+        from optuna.trial import TrialState
+
+        members = {}
+        for trial in trials:
+            words = [*self.space.words(trial.params), "test=false"]
+            name = f"trial {trial.number}: " + " ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
+            try:
+                members[trial.number] = self.known.member(words, compose(words), name, Path(self.settings.dir))
+            except UserError:
+                for other in trials:
+                    self.study.tell(other.number, state=TrialState.FAIL, skip_if_finished=True)
+                raise
+        different = {member.content: member for member in members.values()}
+        summary = Sweep(Plan(list(different.values()), settings=self.settings), self.engine)()
+        lines = {member.content: line for member, line in summary.failed}
+        for number, member in members.items():
+            result = record.finished(member.folder, member.content)
+            if result:
+                self.failures = 0
+                self.study.tell(number, result["accuracy"]["val_top1"], skip_if_finished=True)
+                continue
+            self.failures += 1
+            self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+            if self.failures == FAILURES:
+                raise RunError(f"{FAILURES} trials in a row failed; the last: {lines.get(member.content, 'left')}")
+
+
+def _sampler(seed: int) -> Any:
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+
+
+def finished(study: Any) -> list[Any]:
+    """The trials of a study that have a value, the best first."""
+    from optuna.trial import TrialState
+
+    return sorted(
+        (trial for trial in study.trials if trial.state == TrialState.COMPLETE), key=lambda trial: -trial.value
+    )
+
+
+def open_study(folder: Path, name: str, space: Space) -> Any:
+    """The study in `folder`, new or as it was left. Raises UserError when it is one over something else."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path = run_folder.make_run_dir(folder) / f"{name}.db"
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{path}", study_name=name, direction="maximize", load_if_exists=True
+        )
+    except Exception as error:  # what the database says about a file that is not one
+        raise UserError(
+            f"{path}: can't be used as a study ({str(error).splitlines()[0]}); remove it, or set search.name="
+        ) from None
+    there = study.user_attrs.get("space")
+    if there is None:
+        study.set_user_attr("space", space.text())
+    elif there != space.text():
+        changed = min(set(json.loads(there)) ^ set(json.loads(space.text())))
+        raise UserError(
+            f"{path}: a search over something else ({changed} is in one of them only); set search.name= to another name"
+        )
+    return study
+
+
+def read(words: list[str]) -> tuple[Space, int, str | None, SweepConfig]:
+    """What the words of `s2a search` say: space, trials, the study's name, and how runs are started.
+
+    Raises UserError for words that can't be read, and when nothing is to be searched.
+    """
+    own, ranges, fixed, sweep = {}, {}, [], []
+    for word in words:
+        key, _, value = word.removeprefix("++").partition("=")
+        override = parsed(word)
+        if key.startswith("search."):
+            if key not in KEYS:
+                raise UserError(f"{key}: no such setting; accepted: {', '.join(KEYS)}{nearest(key, KEYS)}")
+            own[key] = value
+        elif key.startswith("sweep."):
+            sweep.append(word)
+        elif key == "test":
+            raise UserError(f"{word}: a search leaves the test split alone; train with the best settings to test them")
+        elif override is not None and override.is_sweep_override():
+            ranges[key] = word
+        else:
+            fixed.append(word)
+    trials = own.get("search.trials", "20")
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", trials):
+        raise UserError(f"search.trials={brief(trials)}: expected an integer of at least 1, at most 999999")
+    name = own.get("search.name")
+    if name is not None and not re.fullmatch(r"[\w-]{1,100}", name):
+        raise UserError(f"search.name={brief(name)}: expected letters, digits, - and _, at most 100 of them")
+    if not ranges:
+        raise UserError(
+            "nothing to search: give a setting a range: optim.lr=tag(log,interval(1e-4,1e-2)) or quant=none,int4"
+        )
+    settings = compose_sweep([*(word for word in fixed if word.startswith("experiment=")), *sweep])
+    return Space(ranges, fixed), int(trials), name, settings
+
+
+def search(words: list[str]) -> int:
+    """`s2a search`: goes on with a study, prints its best trials. Returns the exit code."""
+    space, trials, name, settings = read(words)
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        raise UserError("s2a search needs a package that is not here: pip install 's2a[optuna]'") from None
+    space.distributions()
+    config = compose([*space.fixed, *(_first(word) for word in space.ranges.values() if "interval(" not in word)])
+    if not len(data.load(config.dataset).val):
+        raise UserError(f"dataset={config.dataset.name}: no image is left for validation, by which a search chooses")
+    called = hashlib.sha256(space.text().encode()).hexdigest()[:8]
+    study = open_study(
+        Path(settings.dir) / "search", name or f"{config.dataset.name}-{config.method.name}-{called}", space
+    )
+    if done := finished(study):
+        print(f"s2a: going on with {len(done)} finished trials of {study.study_name}", file=sys.stderr)
+    on = engine(settings, [config.device])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs save where they are
+    try:
+        Search(study, space, settings, on)(trials)
+    finally:
+        on.close()
+        print(overview(study, space))
+    return 0
+
+
+def overview(study: Any, space: Space) -> str:
+    """The best trials as a table, what mattered, and the line that trains and tests the best one."""
+    from tabulate import tabulate
+
+    best = finished(study)
+    if not best:
+        return "no trial is finished"
+    rows = [
+        [trial.number, *(_short(trial.params[key]) for key in space.ranges), f"{trial.value:.2f}"]
+        for trial in best[:SHOWN]
+    ]
+    failed = sum(trial.state.name == "FAIL" for trial in study.trials)
+    lines = [tabulate(rows, ["trial", *space.ranges, "val top-1 %"], disable_numparse=True), ""]
+    lines.append(
+        f"best {len(rows)} of {len(best)} finished trials"
+        + (f"; {failed} failed" if failed else "")
+        + ", by validation top-1"
+    )
+    if len(best) >= ENOUGH and (shares := _importance(study)):
+        lines.append("importance (fANOVA): " + ", ".join(f"{key} {100 * share:.0f} %" for key, share in shares.items()))
+    return "\n".join([*lines, "", f"s2a train {shlex.join([*space.words(best[0].params), 'test=true'])}"])
+
+
+def _importance(study: Any) -> dict[str, float]:
+    """{setting: share of the variance of top-1 that it explains}; nothing where all trials came out the same."""
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+    try:
+        return get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+    except (RuntimeError, ValueError):
+        return {}
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

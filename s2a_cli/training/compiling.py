@@ -1,0 +1,54 @@
+"""torch.compile for a run, where its result can be trusted."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from s2a_cli.common.errors import UserError
+from s2a_cli.memory.dataless import Hollow
+from s2a_cli.memory.predict import hollow_tensors
+from s2a_cli.training.step import train_mode
+
+
+def compile_model(model: nn.Module, budget: float | None, image_size: int) -> None:
+    """Compiles a model in place. budget: the share of activations that the compiler may keep, null: as many as it
+    likes.
+
+    Raises UserError for a budget below 1 where the model draws random numbers: the compiler would draw others in what
+    it computes again (PyTorch 2.14).
+    """
+    if budget is not None and budget < 1 and (drawn := random_operators(model, image_size)):
+        raise UserError(
+            f"compile_budget={budget:g}: this model draws random numbers in training ({drawn[0]}), and the compiler"
+            " draws others when it computes activations again, so that gradients would be wrong; set compile_budget=1,"
+            " or the rates of dropout and stochastic depth in backbone.kwargs to 0"
+        )
+    torch._functorch.config.activation_memory_budget = 1.0 if budget is None else budget
+    model.compile()
+
+
+class _Random(TorchDispatchMode):
+    """Collects the operators that draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            names = [argument.name for argument in func._schema.arguments]
+            given = {a.name: a.default_value for a in func._schema.arguments} | dict(zip(names, args)) | (kwargs or {})
+            if given.get("dropout_p") != 0:  # attention without dropout carries the tag, too
+                self.found.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+def random_operators(model: nn.Module, image_size: int) -> list[str]:
+    """The operators with which a forward pass in training draws random numbers; nothing is computed."""
+    with Hollow(), hollow_tensors(model), _Random() as drawn, torch.no_grad():
+        train_mode(model)
+        dtype = next(model.parameters()).dtype
+        model(torch.empty(2, 3, image_size, image_size, dtype=dtype))
+    return drawn.found

@@ -1,0 +1,387 @@
+"""`dataset.cache=taps`: what the trained part reads of a frozen backbone, computed once for each image and kept in
+files.
+
+A file holds one split: a JSON header that says all on which its content depends, then a row of bytes for each image,
+and one for its mirror image behind it where training mirrors, then a checksum of all this. Runs of one user that would
+compute the same read the same files.
+
+Checked when a run opens a file, once: that it is a regular file of this user, that its header and its length are those
+expected, and the checksum over every byte, which reads the file as one epoch does; then that a batch of it equals what
+the model computes now. A file that is damaged or of another content is filled again, one of another user is refused.
+From then on the file that was checked stays open; what is read from it while training is not checked again.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import PIL
+import timm
+import torch
+import torchvision
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from s2a_cli import data, memory
+from s2a_cli.backbones import Backbone
+from s2a_cli.common.errors import RunError, UserError
+from s2a_cli.common.files import lock
+from s2a_cli.common.progress import Progress
+from s2a_cli.data.batches import Batches
+from s2a_cli.memory.result import MIB
+from s2a_cli.methods.parts.feature_head import Taps
+from s2a_cli.results.record import atomic_file
+from s2a_cli.training.loop import guarded, stopping
+from s2a_cli.training.step import Step, make_optimizer, train_mode
+
+if TYPE_CHECKING:
+    from s2a_cli.training.trainer import Run
+
+SCHEMA = 2  # of the files
+HEADER = 4096  # bytes, or a multiple of it
+PRIVATE = 0o600  # what the backbone sees of photos, which may be private
+CHUNK = 1 << 22  # bytes
+IMAGES = 16  # in a forward pass that fills a file, at most
+ELSEWHERE = ("root", "download", "cache", "scale", "hflip")  # settings of a data set that change no kept image
+
+
+class Kept:
+    """One split's file: rows of `fields`, each (shape without the batch, dtype), for `images` images.
+
+    mirrored: whether each image has a second row, that of its mirror image.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        key: dict[str, Any],
+        images: int,
+        mirrored: bool,
+        fields: list[tuple[tuple[int, ...], torch.dtype]],
+    ):
+        self.fields, self.mirrored = fields, mirrored
+        self.rows = images * (1 + mirrored)
+        self.sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in fields]
+        about = key | {"rows": self.rows, "tensors": [[list(shape), str(dtype)] for shape, dtype in fields]}
+        text = json.dumps(about, sort_keys=True).encode()
+        self.path = folder / f"{key['split']}-{sha256(text).hexdigest()[:16]}.taps"
+        self.header = text.ljust(-(-(len(text) + 1) // HEADER) * HEADER - 1) + b"\n"
+        self._map: np.memmap | None = None  # of the file that was found whole
+
+    @property
+    def bytes(self) -> int:
+        return len(self.header) + self.rows * sum(self.sizes) + sha256().digest_size
+
+    def whole(self) -> bool:
+        """Whether the file is there, and every byte as it was written; it then stays open.
+
+        Raises UserError for a file of another user, and for one that is none, such as a link or a pipe.
+        """
+        if self._map is not None:
+            return True
+        try:
+            file = open(self.path, "rb", opener=_opener)  # noqa: SIM115 (the errors of opening are told apart)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
+                raise self._refused("is no regular file") from None
+            return False
+        with file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise self._refused("is no regular file")
+            if about.st_uid != _me(self.path.parent):
+                raise self._refused("belongs to another user")
+            content = self.bytes - sha256().digest_size
+            if about.st_size != self.bytes or file.read(len(self.header)) != self.header:
+                return False
+            if os.pread(file.fileno(), self.bytes - content, content) != _checksum(file, content):
+                return False
+            self._map = np.memmap(file, np.uint8, "r", offset=len(self.header), shape=(self.rows, sum(self.sizes)))
+        return True
+
+    def _refused(self, why: str) -> UserError:
+        return UserError(
+            f"dataset.cache=taps: {self.path} {why}: it could hold anything; remove it, or point S2A_DATA elsewhere"
+        )
+
+    def write(self, batches: Iterator[Sequence[Taps]]) -> None:
+        """Fills the file: whole, or not at all. batches: the taps of some images, and those of their mirror images."""
+        self._map = None
+        with atomic_file(self.path, PRIVATE) as file:
+            file.write(self.header)
+            for views in batches:
+                rows = [
+                    torch.cat([t.cpu().flatten(1).contiguous().view(torch.uint8) for t in taps.tensors], 1)
+                    for taps in views
+                ]
+                file.write(torch.stack(rows, 1).numpy())
+            file.flush()
+            file.write(_checksum(file, self.bytes - sha256().digest_size))
+
+    def discard(self) -> None:
+        self._map = None
+        self.path.unlink(missing_ok=True)
+
+    def batch(self, rows: Sequence[int]) -> Taps:
+        """Those rows, read from the disk or the system's cache of it. Raises RunError where the file is not whole."""
+        if not self.whole():
+            raise RunError(f"dataset.cache=taps: {self.path} was changed or removed since it was filled")
+        parts = torch.from_numpy(self._map[list(rows)]).split(self.sizes, 1)
+        own = (part.clone(memory_format=torch.contiguous_format) for part in parts)  # aligned, unlike a view of a row
+        return Taps(part.view(dtype).view(-1, *shape) for part, (shape, dtype) in zip(own, self.fields))
+
+
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would wait for one that writes
+
+
+def _me(folder: Path) -> int:
+    """The owner of what this process writes there: not always its own number, on a disk of another machine."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_uid
+    except OSError:  # a disk that is full, or can't be written to
+        return os.geteuid()
+
+
+def _checksum(file: IO[bytes], size: int) -> bytes:
+    """SHA-256 of the SHA-256 of each CHUNK of the first `size` bytes, which threads read and hash together."""
+
+    def one(start: int) -> bytes:
+        return sha256(os.pread(file.fileno(), min(CHUNK, size - start), start)).digest()
+
+    whole = sha256()
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for digest in pool.map(one, range(0, size, CHUNK)):
+            whole.update(digest)
+    return whole.digest()
+
+
+class TapLoader(data.Loader):
+    """Batches of (Taps, labels) in the order, and with the mirror images, of the `Loader` that loads the images
+    themselves.
+    """
+
+    def __init__(self, kept: Kept, labels: list[int], config: DictConfig, train: bool, part: tuple[int, int]):
+        self._batches = Batches(len(labels), config.optim.batch_size, config.seed, 0, train, part)
+        self.kept, self.labels = kept, torch.tensor(labels)
+        self.seed, self.hflip = config.seed, config.dataset.hflip if train else 0.0
+
+    def __iter__(self) -> Iterator[tuple[Taps, Tensor]]:
+        for batch in self._batches:
+            rows = [index * (1 + self.kept.mirrored) + self._mirrors(epoch, index) for epoch, index in batch]
+            yield self.kept.batch(rows), self.labels[[index for _, index in batch]]
+
+    def _mirrors(self, epoch: int, index: int) -> bool:
+        return self.hflip > 0 and mirrors(self.seed, epoch, index, self.hflip)
+
+
+def mirrors(seed: int, epoch: int, index: int, probability: float) -> bool:
+    """Whether v2.RandomHorizontalFlip mirrors this image: the one random draw of a transform without a crop."""
+    generator = torch.Generator().manual_seed(data.mix(seed, epoch, index))
+    return torch.rand(1, generator=generator).item() < probability
+
+
+@dataclass
+class Cache:
+    """The files of a run, by split."""
+
+    kept: dict[str, Kept]
+    peak_mib: float | None  # measured on CUDA, of the forward passes that fill them
+
+    def loader(self, run: Run, split: str, train: bool, part: tuple[int, int]) -> TapLoader:
+        return TapLoader(self.kept[split], getattr(run.splits, split).labels, run.config, train, part)
+
+
+def check_steady(backbone: Backbone) -> None:
+    """Raises UserError for a backbone whose frozen part computes something else, or something random, in training."""
+    model, size, weight = backbone.model, backbone.image.size, next(backbone.model.parameters())
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        image = torch.randn(1, 3, size, size, dtype=weight.dtype, device=weight.device)
+        train_mode(model)
+        before = torch.get_rng_state()
+        trained, _ = backbone.tail.capture(lambda: model(image))
+        drawn = not torch.equal(before, torch.get_rng_state())
+        tested, logits = backbone.tail.capture(lambda: model.eval()(image))
+        steady = not drawn and all(map(torch.equal, trained.tensors, tested.tensors))
+        whole = torch.allclose(backbone.tail.eval()(tested), logits, rtol=1e-3, atol=1e-4)
+    if not whole:
+        raise UserError(
+            f"dataset.cache=taps: the logits of {type(model).__name__} are more than the mean of its classifier's"
+            " layers"
+        )
+    if not steady:
+        raise UserError(
+            f"dataset.cache=taps: {type(model).__name__} is another in training than in evaluation, with dropout or"
+            " dropped paths; switch them off, such as with backbone.kwargs.drop_path_rate=0"
+        )
+
+
+def fill_size(config: DictConfig) -> int:
+    """Images in a forward pass that fills a file."""
+    return min(IMAGES, config.optim.micro_batch or config.optim.batch_size)
+
+
+def opened(run: Run) -> Cache:
+    """The files of a run, filled where they are missing or damaged. The model is left on the CPU, its tail on the
+    device.
+
+    Raises UserError where the folder can't be written to, RunError where the disk has not the room, KeyboardInterrupt
+    when it is asked to stop; what was there before stays, what was begun does not.
+    """
+    config, tail, model, device = run.config, run.backbone.tail, run.model, run.device
+    step = Step(config, device, run.backbone.block_modules)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    @torch.no_grad()
+    def read(images: Tensor) -> tuple[Taps, Tensor]:
+        return tail.capture(lambda: step.logits(model, images.to(device, step.dtype)))
+
+    model.eval()
+    loaded = data.build_transform(run.backbone.image, config.dataset, train=False)
+    few = run.splits.train.subset(range(min(fill_size(config), len(run.splits.train))))
+    images, _ = next(iter(data.loader(few, loaded, len(few), workers=0)))
+    taps, logits = read(images)  # also where nothing is to be filled: for the measured peak, and as a check
+    with torch.no_grad():
+        if not _close(Taps([step.logits(tail, taps)]), Taps([logits])):
+            raise UserError(f"dataset.cache=taps: the logits of {type(model).__name__} are not what its head returns")
+    folder = data.data_folder(config.dataset).parent / "taps"
+    kept = _files(run, folder, [(tuple(t.shape[1:]), t.dtype) for t in taps.tensors])
+    train = kept["train"]
+    if train.whole() and not _close(train.batch(range(0, train.rows, 1 + train.mirrored)[: len(few)]), taps):
+        for one in kept.values():  # other figures than those of this model
+            one.discard()
+    missing = {split: one for split, one in kept.items() if not one.whole()}
+    size = f"{sum(one.bytes for one in kept.values()) / MIB:,.1f} MiB"
+    if missing:
+        need = sum(one.bytes for one in missing.values())
+        print(
+            f"dataset.cache=taps: {size} for {sum(one.rows for one in kept.values())} images and mirror images in"
+            f" {folder}",
+            flush=True,
+        )
+        _room(folder, need)
+        for split, one in missing.items():
+            _fill(run, split, one, read)
+    else:
+        print(f"dataset.cache=taps: {size}, there already, in {folder}", flush=True)
+    peak = None
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / MIB
+        model.to("cpu")
+        tail.to(device)
+        torch.cuda.empty_cache()
+    return Cache(kept, peak)
+
+
+def _close(one: Taps, two: Taps) -> bool:
+    """Equal up to the rounding of other kernels."""
+    pairs = zip(one.tensors, two.tensors, strict=True)
+    return all(
+        (a.float() - b.cpu().float()).abs().max() <= 0.02 * b.float().abs().max().cpu()
+        for a, b in ((a.cpu(), b) for a, b in pairs)
+    )
+
+
+def _files(run: Run, folder: Path, fields: list[tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Kept]:
+    config, tail = run.config, run.backbone.tail
+    settings = {key: value for key, value in OmegaConf.to_container(config.dataset).items() if key not in ELSEWHERE}
+    key = {
+        "schema": SCHEMA,
+        "user": os.getuid() if hasattr(os, "getuid") else 0,  # in a shared folder each has files of their own
+        "data": [run.splits.revision, settings],
+        "backbone": [
+            config.backbone.timm,
+            OmegaConf.to_container(config.backbone.kwargs),
+            config.backbone.weights,
+            run.weights,
+        ],
+        "image": asdict(run.backbone.image),
+        "reads": [tail.branch is not None, tail.reads],
+        "precision": [config.precision, run.device.type],
+        "versions": [torch.__version__, torchvision.__version__, timm.__version__, PIL.__version__],
+    }
+    kept = {}
+    for split in ("train", "val", *(["test"] if config.test else [])):
+        images, mirrored = len(getattr(run.splits, split)), split == "train" and config.dataset.hflip > 0
+        kept[split] = Kept(folder, key | {"split": split}, images, mirrored, fields)
+    return kept
+
+
+def _room(folder: Path, need: int) -> None:
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if (free := shutil.disk_usage(there).free) < need:
+        raise RunError(
+            f"dataset.cache=taps: needs {need / MIB:,.0f} MiB in {folder}, where {free / MIB:,.0f} MiB are free;"
+            " make room, point S2A_DATA to another disk, or set dataset.cache=null"
+        )
+
+
+def _fill(run: Run, split: str, kept: Kept, read: Callable[[Tensor], tuple[Taps, Tensor]]) -> None:
+    images, config = getattr(run.splits, split), run.config
+    with lock(kept.path.parent, kept.path.name):
+        if kept.whole():  # by now: another run was at it
+            return
+        for litter in kept.path.parent.glob(f".{kept.path.name}.????????"):  # of a process that was killed
+            litter.unlink(missing_ok=True)
+        transform = data.build_transform(run.backbone.image, config.dataset, train=False)
+        loader = data.loader(
+            images, transform, fill_size(config), workers=config.workers, pin_memory=run.device.type == "cuda"
+        )
+        with Progress(f"dataset.cache=taps, {split}", len(images), " images") as progress, stopping() as asked:
+
+            def batches() -> Iterator[list[Taps]]:
+                for batch, _ in guarded(loader, asked):
+                    yield [read(view)[0] for view in ((batch, batch.flip(-1)) if kept.mirrored else (batch,))]
+                    progress.add(len(batch))
+                    if asked():
+                        raise KeyboardInterrupt
+
+            try:
+                kept.write(batches())
+            except OSError as error:
+                raise RunError(
+                    f"dataset.cache=taps: {kept.path} can't be written ({error.strerror}): it takes"
+                    f" {kept.bytes / MIB:,.0f} MiB; make room, point S2A_DATA to another disk, or set"
+                    " dataset.cache=null"
+                ) from None
+
+
+def profile(
+    backbone: Backbone, config: DictConfig, step: Step, batch: tuple[Tensor, Tensor], blocks: dict[str, nn.Module]
+) -> memory.Profile:
+    """The predicted memory of a run: the forward pass that fills the files, or the step of the trained part alone,
+    whichever takes more.
+    """
+    tail, (images, targets), fields = backbone.tail, batch, []
+
+    def make(model: nn.Module) -> Optimizer:
+        return make_optimizer(config.optim, model)
+
+    def fills(model: nn.Module, optimizer: Optimizer, images: Tensor, after_forward: Callable[[], None]) -> None:
+        with torch.no_grad():
+            taps, _ = tail.capture(lambda: step.logits(model, images))
+        fields[:] = [(t.shape[1:], t.dtype) for t in taps.tensors]
+        after_forward()
+
+    def trains(model: nn.Module, optimizer: Optimizer, *tensors: Tensor, after_forward: Callable[[], None]) -> None:
+        step(model, optimizer, Taps(tensors[:-1]), tensors[-1], after_forward)
+
+    filling = memory.profile(backbone.model, [images[: fill_size(config)]], fills, make, blocks)
+    taps = [torch.empty(len(targets), *shape, dtype=dtype) for shape, dtype in fields]
+    training = memory.profile(tail, [*taps, targets], trains, make, {})
+    return max(filling, training, key=lambda profile: profile.memory.peak_mib)

@@ -1,0 +1,332 @@
+"""The training loop of one run. It can be broken off between any two steps, and goes on exactly as if it had not been.
+
+All randomness is a function of (seed, epoch, step) or (seed, epoch, image), so that a state is no more than tensors, a
+place and the figures so far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchvision.transforms import v2
+
+from s2a_cli import data, memory
+from s2a_cli.activations.quant.calibration import LOOKS
+from s2a_cli.common import distributed
+from s2a_cli.common.errors import RunError, first_line
+from s2a_cli.common.progress import Progress
+from s2a_cli.results import record
+from s2a_cli.sweeps.launchers import PARENT
+from s2a_cli.training import checkpoints
+from s2a_cli.training.pending import Pending
+from s2a_cli.training.step import Step, make_optimizer, train_mode
+
+if TYPE_CHECKING:
+    from s2a_cli.training.trainer import Run
+
+WARMUP_STEPS = 3  # left out of throughput and of measured memory
+
+
+@dataclass
+class Sofar:
+    """Where a run is: the next step is `step` (from 0) of `epoch` (from 1), and what came out before it."""
+
+    epoch: int = 1
+    step: int = 0
+    loss: float = 0.0  # summed over the images of this epoch
+    images: int = 0  # of this epoch
+    seconds: float = 0.0  # of this epoch
+    lr: float = 0.0  # of the last step
+    rates: list[float] = field(default_factory=list)  # images a second, of each step
+    lines: list[str] = field(default_factory=list)  # of metrics.jsonl
+    best: list[float] = field(default_factory=lambda: [-1.0, 0.0])  # validation top-1 and -loss: small splits tie often
+
+
+class Fit:
+    """Trains a run, keeps the tensors of the epoch with the best validation accuracy, tests these once.
+
+    board: a SummaryWriter, or None. Call it with the run's state, if there is one:
+    `Fit(...)(checkpoints.load_state(folder))`. Fills in `accuracy`, `throughput` and, on CUDA, `memory` of the result.
+    """
+
+    def __init__(self, run: Run, folder: Path, result: record.Result, board: Any = None):
+        self.run, self.folder, self.result, self.board = run, folder, result, board
+        self.optim = run.config.optim
+        self.step = Step(run.config, run.device, run.backbone.block_modules)
+        self.optimizer = make_optimizer(self.optim, run.model)
+        self.loader, self.validation = run.loader("train", train=True), run.loader("val")
+        self.schedule = LambdaLR(self.optimizer, lr_factor(self.optim, len(self.loader)))
+        self.mix = mixing(self.optim, len(run.splits.classes))
+        self.meter = memory.meter(run.device, WARMUP_STEPS)
+        self.sofar = Sofar()
+        self._pending: Pending | None = None  # the last step, where a GPU may still be at it
+
+    def __call__(self, state: dict[str, Any] | None) -> None:
+        if state:
+            self._restore(state)
+        images = self.optim.epochs * len(self.run.splits.train)
+        done = (self.sofar.epoch - 1) * len(self.run.splits.train) + self.sofar.images
+        with (
+            Progress("training", images, " images", done, quiet=not distributed.is_first()) as progress,
+            stopping() as asked,
+        ):
+            while self.sofar.epoch <= self.optim.epochs:
+                self._epoch(progress, asked)
+        result, rates, meter = self.result, self.sofar.rates[WARMUP_STEPS:], self.meter
+        if rates:
+            result["throughput"]["train_images_per_second"] = statistics.median(rates)
+        if meter and meter.memory:
+            full = {k: v for k, v in (result["memory"] or {}).items() if k.startswith("full_")}
+            result["memory"] = meter.memory.as_dict() | full
+            if cache := self.run.cache:  # the forward passes that fill it count as well
+                result["memory"]["peak_mib"] = round(max(meter.memory.peak_mib, cache.peak_mib), 2)
+        if self.run.config.test:
+            distributed.wait()  # the first one may still be writing
+            checkpoints.load(self.folder, self.run.model, self.run.weights)
+            scores = accuracy(self.run, self.run.loader("test"))
+            result["accuracy"].update(test_top1=scores["top1"], test_top5=scores["top5"])
+
+    def _epoch(self, progress: Progress, asked: Callable[[], bool]) -> None:
+        """The rest of an epoch: its steps, validation, a line of metrics, a state.
+
+        Ends early when it is asked to stop.
+        """
+        config, at, epoch = self.run.config, self.sofar, self.sofar.epoch
+        train_mode(self.run.model)
+        self.loader.epoch, self.loader.skip = epoch, at.step
+        begun, saved = time.perf_counter() - at.seconds, time.monotonic()
+        for images, targets in guarded(self.loader, asked):
+            torch.manual_seed(data.mix(config.seed, epoch, at.step))  # dropout and mixing: f(seed, epoch, step)
+            due = time.monotonic() - saved > 60 * config.save_minutes
+            stop, save = self._train(images, targets, asked, due)
+            del images, targets  # nothing of a step is alive when the next begins
+            mean = f"{at.loss / at.images:.3f}" if at.images else "..."
+            progress.add(self.loader.size(at.step - 1), epoch=f"{epoch}/{self.optim.epochs}", loss=mean)
+            at.seconds = time.perf_counter() - begun
+            if stop or save or (config.save_steps and at.step % config.save_steps == 0):
+                self._catch_up()
+                self._save()
+                saved = time.monotonic()
+            if stop:
+                raise KeyboardInterrupt
+        self._catch_up()
+        try:
+            scores = accuracy(self.run, self.validation, asked)
+        except KeyboardInterrupt:
+            self._save()
+            raise
+        if (found := [scores["top1"], -scores["loss"]]) > at.best:
+            at.best = found
+            self.result["accuracy"].update(val_top1=scores["top1"], best_epoch=epoch)
+            if distributed.is_first():
+                state = checkpoints.trainable_state(self.run.model)
+                checkpoints.save(self.folder, state, self.step.fitted, self.run.weights)
+        line = {
+            "epoch": epoch,
+            "train_loss": at.loss / at.images,  # with several votes the mean of theirs
+            "val_loss": scores["loss"],
+            "val_top1": scores["top1"],
+            "lr": at.lr,
+            "seconds": time.perf_counter() - begun,
+        }
+        self.sofar = Sofar(epoch + 1, rates=at.rates, lines=[*at.lines, json.dumps(line) + "\n"], best=at.best)
+        if distributed.is_first():
+            record.atomic_write(self.folder / "metrics.jsonl", "".join(self.sofar.lines))
+        self._save()
+        progress.note(
+            f"epoch {epoch}/{self.optim.epochs}: loss {line['train_loss']:.3f}, val top-1 {line['val_top1']:.2f} %"
+        )
+        for key in line.keys() - {"epoch"} if self.board else ():
+            self.board.add_scalar(key, line[key], epoch)
+
+    def _train(self, images: Tensor, targets: Tensor, asked: Callable[[], bool], due: bool) -> tuple[bool, bool]:
+        """One step, measured.
+
+        Returns whether to stop behind it and whether to save, each in all processes or in none.
+        """
+        at, device, meter = self.sofar, self.run.device, self.meter
+        count, at.lr = self.loader.size(at.step), self.optimizer.param_groups[0]["lr"]
+        pending = Pending(device, at.step + 1, count)
+        if meter:
+            meter.step_begins()
+        images, targets = self.mix(sent(images, device), sent(targets, device))
+        images = images.to(self.step.dtype)  # here, where no copy stays beside it
+        after = [meter.after_forward] if meter else []
+        loss = self.step(self.run.trained, self.optimizer, images, targets, *after, of=count)
+        pending.ends(loss)
+        if meter:
+            meter.step_ends()
+        self.schedule.step()
+        at.step += 1
+        before, self._pending = (self._pending, pending) if pending.is_late else (pending, None)
+        stops, saves = self._count(before, asked(), due and distributed.is_first())
+        steps = (at.epoch - 1) * len(self.loader) + at.step - 1
+        if distributed.part()[1] > 1 and steps <= LOOKS[-1]:  # the first one's codes, in all processes
+            self.step.calibration = distributed.from_first(lambda: self.step.calibration)
+        return stops > 0, saves > 0
+
+    def _count(self, step: Pending | None, *flags: bool) -> list[float]:
+        """Adds a step's figures to those so far, those of all processes. Returns how many of them raise each flag."""
+        at, (loss, seconds) = self.sofar, step.read() if step else (0.0, 0.0)
+        loss, *flags = distributed.total(loss, *flags)
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss is {loss} in epoch {at.epoch}, step {step.number}: lower optim.lr={self.optim.lr:g}"
+            )
+        if step:
+            at.rates.append(step.images / seconds)
+            at.loss, at.images = at.loss + loss * step.images, at.images + step.images
+        return flags
+
+    def _catch_up(self) -> None:
+        """Counts the last step."""
+        if self._pending:
+            pending, self._pending = self._pending, None
+            self._count(pending)
+
+    def _save(self) -> None:
+        if distributed.is_first():
+            kept = {
+                "content": self.run.content,
+                "allocation": self.result["allocation"],
+                "accuracy": self.result["accuracy"],
+                "sofar": vars(self.sofar),
+                "model": checkpoints.trainable_state(self.run.model),
+                "calibration": self.step.calibration,
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": self.step.scaler.state_dict(),
+            }
+            checkpoints.save_state(self.folder, kept)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        try:
+            checkpoints.restore(self.run.model, state["model"])
+            self.step.calibration = state["calibration"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.step.scaler.load_state_dict(state["scaler"])
+            self.result["accuracy"] = state["accuracy"]
+            self.sofar = Sofar(**state["sofar"])
+        except Exception as error:  # torch and Python raise kinds of their own for what is no such state
+            raise checkpoints.damaged(self.folder / checkpoints.STATE, first_line(error)) from None
+        if distributed.is_first():
+            record.atomic_write(self.folder / "metrics.jsonl", "".join(self.sofar.lines))
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Makes Ctrl-C and SIGTERM wait for the end of a step; yields what tells that one came. A second one ends it at
+    once.
+
+    The end of the sweep that started this process counts as one: nobody would know that it goes on.
+    """
+    came, parent = threading.Event(), os.environ.get(PARENT)
+
+    def asked() -> bool:
+        return came.is_set() or (parent is not None and os.getppid() != int(parent))
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if came.is_set():
+            raise KeyboardInterrupt
+        came.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def guarded(loader: data.Loader, asked: Callable[[], bool]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches. Raises KeyboardInterrupt when the next one does not come because of a Ctrl-C."""
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError:  # Ctrl-C reaches the processes that load images, too
+            if asked():
+                raise KeyboardInterrupt from None
+            raise
+        yield batch
+        del batch
+
+
+def lr_factor(optim: DictConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    """step -> share of the learning rate: linear warm-up, then constant or a cosine to zero."""
+    total, warmup = optim.epochs * steps_per_epoch, optim.warmup_epochs * steps_per_epoch
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if optim.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    return factor
+
+
+def mixing(optim: DictConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """mixup and cutmix on a batch; with both, one of them at random. Without, the batch as it is."""
+    kinds = [
+        kind(alpha=a, num_classes=classes) for kind, a in ((v2.MixUp, optim.mixup), (v2.CutMix, optim.cutmix)) if a
+    ]
+    return v2.RandomChoice(kinds) if kinds else lambda images, targets: (images, targets)
+
+
+def sent(batch: Tensor, device: torch.device) -> Tensor:
+    """A batch on the device.
+
+    The host waits for a copy to CUDA no longer than until it is on its way: batches are pinned.
+    """
+    return batch.to(device, non_blocking=device.type == "cuda")
+
+
+@torch.no_grad()
+def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: False) -> dict[str, float | None]:
+    """Mean loss, top-1 and top-5 in % over a split; top-5 is None with fewer than six classes.
+
+    Raises KeyboardInterrupt when it is asked to stop.
+    """
+    run.model.eval()
+    step = Step(run.config, run.device, run.backbone.block_modules)
+    found = [
+        torch.zeros(3, device=run.device)
+    ]  # loss, top-1 and top-5 of each batch; read once: the host does not wait for the device
+    count = 0
+    five = len(run.splits.classes) > 5
+    alone = distributed.part()[1] == 1  # with others there is no stop before the sums that they wait for
+    for images, targets in guarded(loader, asked):
+        images, targets = sent(images, run.device), sent(targets, run.device)
+        logits = step.logits(run.trained, images)
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        top1 = (logits.argmax(1) == targets).sum()
+        top5 = (logits.topk(5).indices == targets[:, None]).sum() if five else torch.zeros_like(top1)
+        found.append(torch.stack([loss, top1, top5]))  # counts in fp32 are exact
+        count += len(images)
+        if alone and asked():
+            raise KeyboardInterrupt
+    loss, top1, top5, count = distributed.total(*torch.stack(found).cpu().double().sum(0).tolist(), count)
+    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count if five else None}

@@ -1,0 +1,153 @@
+"""One optimisation step, the same for training, for the prediction of its memory and for benchmarks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from s2a_cli.activations import ActivationMode, remember
+from s2a_cli.config.schema import OptimConfig, RunConfig
+from s2a_cli.methods.parts.deep_supervision import at_once, vote_losses
+from s2a_cli.training.gradient_sum import GradientSum
+
+AUTOCAST = {"amp-bf16": torch.bfloat16, "amp-fp16": torch.float16}
+
+
+def weight_dtype(precision: str) -> torch.dtype:
+    """What the weights are stored in: bf16 under `bf16`, fp32 otherwise."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def set_matmul_precision(precision: str) -> None:
+    """Whether CUDA multiplies and convolves fp32 in TF32, which rounds to 10 bits of mantissa: under `tf32` alone.
+
+    PyTorch's own defaults differ between the two: matrix products don't, convolutions do.
+    """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def moving_norms(model: nn.Module) -> list[nn.Module]:
+    """The BatchNorms whose weight trains: they normalise by the batch's statistics and move their running ones."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [norm for norm in norms if norm.weight is not None and norm.weight.requires_grad]
+
+
+def train_mode(model: nn.Module) -> None:
+    """Training mode, in which all other BatchNorms stay on their pretrained statistics."""
+    moving = set(moving_norms(model.train()))
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in moving:
+            module.eval()
+
+
+def make_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
+    """AdamW or SGD over the trainable parameters; weight decay on weight matrices only, never on biases, norms,
+    prompts.
+
+    A module's `lr_scale`, where it has one, multiplies the learning rate of its parameters.
+    """
+    scales = {
+        p: module.lr_scale for module in model.modules() if hasattr(module, "lr_scale") for p in module.parameters()
+    }
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # (learning rate, weight decay)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decay = config.weight_decay if name.endswith("weight") and p.ndim > 1 else 0.0
+            groups.setdefault((config.lr * scales.get(p, 1.0), decay), []).append(p)
+    listed = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    return SGD(listed, momentum=config.momentum) if config.name == "sgd" else AdamW(listed)
+
+
+class Step:
+    """Forward, backward and update of one batch under a run's precision, quantisation and accumulation.
+
+    blocks: the modules of the backbone that quant.recompute and quant.chunks are about.
+    Call: step(model, optimizer, images [B, 3, H, W] normalised, targets [B] or [B, classes]) -> mean loss (detached
+    scalar; over the votes too, where there are several). A method's votes are back-propagated within the forward pass.
+    `after_forward` is called after each forward pass, when all that is kept for the backward pass is alive (of a method
+    that trains in segments: of the last one). Where several processes share a batch, `of` is its number of images, and
+    the losses returned add up to its mean loss.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device, blocks: Iterable[nn.Module] = ()):
+        self.optim, self.device = config.optim, device
+        if device.type == "cuda":
+            set_matmul_precision(config.precision)
+        self.autocast_dtype = AUTOCAST.get(config.precision)
+        self.dtype = weight_dtype(config.precision)
+        quant = config.quant  # handlers read it at every operator: a plain dataclass is ten times faster
+        self.memory = remember(OmegaConf.to_object(quant) if isinstance(quant, DictConfig) else quant, blocks)
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
+        self._sum: GradientSum | None = None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp-fp16")
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """What the codes of activations are fitted to so far, as a state; nothing without codes."""
+        return self.memory.calibration.state_dict() if isinstance(self.memory, ActivationMode) else {}
+
+    @calibration.setter
+    def calibration(self, state: dict[str, Any]) -> None:
+        if isinstance(self.memory, ActivationMode):
+            self.memory.calibration.load_state_dict(state)
+
+    @property
+    def fitted(self) -> dict[str, Tensor]:
+        """{layer: the levels or channels of its codes}."""
+        return self.memory.calibration.fitted() if isinstance(self.memory, ActivationMode) else {}
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
+
+    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """[B, classes] in fp32; [votes, B, classes] from a method that votes more than once in training."""
+        with self.memory, self.autocast():
+            return model(images.to(self.dtype)).float()
+
+    def losses(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss over the batch of each vote, [votes]."""
+        return vote_losses(self.logits(model, images), targets, self.criterion)
+
+    def learn(self, targets: Tensor, share: float, vote: Tensor) -> None:
+        """Back-propagates the loss of one vote [B, classes], times `share`."""
+        with torch.autocast(self.device.type, enabled=False):  # as after the forward pass
+            self.scaler.scale(self.criterion(vote.float(), targets) * share).backward()
+
+    def __call__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        images: Tensor,
+        targets: Tensor,
+        after_forward: Callable[[], None] = lambda: None,
+        of: int | None = None,
+    ) -> Tensor:
+        total, of = torch.zeros((), device=images.device), of or len(images)
+        size = self.optim.micro_batch or len(images)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        if self._sum is None or not self._sum.fits(trained):
+            self._sum = GradientSum(trained)
+        parts = list(zip(images.split(size), targets.split(size)))
+        for number, (part, target) in enumerate(parts, 1):
+            share = len(part) / of
+            with at_once(functools.partial(self.learn, target, share)):
+                losses = self.losses(model, part, target) * share
+            after_forward()
+            with self._sum.last_backward() if number == len(parts) else nullcontext():
+                self.scaler.scale(losses.sum()).backward()
+            total += losses.detach().mean()
+        if self.optim.clip_grad:
+            self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), self.optim.clip_grad)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return total
