@@ -37,11 +37,12 @@ from s2a_cli import backbones, memory
 from s2a_cli.activations.piece_sizes import BY_DEVICE
 from s2a_cli.backbones import Backbone
 from s2a_cli.common.errors import UserError, first_line
+from s2a_cli.common.files import atomic_write
 from s2a_cli.common.progress import Progress
 from s2a_cli.config.compose import compose
 from s2a_cli.methods import METHODS
-from s2a_cli.results.record import atomic_write, environment
-from s2a_cli.training import trainer
+from s2a_cli.training import forecast, run
+from s2a_cli.training.environment import environment
 from s2a_cli.training.step import Step, make_optimizer, moving_norms, train_mode
 
 RESULTS = Path(__file__).parent / "results"
@@ -102,7 +103,7 @@ def randomise(model: nn.Module) -> None:
 def made(model: str, method: str, size: int) -> Backbone:
     backbone = backbones.build(configured(model, method, size).backbone, CLASSES)
     randomise(backbone.model)
-    trainer.attach(configured(model, method, size, "quant=none"), backbone)
+    run.attach(configured(model, method, size, "quant=none"), backbone)
     for layer in backbone.head.layers.values():
         nn.init.normal_(layer.weight, std=0.05)
     train_mode(backbone.model)
@@ -182,7 +183,7 @@ def methods_of(model: str, size: int) -> Row:
                     )  # their statistics are the batch's
                     config = configured(model, method, size, *words, *whole)
                     try:
-                        trainer.attach(config, backbones.build(config.backbone, CLASSES, meta=True))
+                        run.attach(config, backbones.build(config.backbone, CLASSES, meta=True))
                         found = gradient(backbone, config, images, targets, kind)
                     except UserError as refused:
                         row[name] = first_line(refused)
@@ -245,8 +246,8 @@ def kept_of(model: str) -> Row:
     for quant in ("none", "int4", "tiny"):
         config = configured(model, "bias", None, f"quant={quant}")
         backbone = backbones.build(config.backbone, CLASSES, meta=True)
-        trainer.attach(config, backbone)
-        kept[quant] = trainer.predict_step(backbone, config, BATCH).kept_mib / BATCH
+        run.attach(config, backbone)
+        kept[quant] = forecast.predict_step(backbone, config, BATCH).kept_mib / BATCH
     return kept
 
 
@@ -256,7 +257,7 @@ def tracked_of(model: str, size: int) -> Row:
     for method, quant in TRACKED:
         config = configured(model, method, size, quant)
         backbone = made(model, method, size)
-        predicted = trainer.predict_step(backbone, config, BATCH)
+        predicted = forecast.predict_step(backbone, config, BATCH)
         step = Step(config, torch.device("cpu"), backbone.block_modules)
         real = memory.track(
             backbone.model, batch(size), step, lambda model, config=config: make_optimizer(config.optim, model)

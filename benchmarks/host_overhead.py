@@ -25,8 +25,9 @@ from torch import Tensor
 from s2a_cli.activations import remember
 from s2a_cli.activations.ops import norm, pointwise
 from s2a_cli.activations.quant import grouped
+from s2a_cli.common.files import atomic_write
 from s2a_cli.config.schema import QuantConfig
-from s2a_cli.results.record import atomic_write, environment
+from s2a_cli.training.environment import environment
 
 ROUNDS, PASSES, CALLS = 7, 100, 20
 FITTED = 40  # passes after which no layer is looked at any more

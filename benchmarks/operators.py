@@ -15,10 +15,11 @@ from typing import Any
 
 from s2a_cli import backbones
 from s2a_cli.activations import piece_sizes
+from s2a_cli.common.files import atomic_write
 from s2a_cli.common.progress import Progress
 from s2a_cli.config.compose import compose
-from s2a_cli.results.record import atomic_write, environment
-from s2a_cli.training import trainer
+from s2a_cli.training import forecast, run
+from s2a_cli.training.environment import environment
 
 BACKBONES = ("vit_b", "swin_b", "convnext_b", "resnet50")
 QUANTS = ("none", "int4", "tiny")
@@ -39,11 +40,11 @@ def counted(backbone: str, quant: str, device: str) -> dict[str, Any]:
     ]
     config = compose([*words, "dataset=cifar100"])
     made = backbones.build(config.backbone, CLASSES, meta=True)
-    trainer.attach(config, made)
+    run.attach(config, made)
     own = piece_sizes.BY_DEVICE["cuda"]
     piece_sizes.BY_DEVICE["cuda"] = piece_sizes.BY_DEVICE[device]  # a prediction is one of CUDA
     try:
-        profile = trainer.profile_step(made, config, BATCH)
+        profile = forecast.profile_step(made, config, BATCH)
     finally:
         piece_sizes.BY_DEVICE["cuda"] = own
     found = profile.memory

@@ -51,14 +51,16 @@ from torch import Tensor
 
 from s2a_cli import memory
 from s2a_cli.backbones import Head
+from s2a_cli.common import files as files_module
 from s2a_cli.common.errors import UserError, nearest
 from s2a_cli.common.progress import Progress
 from s2a_cli.config.compose import compose
 from s2a_cli.data import build_transform
 from s2a_cli.data.transforms import ImageConfig
-from s2a_cli.results import record, run_folder
+from s2a_cli.results import run_folder
+from s2a_cli.training import environment as environment_module
 from s2a_cli.training.loop import WARMUP_STEPS
-from s2a_cli.training.trainer import choose_device
+from s2a_cli.training.run import choose_device
 
 MEASURED_STEPS = 3  # of memory, after the warm-up
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -235,7 +237,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     machine = {"cpu": cpu[0] if cpu else platform.machine(), "cores": os.cpu_count(), "cuda": torch.version.cuda}
-    return record.environment(str(device)) | machine | versions
+    return environment_module.environment(str(device)) | machine | versions
 
 
 def cpuinfo() -> list[str]:
@@ -299,8 +301,8 @@ def main(argv: list[str]) -> None:
     path = out / (options.name or name)
     table = markdown(result)
     print(table)
-    record.atomic_write(path.with_name(f"{path.name}.json"), json.dumps(result, indent=1) + "\n")
-    record.atomic_write(path.with_name(f"{path.name}.md"), table)
+    files_module.atomic_write(path.with_name(f"{path.name}.json"), json.dumps(result, indent=1) + "\n")
+    files_module.atomic_write(path.with_name(f"{path.name}.md"), table)
     if options.time:
         figure(result, path.with_name(f"{path.name}.png"))
     print(f"{path}.json", file=sys.stderr)

@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from s2a_cli.config.schema.compose import compose
 
 from s2a_cli import backbones
-from s2a_cli.results import record
+from s2a_cli.common import files
 from s2a_cli.training.trainer import trainer
 
 LARGE, SMALL = (2e-3, 4e-3, 8e-3, 16e-3), (5e-5, 1e-4, 2e-4, 4e-4)
@@ -161,7 +161,7 @@ def main() -> None:
                 "% trained": percent,
             }
             table = pd.DataFrame.from_dict(rows, orient="index")
-            record.atomic_write(args.out / "table.md", table.to_markdown(floatfmt=".4g") + "\n")
+            files.atomic_write(args.out / "table.md", table.to_markdown(floatfmt=".4g") + "\n")
             draw(table, backbone, args.out / "structures.png")
     print((args.out / "table.md").read_text())
 

@@ -42,7 +42,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from s2a_cli.results.record import atomic_write
+from s2a_cli.common.files import atomic_write
 
 VERSION = "1"
 CONF = Path(__file__).resolve().parent.parent / "conf" / "backbone" / "vit_micro.yaml"

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from s2a_cli.cli.main import main
+from s2a_cli.common.interrupts import PARENT
 from s2a_cli.results import record, run_folder
 from s2a_cli.sweeps import sweep as sweeps
-from s2a_cli.sweeps.launchers import PARENT
-from s2a_cli.training import checkpoints, trainer
+from s2a_cli.training import checkpoints, forecast
 
 WORDS = [
     *(
@@ -147,8 +147,7 @@ class Killing:
         self.seconds = time.monotonic() - began  # of a life, the shortest of those that ended by themselves
         self.folders = {outcome(folder)[1]: folder for folder in map(Path, (root / "whole").glob("*/*/*/*"))}
         self.old, self.new = (
-            next(f for f in self.folders.values() if record.read_result(f)["config"]["seed"] == seed)
-            for seed in (0, 1)
+            next(f for f in self.folders.values() if record.read_result(f)["config"]["seed"] == seed) for seed in (0, 1)
         )
         self.cached = outcome(root / "cached")
         self.number = 0
@@ -228,7 +227,7 @@ class Killing:
 
 
 if __name__ == "__main__":
-    trainer.predict = lambda run: None  # what takes most of the time of so short a run
+    forecast.predict = lambda run: None  # what takes most of the time of so short a run
     sweeps.engine = lambda settings, devices: Forks()
     killing = Killing(Path(sys.argv[2]).resolve(), seed=int(sys.argv[3]) if len(sys.argv) > 3 else 0)
     killing(int(sys.argv[1]))

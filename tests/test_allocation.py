@@ -17,7 +17,7 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import METHODS
-from s2a_cli.training import bit_allocation, trainer
+from s2a_cli.training import bit_allocation, forecast, trainer
 from s2a_cli.training.bit_allocation import Costs, Gradient, allocate, measure
 from s2a_cli.training.step import train_mode
 
@@ -37,7 +37,7 @@ def gradient_of(*words: str) -> Gradient:
 def predicted(gradient: Gradient):
     def peak(quant, micro_batch=None):
         changed = {"quant": OmegaConf.structured(quant), "optim": {"micro_batch": micro_batch}}
-        return trainer.predict_step(gradient.backbone, OmegaConf.merge(gradient.config, changed), 32).peak_mib
+        return forecast.predict_step(gradient.backbone, OmegaConf.merge(gradient.config, changed), 32).peak_mib
 
     return peak
 

@@ -12,7 +12,7 @@ from s2a_cli import backbones
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose, groups
 from s2a_cli.config.schema import BackboneConfig
-from s2a_cli.training import trainer
+from s2a_cli.training import run
 
 NAMES = sorted(set(groups()["backbone"]) - {"timm", "vit_micro"})
 BLOCKS = {  # blocks, layout at the last one
@@ -205,10 +205,10 @@ def test_one_image_a_step_is_refused_where_a_batchnorm_has_one_value(capsys):
     with pytest.raises(
         UserError, match="optim.batch_size=1: method=full trains BatchNorms, and one of resnet18 then has one value"
     ):
-        trainer.attach(config, backbones.build(config.backbone, 5, meta=True))
+        run.attach(config, backbones.build(config.backbone, 5, meta=True))
     config = compose([*words, "backbone.image_size=64"])
     made = backbones.build(config.backbone, 5)
-    trainer.attach(config, made)
+    run.attach(config, made)
     assert made.model.bn1.running_mean.abs().sum() == 0, "nothing was moved by the look at it"
 
 

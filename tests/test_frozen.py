@@ -22,8 +22,8 @@ from s2a_cli.memory import predict, saved_bytes, track
 from s2a_cli.methods import METHODS
 from s2a_cli.methods.parts.deep_supervision import vote_losses
 from s2a_cli.training import checkpoints
+from s2a_cli.training.forecast import predict_step
 from s2a_cli.training.step import Step, make_optimizer, train_mode, weight_dtype
-from s2a_cli.training.trainer import predict_step
 
 KINDS = ("bf16", "int8", "nf4")
 SMALL = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2)

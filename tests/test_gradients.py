@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from s2a_cli.memory.dataless import Hollow
+from s2a_cli.common.dataless import Hollow
 from s2a_cli.training import gradient_sum
 from s2a_cli.training.gradient_sum import GradientSum
 

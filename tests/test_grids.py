@@ -130,7 +130,10 @@ def test_a_part_of_the_data_sets_has_no_mean(make_result):
     runs = [make_result(dataset=d, method=m) for d in ("pets", "dtd") for m in ("bias", "s2a")][:-1]
     text = shown(runs, rows="method")
     assert "s2a lacks dtd" in text
-    assert pivot_text.sheet(grid_of(runs))[0].text.set_index("method").loc["s2a", ["dtd", "mean"]].tolist() == ["–", "–"]
+    assert pivot_text.sheet(grid_of(runs))[0].text.set_index("method").loc["s2a", ["dtd", "mean"]].tolist() == [
+        "–",
+        "–",
+    ]
     vtab = shown([make_result(dataset=d) for d in ("pets", "dtd")], rows="method", groups="vtab")
     assert "natural: no mean, 5 of 7 data sets are missing" in vtab
 
@@ -169,7 +172,8 @@ def test_predicted_figures_are_never_shown_bare(make_result):
     assert pivot_text.sheet(grid)[0].text.set_index("method").loc["a"].tolist() == ["~90.0", "~90.0", "~90.0"]
     sheet, notes = pivot_text.against_reference(grid, "b")
     assert (
-        sheet.text.set_index("method").loc["a", "all pairs"] == "~90.0 (+10.0 ± 0.0, 6)" and pivot_text.PREDICTED in notes
+        sheet.text.set_index("method").loc["a", "all pairs"] == "~90.0 (+10.0 ± 0.0, 6)"
+        and pivot_text.PREDICTED in notes
     )
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2a_cli.common.errors import RunError
 from s2a_cli.config.compose import compose
-from s2a_cli.training import checkpoints, loop, trainer
+from s2a_cli.training import checkpoints, forecast, loop, trainer
 from s2a_cli.training.pending import Pending
 
 QUICK = [
@@ -49,7 +49,7 @@ class Late(Pending):
 
 @pytest.fixture(autouse=True)
 def without_prediction(monkeypatch):
-    monkeypatch.setattr(trainer, "predict", lambda run: None)
+    monkeypatch.setattr(forecast, "predict", lambda run: None)
 
 
 def train(folder, *words):

@@ -20,7 +20,8 @@ import torch
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.results import record, run_folder
-from s2a_cli.training import checkpoints, loop, trainer
+from s2a_cli.training import checkpoints, forecast, loop, trainer
+from s2a_cli.training import run as run_module
 
 QUICK = [
     *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=bias", "device=cpu", "workers=0"),
@@ -35,7 +36,7 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def without_prediction(monkeypatch):
-    monkeypatch.setattr(trainer, "predict", lambda run: None)
+    monkeypatch.setattr(forecast, "predict", lambda run: None)
 
 
 def train(folder, *words, anew=False):
@@ -85,7 +86,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, 
             with pytest.raises(Killed):
                 train(tmp_path / "broken", *words)
             patch.undo()
-            patch.setattr(trainer, "predict", lambda run: None)
+            patch.setattr(forecast, "predict", lambda run: None)
         assert record.read_result(tmp_path / "broken")["status"] == "interrupted"
     train(tmp_path / "broken", *words)
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
@@ -240,7 +241,7 @@ def test_two_processes_are_not_at_the_same_run(tmp_path):
 
 
 def test_a_part_of_a_batch_and_skipped_batches_have_the_images_that_they_should(tmp_path):
-    run = trainer.prepare(compose(QUICK))
+    run = run_module.prepare(compose(QUICK))
 
     def images(part, skip=0):
         loader = trainer.data.loader(

@@ -16,7 +16,7 @@ from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import BackboneConfig
 from s2a_cli.data.transforms import ImageConfig
 from s2a_cli.methods import METHODS
-from s2a_cli.training import trainer
+from s2a_cli.training import run
 
 CLASSES = 7
 # model -> blocks; layout, shape and prefix tokens at the first block's input and at the last one's output; layers of
@@ -158,8 +158,8 @@ def test_what_needs_no_blocks_runs_without():
 def test_recomputation_without_blocks_is_refused():
     config = compose(["method=bias", "quant=tiny"])
     with pytest.raises(UserError, match="quant.recompute=block: .*no repeated blocks"):
-        trainer.attach(config, wrapped(Plain()))
-    trainer.attach(compose(["method=bias", "quant=int4"]), wrapped(Plain()))
+        run.attach(config, wrapped(Plain()))
+    run.attach(compose(["method=bias", "quant=int4"]), wrapped(Plain()))
 
 
 class Block(nn.Module):

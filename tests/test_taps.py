@@ -19,7 +19,9 @@ from s2a_cli.common.errors import RunError, UserError
 from s2a_cli.config.compose import compose, recompose
 from s2a_cli.methods.parts.feature_head import Taps
 from s2a_cli.results import record
-from s2a_cli.training import checkpoints, feature_cache, loop, trainer
+from s2a_cli.training import checkpoints, feature_cache, forecast, loop, trainer
+from s2a_cli.training import evaluation as evaluation_module
+from s2a_cli.training import run as run_module
 from s2a_cli.training.feature_cache import Kept
 
 QUICK = [
@@ -32,7 +34,7 @@ TAPS = "dataset.cache=taps"
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("S2A_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(trainer, "predict", lambda run: None)
+    monkeypatch.setattr(forecast, "predict", lambda run: None)
     return tmp_path / "data" / "taps"
 
 
@@ -89,7 +91,7 @@ def test_a_run_on_kept_taps_is_the_run_without(tmp_path, words):
     agree(outcome(tmp_path / "with"), outcome(tmp_path / "without"))
     result = record.read_result(tmp_path / "with")
     for cached in (TAPS, "dataset.cache=null"):  # the saved tensors are those of the whole model
-        scores = trainer.evaluate(recompose(result["config"], [cached]), tmp_path / "with")
+        scores = evaluation_module.evaluate(recompose(result["config"], [cached]), tmp_path / "with")
         assert scores["top1"] == result["accuracy"]["test_top1"]
 
 
@@ -121,7 +123,9 @@ def test_runs_that_read_something_else_have_other_files(tmp_path):
         fields = [((4,), torch.float32)]  # of the same shape everywhere: what the names depend on beside it
         return {
             kept.path.name
-            for kept in feature_cache._files(trainer.prepare(compose([*QUICK, TAPS, *words])), tmp_path, fields).values()
+            for kept in feature_cache._files(
+                run_module.prepare(compose([*QUICK, TAPS, *words])), tmp_path, fields
+            ).values()
         }
 
     own = names()
@@ -232,7 +236,9 @@ def test_a_filling_that_breaks_off_leaves_nothing(tmp_path, own_folder, monkeypa
 
 
 def test_a_disk_without_the_room_is_refused_before_anything_is_written(tmp_path, own_folder, monkeypatch):
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: feature_cache.shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(
+        feature_cache.shutil, "disk_usage", lambda path: feature_cache.shutil._ntuple_diskusage(1, 1, 0)
+    )
     with pytest.raises(RunError, match=r"needs \d+ MiB in .*taps, where 0 MiB are free"):
         train(tmp_path / "run", TAPS)
     assert not own_folder.exists()
@@ -279,7 +285,7 @@ def test_a_broken_run_goes_on(tmp_path, monkeypatch):
 )
 def test_what_does_not_fit_is_refused_in_one_line(words, message):
     with pytest.raises(UserError, match=message) as caught:
-        trainer.prepare(compose([*QUICK, TAPS, *words]))
+        run_module.prepare(compose([*QUICK, TAPS, *words]))
     assert "\n" not in str(caught.value)
 
 
@@ -293,7 +299,7 @@ def test_without_a_cache_a_run_has_the_identity_that_it_always_had():
 def test_the_predicted_peak_is_that_of_filling_or_of_the_step():
     def peak(*words):
         config = compose([*QUICK, *words])
-        return trainer.predicted_peak(config, 10, 1000)
+        return forecast.predicted_peak(config, 10, 1000)
 
     assert peak(TAPS) < peak()
     assert peak(TAPS) == peak(TAPS, "optim.batch_size=20"), "that of filling, with few images at a time"
@@ -304,7 +310,7 @@ def test_the_predicted_peak_is_that_of_filling_or_of_the_step():
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(trainer.distributed, "part", lambda: (0, 2))
     with pytest.raises(UserError, match="trains in one process"):
-        trainer.prepare(compose([*QUICK, TAPS]))
+        run_module.prepare(compose([*QUICK, TAPS]))
 
 
 def test_taps_keep_their_dtypes():

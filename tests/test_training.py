@@ -16,7 +16,8 @@ from s2a_cli.cli.main import main
 from s2a_cli.common.errors import RunError, UserError
 from s2a_cli.config.compose import compose, recompose
 from s2a_cli.results import record, run_folder
-from s2a_cli.training import loop, trainer
+from s2a_cli.training import evaluation, forecast, loop, trainer
+from s2a_cli.training import run as run_module
 from s2a_cli.training import step as steps
 
 QUICK = [
@@ -29,7 +30,7 @@ def without_prediction(monkeypatch, request):
     """Predictions have tests of their own; here they would take most of the time."""
     if "predicts" not in request.keywords:
         memory = trainer.memory.Memory("predicted", 2.0, 1.0, 0.5, None, 4.0, "predicted")
-        monkeypatch.setattr(trainer, "predict", lambda run: memory.as_dict())
+        monkeypatch.setattr(forecast, "predict", lambda run: memory.as_dict())
 
 
 def train(folder, *words):
@@ -78,25 +79,25 @@ def test_a_micro_batch_changes_memory_and_not_the_result(tmp_path):
 @pytest.mark.parametrize("method", ["full", "s2a"])
 def test_a_finished_run_tests_the_same_again(tmp_path, method):
     result = train(tmp_path, f"method={method}")
-    scores = trainer.evaluate(recompose(result["config"], []), tmp_path)
+    scores = evaluation.evaluate(recompose(result["config"], []), tmp_path)
     assert scores["top1"] == result["accuracy"]["test_top1"] and scores["top5"] == result["accuracy"]["test_top5"]
 
 
 def test_a_run_is_not_tested_with_other_tensors_or_data(tmp_path):
     result = train(tmp_path / "a", "method=bias")
     with pytest.raises(UserError, match="not those of this backbone and method"):
-        trainer.evaluate(recompose(result["config"], ["method.blocks=last:1"]), tmp_path / "a")
+        evaluation.evaluate(recompose(result["config"], ["method.blocks=last:1"]), tmp_path / "a")
     with pytest.raises(UserError, match="trained on data of revision"):
         shutil.copytree(tmp_path / "a", tmp_path / "b")
         result["data"]["revision"] = "other"
         record.write_result(tmp_path / "b", result)
-        trainer.evaluate(compose([*QUICK, "method=bias"]), tmp_path / "b")
+        evaluation.evaluate(compose([*QUICK, "method=bias"]), tmp_path / "b")
     with pytest.raises(UserError, match="trained on backbone weights"):
-        trainer.evaluate(recompose(result["config"], ["backbone.pretrained=false"]), tmp_path / "a")
+        evaluation.evaluate(recompose(result["config"], ["backbone.pretrained=false"]), tmp_path / "a")
     tensors = tmp_path / "a" / "trainable.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:1000])
     with pytest.raises(UserError, match="trainable.safetensors: damaged"):
-        trainer.evaluate(compose([*QUICK, "method=bias"]), tmp_path / "a")
+        evaluation.evaluate(compose([*QUICK, "method=bias"]), tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_how_a_run_ended_is_recorded(tmp_path, monkeypatch, error, status):
     result = train(tmp_path)
     assert result["status"] == status and json.loads((tmp_path / "result.json").read_text())["status"] == status
     assert len(lines(tmp_path)) == 1
-    scores = trainer.evaluate(recompose(result["config"], []), tmp_path)  # the best epoch so far is there
+    scores = evaluation.evaluate(recompose(result["config"], []), tmp_path)  # the best epoch so far is there
     assert 0 <= scores["top1"] <= 100
 
 
@@ -141,11 +142,11 @@ def test_a_device_that_is_not_there():
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(UserError, match="device=cuda:3: not available here"):
-        trainer.choose_device("cuda:3")
+        run_module.choose_device("cuda:3")
 
 
 def test_weight_decay_spares_biases_norms_and_prompts():
-    run = trainer.prepare(compose([*QUICK, "method=s2a", "optim.weight_decay=0.1"]))
+    run = run_module.prepare(compose([*QUICK, "method=s2a", "optim.weight_decay=0.1"]))
     optimizer = steps.make_optimizer(run.config.optim, run.model)
     names = {id(p): name for name, p in run.model.named_parameters()}
     decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
@@ -160,7 +161,7 @@ def test_weight_decay_spares_biases_norms_and_prompts():
 
 
 def test_the_head_may_learn_at_a_rate_of_its_own():
-    run = trainer.prepare(compose([*QUICK, "method=bias", "optim.lr=1e-3", "optim.head_lr=3e-2"]))
+    run = run_module.prepare(compose([*QUICK, "method=bias", "optim.lr=1e-3", "optim.head_lr=3e-2"]))
     groups = steps.make_optimizer(run.config.optim, run.model).param_groups
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     own = {id(p) for p in run.backbone.head.parameters()}
@@ -173,7 +174,7 @@ def test_low_precision_trains_and_tests_the_same_again(tmp_path, precision):
     words = [f"precision={precision}", "method=s2a", "optim.clip_grad=1.0", "dataset.shots=24", "optim.epochs=2"]
     result = train(tmp_path, *words)
     assert lines(tmp_path)[-1]["train_loss"] < lines(tmp_path)[0]["train_loss"]
-    scores = trainer.evaluate(recompose(result["config"], []), tmp_path)
+    scores = evaluation.evaluate(recompose(result["config"], []), tmp_path)
     assert scores["top1"] == result["accuracy"]["test_top1"] > 30
 
 
@@ -258,19 +259,19 @@ def test_a_budget_for_the_compiler_is_refused_where_random_numbers_are_drawn(tmp
 def test_parts_of_a_batch_with_moving_statistics_are_refused(word):
     words = ["backbone=resnet18", "backbone.pretrained=false", "backbone.image_size=32", word]
     with pytest.raises(UserError, match=f"{word} changes the result"):
-        trainer.prepare(compose([*QUICK[:2], *words, "method=full"]))
+        run_module.prepare(compose([*QUICK[:2], *words, "method=full"]))
 
 
 def test_a_run_with_settings_of_single_blocks_tests_the_same_again(tmp_path):
     result = train(tmp_path, "quant.blocks={1: {recompute: block, input: 8}}", "optim.epochs=1")
     stored = record.read_result(tmp_path)
     assert stored["config"] == result["config"] and stored["config"]["quant"]["blocks"][1]["input"] == 8
-    assert trainer.evaluate(recompose(stored["config"], []), tmp_path)["top1"] == result["accuracy"]["test_top1"]
+    assert evaluation.evaluate(recompose(stored["config"], []), tmp_path)["top1"] == result["accuracy"]["test_top1"]
 
 
 def test_a_block_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="quant.blocks: there is no block 99; this backbone has those from 0 to"):
-        trainer.prepare(compose([*QUICK, "quant.blocks={99: {norm: 8}}"]))
+        run_module.prepare(compose([*QUICK, "quant.blocks={99: {norm: 8}}"]))
 
 
 def test_an_earlier_run_stays_until_another_is_whole_and_goes_by_force_alone(tmp_path, monkeypatch):
@@ -303,7 +304,7 @@ def test_the_same_line_on_a_finished_run_says_so_and_trains_nothing(tmp_path, mo
 
 def test_a_folder_that_holds_no_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trainer, "prepare", lambda config: pytest.fail("too late"))
+    monkeypatch.setattr(run_module, "prepare", lambda config: pytest.fail("too late"))
     for name in (".env.template", "result.json", "notes.txt"):
         (tmp_path / name).write_text("mine")
     assert main(["train", *QUICK, "run_dir=."]) == 2
@@ -321,7 +322,7 @@ def test_a_folder_that_holds_no_run_is_refused_before_anything_is_loaded(tmp_pat
 def test_another_split_is_refused_in_eval(tmp_path):
     result = train(tmp_path)
     with pytest.raises(UserError, match="dataset.split_seed=1: the run was made with 0"):
-        trainer.evaluate(recompose(result["config"], ["dataset.split_seed=1"]), tmp_path)
+        evaluation.evaluate(recompose(result["config"], ["dataset.split_seed=1"]), tmp_path)
 
 
 def test_tensorboard(tmp_path):

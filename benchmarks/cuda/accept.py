@@ -41,8 +41,9 @@ try:
     from accept_pool import Failed, Pool, Worker
     from accept_run import Run
 
+    from s2a_cli.common import files as files_module
     from s2a_cli.common.errors import UserError
-    from s2a_cli.results import record, run_folder
+    from s2a_cli.results import run_folder
 except ImportError as error:
     sys.exit(f"a package is not here ({error}): pip install -e {ROOT}, and peft for the rows of LoRA")
 
@@ -154,7 +155,7 @@ class Files:
             if not final and time.monotonic() - self._last < SAVE_SECONDS:
                 return
             result = run.result()
-            record.atomic_write(
+            files_module.atomic_write(
                 self.path.with_name(f"{self.path.name}.json"), json.dumps(finite(result), indent=1) + "\n"
             )
             try:
@@ -163,7 +164,7 @@ class Files:
                 page = f"The page could not be made of {self.path.name}.json:\n\n    " + traceback.format_exc().replace(
                     "\n", "\n    "
                 )
-            record.atomic_write(self.path.with_name(f"{self.path.name}.md"), page)
+            files_module.atomic_write(self.path.with_name(f"{self.path.name}.md"), page)
             self._last = time.monotonic()
 
 

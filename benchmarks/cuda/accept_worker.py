@@ -33,7 +33,7 @@ from s2a_cli.common.errors import UserError, first_line
 from s2a_cli.memory import device as busy
 from s2a_cli.memory.cuda import differences, reserved
 from s2a_cli.memory.result import MIB
-from s2a_cli.training.trainer import OUT_OF_MEMORY, choose_device
+from s2a_cli.training.run import OUT_OF_MEMORY, choose_device
 
 # Codes are fitted in a layer's forward passes 0, 1, 4 and 16: steps 2 and 3 are steady, step 4 is not.
 WARMUP, STEADY = 2, 2

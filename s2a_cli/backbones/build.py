@@ -15,11 +15,11 @@ from torch import nn
 from s2a_cli.backbones.backbone import Backbone
 from s2a_cli.backbones.head import Classified, Head, find_head, pooled
 from s2a_cli.backbones.pretrained import load_checkpoint
+from s2a_cli.common.dataless import Hollow
 from s2a_cli.common.errors import UserError, brief, first_line, nearest
 from s2a_cli.config.schema import BackboneConfig
 from s2a_cli.config.trust import check_names
 from s2a_cli.data.transforms import ImageConfig
-from s2a_cli.memory.dataless import Hollow
 from s2a_cli.memory.predict import hollow_tensors
 
 

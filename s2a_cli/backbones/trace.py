@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from s2a_cli.backbones.hidden import Hidden
-from s2a_cli.memory.dataless import Hollow
+from s2a_cli.common.dataless import Hollow
 from s2a_cli.memory.predict import hollow_tensors
 
 BATCH = 2  # images of the pass

@@ -123,10 +123,10 @@ def _recompose(words: list[str]) -> Any:
 def evaluate(words: list[str]) -> int:
     config = _recompose(words)
     from s2a_cli.results import record
-    from s2a_cli.training import trainer
+    from s2a_cli.training import evaluation
 
     folder, _ = _finished(words)
-    scores = trainer.evaluate(config, folder)
+    scores = evaluation.evaluate(config, folder)
     result = record.read_result(folder)
     if result["status"] != "ok":
         print(f"the run ended as {result['status']}: there is no recorded figure to compare with")

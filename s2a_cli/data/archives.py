@@ -19,9 +19,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, BinaryIO
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.files import NotRegular, listed, lock, one_line, open_regular, sha256, shown, stamp
+from s2a_cli.common.files import NotRegular, atomic_write, listed, lock, one_line, open_regular, sha256, shown, stamp
 from s2a_cli.common.progress import Progress, size
-from s2a_cli.results.record import atomic_write
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 BLOWN_UP, LARGE = 200, 10**9  # times the archive's own size, and bytes: images do not pack that well

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import PIL
 
-from s2a_cli.common.files import NotRegular, one_line, open_regular, reason, stamp
+from s2a_cli.common.files import NotRegular, atomic_write, one_line, open_regular, reason, stamp
 from s2a_cli.common.progress import Progress, size
 from s2a_cli.data.images import FORMATS, open_rgb
-from s2a_cli.results.record import atomic_write
 
 SCHEMA = 2  # of the kept reports
 LARGEST = 2 << 30  # bytes of a file; Pillow refuses images of so many pixels that they would be larger

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2a_cli.activations.piece_sizes import planned_for
+from s2a_cli.common.dataless import Hollow
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.memory.cuda import CudaAutocast
-from s2a_cli.memory.dataless import Hollow
 from s2a_cli.memory.result import MIB, Memory
 from s2a_cli.memory.tracker import Tracker
 from s2a_cli.memory.watch import Watch

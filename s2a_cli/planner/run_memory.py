@@ -13,7 +13,8 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data.layout import class_folders
 from s2a_cli.memory.breakdown import Profile
-from s2a_cli.training import trainer
+from s2a_cli.training import forecast
+from s2a_cli.training import run as run_module
 
 CLASSES, IMAGES = 100, 1 << 20  # assumed of a data set that is not at hand
 SIZES = {  # classes, training images before a validation split is taken, and whether there is an official one
@@ -96,7 +97,7 @@ class Predictor:
         )
         if key not in self._built:
             backbone = backbones.build(config.backbone, composition.classes, meta=True)
-            trainer.attach(config, backbone)
+            run_module.attach(config, backbone)
             self._built[key] = backbone
         return self._profile(self._built[key], config, composition)
 
@@ -112,7 +113,7 @@ class Predictor:
             ]
         )
         if key not in self._full:
-            backbone, changed = trainer.full_finetuning(config, composition.classes)
+            backbone, changed = forecast.full_finetuning(config, composition.classes)
             self._full[key] = self._profile(backbone, changed, composition)
         return self._full[key]
 
@@ -120,7 +121,7 @@ class Predictor:
         if composition.batch < self.processes:
             raise UserError(f"a batch of {composition.batch} images can't be shared by {self.processes} processes")
         try:
-            return trainer.profile_step(backbone, config, composition.images, self.processes)
+            return forecast.profile_step(backbone, config, composition.images, self.processes)
         except UserError:
             raise
         except Exception as error:  # a model of timm whose forward pass reads values can't run without data

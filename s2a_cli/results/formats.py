@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from s2a_cli.common.errors import UserError, nearest
-from s2a_cli.results.record import atomic_write
+from s2a_cli.common.files import atomic_write
 
 MADE_BY = "s2a figure"  # in the files of figures
 MAKER = {"svg": "Creator", "png": "Software", "pdf": "Creator"}  # what each kind of file calls the program that made it

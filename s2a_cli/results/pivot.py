@@ -15,6 +15,7 @@ from s2a_cli.common.errors import UserError, nearest
 from s2a_cli.results import summary
 from s2a_cli.results.formats import natural
 from s2a_cli.results.significance import leaders
+from s2a_cli.results.vtab import VTAB, parse_groups
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,6 @@ VALUES = {
     "images_per_s": Value("throughput.train_images_per_second", "training images/s, loaded", 1, 1),
 }
 MEASURABLE = ("memory.peak_mib", "memory.kept_mib", "x_full")  # columns that are measured or predicted
-VTAB = {
-    "natural": ("cifar100", "caltech101", "dtd", "flowers102", "pets", "svhn", "sun397"),
-    "specialized": ("camelyon", "eurosat", "resisc45", "retinopathy"),
-    "structured": (
-        *("clevr_count", "clevr_dist", "dmlab", "kitti"),
-        *("dsprites_loc", "dsprites_ori", "norb_azi", "norb_ele"),
-    ),
-}
-GROUPS = {  # groups=NAME
-    "vtab": {name: tuple(f"vtab_{task}" for task in tasks) for name, tasks in VTAB.items()},
-    "domainnet": {
-        "photos": ("domainnet-real",),
-        "drawn": tuple(f"domainnet-{d}" for d in ("clipart", "infograph", "painting", "quickdraw", "sketch")),
-    },
-}
 OWN = (
     "config.method.",
     "config.quant.",
@@ -166,18 +152,6 @@ def label(value: object) -> str:
     return "null" if pd.isna(value) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def parse_groups(text: str) -> dict[str, tuple[str, ...]]:
-    """`vtab`, `domainnet`, or `natural:pets,flowers102/other:dtd`."""
-    if text in GROUPS:
-        return GROUPS[text]
-    parts = [part.partition(":") for part in text.split("/")]
-    if not all(name and members.strip(",") for name, _, members in parts):
-        raise UserError(
-            f"groups={text}: expected {', '.join(GROUPS)} or NAME:DATASET,DATASET/NAME:DATASET{nearest(text, GROUPS)}"
-        )
-    return {name: tuple(filter(None, members.split(","))) for name, _, members in parts}
-
-
 def make(
     frame: pd.DataFrame, rows: list[str], cols: list[str], value: str = "test_top1", groups: str | None = None
 ) -> Grid:
@@ -225,7 +199,12 @@ class Hidden:
 
     def __init__(self, runs: pd.DataFrame, shown: set[str]):
         self.counted = runs[runs["value"].notna()]
-        settings = [*summary.BASE, *summary.settings_of(runs), *(c for c in runs if c.startswith("environment.")), "kind"]
+        settings = [
+            *summary.BASE,
+            *summary.settings_of(runs),
+            *(c for c in runs if c.startswith("environment.")),
+            "kind",
+        ]
         found = [c for c in dict.fromkeys(settings) if c not in shown]
         self.texts = self.counted[found].map(label)
         self.keys = [c for c in found if self.texts[c].nunique() > 1]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.results import pivot
+from s2a_cli.results import pivot, vtab
 from s2a_cli.results.formats import Sheet, number
 from s2a_cli.results.pivot import Grid
 
@@ -32,11 +32,11 @@ WEIGHTS = {  # published backbone: timm's model with these weights
     "convnext_b_in21k": "convnext_base.fb_in22k",
 }
 VTAB_IMAGES = 1000  # training images of every VTAB-1k task, validation included
-EVERY = frozenset(task for tasks in pivot.VTAB.values() for task in tasks)
+EVERY = frozenset(task for tasks in vtab.VTAB.values() for task in tasks)
 VTAB_MEANS = {
-    frozenset(tasks): {1: f"vtab_{name}"} for name, tasks in pivot.VTAB.items()
+    frozenset(tasks): {1: f"vtab_{name}"} for name, tasks in vtab.VTAB.items()
 }  # tasks: {groups: data set there}
-VTAB_MEANS[EVERY] = {1: "vtab_mean19", len(pivot.VTAB): "vtab_group_mean"}
+VTAB_MEANS[EVERY] = {1: "vtab_mean19", len(vtab.VTAB): "vtab_group_mean"}
 PROTOCOLS = {  # protocol: our settings that reproduce it
     "VTAB-1k": {"config.backbone.image_size": 224, "config.optim.epochs": 100},
     "FGVC": {"config.backbone.image_size": 224, "config.optim.epochs": 100},

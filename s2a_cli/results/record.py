@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import platform
 import stat
-import tempfile
 import types
 import typing
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
-from s2a_cli import __version__
 from s2a_cli.common.errors import UserError, first_line, printable
+from s2a_cli.common.files import atomic_write
 
 SCHEMA = 1
 MOST = 16 << 20  # bytes of a record; the largest has a name for each of some ten thousand classes
@@ -101,59 +97,6 @@ def content(config: dict[str, Any], revision: str, weights: str) -> str:
 def identity(content: str) -> str:
     """12 hex digits: the SHA-256 of a run's `content`."""
     return hashlib.sha256(content.encode()).hexdigest()[:12]
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Versions and machine, as far as they bear on a run's figures."""
-    import timm
-    import torch
-
-    from s2a_cli.activations import kernels
-
-    cuda = device.startswith("cuda")
-    return {
-        "s2a": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "kernels": kernels.available() if cuda else "plain",  # what makes the codes
-    }
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path, mode: int | None = None) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes its place under `path` whole, at the end, or not at all.
-
-    mode: who may read and write it; null: as for any new file.
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask() if mode is None else mode)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):  # moved already
-            os.unlink(temporary)
-        raise
-
-
-def atomic_write(path: Path, data: bytes | str) -> None:
-    """Writes a file whole or not at all: a temporary file in the same folder, moved into place."""
-    with atomic_file(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_result(folder: Path, result: Result) -> None:

@@ -29,7 +29,8 @@ from s2a_cli.planner.batch_size import AUTO, need_device, resolved
 from s2a_cli.results import record, run_folder
 from s2a_cli.results.formats import check_out
 from s2a_cli.sweeps.launchers import Engine, Job, engine
-from s2a_cli.training import trainer
+from s2a_cli.training import forecast
+from s2a_cli.training import run as run_module
 
 GROUPS = ("backbone", "method", "quant", "dataset", "optim")
 LOG = "log.txt"  # in a run's folder: what it said, over all its attempts
@@ -190,7 +191,7 @@ class Known:
         plain = OmegaConf.to_container(config, resolve=True)
         shape = json.dumps({key: plain[key] for key in ("backbone", "method", "quant", "optim", "precision")})
         if shape not in self._fits:
-            trainer.attach(config, backbones.build(config.backbone, classes, meta=True))
+            run_module.attach(config, backbones.build(config.backbone, classes, meta=True))
             self._fits.add(shape)
         content = record.content(plain, revision, weights)
         place = root / label / config.backbone.name / config.method.name / record.identity(content)
@@ -216,7 +217,7 @@ def predict(members: list[Member]) -> None:
             unseeded = OmegaConf.merge(member.config, {"seed": 0})
             key = OmegaConf.create({"config": unseeded, "classes": member.classes, "images": member.images})
             member.peak_mib = _once(
-                known, key, lambda member=member: trainer.predicted_peak(member.config, member.classes, member.images)
+                known, key, lambda member=member: forecast.predicted_peak(member.config, member.classes, member.images)
             )
             progress.add(1)
 

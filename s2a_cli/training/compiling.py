@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from s2a_cli.common.dataless import Hollow
 from s2a_cli.common.errors import UserError
-from s2a_cli.memory.dataless import Hollow
 from s2a_cli.memory.predict import hollow_tensors
 from s2a_cli.training.step import train_mode
 

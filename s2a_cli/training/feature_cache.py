@@ -32,23 +32,20 @@ import timm
 import torch
 import torchvision
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from s2a_cli import data, memory
-from s2a_cli.backbones import Backbone
+from s2a_cli import data
 from s2a_cli.common.errors import RunError, UserError
-from s2a_cli.common.files import lock
+from s2a_cli.common.files import atomic_file, lock
+from s2a_cli.common.interrupts import guarded, stopping
 from s2a_cli.common.progress import Progress
 from s2a_cli.data.batches import Batches
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods.parts.feature_head import Taps
-from s2a_cli.results.record import atomic_file
-from s2a_cli.training.loop import guarded, stopping
-from s2a_cli.training.step import Step, make_optimizer, train_mode
+from s2a_cli.training.step import Step
 
 if TYPE_CHECKING:
-    from s2a_cli.training.trainer import Run
+    from s2a_cli.training.run import Run
 
 SCHEMA = 2  # of the files
 HEADER = 4096  # bytes, or a multiple of it
@@ -206,30 +203,6 @@ class Cache:
         return TapLoader(self.kept[split], getattr(run.splits, split).labels, run.config, train, part)
 
 
-def check_steady(backbone: Backbone) -> None:
-    """Raises UserError for a backbone whose frozen part computes something else, or something random, in training."""
-    model, size, weight = backbone.model, backbone.image.size, next(backbone.model.parameters())
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        image = torch.randn(1, 3, size, size, dtype=weight.dtype, device=weight.device)
-        train_mode(model)
-        before = torch.get_rng_state()
-        trained, _ = backbone.tail.capture(lambda: model(image))
-        drawn = not torch.equal(before, torch.get_rng_state())
-        tested, logits = backbone.tail.capture(lambda: model.eval()(image))
-        steady = not drawn and all(map(torch.equal, trained.tensors, tested.tensors))
-        whole = torch.allclose(backbone.tail.eval()(tested), logits, rtol=1e-3, atol=1e-4)
-    if not whole:
-        raise UserError(
-            f"dataset.cache=taps: the logits of {type(model).__name__} are more than the mean of its classifier's"
-            " layers"
-        )
-    if not steady:
-        raise UserError(
-            f"dataset.cache=taps: {type(model).__name__} is another in training than in evaluation, with dropout or"
-            " dropped paths; switch them off, such as with backbone.kwargs.drop_path_rate=0"
-        )
-
-
 def fill_size(config: DictConfig) -> int:
     """Images in a forward pass that fills a file."""
     return min(IMAGES, config.optim.micro_batch or config.optim.batch_size)
@@ -359,29 +332,3 @@ def _fill(run: Run, split: str, kept: Kept, read: Callable[[Tensor], tuple[Taps,
                     f" {kept.bytes / MIB:,.0f} MiB; make room, point S2A_DATA to another disk, or set"
                     " dataset.cache=null"
                 ) from None
-
-
-def profile(
-    backbone: Backbone, config: DictConfig, step: Step, batch: tuple[Tensor, Tensor], blocks: dict[str, nn.Module]
-) -> memory.Profile:
-    """The predicted memory of a run: the forward pass that fills the files, or the step of the trained part alone,
-    whichever takes more.
-    """
-    tail, (images, targets), fields = backbone.tail, batch, []
-
-    def make(model: nn.Module) -> Optimizer:
-        return make_optimizer(config.optim, model)
-
-    def fills(model: nn.Module, optimizer: Optimizer, images: Tensor, after_forward: Callable[[], None]) -> None:
-        with torch.no_grad():
-            taps, _ = tail.capture(lambda: step.logits(model, images))
-        fields[:] = [(t.shape[1:], t.dtype) for t in taps.tensors]
-        after_forward()
-
-    def trains(model: nn.Module, optimizer: Optimizer, *tensors: Tensor, after_forward: Callable[[], None]) -> None:
-        step(model, optimizer, Taps(tensors[:-1]), tensors[-1], after_forward)
-
-    filling = memory.profile(backbone.model, [images[: fill_size(config)]], fills, make, blocks)
-    taps = [torch.empty(len(targets), *shape, dtype=dtype) for shape, dtype in fields]
-    training = memory.profile(tail, [*taps, targets], trains, make, {})
-    return max(filling, training, key=lambda profile: profile.memory.peak_mib)

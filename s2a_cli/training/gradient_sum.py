@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from s2a_cli.common.dataless import Hollow, is_hollow
 from s2a_cli.common.distributed import from_first, part
-from s2a_cli.memory.dataless import Hollow, is_hollow
 
 BUCKET = 25 * 2**20  # bytes; the size that DistributedDataParallel begins with
 IN_FLIGHT = 2  # buckets at most whose copies are alive

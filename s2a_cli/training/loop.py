@@ -6,39 +6,35 @@ place and the figures so far.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms import v2
 
 from s2a_cli import data, memory
 from s2a_cli.activations.quant.calibration import LOOKS
-from s2a_cli.common import distributed
+from s2a_cli.common import distributed, files
 from s2a_cli.common.errors import RunError, first_line
+from s2a_cli.common.interrupts import guarded, stopping
 from s2a_cli.common.progress import Progress
 from s2a_cli.results import record
-from s2a_cli.sweeps.launchers import PARENT
 from s2a_cli.training import checkpoints
+from s2a_cli.training.evaluation import accuracy, sent
 from s2a_cli.training.pending import Pending
 from s2a_cli.training.step import Step, make_optimizer, train_mode
 
 if TYPE_CHECKING:
-    from s2a_cli.training.trainer import Run
+    from s2a_cli.training.run import Run
 
 WARMUP_STEPS = 3  # left out of throughput and of measured memory
 
@@ -147,7 +143,7 @@ class Fit:
         }
         self.sofar = Sofar(epoch + 1, rates=at.rates, lines=[*at.lines, json.dumps(line) + "\n"], best=at.best)
         if distributed.is_first():
-            record.atomic_write(self.folder / "metrics.jsonl", "".join(self.sofar.lines))
+            files.atomic_write(self.folder / "metrics.jsonl", "".join(self.sofar.lines))
         self._save()
         progress.note(
             f"epoch {epoch}/{self.optim.epochs}: loss {line['train_loss']:.3f}, val top-1 {line['val_top1']:.2f} %"
@@ -227,51 +223,7 @@ class Fit:
         except Exception as error:  # torch and Python raise kinds of their own for what is no such state
             raise checkpoints.damaged(self.folder / checkpoints.STATE, first_line(error)) from None
         if distributed.is_first():
-            record.atomic_write(self.folder / "metrics.jsonl", "".join(self.sofar.lines))
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
-    """Makes Ctrl-C and SIGTERM wait for the end of a step; yields what tells that one came. A second one ends it at
-    once.
-
-    The end of the sweep that started this process counts as one: nobody would know that it goes on.
-    """
-    came, parent = threading.Event(), os.environ.get(PARENT)
-
-    def asked() -> bool:
-        return came.is_set() or (parent is not None and os.getppid() != int(parent))
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if came.is_set():
-            raise KeyboardInterrupt
-        came.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def guarded(loader: data.Loader, asked: Callable[[], bool]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches. Raises KeyboardInterrupt when the next one does not come because of a Ctrl-C."""
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError:  # Ctrl-C reaches the processes that load images, too
-            if asked():
-                raise KeyboardInterrupt from None
-            raise
-        yield batch
-        del batch
+            files.atomic_write(self.folder / "metrics.jsonl", "".join(self.sofar.lines))
 
 
 def lr_factor(optim: DictConfig, steps_per_epoch: int) -> Callable[[int], float]:
@@ -294,39 +246,3 @@ def mixing(optim: DictConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[
         kind(alpha=a, num_classes=classes) for kind, a in ((v2.MixUp, optim.mixup), (v2.CutMix, optim.cutmix)) if a
     ]
     return v2.RandomChoice(kinds) if kinds else lambda images, targets: (images, targets)
-
-
-def sent(batch: Tensor, device: torch.device) -> Tensor:
-    """A batch on the device.
-
-    The host waits for a copy to CUDA no longer than until it is on its way: batches are pinned.
-    """
-    return batch.to(device, non_blocking=device.type == "cuda")
-
-
-@torch.no_grad()
-def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: False) -> dict[str, float | None]:
-    """Mean loss, top-1 and top-5 in % over a split; top-5 is None with fewer than six classes.
-
-    Raises KeyboardInterrupt when it is asked to stop.
-    """
-    run.model.eval()
-    step = Step(run.config, run.device, run.backbone.block_modules)
-    found = [
-        torch.zeros(3, device=run.device)
-    ]  # loss, top-1 and top-5 of each batch; read once: the host does not wait for the device
-    count = 0
-    five = len(run.splits.classes) > 5
-    alone = distributed.part()[1] == 1  # with others there is no stop before the sums that they wait for
-    for images, targets in guarded(loader, asked):
-        images, targets = sent(images, run.device), sent(targets, run.device)
-        logits = step.logits(run.trained, images)
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-        top1 = (logits.argmax(1) == targets).sum()
-        top5 = (logits.topk(5).indices == targets[:, None]).sum() if five else torch.zeros_like(top1)
-        found.append(torch.stack([loss, top1, top5]))  # counts in fp32 are exact
-        count += len(images)
-        if alone and asked():
-            raise KeyboardInterrupt
-    loss, top1, top5, count = distributed.total(*torch.stack(found).cpu().double().sum(0).tolist(), count)
-    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count if five else None}

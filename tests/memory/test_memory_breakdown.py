@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import s2a_cli
+from s2a_cli.common.dataless import Hollow, is_hollow
 from s2a_cli.config.compose import compose
 from s2a_cli.memory import observe
-from s2a_cli.memory.dataless import Hollow, is_hollow
 from s2a_cli.memory.result import MIB
 from s2a_cli.planner.plot import live
 from s2a_cli.planner.run_memory import Composition, Predictor

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from s2a_cli.common.dataless import Hollow
 from s2a_cli.memory import Tracker
 from s2a_cli.memory.cuda import Allocator, CudaAutocast, attention_kernel, differences, reserved
-from s2a_cli.memory.dataless import Hollow
 from s2a_cli.memory.result import MIB
 
 

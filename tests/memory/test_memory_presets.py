@@ -10,7 +10,7 @@ from s2a_cli.backbones import weight_quant
 from s2a_cli.config.compose import compose
 from s2a_cli.memory import predict, track
 from s2a_cli.methods import METHODS
-from s2a_cli.training import trainer
+from s2a_cli.training import forecast, run
 from s2a_cli.training.step import Step, make_optimizer, train_mode
 
 TIERS = [  # at least how many times less than full fine-tuning in the same precision: ViT-B/16, 224 px, 64 images
@@ -62,6 +62,6 @@ def test_times_less_than_full_fine_tuning(method, quant, precision, times):
     words = ["backbone=vit_b", "dataset=cifar100", "optim.batch_size=64", f"precision={precision}"]
     config = compose([*words, *f"method={method}".split(), *f"quant={quant}".split()])
     backbone = backbones.build(config.backbone, 100, meta=True)
-    trainer.attach(config, backbone)
-    full = trainer.predict_step(*trainer.full_finetuning(config, 100), 50_000).peak_mib
-    assert full > times * trainer.predict_step(backbone, config, 50_000).peak_mib
+    run.attach(config, backbone)
+    full = forecast.predict_step(*forecast.full_finetuning(config, 100), 50_000).peak_mib
+    assert full > times * forecast.predict_step(backbone, config, 50_000).peak_mib

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from s2a_cli.common.dataless import Hollow
 from s2a_cli.memory import Tracker, saved_bytes
-from s2a_cli.memory.dataless import Hollow
 
 KIB = 1024
 

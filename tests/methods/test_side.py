@@ -15,9 +15,10 @@ from s2a_cli.activations import remember
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import BackboneConfig, QuantConfig
-from s2a_cli.methods import METHODS, side
+from s2a_cli.methods import METHODS
+from s2a_cli.methods.parts import attention_pooling
+from s2a_cli.methods.parts.attention_pooling import STEP, Attend
 from s2a_cli.methods.parts.deep_supervision import vote_losses
-from s2a_cli.methods.side import STEP, Attend
 from s2a_cli.training.step import Step, train_mode
 
 
@@ -208,7 +209,7 @@ def test_the_gradient_of_a_vote_at_a_border_is_computed_in_pieces(backbone, set_
     upstream = torch.randn_like(whole)
     set_piece_sizes(pooled=h[:3].numel())
     with remember(quant(2)):  # no code is made of it
-        read = side.Read.apply(h, tap)
+        read = attention_pooling.Read.apply(h, tap)
         found = torch.autograd.grad(read, h, upstream)[0]
     assert torch.equal(read, whole)
     torch.testing.assert_close(found, torch.autograd.grad(whole, h, upstream)[0])

@@ -31,8 +31,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.primitives import with_inverse
+from s2a_cli.common.dataless import is_hollow
 from s2a_cli.config.schema import QuantConfig
-from s2a_cli.memory.dataless import is_hollow
 
 LOOKS = (0, 1, 4, 16)  # forward passes after a layer's first in which it is looked at
 PATIENCE = 64  # forward passes after which a layer that told nothing is not looked at any more

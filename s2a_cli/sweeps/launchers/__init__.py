@@ -10,8 +10,6 @@ from typing import Protocol
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.schema import SweepConfig
 
-PARENT = "S2A_PARENT"  # environment: the sweep's process; a run whose sweep is gone saves where it is and ends
-
 
 class Job(Protocol):
     def poll(self) -> int | None:

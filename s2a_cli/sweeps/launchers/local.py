@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import IO
 
-from s2a_cli.sweeps.launchers import PARENT
+from s2a_cli.common.interrupts import PARENT
 
 POLL = 0.2  # seconds
 CONTEXT_MIB = 1024  # of a process on a GPU beside what it allocates: the CUDA context and libraries; for packing

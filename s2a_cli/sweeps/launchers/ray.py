@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.sweeps.launchers import PARENT
+from s2a_cli.common.interrupts import PARENT
 from s2a_cli.sweeps.launchers.local import POLL, Process
 from s2a_cli.sweeps.launchers.remote import INTERRUPTED, LOST, Again, Queue, note, settle
 

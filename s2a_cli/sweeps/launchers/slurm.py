@@ -15,9 +15,10 @@ from typing import Any
 
 from filelock import FileLock
 
+from s2a_cli.common import files as files_module
 from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.interrupts import PARENT
 from s2a_cli.results import record, run_folder
-from s2a_cli.sweeps.launchers import PARENT
 from s2a_cli.sweeps.launchers.local import POLL, Process
 from s2a_cli.sweeps.launchers.remote import INTERRUPTED, LOST, Again, Queue, note, resumed, settle
 
@@ -87,7 +88,7 @@ class Slurm(Queue):
                 job = self._executor(folder).submit(Attempt(words, log, os.getcwd()))
             except RuntimeError as error:  # sbatch
                 raise UserError(f"sweep.launcher=slurm: {str(error).strip().splitlines()[-1]}") from None
-            record.atomic_write(folder / JOB, json.dumps({"cluster": self._cluster, "id": job.job_id}))
+            files_module.atomic_write(folder / JOB, json.dumps({"cluster": self._cluster, "id": job.job_id}))
         return Submitted(job, log)
 
     def _there(self, folder: Path, log: Path) -> Submitted | None:

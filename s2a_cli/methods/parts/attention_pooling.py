@@ -1,0 +1,122 @@
+"""Reads hidden states with learned queries, at the cost of codes of 8 bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from s2a_cli.activations.ops.autograd import first_order
+from s2a_cli.activations.piece_sizes import piece_sizes
+from s2a_cli.backbones import Hidden
+
+STEP = 1 / 8  # of the codes of normalised tokens
+
+
+class Tap(nn.Module):
+    """A detached hidden state as tokens [B, N, C] in int8: positions pooled to a grid, each token to mean 0 and
+    variance 1.
+
+    Normalised, they all fit one grid, of `STEP`: what lies beyond 16 standard deviations is cut off.
+    """
+
+    def __init__(self, hidden: Hidden, grid: int):
+        super().__init__()
+        self.hidden, self.grid = hidden, grid
+
+    @torch.no_grad()
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.cat([(self.tokens(part) / STEP).round_().clamp_(-127, 127).to(torch.int8) for part in pieces(h)])
+
+    def tokens(self, h: Tensor) -> Tensor:
+        """The same before it is coded, in fp32."""
+        prefix, patches = self.hidden.split(h)
+        if patches.shape[-1] > 1:  # a map; tokens without a square grid stay as they are
+            patches = F.adaptive_avg_pool2d(patches, [min(n, self.grid) for n in patches.shape[-2:]])
+        tokens = torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
+        return F.layer_norm(tokens.float(), tokens.shape[-1:])
+
+
+def pieces(h: Tensor) -> tuple[Tensor, ...]:
+    """A hidden state as the parts of the batch that are read at a time: all at once would be the peak of a step."""
+    return h.split(max(1, piece_sizes(h.device).pooled * len(h) // h.numel()))
+
+
+class Read(torch.autograd.Function):
+    """(hidden state, tap) -> the tap's tokens in fp32, with a gradient, which is computed in pieces from the hidden
+    state alone.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, tap: Tap):
+        ctx.save_for_backward(h)
+        ctx.tap = tap
+        return torch.cat([tap.tokens(part) for part in pieces(h)])
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad: Tensor):
+        (h,) = ctx.saved_tensors
+        out = torch.empty_like(h)
+        parts = pieces(h)
+        with torch.enable_grad():
+            for part, g, o in zip(parts, grad.split(len(parts[0])), out.split(len(parts[0]))):
+                x = part.detach().requires_grad_()
+                o.copy_(torch.autograd.grad(ctx.tap.tokens(x), x, g)[0])
+        return out, None
+
+
+def attend(t: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens t [B, N, C], queries [heads, C] -> the mean of the tokens weighted by softmax(t .
+
+    q), [B, heads, C]; the weights, [B, N, heads].
+    """
+    weights = torch.softmax(t @ query.T, dim=1)
+    return weights.transpose(1, 2).to(t.dtype) @ t, weights
+
+
+class Attend(torch.autograd.Function):
+    """`attend` to tokens in codes, [B, heads, C]. Keeps the codes, once for all heads, and the weights; its gradient is
+    exact.
+
+    The tokens get none.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, query: Tensor) -> Tensor:
+        read, weights = attend(tokens.to(query.dtype) * STEP, query)
+        ctx.save_for_backward(tokens, weights)
+        return read
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad: Tensor):
+        tokens, weights = ctx.saved_tensors
+        t = tokens.to(grad.dtype) * STEP
+        g = t @ grad.transpose(1, 2)
+        scores = weights * (g - (weights * g).sum(1, keepdim=True))
+        return None, torch.einsum("bnh,bnc->hc", scores.to(t.dtype), t)
+
+
+class Reader(nn.Module):
+    """Tokens [B, N, C] -> a vote [B, classes]: attention pooling by one learned query a head, a projection of each, a
+    linear map.
+
+    The queries begin near zero, where the weights are even and what is read is the mean; the linear map is zero at the
+    start.
+    """
+
+    def __init__(self, channels: int, heads: int, width: int, classes: int):
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(heads, channels).normal_(std=0.02))
+        self.value = nn.Parameter(torch.empty(heads, channels, width).normal_(std=channels**-0.5))
+        self.norm = nn.LayerNorm(heads * width)
+        self.vote = nn.Linear(heads * width, classes)
+        nn.init.zeros_(self.vote.weight)
+        nn.init.zeros_(self.vote.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        coded = not tokens.is_floating_point()
+        seen = Attend.apply(tokens, self.query) if coded else attend(tokens.to(self.query.dtype), self.query)[0]
+        read = torch.einsum("bhc,hcw->bhw", seen, self.value)
+        return self.vote(self.norm(read.flatten(1)))

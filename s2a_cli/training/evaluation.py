@@ -1,0 +1,90 @@
+"""Accuracy over a split, and the test of a finished run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from s2a_cli import data
+from s2a_cli.common import distributed
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.interrupts import guarded
+from s2a_cli.results import record
+from s2a_cli.training import checkpoints
+from s2a_cli.training.run import Run, prepare
+from s2a_cli.training.step import Step
+
+
+def _judge(run: Run, top1: float | None) -> None:
+    """Warns where a test accuracy in % is one that no training is needed for."""
+    if (said := data.majority(run.splits, top1)) and distributed.is_first():
+        print(f"s2a: {said}", file=sys.stderr)
+
+
+def evaluate(config: DictConfig, folder: Path) -> dict[str, float | None]:
+    """Tests a finished run again from its saved tensors: top1 and top5 in %.
+
+    Raises UserError when the data, its splits, the backbone's weights or the tensors are not those of the run.
+    """
+    recorded = record.read_result(folder)
+    for key, value in OmegaConf.to_container(config.dataset).items():
+        if (
+            key != "cache"
+            and f"dataset.{key}" not in record.NOT_IDENTITY
+            and value != recorded["config"]["dataset"].get(key)
+        ):
+            raise UserError(
+                f"dataset.{key}={value}: the run was made with {recorded['config']['dataset'].get(key)};"
+                " another split could hold images that it was trained on"
+            )
+    run = prepare(config)
+    if run.splits.revision != recorded["data"]["revision"]:
+        raise UserError(
+            f"{folder}: trained on data of revision {recorded['data']['revision']}, found {run.splits.revision}"
+        )
+    run.model.to(run.device)
+    checkpoints.load(folder, run.model, run.weights)
+    scores = accuracy(run, run.loader("test"))
+    _judge(run, scores["top1"])
+    return scores
+
+
+def sent(batch: Tensor, device: torch.device) -> Tensor:
+    """A batch on the device.
+
+    The host waits for a copy to CUDA no longer than until it is on its way: batches are pinned.
+    """
+    return batch.to(device, non_blocking=device.type == "cuda")
+
+
+@torch.no_grad()
+def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: False) -> dict[str, float | None]:
+    """Mean loss, top-1 and top-5 in % over a split; top-5 is None with fewer than six classes.
+
+    Raises KeyboardInterrupt when it is asked to stop.
+    """
+    run.model.eval()
+    step = Step(run.config, run.device, run.backbone.block_modules)
+    found = [
+        torch.zeros(3, device=run.device)
+    ]  # loss, top-1 and top-5 of each batch; read once: the host does not wait for the device
+    count = 0
+    five = len(run.splits.classes) > 5
+    alone = distributed.part()[1] == 1  # with others there is no stop before the sums that they wait for
+    for images, targets in guarded(loader, asked):
+        images, targets = sent(images, run.device), sent(targets, run.device)
+        logits = step.logits(run.trained, images)
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        top1 = (logits.argmax(1) == targets).sum()
+        top5 = (logits.topk(5).indices == targets[:, None]).sum() if five else torch.zeros_like(top1)
+        found.append(torch.stack([loss, top1, top5]))  # counts in fp32 are exact
+        count += len(images)
+        if alone and asked():
+            raise KeyboardInterrupt
+    loss, top1, top5, count = distributed.total(*torch.stack(found).cpu().double().sum(0).tolist(), count)
+    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count if five else None}

@@ -1,0 +1,196 @@
+"""A config made real: its data, its backbone with what is trained attached to it, and its device."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from s2a_cli import backbones, data
+from s2a_cli.backbones import Backbone, weight_quant
+from s2a_cli.common import distributed
+from s2a_cli.common.errors import RunError, UserError
+from s2a_cli.config.schema import show
+from s2a_cli.methods import METHODS, Method
+from s2a_cli.results import record
+from s2a_cli.training import feature_cache
+from s2a_cli.training.step import moving_norms, train_mode, weight_dtype
+
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
+
+
+@dataclass
+class Run:
+    """What a config stands for, made: its data, its backbone with the method attached, and where it runs."""
+
+    config: DictConfig
+    splits: data.Splits
+    backbone: Backbone
+    weights: str  # fingerprint of the pretrained tensors
+    device: torch.device
+    content: str  # see records.content
+    feature_cache: feature_cache.Cache | None = None  # with dataset.cache=taps, once it is open
+
+    @property
+    def identity(self) -> str:
+        return record.identity(self.content)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.backbone.model
+
+    @property
+    def trained(self) -> nn.Module:
+        """What the batches of `loader` go through: the model, or with kept taps the part of it that is trained."""
+        return self.backbone.tail if self.cache else self.model
+
+    def loader(self, split: str, train: bool = False) -> data.Loader:
+        if self.cache:
+            return self.cache.loader(self, split, train, distributed.part())
+        config, dataset = self.config, getattr(self.splits, split)
+        return data.loader(
+            dataset,
+            data.build_transform(self.backbone.image, config.dataset, train),
+            config.optim.batch_size,
+            seed=config.seed,
+            train=train,
+            workers=config.workers,
+            pin_memory=self.device.type == "cuda",
+            part=distributed.part(),
+        )
+
+
+def prepare(config: DictConfig) -> Run:
+    """Loads the data and the backbone, and attaches the method, on the CPU.
+
+    Raises UserError for input that does not fit.
+    """
+    device = choose_device(config.device)
+    splits = data.load(config.dataset)
+    torch.manual_seed(config.seed)
+    backbone = backbones.build(config.backbone, len(splits.classes))
+    weights = backbone.fingerprint()
+    attach(config, backbone)
+    processes = distributed.part()[1]
+    if config.dataset.cache:
+        feature_cache.check_steady(backbone)
+        if processes > 1:
+            raise UserError(
+                "dataset.cache=taps trains in one process: what is left to train is small; start without torchrun"
+            )
+    if (least := min(config.optim.batch_size, len(splits.train))) < processes:
+        raise UserError(
+            f"a batch of {least} images can't be shared by {processes} processes; start fewer, or raise"
+            " optim.batch_size"
+        )
+    content = record.content(OmegaConf.to_container(config, resolve=True), splits.revision, weights)
+    return Run(config, splits, backbone, weights, device, content)
+
+
+def attach(config: DictConfig, backbone: Backbone) -> None:
+    """Makes a backbone, which may be on the meta device, what a config trains.
+
+    Raises UserError for what does not fit it.
+    """
+    torch.manual_seed(config.seed)  # the method's initial values do not depend on how the backbone drew its own
+    method = METHODS[config.method.name](config.method)
+    method.attach(backbone)
+    if config.optim.head_lr:
+        for layer in backbone.head.layers.values():
+            layer.lr_scale = config.optim.head_lr / config.optim.lr
+    if config.dataset.cache:
+        backbone.tail = method.tail(backbone)
+        if not backbone.tail:
+            accepted = " and ".join(name for name, kind in METHODS.items() if kind.tail is not Method.tail)
+            raise UserError(
+                f"dataset.cache={config.dataset.cache}: method={config.method.name} changes what the backbone computes,"
+                f" so that it has to run in every step; accepted are {accepted}"
+            )
+    if moving_norms(backbone.model):
+        _refuse_parts(config)
+        if config.optim.batch_size == 1 and backbones.lacks_variance(backbone, train_mode):
+            raise UserError(
+                f"optim.batch_size=1: method={config.method.name} trains BatchNorms, and one of {config.backbone.name}"
+                " then has one value a channel and no variance; set it to 2 or more"
+            )
+    if config.quant.recompute == "block":
+        backbone.check_recomputable()
+    if odd := [number for number in config.quant.blocks if not 0 <= number < len(backbone.block_modules)]:
+        raise UserError(
+            f"quant.blocks: there is no block {odd[0]}; this backbone has those from 0 to"
+            f" {len(backbone.block_modules) - 1}"
+        )
+    backbone.model.to(weight_dtype(config.precision))
+    weight_quant.store(backbone, config.backbone.weights)
+
+
+def _refuse_parts(config: DictConfig) -> None:
+    """Raises UserError for settings under which BatchNorms that train would see other statistics than the batch's."""
+    optim, quant = config.optim, config.quant
+    for key, value, default in (
+        ("optim.micro_batch", optim.micro_batch, None),
+        ("quant.chunks", quant.chunks, 1),
+        ("quant.recompute", quant.recompute, "none"),
+        ("quant.budget_mib", quant.budget_mib, None),
+    ):
+        if value != default:
+            raise UserError(
+                f"{key}={show(value)} changes the result here: method={config.method.name} trains BatchNorms, whose"
+                f" statistics are those of one forward pass of the batch; set it to {show(default)}"
+            )
+    if distributed.part()[1] > 1:
+        raise UserError(
+            f"method={config.method.name} trains BatchNorms, whose statistics are those of a whole batch: use one"
+            " process"
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """auto takes CUDA where it is. Makes CUDA deterministic. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first handle is made
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        if OUT_OF_MEMORY.search(str(error)):
+            raise RunError(f"device={name}: has no memory left: {_first_line(error)}") from None
+        raise UserError(f"device={name}: not available here ({_first_line(error)}); use device=auto or cpu") from None
+    return device
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+def check_steady(backbone: Backbone) -> None:
+    """Raises UserError for a backbone whose frozen part computes something else, or something random, in training."""
+    model, size, weight = backbone.model, backbone.image.size, next(backbone.model.parameters())
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        image = torch.randn(1, 3, size, size, dtype=weight.dtype, device=weight.device)
+        train_mode(model)
+        before = torch.get_rng_state()
+        trained, _ = backbone.tail.capture(lambda: model(image))
+        drawn = not torch.equal(before, torch.get_rng_state())
+        tested, logits = backbone.tail.capture(lambda: model.eval()(image))
+        steady = not drawn and all(map(torch.equal, trained.tensors, tested.tensors))
+        whole = torch.allclose(backbone.tail.eval()(tested), logits, rtol=1e-3, atol=1e-4)
+    if not whole:
+        raise UserError(
+            f"dataset.cache=taps: the logits of {type(model).__name__} are more than the mean of its classifier's"
+            " layers"
+        )
+    if not steady:
+        raise UserError(
+            f"dataset.cache=taps: {type(model).__name__} is another in training than in evaluation, with dropout or"
+            " dropped paths; switch them off, such as with backbone.kwargs.drop_path_rate=0"
+        )
