@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import jit
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent / "tiers"))
 from rows import Made, Row
 
 from s2a_cli import memory

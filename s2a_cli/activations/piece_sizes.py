@@ -3,7 +3,7 @@
 Small pieces keep what a step has beside the kept activations small. Each costs as many kernel launches as the whole,
 which a CPU hardly notices, and a fast GPU should: its work on 2^20 elements is a few microseconds, no more than what
 the host needs to launch it (an estimate from memory bandwidth; no GPU has confirmed the sizes). The counts of operators
-and the predicted peaks that follow are in benchmarks/results/operators.md.
+and the predicted peaks that follow are in benchmarks/operators/operators.md.
 """
 
 from __future__ import annotations

@@ -16,5 +16,5 @@ __all__ = ["METHODS", "Method"]
 METHODS: dict[str, type[Method]] = {
     module.name: importlib.import_module(f"{__name__}.{module.name}").METHOD
     for module in pkgutil.iter_modules(__path__)
-    if module.name != "base"
+    if module.name != "base" and not module.ispkg
 }

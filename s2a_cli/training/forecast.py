@@ -74,13 +74,13 @@ def profile_step(backbone: Backbone, config: DictConfig, images: int, processes:
     )
     step = Step(config, torch.device("cpu"), backbone.block_modules)
     if backbone.tail:
-        return feature_cache.profile(backbone, config, step, batch, backbone.parts)
+        return _profile_cached(backbone, config, step, batch, backbone.parts)
     return memory.profile(
         backbone.model, batch, step, lambda model: make_optimizer(config.optim, model), backbone.parts
     )
 
 
-def profile(
+def _profile_cached(
     backbone: Backbone, config: DictConfig, step: Step, batch: tuple[Tensor, Tensor], blocks: dict[str, nn.Module]
 ) -> memory.Profile:
     """The predicted memory of a run: the forward pass that fills the files, or the step of the trained part alone,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -17,8 +18,10 @@ from s2a_cli.common.errors import RunError, UserError
 from s2a_cli.config.schema import show
 from s2a_cli.methods import METHODS, Method
 from s2a_cli.results import record
-from s2a_cli.training import feature_cache
 from s2a_cli.training.step import moving_norms, train_mode, weight_dtype
+
+if TYPE_CHECKING:
+    from s2a_cli.training.feature_cache import Cache
 
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 
@@ -32,8 +35,8 @@ class Run:
     backbone: Backbone
     weights: str  # fingerprint of the pretrained tensors
     device: torch.device
-    content: str  # see records.content
-    feature_cache: feature_cache.Cache | None = None  # with dataset.cache=taps, once it is open
+    content: str  # see record.content
+    cache: Cache | None = None  # with dataset.cache=taps, once it is open
 
     @property
     def identity(self) -> str:
@@ -77,7 +80,7 @@ def prepare(config: DictConfig) -> Run:
     attach(config, backbone)
     processes = distributed.part()[1]
     if config.dataset.cache:
-        feature_cache.check_steady(backbone)
+        check_steady(backbone)
         if processes > 1:
             raise UserError(
                 "dataset.cache=taps trains in one process: what is left to train is small; start without torchrun"

@@ -1,5 +1,5 @@
 """Image files, archives and folders as strangers send them, drawn by hypothesis: valid ones, damaged ones, and ones
-made to harm; and what must hold for each. Used by test_data_fuzz.py with few examples, and with as many as wanted by
+made to harm; and what must hold for each. Used by test_fuzz_data.py with few examples, and with as many as wanted by
 `PYTHONPATH=. python tests/data/fuzz_data.py 20000`.
 """
 
