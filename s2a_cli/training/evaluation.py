@@ -20,7 +20,7 @@ from s2a_cli.training.run import Run, prepare
 from s2a_cli.training.step import Step
 
 
-def _judge(run: Run, top1: float | None) -> None:
+def judge(run: Run, top1: float | None) -> None:
     """Warns where a test accuracy in % is one that no training is needed for."""
     if (said := data.majority(run.splits, top1)) and distributed.is_first():
         print(f"s2a: {said}", file=sys.stderr)
@@ -50,7 +50,7 @@ def evaluate(config: DictConfig, folder: Path) -> dict[str, float | None]:
     run.model.to(run.device)
     checkpoints.load(folder, run.model, run.weights)
     scores = accuracy(run, run.loader("test"))
-    _judge(run, scores["top1"])
+    judge(run, scores["top1"])
     return scores
 
 

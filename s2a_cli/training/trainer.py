@@ -18,10 +18,10 @@ from s2a_cli.common import files as files_module
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.schema import QuantConfig
 from s2a_cli.results import record, run_folder
-from s2a_cli.training import bit_allocation, checkpoints, environment, feature_cache
+from s2a_cli.training import bit_allocation, checkpoints, feature_cache, forecast
+from s2a_cli.training import environment as environment_module
 from s2a_cli.training.compiling import compile_model
-from s2a_cli.training.evaluation import _judge
-from s2a_cli.training.forecast import predict, predict_step
+from s2a_cli.training.evaluation import judge
 from s2a_cli.training.loop import Fit
 from s2a_cli.training.run import OUT_OF_MEMORY, Run, _first_line, prepare
 
@@ -95,7 +95,7 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> record.Resul
             board = _tensorboard(folder, stack) if config.tensorboard and distributed.is_first() else None
             if distributed.is_first():
                 print(data.describe(run.splits))
-            result["memory"] = None if config.compile else predict(run)  # the compiler decides what it keeps
+            result["memory"] = None if config.compile else forecast.predict(run)  # the compiler decides what it keeps
             _foretell(result["memory"], run.device)
             run.model.to(run.device)
             stack.enter_context(memory.snapshot(folder, run.device, config.profile == "memory"))
@@ -106,7 +106,7 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> record.Resul
             if state:
                 print(f"going on in {folder}: epoch {state['sofar']['epoch']}, step {state['sofar']['step'] + 1}")
             Fit(run, folder, result, board)(state)
-            _judge(run, result["accuracy"]["test_top1"])
+            judge(run, result["accuracy"]["test_top1"])
         result["status"], result["error"] = "ok", None
     except KeyboardInterrupt:  # torchrun ends all processes when one has ended
         elsewhere = distributed.announced()
@@ -156,7 +156,7 @@ def _allocate(run: Run) -> dict[str, Any]:
 
     def peak(quant: QuantConfig, micro_batch: int | None = run.config.optim.micro_batch) -> float:
         changed = {"quant": OmegaConf.structured(quant), "optim": {"micro_batch": micro_batch}}
-        return predict_step(run.backbone, OmegaConf.merge(run.config, changed), len(run.splits.train)).peak_mib
+        return forecast.predict_step(run.backbone, OmegaConf.merge(run.config, changed), len(run.splits.train)).peak_mib
 
     loader = run.loader("train", train=True)
     loader.epoch = 0
@@ -191,7 +191,7 @@ def _blank(run: Run) -> record.Result:
             "test": len(splits.test),
         },
         "weights": run.weights,
-        "environment": environment.environment(str(run.device)) | {"processes": distributed.part()[1]},
+        "environment": environment_module.environment(str(run.device)) | {"processes": distributed.part()[1]},
     }
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import s2a_cli
+import s2a_cli.training
 from s2a_cli.cli import commands
 from s2a_cli.cli.commands import KINDS, VERBS
 from s2a_cli.cli.main import main
@@ -28,10 +28,11 @@ def run(*words, **kwargs):
 
 @pytest.fixture
 def training(monkeypatch):
-    """A stand-in for s2a_cli.training.trainer."""
+    """Stands in for the modules that train and test."""
     fake = SimpleNamespace()
-    monkeypatch.setitem(sys.modules, "s2a_cli.training.trainer", fake)
-    monkeypatch.setattr(s2a_cli, "training", fake, raising=False)
+    for name in ("trainer", "evaluation"):
+        monkeypatch.setitem(sys.modules, f"s2a_cli.training.{name}", fake)
+        monkeypatch.setattr(s2a_cli.training, name, fake, raising=False)
     return fake
 
 

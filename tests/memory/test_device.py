@@ -20,7 +20,7 @@ from s2a_cli.memory.result import MIB
 from s2a_cli.planner.batch_size import resolved
 from s2a_cli.results import record
 from s2a_cli.sweeps.launchers import engine, local
-from s2a_cli.training import run as run_module
+from s2a_cli.training import trainer
 
 SMALL = ["backbone=vit_t", "backbone.image_size=64", "dataset=cifar10", "method=full", "quant=none"]
 
@@ -161,7 +161,7 @@ def test_a_run_is_refused_before_anything_is_loaded(gpus, monkeypatch, capsys):
         reached.append(config.device)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "prepare", prepare)
+    monkeypatch.setattr(trainer, "prepare", prepare)
     assert main(["train", "device=cuda"]) == 2
     said = capsys.readouterr().err
     assert (

@@ -304,7 +304,7 @@ def test_the_same_line_on_a_finished_run_says_so_and_trains_nothing(tmp_path, mo
 
 def test_a_folder_that_holds_no_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_module, "prepare", lambda config: pytest.fail("too late"))
+    monkeypatch.setattr(trainer, "prepare", lambda config: pytest.fail("too late"))
     for name in (".env.template", "result.json", "notes.txt"):
         (tmp_path / name).write_text("mine")
     assert main(["train", *QUICK, "run_dir=."]) == 2
