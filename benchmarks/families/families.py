@@ -24,6 +24,7 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,11 @@ from torch import Tensor, nn
 
 from s2a_cli import backbones, memory
 from s2a_cli.activations.piece_sizes import BY_DEVICE
-from s2a_cli.backbones import Backbone
 from s2a_cli.common.errors import UserError, first_line
 from s2a_cli.common.files import atomic_write
 from s2a_cli.common.progress import Progress
 from s2a_cli.config.compose import compose
-from s2a_cli.methods import METHODS
+from s2a_cli.methods import STRUCTURES, Attachment
 from s2a_cli.training import forecast, run
 from s2a_cli.training.environment import environment
 from s2a_cli.training.step import Step, make_optimizer, moving_norms, train_mode
@@ -100,14 +100,14 @@ def randomise(model: nn.Module) -> None:
             module.p = 0.0
 
 
-def made(model: str, method: str, size: int) -> Backbone:
+def made(model: str, method: str, size: int) -> Attachment:
     backbone = backbones.build(configured(model, method, size).backbone, CLASSES)
     randomise(backbone.model)
-    run.attach(configured(model, method, size, "quant=none"), backbone)
+    attached = run.attach(configured(model, method, size, "quant=none"), backbone)
     for layer in backbone.head.layers.values():
         nn.init.normal_(layer.weight, std=0.05)
     train_mode(backbone.model)
-    return backbone
+    return attached
 
 
 def batch(size: int) -> tuple[Tensor, Tensor]:
@@ -115,24 +115,24 @@ def batch(size: int) -> tuple[Tensor, Tensor]:
     return torch.randn(BATCH, 3, size, size, generator=generator), torch.arange(BATCH) % CLASSES
 
 
-def gradient(backbone: Backbone, config: DictConfig, images: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+def gradient(attached: Attachment, config: DictConfig, images: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
     """Of everything that trains, zero where a parameter is not used.
 
     Raises ValueError where it is not finite, or zero altogether.
     """
-    backbone.model.to(dtype).zero_grad(set_to_none=True)
-    step = Step(config, torch.device("cpu"), backbone.block_modules)
+    attached.model.to(dtype).zero_grad(set_to_none=True)
+    step = Step(config, torch.device("cpu"), attached)
     step.dtype = dtype
     torch.manual_seed(0)
-    step.losses(backbone.model, images, targets).sum().backward()
+    step.losses(attached.model, images, targets).sum().backward()
     found = torch.cat(
         [
             (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-            for p in backbone.model.parameters()
+            for p in attached.model.parameters()
             if p.requires_grad
         ]
     )
-    backbone.model.zero_grad(set_to_none=True)
+    attached.model.zero_grad(set_to_none=True)
     if not found.isfinite().all() or not found.any():
         raise ValueError("the gradient is not finite, or zero")
     return found
@@ -148,15 +148,15 @@ def cosine(found: Tensor, right: Tensor) -> float:
     return both / math.sqrt(one * other)
 
 
-def controls(row: Row, backbone: Backbone, stock: DictConfig, images: Tensor, targets: Tensor, right: Tensor) -> Row:
+def controls(row: Row, attached: Attachment, stock: DictConfig, images: Tensor, targets: Tensor, right: Tensor) -> Row:
     """What rounding alone does to stock PyTorch's gradient, where ours is off: random weights may amplify it without
     bound.
     """
     if right.dtype == torch.float64 and any(isinstance(row[name], float) and row[name] > EXACT_ERROR for name in EXACT):
-        each = [gradient(backbone, stock, x, y, torch.float64) for x, y in zip(images.split(1), targets.split(1))]
+        each = [gradient(attached, stock, x, y, torch.float64) for x, y in zip(images.split(1), targets.split(1))]
         return {"stock, image by image": error(sum(each) / len(each), right)}
     if right.dtype == torch.float32 and any(isinstance(row[name], float) and row[name] < LOW for name in CODED):
-        return {"stock, bf16": cosine(gradient(backbone, stock, images, targets, torch.bfloat16), right)}
+        return {"stock, bf16": cosine(gradient(attached, stock, images, targets, torch.bfloat16), right)}
     return {}
 
 
@@ -165,40 +165,40 @@ def methods_of(model: str, size: int) -> Row:
     images, targets = batch(size)
     BY_DEVICE["cpu"] = replace(BY_DEVICE["cpu"], block=1, recomputed=1)  # pieces however small
     rows: Row = {}
-    for method in METHODS:
+    for method in STRUCTURES:
         try:
-            backbone = made(model, method, size)
+            attached = made(model, method, size)
             row = rows[method] = {
-                "trained": int(sum(p.numel() for p in backbone.model.parameters() if p.requires_grad))
+                "trained": int(sum(p.numel() for p in attached.model.parameters() if p.requires_grad))
             }
             stock = configured(model, method, size, "quant=none")
             for kind, ways in (
                 (torch.float64, EXACT),
                 (torch.float32, CODED),
             ):  # rounding in fp32 moves what lies at a ReLU's corner
-                right = gradient(backbone, stock, images, targets, kind)
+                right = gradient(attached, stock, images, targets, kind)
                 for name, words in ways.items():
                     whole = (
-                        ["quant.chunks=1"] if name == "int4" and moving_norms(backbone.model) else []
+                        ["quant.chunks=1"] if name == "int4" and moving_norms(attached.model) else []
                     )  # their statistics are the batch's
                     config = configured(model, method, size, *words, *whole)
                     try:
                         run.attach(config, backbones.build(config.backbone, CLASSES, meta=True))
-                        found = gradient(backbone, config, images, targets, kind)
+                        found = gradient(attached, config, images, targets, kind)
                     except UserError as refused:
                         row[name] = first_line(refused)
                         continue
                     row[name] = error(found, right) if ways is EXACT else cosine(found, right)
                     del found
-                row |= controls(row, backbone, stock, images, targets, right)
+                row |= controls(row, attached, stock, images, targets, right)
                 del right
-            backbone.model.float()
-            before = {name: t.clone() for name, t in backbone.model.state_dict().items()}
+            attached.model.float()
+            before = {name: t.clone() for name, t in attached.model.state_dict().items()}
             config = configured(model, method, size)
-            Step(config, torch.device("cpu"), backbone.block_modules)(
-                backbone.model, make_optimizer(config.optim, backbone.model), images, targets
+            Step(config, torch.device("cpu"), attached)(
+                attached.model, make_optimizer(config.optim, attached.model, attached), images, targets
             )
-            tensors = dict([*backbone.model.named_parameters(remove_duplicate=False), *backbone.model.named_buffers()])
+            tensors = dict([*attached.model.named_parameters(remove_duplicate=False), *attached.model.named_buffers()])
             frozen = [name for name, tensor in tensors.items() if not tensor.requires_grad] if method != "full" else []
             row["changed though frozen"] = [
                 name for name in frozen if name in before and not torch.equal(tensors[name], before[name])
@@ -246,8 +246,8 @@ def kept_of(model: str) -> Row:
     for quant in ("none", "int4", "tiny"):
         config = configured(model, "bias", None, f"quant={quant}")
         backbone = backbones.build(config.backbone, CLASSES, meta=True)
-        run.attach(config, backbone)
-        kept[quant] = forecast.predict_step(backbone, config, BATCH).kept_mib / BATCH
+        attached = run.attach(config, backbone)
+        kept[quant] = forecast.predict_step(attached, config, BATCH).kept_mib / BATCH
     return kept
 
 
@@ -256,11 +256,14 @@ def tracked_of(model: str, size: int) -> Row:
     shares = {}
     for method, quant in TRACKED:
         config = configured(model, method, size, quant)
-        backbone = made(model, method, size)
-        predicted = forecast.predict_step(backbone, config, BATCH)
-        step = Step(config, torch.device("cpu"), backbone.block_modules)
+        attached = made(model, method, size)
+        predicted = forecast.predict_step(attached, config, BATCH)
+        step = Step(config, torch.device("cpu"), attached)
         real = memory.track(
-            backbone.model, batch(size), step, lambda model, config=config: make_optimizer(config.optim, model)
+            attached.model,
+            batch(size),
+            step,
+            partial(make_optimizer, config.optim, attached=attached),
         )
         shares[f"{method} {quant.removeprefix('quant=')}"] = predicted.peak_mib / real.peak_mib
     return shares

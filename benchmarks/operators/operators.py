@@ -40,11 +40,11 @@ def counted(backbone: str, quant: str, device: str) -> dict[str, Any]:
     ]
     config = compose([*words, "dataset=cifar100"])
     made = backbones.build(config.backbone, CLASSES, meta=True)
-    run.attach(config, made)
+    attached = run.attach(config, made)
     own = piece_sizes.BY_DEVICE["cuda"]
     piece_sizes.BY_DEVICE["cuda"] = piece_sizes.BY_DEVICE[device]  # a prediction is one of CUDA
     try:
-        profile = forecast.profile_step(made, config, BATCH)
+        profile = forecast.profile_step(attached, config, BATCH)
     finally:
         piece_sizes.BY_DEVICE["cuda"] = own
     found = profile.memory

@@ -21,12 +21,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "tiers"))
 from rows import checkpoint, lora
 
-from s2a_cli import memory
+from s2a_cli import memory, methods
 from s2a_cli.backbones import Backbone, build
 from s2a_cli.config.compose import compose
 from s2a_cli.memory.cuda import reserved
 from s2a_cli.memory.result import MIB
-from s2a_cli.methods import METHODS
 from s2a_cli.training.step import Step, make_optimizer, train_mode
 
 UNITS = {"GB": 1024.0, "MB": 1.0, "MiB": 1.0}  # in MiB, read as powers of 1024; see the notes in the results
@@ -114,7 +113,7 @@ CASES = (
 def predicted(case: Case, *more: str) -> memory.Profile:
     config = compose([*case.words, "dataset=cifar100", *more])
     backbone = build(config.backbone, case.classes, meta=True)
-    METHODS[config.method.name](config.method).attach(backbone)
+    attached = methods.attach(config.method, backbone)
     if case.change:
         with torch.device("meta"):
             case.change(backbone)
@@ -122,8 +121,8 @@ def predicted(case: Case, *more: str) -> memory.Profile:
     count, size = config.optim.batch_size, backbone.image.size
     batch = torch.empty(count, 3, size, size), torch.empty(count, dtype=torch.long)
     blocks = {block.name: block.module for block in backbone.blocks}
-    step = Step(config, torch.device("cpu"), backbone.block_modules)
-    return memory.profile(backbone.model, batch, step, partial(make_optimizer, config.optim), blocks)
+    step = Step(config, torch.device("cpu"), attached)
+    return memory.profile(backbone.model, batch, step, partial(make_optimizer, config.optim, attached=attached), blocks)
 
 
 def main(path: str) -> None:

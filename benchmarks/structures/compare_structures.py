@@ -28,11 +28,12 @@ from statistics import mean, stdev
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from s2a_cli.config.schema.compose import compose
 
 from s2a_cli import backbones
 from s2a_cli.common import files
-from s2a_cli.training.trainer import trainer
+from s2a_cli.config.compose import compose
+from s2a_cli.training import forecast, trainer
+from s2a_cli.training.run import attach
 
 LARGE, SMALL = (2e-3, 4e-3, 8e-3, 16e-3), (5e-5, 1e-4, 2e-4, 4e-4)
 CONTENDERS = {  # name -> (words, learning rates, codes for the memory)
@@ -111,8 +112,8 @@ def costs(backbone: str, words: list[str], codes: str) -> tuple[float, float]:
     """With 100 classes and a batch of 64: the predicted peak in MiB, and the share of parameters that train, in %."""
     config = compose([backbone, "dataset=cifar100", "optim.batch_size=64", *words, f"quant={codes}"])
     built = backbones.build(config.backbone, 100, meta=True)
-    trainer.attach(config, built)
-    return trainer.predict_step(built, config, 50_000).peak_mib, built.count()["percent"]
+    attached = attach(config, built)
+    return forecast.predict_step(attached, config, 50_000).peak_mib, built.count()["percent"]
 
 
 def draw(table: pd.DataFrame, backbone: str, path: Path) -> None:

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2a_cli import backbones, memory
+from s2a_cli import backbones, memory, methods
 from s2a_cli.backbones import Backbone
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.memory.predict import hollow_tensors
-from s2a_cli.methods import METHODS
 from s2a_cli.training.step import Step, make_optimizer, moving_norms, train_mode, weight_dtype
 
 CLASSES = 100
@@ -153,7 +152,7 @@ class Made:
         torch.manual_seed(self.config.seed)  # the same values, whether the backbone was made or copied
         for layer in self.backbone.head.layers.values():
             nn.init.normal_(layer.weight, std=HEAD_STD)
-        METHODS[self.config.method.name](self.config.method).attach(self.backbone)
+        self.attached = methods.attach(self.config.method, self.backbone)
         if row.change:
             row.change(self.backbone)
         quant, micro = self.config.quant, self.config.optim.micro_batch
@@ -167,14 +166,14 @@ class Made:
         if not meta:
             self.model.to(device)
         train_mode(self.model)
-        self.step = Step(self.config, device, self.backbone.block_modules)
+        self.step = Step(self.config, device, self.attached)
 
     @property
     def model(self) -> nn.Module:
         return self.backbone.model
 
     def optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        return make_optimizer(self.config.optim, model or self.model)
+        return make_optimizer(self.config.optim, model or self.model, self.attached)
 
     def compile(self) -> None:
         if self.row.budget is not None:

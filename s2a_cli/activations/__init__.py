@@ -20,7 +20,8 @@ from torch import nn
 
 from s2a_cli.activations import kernels  # registers them
 from s2a_cli.activations.mode import ActivationMode
-from s2a_cli.config.schema import QuantConfig, check_quant
+from s2a_cli.config.checks import check_quant
+from s2a_cli.config.schema import QuantConfig
 
 STOCK = QuantConfig(name="none", lossless=False)  # what PyTorch keeps by itself
 

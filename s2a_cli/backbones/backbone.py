@@ -9,7 +9,6 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from s2a_cli.backbones.head import Head
 from s2a_cli.backbones.hidden import Hidden
 from s2a_cli.backbones.trace import LayoutError, find_blocks, layouts, trace
+from s2a_cli.backbones.weight_quant import Stored
 from s2a_cli.common.errors import UserError, first_line
 from s2a_cli.data.transforms import ImageConfig
-
-if TYPE_CHECKING:
-    from s2a_cli.methods.parts.feature_head import Tail
 
 ADDED = "s2a"  # the submodule of the model that holds what a method adds
 
@@ -49,8 +46,6 @@ class Backbone:
         for parameter in head.parameters():
             parameter.requires_grad_(True)
         self._look()
-        self.tail: Tail | None = None  # the trained part alone, where the config trains on kept taps
-        self.stored = 0  # elements of weights that are kept as codes and so are no parameters, see frozen.py
         self._pretrained = [name for name in model.state_dict() if not head.holds(name)]
 
     def _look(self) -> None:
@@ -120,9 +115,14 @@ class Backbone:
         return self._order[name] != self._order.get(name.rpartition(".")[0], 0)
 
     def add(self, name: str, module: nn.Module) -> None:
-        """Adds a trainable module as `model.s2a.<name>`; it is saved and trained with the run."""
+        """Adds a trainable module as `model.s2a.<name>`; it is saved and trained with the run.
+
+        Raises UserError where there is one of that name.
+        """
         if not hasattr(self.model, ADDED):
             self.model.add_module(ADDED, nn.ModuleDict())
+        if name in getattr(self.model, ADDED):
+            raise UserError(f"method: two of its structures add {name}; name one of them")
         getattr(self.model, ADDED)[name] = module.to(next(self.head.parameters()).device)
 
     def fingerprint(self) -> str:
@@ -138,8 +138,9 @@ class Backbone:
         head.
         """
         head = sum(p.numel() for p in self.head.parameters())
+        stored = sum(module.elements for module in self.model.modules() if isinstance(module, Stored))
         added = sum(p.numel() for p in getattr(self.model, ADDED, nn.Module()).parameters())
-        total = sum(p.numel() for p in self.model.parameters()) + self.stored
+        total = sum(p.numel() for p in self.model.parameters()) + stored
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad) - head
         return {
             "total": total,

@@ -13,6 +13,7 @@ Codecs of a library would not do: bitsandbytes' (0.50) refuse float64, and its i
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,10 @@ from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.codebooks import GROUP_BINS, Table
 from s2a_cli.activations.quant.primitives import SCALE, decode_groups, encode_groups
 from s2a_cli.activations.quant.primitives import decode_int8 as decode_bytes
-from s2a_cli.backbones import Backbone
 from s2a_cli.common.errors import UserError
+
+if TYPE_CHECKING:
+    from s2a_cli.backbones.backbone import Backbone
 
 GROUP = 64  # most elements of a row that share a scale
 LARGEST = 127  # code of int8
@@ -105,6 +108,11 @@ class Stored(nn.Module):
         return self.decode(codes, scales, math.prod(self.shape[1:]), dtype).view(self.shape)
 
     @property
+    def elements(self) -> int:
+        """Elements of the weight, which is no parameter any more."""
+        return self.shape.numel()
+
+    @property
     def weight(self) -> Tensor:
         """For code that asks for its dtype or device; made anew at each call."""
         return self.unpacked(self.codes, self.scales, self.like.dtype)
@@ -161,7 +169,7 @@ def store(backbone: Backbone, kind: str) -> None:
     """
     if kind == "fp32":
         return
-    before = backbone.stored
+    stored = False
     for name, module in backbone.adapted_modules("all"):
         if type(module) not in LAYERS or module.weight.requires_grad or not backbone.runs(name):
             continue
@@ -171,8 +179,8 @@ def store(backbone: Backbone, kind: str) -> None:
         del module.weight
         module.__class__ = LAYERS[type(module)]
         module.store(kind, weight)
-        backbone.stored += weight.numel()
-    if backbone.stored == before:
+        stored = True
+    if not stored:
         raise UserError(
             f"backbone.weights={kind}: this method freezes no weight of a Linear or Conv2d of the backbone; use fp32"
         )

@@ -52,6 +52,8 @@ def imports() -> Iterator[None]:
 
 
 def composed(words: list[str]) -> Any:
+    with imports():
+        import s2a_cli.methods  # noqa: F401 (its structures declare their settings)
     from s2a_cli.config.compose import compose
 
     return compose(words)
@@ -115,6 +117,8 @@ def _recompose(words: list[str]) -> Any:
 
     folder, overrides = _finished(words)
     stored = record.read_result(folder)["config"]
+    with imports():
+        import s2a_cli.methods  # noqa: F401
     from s2a_cli.config.compose import recompose
 
     return recompose(stored, overrides)
@@ -175,7 +179,7 @@ def _docstring(method: str) -> str:
     """The first line of a method's docstring, read without an import of torch."""
     body = ast.parse((Path(__file__).parents[1] / "methods" / f"{method}.py").read_text(encoding="utf-8")).body
     assigned = {ast.unparse(node.targets[0]): ast.unparse(node.value) for node in body if isinstance(node, ast.Assign)}
-    found = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == assigned["METHOD"])
+    found = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == assigned["STRUCTURE"])
     return (ast.get_docstring(found) or "").split("\n")[0]
 
 

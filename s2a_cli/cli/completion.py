@@ -6,11 +6,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from s2a_cli.cli.commands import VERBS
+from s2a_cli.cli.commands import VERBS, imports
 from s2a_cli.cli.main import FLAGS
 from s2a_cli.common.errors import UserError, nearest
-from s2a_cli.config.compose import CONF, composable, hydra_on
-from s2a_cli.config.schema import RunConfig, rule_of
+from s2a_cli.config.compose import CONF, composable, hydra_on, method_schema
+from s2a_cli.config.schema import STRUCTURES, RunConfig
+from s2a_cli.config.settings import rule_of, walk
 
 SCRIPTS = {
     "bash": r"""
@@ -72,9 +73,12 @@ def _settings(before: list[str], word: str) -> list[str]:
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 
     key, equals, value = word.partition("=")
-    rule = rule_of(key)
+    rule = next((rule_of(schema, name) for full, schema, name in walk(RunConfig) if full == key), None)
     if equals and rule and rule.choices:
         return [f"{key}={choice}" for choice in rule.choices if choice.startswith(value)]
+    if word.startswith("method."):
+        with imports():
+            import s2a_cli.methods  # noqa: F401 (its structures declare their settings)
     with hydra_on(CONF) as loader:
         found = DefaultCompletionPlugin(_WithSchema(loader))._query("config", " ".join([*composable(before), word]))
     return [choice for choice in found if not choice.startswith("hydra")]
@@ -93,5 +97,12 @@ class _WithSchema:
         loaded = self.loader.load_configuration(*args, **kwargs)
         OmegaConf.set_struct(loaded, False)
         schema = OmegaConf.to_container(OmegaConf.structured(RunConfig))
-        del schema["method"]  # its fields are those of its file
-        return OmegaConf.merge(schema, loaded)
+        del schema["method"]
+        merged = OmegaConf.merge(schema, loaded)
+        if (
+            name := loaded.method.get("name")
+        ) in STRUCTURES:  # which are known where one of their settings is asked for
+            merged.method = OmegaConf.merge(
+                OmegaConf.to_container(OmegaConf.structured(method_schema(name))), merged.method
+            )
+        return merged

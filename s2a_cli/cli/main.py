@@ -149,12 +149,14 @@ def _verb_help(verb: Verb, words: list[str]) -> None:
     from omegaconf import OmegaConf
 
     from s2a_cli.config.compose import compose, groups
-    from s2a_cli.config.schema import SweepConfig, leaves, meanings, show
+    from s2a_cli.config.rules import show
+    from s2a_cli.config.schema import SweepConfig
+    from s2a_cli.config.settings import declared, help_of
 
     if verb.config is first_of_grid:
         print("\nSettings of the sweep; all others, with several values, are those of s2a train --help:")
-        for key, value in leaves(OmegaConf.structured(SweepConfig), "sweep."):
-            print(f"  {f'{key}={show(value)}':<28} {meanings(SweepConfig)[key.removeprefix('sweep.')]}")
+        for key, schema, name, value in declared(OmegaConf.structured(SweepConfig), "sweep."):
+            print(f"  {f'{key}={show(value)}':<28} {help_of(schema, name)}")
     if verb.config is not composed:
         return
 
@@ -164,7 +166,5 @@ def _verb_help(verb: Verb, words: list[str]) -> None:
     config = compose(words)
     chosen = " ".join(f"{group}={config[group].name}" for group in ("backbone", "method", "quant", "dataset", "optim"))
     print(f"\nSettings, with the values that they have under {chosen}:")
-    for key, value in leaves(config):
-        node, _, name = key.rpartition(".")
-        schema = OmegaConf.get_type(OmegaConf.select(config, node) if node else config)
-        print(f"  {f'{key}={show(value)}':<42} {meanings(schema).get(name, '')}".rstrip())
+    for key, schema, name, value in declared(config):
+        print(f"  {f'{key}={show(value)}':<42} {help_of(schema, name)}".rstrip())

@@ -13,7 +13,7 @@ import typing
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import field, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError, OmegaConfBaseException
 
 from s2a_cli.common.errors import UserError, brief, first_line, nearest
+from s2a_cli.config.checks import check
 from s2a_cli.config.overrides import CONF, groups, read, refuse_explosions
-from s2a_cli.config.schema import CODED, OF_BITS, Rule, RunConfig, SweepConfig, check, leaves, members, rule_of, show
+from s2a_cli.config.rules import Rule, show
+from s2a_cli.config.schema import STRUCTURES, MethodConfig, RunConfig, SweepConfig
+from s2a_cli.config.settings import declared, default_of, leaves, members, missing, rule_of
 from s2a_cli.config.trust import check_kwargs, check_stored
 
 OmegaConf.register_new_resolver("times", lambda *factors: math.prod(map(float, factors)), replace=True)
 
+SEVERAL = "_several"  # the option of `method` behind a list of others
 Problems = dict[str, str]  # key -> one line; the first one said about a key stays
 UNFIT = (
     OmegaConfBaseException,
@@ -61,8 +65,8 @@ def compose_sweep(overrides: list[str]) -> SweepConfig:
     loaded = _load(_readable(overrides, CONF, problems), CONF, problems)
     typed = OmegaConf.structured(SweepConfig)
     _fit(loaded.get("sweep") or OmegaConf.create(), typed, "sweep.", problems)
-    for key, value in leaves(typed, "sweep."):
-        rule = rule_of(key)
+    for key, schema, name, value in declared(typed, "sweep."):
+        rule = rule_of(schema, name)
         if rule and value is not None and not rule.test(value):
             problems[key] = rule.problem(key, value, optional=True)
     if problems:
@@ -152,9 +156,17 @@ def _readable(overrides: list[str], conf: Path, problems: Problems) -> list[str]
     known, words = groups(conf), []
     for override in _parsed(overrides, known, problems):
         group, value, word = override.key_or_group, override.value(), override.input_line.lstrip("+")
+        if group == "method" and isinstance(value, list) and value:
+            value = sorted(map(str, value)) if len(value) > 1 else str(value[0])
+            word = f"method=[{','.join([*value, SEVERAL])}]" if isinstance(value, list) else f"method={value}"
         if group not in known or isinstance(value, dict):
             words.append(f"++{word}")
-        elif value in known[group]:
+        elif isinstance(value, list) and group == "method" and set(value) <= set(known[group]):
+            if twice := next((one for one in value if value.count(one) > 1), None):
+                problems[group] = f"{override.input_line}: names {twice} twice"
+            else:
+                words.append(word)
+        elif not isinstance(value, list) and value in known[group]:
             words.append(word)
         elif group != "experiment" or value is not None:
             accepted = ", ".join(known[group])
@@ -178,28 +190,30 @@ def _load(words: list[str], conf: Path, problems: Problems) -> DictConfig:
         problems["config"] = brief(said or type(error).__name__, 400)
         raise UserError("\n".join(problems.values())) from error
     OmegaConf.set_struct(loaded, False)
+    several = next((word for word in reversed(words) if word.startswith("method=[")), None)
+    if several:
+        _join(loaded.method, several.removeprefix("method=[").removesuffix("]").split(",")[:-1], conf)
     return loaded
 
 
 def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
     """`loaded` as a RunConfig. Raises UserError with all problems when there are any."""
-    from s2a_cli.methods import METHODS
-
     typed = OmegaConf.structured(RunConfig)
     found: Problems = {}
     name = _method_name(loaded)
-    if name in METHODS:
-        typed.method = OmegaConf.structured(METHODS[name].Config)
+    if name and all(one in STRUCTURES for one in name.split("+")):
+        typed.method = OmegaConf.structured(method_schema(name))
     else:
-        found["method"] = (
-            f"method.name={brief(show(name))}: expected one of {', '.join(METHODS)}{nearest(str(name), METHODS)}"
-        )
+        accepted = f"{', '.join(STRUCTURES)}{nearest(str(name), STRUCTURES)}"
+        found["method"] = f"method.name={brief(show(name))}: expected one of {accepted}"
     _fit(loaded, typed, "", found)
-    for key in sorted(OmegaConf.missing_keys(typed) - found.keys() - {"method"}):
+    for key in sorted(missing(typed) - found.keys() - {"method"}):
         found[key] = f"{key}: has no value; add {key}=..."
     found = check(typed) | check_kwargs(OmegaConf.to_container(typed.backbone.kwargs)) | found
     raw = OmegaConf.to_container(loaded, resolve=False)
-    told = {key: line for key, line in found.items() if _source(raw, key) not in found}  # told where it was written
+    told = {
+        key: line for key, line in found.items() if _source(raw, typed, key) not in found
+    }  # told where it was written
     found = told or found  # or two are each other's source
     # A group that fell back to its default says nothing about the keys that were meant for the other option.
     wrong = tuple(f"{key}." for key in problems)
@@ -208,6 +222,34 @@ def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
         raise UserError("\n".join(problems.values()))
     OmegaConf.resolve(typed)
     return typed
+
+
+def method_schema(name: str) -> type:
+    """Returns the dataclass of a method's settings: a structure's own, or those of several, each under its name."""
+    names = name.split("+")
+    if len(names) == 1:
+        return make_dataclass("MethodConfig", [], bases=(STRUCTURES[name], MethodConfig))
+    parts = [(one, STRUCTURES[one], field(default_factory=STRUCTURES[one])) for one in names]
+    return make_dataclass("MethodConfig", parts, bases=(MethodConfig,))
+
+
+def _join(method: DictConfig, names: list[str], conf: Path) -> None:
+    """Makes of the settings of several structures, merged by Hydra, those of one method: each under its own name.
+
+    Its learning rate is the lowest of theirs, unless one was given.
+    """
+    rates = []
+    for name in names:
+        own = OmegaConf.load(conf / "method" / f"{name}.yaml")
+        rates.append(float(own.pop("lr")))
+        for key in ("defaults", "name"):
+            own.pop(key, None)
+        for key in own.keys() - set(names):
+            method.pop(key, None)
+        method[name] = OmegaConf.merge(own, method.get(name) or {})
+    method.name = "+".join(names)
+    if method.lr is None:
+        method.lr = min(rates)
 
 
 def _method_name(loaded: DictConfig) -> Any:
@@ -219,7 +261,7 @@ def _method_name(loaded: DictConfig) -> Any:
     return name if isinstance(name, str) else None
 
 
-def _source(raw: dict[str, Any], key: str) -> str | None:
+def _source(raw: dict[str, Any], typed: DictConfig, key: str) -> str | None:
     """The key that this one takes its value from, as in `norm: ${.bits}` or `lr: ${times:${method.lr},2}`; else
     None.
     """
@@ -227,7 +269,8 @@ def _source(raw: dict[str, Any], key: str) -> str | None:
     settings: Any = raw
     for part in node.split(".") if node else ():
         settings = settings.get(part) if isinstance(settings, dict) else None
-    value = OF_BITS if node == "quant" and name in CODED else None  # the schema's own
+    schema = OmegaConf.get_type(OmegaConf.select(typed, node) if node else typed)
+    value = default_of(schema, name) if is_dataclass(schema) else None
     value = settings.get(name, value) if isinstance(settings, dict) else value
     match = re.match(r"\$\{(?:times:\$\{)?([\w.]+)\}", value) if isinstance(value, str) else None
     return match[1].replace(".", f"{node}.", 1) if match and match[1][0] == "." else match and match[1]
@@ -268,7 +311,7 @@ def _fit(values: DictConfig, typed: DictConfig, prefix: str, problems: Problems)
                 raise ValueError
             OmegaConf.update(typed, str(key), plain, merge=False)
         except UNFIT:
-            rule = rule_of(full) or Rule(_words(accepted), bool)
+            rule = rule_of(schema, str(key)) or Rule(_words(accepted), bool)
             problems[full] = rule.problem(full, plain, type(None) in accepted)
 
 

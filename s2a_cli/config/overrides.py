@@ -28,7 +28,7 @@ MOST_RUNS = 10_000  # of a grid
 def groups(conf: Path = CONF) -> dict[str, list[str]]:
     """{group: its options} as there are files in `conf/`."""
     folders = sorted(folder for folder in conf.iterdir() if folder.is_dir())
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+    return {folder.name: sorted(file.stem for file in folder.glob("[!_]*.yaml")) for folder in folders}
 
 
 def read(word: str) -> Any:

@@ -11,7 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from s2a_cli.common.errors import UserError, nearest
-from s2a_cli.config.schema import DatasetConfig, rule_of
+from s2a_cli.config.schema import DatasetConfig
+from s2a_cli.config.settings import rule_of
 from s2a_cli.data import cifar, digits, domainnet, folder, oxford
 from s2a_cli.data.batches import Loader, loader, mix
 from s2a_cli.data.images import Images
@@ -98,7 +99,7 @@ def problems(config: DatasetConfig) -> list[str]:
         return [f"dataset={config.name}: expected one of {', '.join(DATASETS)}{nearest(config.name, DATASETS)}"]
     found = []
     for key in (field.name for field in fields(DatasetConfig)):
-        value, rule = getattr(config, key), rule_of(f"dataset.{key}")
+        value, rule = getattr(config, key), rule_of(DatasetConfig, key)
         if rule and value is not None and not rule.test(value):
             found.append(rule.problem(f"dataset.{key}", value))
     if config.shots is not None and config.fraction is not None:

@@ -1,47 +1,55 @@
-"""What every method is: a small class that says what is trained."""
+"""What every structure is: a small class that says what is trained."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from omegaconf import MISSING
+from s2a_cli.backbones import Backbone
+from s2a_cli.config.rules import pattern
+from s2a_cli.config.settings import setting
+from s2a_cli.methods.attachment import Attachment
 
-if TYPE_CHECKING:
-    from s2a_cli.backbones import Backbone
-    from s2a_cli.methods.parts.feature_head import Tail
+BLOCKS = pattern("all or last:K with K of at least 1", r"all|last:0{0,3}[1-9][0-9]{0,3}")
 
 
-class Method:
+@dataclass
+class BlocksSettings:
+    """The settings of a structure that adapts some of the blocks."""
+
+    blocks: str = setting(
+        "all",
+        help="all | last:K: the blocks that are adapted; below them nothing is kept for backward",
+        rule=BLOCKS,
+    )
+
+
+class Structure:
     """Says which parameters of a backbone are trained, and which modules are added to it.
 
-    A method's file defines one subclass, and `METHOD = Subclass`; the first line of its docstring stands in `s2a ls`.
+    A structure's file defines one subclass, and `STRUCTURE = Subclass`; the first line of its docstring stands in
+    `s2a ls`. `Settings` is a dataclass of its settings; `conf/method/<name>.yaml` has its name and learning rate.
+    adapts: whether the backbone then computes something else, or a gradient passes through it.
+    keeps_codable: whether anything is kept for the backward pass that codes of activations can stand for.
     """
 
     @dataclass
-    class Config:
-        name: str = MISSING  # the name in tables and paths
-        lr: float = MISSING  # the default of optim.lr
+    class Settings:
+        pass
 
-    @dataclass
-    class BlocksConfig(Config):
-        blocks: str = "all"  # all | last:K: the blocks that are adapted; below them nothing is kept for backward
+    adapts = True
+    keeps_codable = True
 
-    def __init__(self, config: Any):
-        self.config = config
+    def __init__(self, settings: Any):
+        self.settings = settings
 
-    def attach(self, backbone: Backbone) -> None:
+    def attach(self, backbone: Backbone, beside: Sequence[Attachment] = ()) -> Attachment:
         """Unfreezes parameters of `backbone` and adds modules to it, in place.
 
-        At the call every parameter is frozen but the head's. Afterwards the function computed is still the pretrained
-        one. In training the model may return several votes, [votes, B, classes] instead of [B, classes]: each gets a
-        loss of its own. Raises UserError for settings that do not fit this backbone.
+        At the call every parameter is frozen but the head's, and those of the structures `beside` this one. Afterwards
+        the function computed is still the pretrained one. In training the model may return several logits,
+        [heads, B, classes] instead of [B, classes]: each gets a loss of its own.
+        Raises UserError for settings that do not fit this backbone.
         """
         raise TypeError(f"{type(self).__name__} does not say what it attaches")
-
-    def tail(self, backbone: Backbone) -> Tail | None:
-        """The trained part alone, after `attach`, for `dataset.cache=taps`.
-
-        None where a gradient passes through the backbone, or it computes something else than before.
-        """
-        return None

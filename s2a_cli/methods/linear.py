@@ -1,19 +1,18 @@
 from __future__ import annotations
 
-from s2a_cli.methods.base import Method
-from s2a_cli.methods.parts.feature_head import Tail
+from s2a_cli.methods.attachment import Attachment
+from s2a_cli.methods.base import Structure
+from s2a_cli.methods.parts.feature_head import FeatureHead
 
 
-class Linear(Method):
+class Linear(Structure):
     """linear probe: the classification head alone"""
 
-    Config = Method.Config
+    adapts = False
+    keeps_codable = False
 
-    def attach(self, backbone):
-        pass  # the head is always trained
-
-    def tail(self, backbone):
-        return Tail(backbone.head)
+    def attach(self, backbone, beside=()):
+        return Attachment(backbone, adapts=False, feature_head=FeatureHead(backbone.head))  # the head is always trained
 
 
-METHOD = Linear
+STRUCTURE = Linear

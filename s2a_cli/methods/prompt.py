@@ -6,10 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from s2a_cli.backbones import Backbone, Hidden
+from s2a_cli.backbones import Hidden
 from s2a_cli.common.distributed import is_first
 from s2a_cli.common.errors import UserError
-from s2a_cli.methods.base import Method
+from s2a_cli.config.schema import AT_LEAST_1
+from s2a_cli.config.settings import setting
+from s2a_cli.methods.attachment import Attachment
+from s2a_cli.methods.base import BlocksSettings, Structure
 
 
 class LowRankPrompt(nn.Module):
@@ -33,43 +36,54 @@ class LowRankPrompt(nn.Module):
         return self.hidden.replaced((args, kwargs), self(self.hidden.of((args, kwargs))))
 
 
-def add_prompts(backbone: Backbone, blocks: str, rank: int) -> None:
-    """Adds a low-rank prompt at the input of every adapted block.
-
-    Where a block has fewer channels or positions than `rank`, its prompt has as many; says so. Raises UserError where
-    every block has fewer channels.
-    """
-    prompts, adapted = nn.ModuleList(), backbone.adapted_blocks(blocks)
-    widest = max(block.input.channels for block in adapted)
-    if rank > widest:
-        raise UserError(
-            f"rank={rank} of the low-rank prompt is larger than any block of this backbone allows: they have at most"
-            f" {widest} channels"
-        )
-    limits = {block.name: min(block.input.channels, block.input.positions) for block in adapted}
-    narrow = {name: limit for name, limit in limits.items() if limit < rank}
-    if narrow and is_first():
-        few = ", ".join(f"{limit} at {name}" for name, limit in list(narrow.items())[:3])
-        more = f" and {len(narrow) - 3} more" if len(narrow) > 3 else ""
-        print(
-            f"s2a: the low-rank prompt has a lower rank than {rank} where channels or positions are few: {few}{more}",
-            file=sys.stderr,
-        )
-    for block in adapted:
-        prompts.append(LowRankPrompt(block.input, min(rank, limits[block.name])))
-        block.module.register_forward_pre_hook(prompts[-1].on_block_input, with_kwargs=True)
-    backbone.add("prompt", prompts)
+@dataclass
+class PromptSettings:
+    rank: int = setting(8, help="of A [positions, rank] and B [rank, channels]", rule=AT_LEAST_1)
 
 
-class Prompt(Method):
+@dataclass
+class PromptAndBlocksSettings(BlocksSettings, PromptSettings):
+    pass
+
+
+class Prompt(Structure):
     """low-rank prompt (LRP): a learnable A B added to the hidden state at the input of every block"""
 
-    @dataclass
-    class Config(Method.BlocksConfig):
-        rank: int = 8  # of A [positions, rank] and B [rank, channels]
+    Settings = PromptAndBlocksSettings
 
-    def attach(self, backbone):
-        add_prompts(backbone, self.config.blocks, self.config.rank)
+    def attach(self, backbone, beside=()):
+        """Adds a low-rank prompt at the input of every adapted block.
+
+        Where a block has fewer channels or positions than `rank`, its prompt has as many; says so. Raises UserError
+        where every block has fewer channels.
+        """
+        rank = self.settings.rank
+        prompts, adapted = nn.ModuleList(), backbone.adapted_blocks(self.settings.blocks)
+        widest = max(block.input.channels for block in adapted)
+        if rank > widest:
+            raise UserError(
+                f"rank={rank} of the low-rank prompt is larger than any block of this backbone allows: they have at"
+                f" most {widest} channels"
+            )
+        limits = {block.name: min(block.input.channels, block.input.positions) for block in adapted}
+        narrow = {name: limit for name, limit in limits.items() if limit < rank}
+        if narrow and is_first():
+            few = ", ".join(f"{limit} at {name}" for name, limit in list(narrow.items())[:3])
+            more = f" and {len(narrow) - 3} more" if len(narrow) > 3 else ""
+            print(
+                f"s2a: the low-rank prompt has a lower rank than {rank} where channels or positions are few:"
+                f" {few}{more}",
+                file=sys.stderr,
+            )
+        for block in adapted:
+            prompts.append(LowRankPrompt(block.input, min(rank, limits[block.name])))
+            block.module.register_forward_pre_hook(prompts[-1].on_block_input, with_kwargs=True)
+        backbone.add("prompt", prompts)
+        return Attachment(
+            backbone,
+            unmergeable="a low-rank prompt adds another value at each position of a hidden state: no weight of the"
+            " backbone can hold it",
+        )
 
 
-METHOD = Prompt
+STRUCTURE = Prompt

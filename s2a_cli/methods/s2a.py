@@ -1,57 +1,66 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 
+from s2a_cli.backbones import Block
 from s2a_cli.common.errors import UserError
-from s2a_cli.methods.base import Method
-from s2a_cli.methods.bias import tune_biases
-from s2a_cli.methods.prompt import add_prompts
-from s2a_cli.methods.side import SideConfig, add_side
+from s2a_cli.config.schema import AT_LEAST_1
+from s2a_cli.config.settings import setting
+from s2a_cli.methods.attachment import Attachment
+from s2a_cli.methods.base import BlocksSettings, Structure
+from s2a_cli.methods.bias import Bias
+from s2a_cli.methods.prompt import Prompt, PromptSettings
+from s2a_cli.methods.side import Side, SideSettings
 
 
-@dataclass
-class PromptConfig:
-    rank: int = 8  # of A [positions, rank] and B [rank, channels]
-
-
-class S2A(Method):
+class S2A(Structure):
     """S2A (arXiv 2503.08154): bias + low-rank prompt + lite side branch; each part can be switched off or tuned"""
 
     @dataclass
-    class Config(Method.BlocksConfig):
-        bias: bool = True  # false: without
-        prompt: PromptConfig | None = field(default_factory=PromptConfig)  # null: without
-        side: SideConfig | None = field(default_factory=SideConfig)  # null: without
-        # of the adapted blocks; each but the last learns by the side branch's vote at its end: no gradient leaves it
-        segments: int = 1
+    class Settings(BlocksSettings):
+        bias: bool = setting(True, help="false: without")
+        prompt: PromptSettings | None = setting(PromptSettings, help="null: without")
+        side: SideSettings | None = setting(SideSettings, help="null: without")
+        segments: int = setting(
+            1,
+            help="of the adapted blocks; each but the last learns by the side branch's loss at its end: no gradient"
+            " leaves it",
+            rule=AT_LEAST_1,
+        )
 
-    def attach(self, backbone):
-        config = self.config
-        if not (config.bias or config.prompt or config.side):
+    def attach(self, backbone, beside=()):
+        settings, blocks = self.settings, SimpleNamespace(blocks=self.settings.blocks)
+        if not (settings.bias or settings.prompt or settings.side):
             raise UserError(
                 "method=s2a with bias, prompt and side all switched off trains only the head: that is method=linear"
             )
-        blocks = backbone.adapted_blocks(config.blocks)
-        if config.segments > len(blocks):
+        ends = self._segment_ends(backbone.adapted_blocks(settings.blocks))
+        parts: list[Attachment] = []
+        if settings.bias:
+            parts.append(Bias(blocks).attach(backbone, parts))
+        if settings.prompt:
+            prompt = SimpleNamespace(blocks=settings.blocks, rank=settings.prompt.rank)
+            parts.append(Prompt(prompt).attach(backbone, parts))
+        if settings.side:
+            parts.append(Side(settings.side).attach(backbone, [*beside, *parts], ends))
+        return Attachment.of(parts)
+
+    def _segment_ends(self, blocks: Sequence[Block]) -> list[Block]:
+        """Returns the last block of each segment but the last. Raises UserError for segments that can't be trained."""
+        settings = self.settings
+        count = settings.segments
+        if count > len(blocks):
+            raise UserError(f"method.segments={count}: accepted are 1 to {len(blocks)}, the number of adapted blocks")
+        if count > 1 and not settings.side:
             raise UserError(
-                f"method.segments={config.segments}: accepted are 1 to {len(blocks)}, the number of adapted blocks"
+                f"method.segments={count} needs the side branch, whose losses train the segments: method.side=null is"
+                " set"
             )
-        if config.segments > 1 and not config.side:
-            raise UserError(
-                f"method.segments={config.segments} needs the side branch, whose votes train the segments:"
-                " method.side=null is set"
-            )
-        if config.segments > 1 and not (config.bias or config.prompt):
-            raise UserError(
-                f"method.segments={config.segments} trains bias or prompt in segments: both are switched off"
-            )
-        borders = [blocks[len(blocks) * end // config.segments - 1] for end in range(1, config.segments)]
-        if config.bias:
-            tune_biases(backbone, config.blocks)
-        if config.prompt:
-            add_prompts(backbone, config.blocks, config.prompt.rank)
-        if config.side:
-            add_side(backbone, config.side, peers=config.bias or config.prompt is not None, borders=borders)
+        if count > 1 and not (settings.bias or settings.prompt):
+            raise UserError(f"method.segments={count} trains bias or prompt in segments: both are switched off")
+        return [blocks[len(blocks) * end // count - 1] for end in range(1, count)]
 
 
-METHOD = S2A
+STRUCTURE = S2A

@@ -9,78 +9,78 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from s2a_cli.backbones import ADDED, Backbone, Block, Hidden
+from s2a_cli.backbones import Block, Hidden
 from s2a_cli.common.errors import UserError
-from s2a_cli.methods.base import Method
-from s2a_cli.methods.parts.attention_pooling import Read, Reader, Tap
-from s2a_cli.methods.parts.deep_supervision import cast
-from s2a_cli.methods.parts.feature_head import Tail
+from s2a_cli.config.schema import AT_LEAST_1, POSITIVE
+from s2a_cli.config.settings import setting
+from s2a_cli.methods.attachment import Attachment
+from s2a_cli.methods.base import BLOCKS, Structure
+from s2a_cli.methods.parts.attention_pooling import DifferentiableFeature, Feature, Reader
+from s2a_cli.methods.parts.deep_supervision import AuxiliaryHeads
+from s2a_cli.methods.parts.feature_head import FeatureHead
 
 
 @dataclass
-class SideConfig:
-    blocks: str = "all"  # all | last:K: the blocks that are read
-    heads: int = 4  # learned queries a tap, each of which reads one weighted mean of its positions
-    width: int = 12  # numbers that are kept of what a head has read
-    grid: int = 7  # taps are pooled to at most grid x grid positions, class and register tokens apart
-    lr_scale: float = 2.5  # the branch's learning rate is optim.lr times this
+class SideSettings:
+    blocks: str = setting("all", help="all | last:K: the blocks that are read", rule=BLOCKS)
+    heads: int = setting(
+        4, help="learned queries a block, each of which reads one weighted mean of its positions", rule=AT_LEAST_1
+    )
+    width: int = setting(12, help="numbers that are kept of what a head has read", rule=AT_LEAST_1)
+    grid: int = setting(
+        7,
+        help="hidden states are pooled to at most grid x grid positions, class and register tokens apart",
+        rule=AT_LEAST_1,
+    )
+    lr_scale: float = setting(2.5, help="the branch's learning rate is optim.lr times this", rule=POSITIVE)
 
 
-class LiteSideBranch(nn.Module):
-    """Reads each detached tap with learned queries and votes on the classes by it, beside the backbone's head.
+class LiteSideBranch(AuxiliaryHeads):
+    """Reads each detached hidden state with learned queries; each has a classifier, beside the backbone's head.
 
-    In training each vote has a loss of its own: what one has learned would otherwise be missing in the gradients of the
-    others. Nothing of it is back-propagated through the backbone, except at the blocks numbered in `borders`: such a
-    vote trains the blocks from the border before it on, and no gradient crosses it. In evaluation the votes are added,
-    the branch's with `weight`; they are zero at the start. Source: S2A (arXiv 2503.08154), lite side branch; attention
-    pooling instead of channel average pooling, and votes instead of a ladder, are ours, see docs/structures.md. Losses
-    at borders: Nokland and Eidnes (arXiv 1901.06656).
+    In training each classifier has a loss of its own: what one has learned would otherwise be missing in the gradients
+    of the others. Nothing of it is back-propagated through the backbone, except at the blocks numbered in `borders`:
+    such a loss trains the blocks from the border before it on, and no gradient crosses it. In evaluation the logits are
+    added, the branch's with `weight`; they are zero at the start.
+    Source: S2A (arXiv 2503.08154), lite side branch; attention pooling instead of channel average pooling, and
+    auxiliary losses instead of a ladder, are ours, see docs/structures.md. Losses at borders: Nokland and Eidnes (arXiv
+    1901.06656).
     """
 
     def __init__(
-        self, taps: list[Hidden], config: SideConfig, classes: int, weight: float, borders: Iterable[int] = ()
+        self, states: list[Hidden], settings: SideSettings, classes: int, weight: float, borders: Iterable[int] = ()
     ):
         super().__init__()
         self.weight, self.borders = weight, frozenset(borders)
-        self.taps = nn.ModuleList(Tap(hidden, config.grid) for hidden in taps)
-        self.readers = nn.ModuleList(Reader(hidden.channels, config.heads, config.width, classes) for hidden in taps)
-        self._votes: list[Tensor] = []
-        self.lr_scale = config.lr_scale  # see make_optimizer
+        self.features = nn.ModuleList(Feature(hidden, settings.grid) for hidden in states)
+        self.readers = nn.ModuleList(
+            Reader(hidden.channels, settings.heads, settings.width, classes) for hidden in states
+        )
 
     def on_block_output(self, index: int, block: nn.Module, args: tuple, output: Any) -> Any:
-        """Votes on a hidden state, and passes it on. A hook of the block that the tap of that number reads."""
+        """Classifies by a hidden state, and passes it on. A hook of the block that is read as number `index`."""
         if index == 0:
-            self._votes = []
-        tap = self.taps[index]
-        h = tap.hidden.of(output)
-        if index not in self.borders:
-            self._vote(index, tap(h))
-            return output
-        self._vote(index, Read.apply(h, tap))
-        return tap.hidden.replaced(output, h.detach())
+            self.begin()
+        feature, is_border = self.features[index], index in self.borders
+        h = feature.hidden.of(output)
+        tokens = DifferentiableFeature.apply(h, feature) if is_border else feature(h)
+        self.collect(self.readers[index](tokens))
+        return feature.hidden.replaced(output, h.detach()) if is_border else output
 
     def on_logits(self, model: nn.Module, args: tuple, logits: Tensor) -> Tensor:
-        """A hook of the model."""
+        """Adds the branch's logits to the model's. A hook of the model."""
         return self.join(logits)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_votes": []}  # those of a forward pass that did not end can't be copied
-
-    def given(self, tokens: list[Tensor]) -> None:
-        """The tokens of every tap, in place of a forward pass through the blocks."""
-        self._votes = []
-        for index, codes in enumerate(tokens):
-            self._vote(index, codes)
-
-    def _vote(self, index: int, tokens: Tensor) -> None:
-        self._votes.append(cast(self.readers[index](tokens)))
+    def read(self, tensors: list[Tensor]) -> None:
+        """Takes the tokens of every block, in place of a forward pass through the blocks."""
+        self.begin()
+        for reader, tokens in zip(self.readers, tensors):
+            self.collect(reader(tokens))
 
     def join(self, logits: Tensor) -> Tensor:
-        """The model's logits with the votes on the way to them: [1 + taps, B, classes], or [B, classes] in
-        evaluation.
-        """
-        votes, self._votes = [vote.to(logits.dtype) for vote in self._votes], []
-        return torch.stack([logits, *votes]) if self.training else logits + self.weight * sum(votes)
+        """Returns [1 + blocks, B, classes], the model's logits first; in evaluation their weighted sum [B, classes]."""
+        auxiliary = [one.to(logits.dtype) for one in self.collected()]
+        return torch.stack([logits, *auxiliary]) if self.training else logits + self.weight * sum(auxiliary)
 
 
 def refuse_shared(hidden: Hidden, block: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -96,47 +96,43 @@ def refuse_shared(hidden: Hidden, block: nn.Module, args: tuple, kwargs: dict) -
         )
 
 
-def add_side(backbone: Backbone, config: SideConfig, peers: bool, borders: Sequence[Block] = ()) -> None:
-    """Adds a lite side branch that reads the output of the blocks that `config.blocks` names.
+class Side(Structure):
+    """lite side branch (LSB): learned queries read each hidden state; no gradient passes through the backbone"""
 
-    peers: the head counts half as much as the whole branch, as where the backbone adapts for it; otherwise as one tap.
-    borders: blocks after which no gradient passes. Raises UserError where the branch does not read one of them.
-    """
-    read = backbone.adapted_blocks(config.blocks)
-    if not set(borders) <= set(read):
-        raise UserError(
-            f"method.side.blocks={config.blocks} leaves out the last block of a segment: its vote is what trains the"
-            " segment"
-        )
-    weight = 2 / len(read) if peers else 1.0
-    branch = LiteSideBranch([b.output for b in read], config, backbone.head.classes, weight, map(read.index, borders))
-    # Bound methods, so that a copy of the model has hooks to its own copy of the branch.
-    for index, block in enumerate(read):
-        block.module.register_forward_hook(functools.partial(branch.on_block_output, index))
-    for block in backbone.blocks if borders else ():
-        block.module.register_forward_pre_hook(functools.partial(refuse_shared, block.input), with_kwargs=True)
-    backbone.model.register_forward_hook(branch.on_logits)
-    backbone.add("side", branch)
+    Settings = SideSettings
+    adapts = False
 
+    def attach(self, backbone, beside: Sequence[Attachment] = (), borders: Sequence[Block] = ()):
+        """Adds a lite side branch that reads the output of the blocks that `blocks` names.
 
-class Side(Method):
-    """lite side branch (LSB): learned queries read each hidden state and vote; nothing is back-propagated through the
-    backbone
-    """
-
-    @dataclass
-    class Config(SideConfig, Method.Config):
-        pass
-
-    def attach(self, backbone):
-        add_side(backbone, self.config, peers=False)
-
-    def tail(self, backbone):
-        return Tail(
-            backbone.head,
-            getattr(backbone.model, ADDED)["side"],
-            f"blocks={self.config.blocks} grid={self.config.grid}",
+        Where structures beside it adapt the backbone, its head counts half as much as the whole branch; otherwise as
+        one block's. borders: blocks after which no gradient passes. Raises UserError where the branch does not read one
+        of them.
+        """
+        read, settings = backbone.adapted_blocks(self.settings.blocks), self.settings
+        if not set(borders) <= set(read):
+            raise UserError(
+                f"method.side.blocks={settings.blocks} leaves out the last block of a segment: its loss is what trains"
+                " the segment"
+            )
+        weight = 2 / len(read) if any(other.adapts for other in beside) else 1.0
+        states = [block.output for block in read]
+        branch = LiteSideBranch(states, settings, backbone.head.classes, weight, map(read.index, borders))
+        # Bound methods, so that a copy of the model has hooks to its own copy of the branch.
+        for index, block in enumerate(read):
+            block.module.register_forward_hook(functools.partial(branch.on_block_output, index))
+        for block in backbone.blocks if borders else ():
+            block.module.register_forward_pre_hook(functools.partial(refuse_shared, block.input), with_kwargs=True)
+        backbone.model.register_forward_hook(branch.on_logits)
+        backbone.add("side", branch)
+        return Attachment(
+            backbone,
+            adapts=False,
+            learning_rates=((branch, settings.lr_scale),),
+            auxiliary=(branch,),
+            feature_head=FeatureHead(backbone.head, branch, f"blocks={settings.blocks} grid={settings.grid}"),
+            unmergeable="a side branch stands beside the backbone: no weight of the backbone can hold it",
         )
 
 
-METHOD = Side
+STRUCTURE = Side

@@ -13,6 +13,7 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data.layout import class_folders
 from s2a_cli.memory.breakdown import Profile
+from s2a_cli.methods import Attachment
 from s2a_cli.training import forecast
 from s2a_cli.training import run as run_module
 
@@ -72,7 +73,7 @@ class Predictor:
     def __init__(self, processes: int = 1):
         self.processes = processes
         self._full: dict[str, Profile] = {}
-        self._built: dict[str, backbones.Backbone] = {}  # for other batch sizes
+        self._built: dict[str, Attachment] = {}  # for other batch sizes
 
     def __call__(self, composition: Composition) -> Profile:
         """The step of a composition.
@@ -97,8 +98,7 @@ class Predictor:
         )
         if key not in self._built:
             backbone = backbones.build(config.backbone, composition.classes, meta=True)
-            run_module.attach(config, backbone)
-            self._built[key] = backbone
+            self._built[key] = run_module.attach(config, backbone)
         return self._profile(self._built[key], config, composition)
 
     def full(self, composition: Composition) -> Profile:
@@ -113,15 +113,15 @@ class Predictor:
             ]
         )
         if key not in self._full:
-            backbone, changed = forecast.full_finetuning(config, composition.classes)
-            self._full[key] = self._profile(backbone, changed, composition)
+            attached, changed = forecast.full_finetuning(config, composition.classes)
+            self._full[key] = self._profile(attached, changed, composition)
         return self._full[key]
 
-    def _profile(self, backbone: backbones.Backbone, config: DictConfig, composition: Composition) -> Profile:
+    def _profile(self, attached: Attachment, config: DictConfig, composition: Composition) -> Profile:
         if composition.batch < self.processes:
             raise UserError(f"a batch of {composition.batch} images can't be shared by {self.processes} processes")
         try:
-            return forecast.profile_step(backbone, config, composition.images, self.processes)
+            return forecast.profile_step(attached, config, composition.images, self.processes)
         except UserError:
             raise
         except Exception as error:  # a model of timm whose forward pass reads values can't run without data

@@ -25,6 +25,7 @@ from s2a_cli.common.progress import Progress, duration
 from s2a_cli.config.compose import compose, compose_sweep
 from s2a_cli.config.overrides import expand
 from s2a_cli.config.schema import SweepConfig
+from s2a_cli.methods import keeps_codable
 from s2a_cli.planner.batch_size import AUTO, need_device, resolved
 from s2a_cli.results import record, run_folder
 from s2a_cli.results.formats import check_out
@@ -129,15 +130,15 @@ def _whole_gpus(settings: SweepConfig) -> None:
 
 def _several(value: Any) -> str:
     """The values of a grid's key in an experiment: a text in Hydra's grammar, or a list."""
-    from s2a_cli.config.schema import show
+    from s2a_cli.config.rules import show
 
     return ",".join(map(show, value)) if isinstance(value, list) else show(value)
 
 
 def _excluded(config: DictConfig, rules: Iterable[dict[str, Any]]) -> str | None:
     """Why this run is left out; None if it is not. Raises UserError for a rule that names no setting."""
-    if config.method.name == "linear" and config.quant.name not in ("none", "exact"):
-        return "method=linear keeps nothing that quant= could code: it is run with quant=none"
+    if config.quant.name not in ("none", "exact") and not keeps_codable(config.method.name):
+        return f"method={config.method.name} keeps nothing that quant= could code: it is run with quant=none"
     for rule in rules:
         conditions = {key: value for key, value in rule.items() if key != "why"}
         if not conditions:

@@ -24,12 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from s2a_cli.activations import STOCK
-from s2a_cli.backbones import Backbone
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.progress import Progress
 from s2a_cli.config.schema import QuantConfig
 from s2a_cli.memory import saved_bytes
 from s2a_cli.memory.result import MIB
+from s2a_cli.methods import Attachment
 from s2a_cli.training.step import Step, train_mode
 
 TOLERANCE = 0.045  # relative error of the gradient: a cosine of 0.999
@@ -118,11 +118,11 @@ class Gradient:
     batch: training images [B, 3, H, W] and targets, on any device.
     """
 
-    def __init__(self, config: DictConfig, backbone: Backbone, batch: tuple[Tensor, Tensor], device: torch.device):
-        self.config, self.backbone, self.device = config, backbone, device
+    def __init__(self, config: DictConfig, attached: Attachment, batch: tuple[Tensor, Tensor], device: torch.device):
+        self.config, self.attached, self.device = config, attached, device
         self.images, self.targets = (tensor.to(device) for tensor in batch)
         self.base = replace(STOCK, recompute="block", group=config.quant.group)  # exact, in little memory
-        train_mode(backbone.model)
+        train_mode(attached.model)
         self._exact = self._of(self.base)
 
     def error(self, quant: QuantConfig) -> float:
@@ -132,17 +132,17 @@ class Gradient:
 
     def kept(self, quant: QuantConfig) -> int:
         """Bytes kept of one image."""
-        return saved_bytes(lambda: self._step(quant).logits(self.backbone.model, self.images[:1]), self.backbone.model)
+        return saved_bytes(lambda: self._step(quant).logits(self.attached.model, self.images[:1]), self.attached.model)
 
     def _step(self, quant: QuantConfig) -> Step:
         changed = OmegaConf.merge(self.config, {"quant": OmegaConf.structured(quant)})
-        return Step(changed, self.device, self.backbone.block_modules)
+        return Step(changed, self.device, self.attached)
 
     def _of(self, quant: QuantConfig) -> Tensor:
         """All that trains, as one vector; under the same random numbers each time."""
-        step, trained = self._step(quant), [p for p in self.backbone.model.parameters() if p.requires_grad]
+        step, trained = self._step(quant), [p for p in self.attached.model.parameters() if p.requires_grad]
         torch.manual_seed(self.config.seed)
-        loss = step.losses(self.backbone.model, self.images, self.targets).sum()
+        loss = step.losses(self.attached.model, self.images, self.targets).sum()
         found = torch.autograd.grad(loss, trained, allow_unused=True)
         return torch.cat([g.flatten().double() for g in found if g is not None])
 
@@ -220,7 +220,7 @@ def _applied(quant: QuantConfig, bits: dict[Key, int]) -> QuantConfig:
 
 def measure(gradient: Gradient, families: tuple[str, ...]) -> Costs:
     """Bytes a bit, and error, of each of these families in each block that has it."""
-    costs, config, blocks = Costs(), gradient.config, gradient.backbone.blocks
+    costs, config, blocks = Costs(), gradient.config, gradient.attached.backbone.blocks
     batch = config.optim.micro_batch or config.optim.batch_size
     with Progress("measuring what codes cost", len(blocks) * len(families), " codes") as progress:
         for index, block in enumerate(blocks):

@@ -30,6 +30,7 @@ KEYS = (
     "schedule",
     "scaler",
 )  # of the state
+RENAMED = {".vote.": ".classifier."}  # parts of tensors' names in files of version 0.1.0 -> as they are now
 CALIBRATION = "calibration."  # before the names of what the codes of a run were fitted to
 
 
@@ -45,7 +46,14 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copies such a state back into the model."""
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict({present_name(name): tensor for name, tensor in state.items()}, strict=False)
+
+
+def present_name(name: str) -> str:
+    """Returns the name that a tensor of a saved file has now."""
+    for before, now in RENAMED.items():
+        name = name.replace(before, now)
+    return name
 
 
 def save(folder: Path, state: dict[str, Tensor], calibration: dict[str, Tensor], weights: str) -> None:
@@ -69,8 +77,9 @@ def load(folder: Path, model: nn.Module, weights: str) -> None:
     try:
         with safetensors.safe_open(path, "pt") as file:
             trained_on = (file.metadata() or {}).get("weights")
-            there = {name: shape for name, shape in tensor_files.shapes(file) if not name.startswith(CALIBRATION)}
-            state = {name: file.get_tensor(name) for name in there} if there == expected else {}
+            saved = {name: shape for name, shape in tensor_files.shapes(file) if not name.startswith(CALIBRATION)}
+            there = {present_name(name): shape for name, shape in saved.items()}
+            state = {name: file.get_tensor(name) for name in saved} if there == expected else {}
     except Exception as error:  # safetensors, the system and torch raise kinds of their own for a damaged file
         raise UserError(f"{path}: damaged ({first_line(error)})") from None
     if there != expected:

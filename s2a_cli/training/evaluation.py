@@ -69,7 +69,7 @@ def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: 
     Raises KeyboardInterrupt when it is asked to stop.
     """
     run.model.eval()
-    step = Step(run.config, run.device, run.backbone.block_modules)
+    step = Step(run.config, run.device, run.attached)
     found = [
         torch.zeros(3, device=run.device)
     ]  # loss, top-1 and top-5 of each batch; read once: the host does not wait for the device

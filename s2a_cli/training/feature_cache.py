@@ -41,7 +41,7 @@ from s2a_cli.common.interrupts import guarded, stopping
 from s2a_cli.common.progress import Progress
 from s2a_cli.data.batches import Batches
 from s2a_cli.memory.result import MIB
-from s2a_cli.methods.parts.feature_head import Taps
+from s2a_cli.methods.parts.feature_head import Features
 from s2a_cli.training.step import Step
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Kept:
             f"dataset.cache=taps: {self.path} {why}: it could hold anything; remove it, or point S2A_DATA elsewhere"
         )
 
-    def write(self, batches: Iterator[Sequence[Taps]]) -> None:
+    def write(self, batches: Iterator[Sequence[Features]]) -> None:
         """Fills the file: whole, or not at all. batches: the taps of some images, and those of their mirror images."""
         self._map = None
         with atomic_file(self.path, PRIVATE) as file:
@@ -132,13 +132,13 @@ class Kept:
         self._map = None
         self.path.unlink(missing_ok=True)
 
-    def batch(self, rows: Sequence[int]) -> Taps:
+    def batch(self, rows: Sequence[int]) -> Features:
         """Those rows, read from the disk or the system's cache of it. Raises RunError where the file is not whole."""
         if not self.whole():
             raise RunError(f"dataset.cache=taps: {self.path} was changed or removed since it was filled")
         parts = torch.from_numpy(self._map[list(rows)]).split(self.sizes, 1)
         own = (part.clone(memory_format=torch.contiguous_format) for part in parts)  # aligned, unlike a view of a row
-        return Taps(part.view(dtype).view(-1, *shape) for part, (shape, dtype) in zip(own, self.fields))
+        return Features(part.view(dtype).view(-1, *shape) for part, (shape, dtype) in zip(own, self.fields))
 
 
 def _opener(path: str, flags: int) -> int:
@@ -168,7 +168,7 @@ def _checksum(file: IO[bytes], size: int) -> bytes:
 
 
 class TapLoader(data.Loader):
-    """Batches of (Taps, labels) in the order, and with the mirror images, of the `Loader` that loads the images
+    """Batches of (Features, labels) in the order, and with the mirror images, of the `Loader` that loads the images
     themselves.
     """
 
@@ -177,7 +177,7 @@ class TapLoader(data.Loader):
         self.kept, self.labels = kept, torch.tensor(labels)
         self.seed, self.hflip = config.seed, config.dataset.hflip if train else 0.0
 
-    def __iter__(self) -> Iterator[tuple[Taps, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Features, Tensor]]:
         for batch in self._batches:
             rows = [index * (1 + self.kept.mirrored) + self._mirrors(epoch, index) for epoch, index in batch]
             yield self.kept.batch(rows), self.labels[[index for _, index in batch]]
@@ -215,14 +215,14 @@ def opened(run: Run) -> Cache:
     Raises UserError where the folder can't be written to, RunError where the disk has not the room, KeyboardInterrupt
     when it is asked to stop; what was there before stays, what was begun does not.
     """
-    config, tail, model, device = run.config, run.backbone.tail, run.model, run.device
-    step = Step(config, device, run.backbone.block_modules)
+    config, head, model, device = run.config, run.feature_head, run.model, run.device
+    step = Step(config, device, run.attached)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
     @torch.no_grad()
-    def read(images: Tensor) -> tuple[Taps, Tensor]:
-        return tail.capture(lambda: step.logits(model, images.to(device, step.dtype)))
+    def read(images: Tensor) -> tuple[Features, Tensor]:
+        return head.capture(lambda: step.logits(model, images.to(device, step.dtype)))
 
     model.eval()
     loaded = data.build_transform(run.backbone.image, config.dataset, train=False)
@@ -230,7 +230,7 @@ def opened(run: Run) -> Cache:
     images, _ = next(iter(data.loader(few, loaded, len(few), workers=0)))
     taps, logits = read(images)  # also where nothing is to be filled: for the measured peak, and as a check
     with torch.no_grad():
-        if not _close(Taps([step.logits(tail, taps)]), Taps([logits])):
+        if not _close(Features([step.logits(head, taps)]), Features([logits])):
             raise UserError(f"dataset.cache=taps: the logits of {type(model).__name__} are not what its head returns")
     folder = data.data_folder(config.dataset).parent / "taps"
     kept = _files(run, folder, [(tuple(t.shape[1:]), t.dtype) for t in taps.tensors])
@@ -256,12 +256,12 @@ def opened(run: Run) -> Cache:
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / MIB
         model.to("cpu")
-        tail.to(device)
+        head.to(device)
         torch.cuda.empty_cache()
     return Cache(kept, peak)
 
 
-def _close(one: Taps, two: Taps) -> bool:
+def _close(one: Features, two: Features) -> bool:
     """Equal up to the rounding of other kernels."""
     pairs = zip(one.tensors, two.tensors, strict=True)
     return all(
@@ -271,7 +271,7 @@ def _close(one: Taps, two: Taps) -> bool:
 
 
 def _files(run: Run, folder: Path, fields: list[tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Kept]:
-    config, tail = run.config, run.backbone.tail
+    config, head = run.config, run.feature_head
     settings = {key: value for key, value in OmegaConf.to_container(config.dataset).items() if key not in ELSEWHERE}
     key = {
         "schema": SCHEMA,
@@ -284,7 +284,7 @@ def _files(run: Run, folder: Path, fields: list[tuple[tuple[int, ...], torch.dty
             run.weights,
         ],
         "image": asdict(run.backbone.image),
-        "reads": [tail.branch is not None, tail.reads],
+        "reads": [head.branch is not None, head.settings],
         "precision": [config.precision, run.device.type],
         "versions": [torch.__version__, torchvision.__version__, timm.__version__, PIL.__version__],
     }
@@ -304,7 +304,7 @@ def _room(folder: Path, need: int) -> None:
         )
 
 
-def _fill(run: Run, split: str, kept: Kept, read: Callable[[Tensor], tuple[Taps, Tensor]]) -> None:
+def _fill(run: Run, split: str, kept: Kept, read: Callable[[Tensor], tuple[Features, Tensor]]) -> None:
     images, config = getattr(run.splits, split), run.config
     with lock(kept.path.parent, kept.path.name):
         if kept.whole():  # by now: another run was at it
@@ -317,7 +317,7 @@ def _fill(run: Run, split: str, kept: Kept, read: Callable[[Tensor], tuple[Taps,
         )
         with Progress(f"dataset.cache=taps, {split}", len(images), " images") as progress, stopping() as asked:
 
-            def batches() -> Iterator[list[Taps]]:
+            def batches() -> Iterator[list[Features]]:
                 for batch, _ in guarded(loader, asked):
                     yield [read(view)[0] for view in ((batch, batch.flip(-1)) if kept.mirrored else (batch,))]
                     progress.add(len(batch))

@@ -64,8 +64,8 @@ class Fit:
     def __init__(self, run: Run, folder: Path, result: record.Result, board: Any = None):
         self.run, self.folder, self.result, self.board = run, folder, result, board
         self.optim = run.config.optim
-        self.step = Step(run.config, run.device, run.backbone.block_modules)
-        self.optimizer = make_optimizer(self.optim, run.model)
+        self.step = Step(run.config, run.device, run.attached)
+        self.optimizer = make_optimizer(self.optim, run.model, run.attached)
         self.loader, self.validation = run.loader("train", train=True), run.loader("val")
         self.schedule = LambdaLR(self.optimizer, lr_factor(self.optim, len(self.loader)))
         self.mix = mixing(self.optim, len(run.splits.classes))

@@ -11,12 +11,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from s2a_cli import backbones, data
+from s2a_cli import backbones, data, methods
 from s2a_cli.backbones import Backbone, weight_quant
 from s2a_cli.common import distributed
 from s2a_cli.common.errors import RunError, UserError
-from s2a_cli.config.schema import show
-from s2a_cli.methods import METHODS, Method
+from s2a_cli.config.rules import show
+from s2a_cli.methods import Attachment
+from s2a_cli.methods.parts.feature_head import FeatureHead
 from s2a_cli.results import record
 from s2a_cli.training.step import moving_norms, train_mode, weight_dtype
 
@@ -32,7 +33,7 @@ class Run:
 
     config: DictConfig
     splits: data.Splits
-    backbone: Backbone
+    attached: Attachment
     weights: str  # fingerprint of the pretrained tensors
     device: torch.device
     content: str  # see record.content
@@ -43,13 +44,22 @@ class Run:
         return record.identity(self.content)
 
     @property
+    def backbone(self) -> Backbone:
+        return self.attached.backbone
+
+    @property
     def model(self) -> nn.Module:
         return self.backbone.model
 
     @property
+    def feature_head(self) -> FeatureHead | None:
+        """What is trained, alone, where the config has it read kept features."""
+        return self.attached.feature_head if self.config.dataset.cache else None
+
+    @property
     def trained(self) -> nn.Module:
-        """What the batches of `loader` go through: the model, or with kept taps the part of it that is trained."""
-        return self.backbone.tail if self.cache else self.model
+        """What the batches of `loader` go through: the model, or with kept features the part of it that is trained."""
+        return self.feature_head if self.cache else self.model
 
     def loader(self, split: str, train: bool = False) -> data.Loader:
         if self.cache:
@@ -77,10 +87,10 @@ def prepare(config: DictConfig) -> Run:
     torch.manual_seed(config.seed)
     backbone = backbones.build(config.backbone, len(splits.classes))
     weights = backbone.fingerprint()
-    attach(config, backbone)
+    attached = attach(config, backbone)
     processes = distributed.part()[1]
     if config.dataset.cache:
-        check_steady(backbone)
+        check_steady(attached)
         if processes > 1:
             raise UserError(
                 "dataset.cache=taps trains in one process: what is left to train is small; start without torchrun"
@@ -91,28 +101,25 @@ def prepare(config: DictConfig) -> Run:
             " optim.batch_size"
         )
     content = record.content(OmegaConf.to_container(config, resolve=True), splits.revision, weights)
-    return Run(config, splits, backbone, weights, device, content)
+    return Run(config, splits, attached, weights, device, content)
 
 
-def attach(config: DictConfig, backbone: Backbone) -> None:
+def attach(config: DictConfig, backbone: Backbone) -> Attachment:
     """Makes a backbone, which may be on the meta device, what a config trains.
 
     Raises UserError for what does not fit it.
     """
     torch.manual_seed(config.seed)  # the method's initial values do not depend on how the backbone drew its own
-    method = METHODS[config.method.name](config.method)
-    method.attach(backbone)
+    attached = methods.attach(config.method, backbone)
     if config.optim.head_lr:
-        for layer in backbone.head.layers.values():
-            layer.lr_scale = config.optim.head_lr / config.optim.lr
-    if config.dataset.cache:
-        backbone.tail = method.tail(backbone)
-        if not backbone.tail:
-            accepted = " and ".join(name for name, kind in METHODS.items() if kind.tail is not Method.tail)
-            raise UserError(
-                f"dataset.cache={config.dataset.cache}: method={config.method.name} changes what the backbone computes,"
-                f" so that it has to run in every step; accepted are {accepted}"
-            )
+        factor = config.optim.head_lr / config.optim.lr
+        attached = attached.with_learning_rates(backbone.head.layers.values(), factor)
+    if config.dataset.cache and not attached.feature_head:
+        accepted = " and ".join(name for name, kind in methods.STRUCTURES.items() if not kind.adapts)
+        raise UserError(
+            f"dataset.cache={config.dataset.cache}: method={config.method.name} changes what the backbone computes, so"
+            f" that it has to run in every step; accepted are {accepted}"
+        )
     if moving_norms(backbone.model):
         _refuse_parts(config)
         if config.optim.batch_size == 1 and backbones.lacks_variance(backbone, train_mode):
@@ -129,6 +136,7 @@ def attach(config: DictConfig, backbone: Backbone) -> None:
         )
     backbone.model.to(weight_dtype(config.precision))
     weight_quant.store(backbone, config.backbone.weights)
+    return attached
 
 
 def _refuse_parts(config: DictConfig) -> None:
@@ -175,18 +183,19 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
-def check_steady(backbone: Backbone) -> None:
+def check_steady(attached: Attachment) -> None:
     """Raises UserError for a backbone whose frozen part computes something else, or something random, in training."""
-    model, size, weight = backbone.model, backbone.image.size, next(backbone.model.parameters())
+    head, model, size = attached.feature_head, attached.model, attached.backbone.image.size
+    weight = next(model.parameters())
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         image = torch.randn(1, 3, size, size, dtype=weight.dtype, device=weight.device)
         train_mode(model)
         before = torch.get_rng_state()
-        trained, _ = backbone.tail.capture(lambda: model(image))
+        trained, _ = head.capture(lambda: model(image))
         drawn = not torch.equal(before, torch.get_rng_state())
-        tested, logits = backbone.tail.capture(lambda: model.eval()(image))
+        tested, logits = head.capture(lambda: model.eval()(image))
         steady = not drawn and all(map(torch.equal, trained.tensors, tested.tensors))
-        whole = torch.allclose(backbone.tail.eval()(tested), logits, rtol=1e-3, atol=1e-4)
+        whole = torch.allclose(head.eval()(tested), logits, rtol=1e-3, atol=1e-4)
     if not whole:
         raise UserError(
             f"dataset.cache=taps: the logits of {type(model).__name__} are more than the mean of its classifier's"

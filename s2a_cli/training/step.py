@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from s2a_cli.activations import ActivationMode, remember
 from s2a_cli.config.schema import OptimConfig, RunConfig
-from s2a_cli.methods.parts.deep_supervision import at_once, vote_losses
+from s2a_cli.methods import Attachment
+from s2a_cli.methods.parts.deep_supervision import losses_of
 from s2a_cli.training.gradient_sum import GradientSum
 
 AUTOCAST = {"amp-bf16": torch.bfloat16, "amp-fp16": torch.float16}
@@ -48,15 +49,14 @@ def train_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def make_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
-    """AdamW or SGD over the trainable parameters; weight decay on weight matrices only, never on biases, norms,
-    prompts.
+def make_optimizer(config: OptimConfig, model: nn.Module, attached: Attachment | None = None) -> Optimizer:
+    """Returns AdamW or SGD over the trainable parameters of a model.
 
-    A module's `lr_scale`, where it has one, multiplies the learning rate of its parameters.
+    Weight decay is on weight matrices only, never on biases, norms and prompts. attached: what multiplies the learning
+    rate of some modules.
     """
-    scales = {
-        p: module.lr_scale for module in model.modules() if hasattr(module, "lr_scale") for p in module.parameters()
-    }
+    rates = attached.learning_rates if attached else ()
+    scales = {p: factor for module, factor in rates for p in module.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # (learning rate, weight decay)
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -69,7 +69,7 @@ def make_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
 class Step:
     """Forward, backward and update of one batch under a run's precision, quantisation and accumulation.
 
-    blocks: the modules of the backbone that quant.recompute and quant.chunks are about.
+    attached: what is trained; quant.recompute and quant.chunks are about its blocks.
     Call: step(model, optimizer, images [B, 3, H, W] normalised, targets [B] or [B, classes]) -> mean loss (detached
     scalar; over the votes too, where there are several). A method's votes are back-propagated within the forward pass.
     `after_forward` is called after each forward pass, when all that is kept for the backward pass is alive (of a method
@@ -77,14 +77,14 @@ class Step:
     the losses returned add up to its mean loss.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, blocks: Iterable[nn.Module] = ()):
-        self.optim, self.device = config.optim, device
+    def __init__(self, config: RunConfig, device: torch.device, attached: Attachment):
+        self.optim, self.device, self.attached = config.optim, device, attached
         if device.type == "cuda":
             set_matmul_precision(config.precision)
         self.autocast_dtype = AUTOCAST.get(config.precision)
         self.dtype = weight_dtype(config.precision)
         quant = config.quant  # handlers read it at every operator: a plain dataclass is ten times faster
-        self.memory = remember(OmegaConf.to_object(quant) if isinstance(quant, DictConfig) else quant, blocks)
+        self.memory = remember(OmegaConf.to_object(quant) if isinstance(quant, DictConfig) else quant, attached.blocks)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
         self._sum: GradientSum | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp-fp16")
@@ -108,18 +108,18 @@ class Step:
         return torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
 
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
-        """[B, classes] in fp32; [votes, B, classes] from a method that votes more than once in training."""
+        """Returns [B, classes] in fp32; [heads, B, classes] with auxiliary heads in training."""
         with self.memory, self.autocast():
             return model(images.to(self.dtype)).float()
 
     def losses(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss over the batch of each vote, [votes]."""
-        return vote_losses(self.logits(model, images), targets, self.criterion)
+        """Returns the mean loss over the batch of each head, [heads]."""
+        return losses_of(self.logits(model, images), targets, self.criterion)
 
-    def learn(self, targets: Tensor, share: float, vote: Tensor) -> None:
-        """Back-propagates the loss of one vote [B, classes], times `share`."""
+    def learn(self, targets: Tensor, share: float, logits: Tensor) -> None:
+        """Back-propagates the loss of auxiliary logits [B, classes], times `share`."""
         with torch.autocast(self.device.type, enabled=False):  # as after the forward pass
-            self.scaler.scale(self.criterion(vote.float(), targets) * share).backward()
+            self.scaler.scale(self.criterion(logits.float(), targets) * share).backward()
 
     def __call__(
         self,
@@ -138,7 +138,7 @@ class Step:
         parts = list(zip(images.split(size), targets.split(size)))
         for number, (part, target) in enumerate(parts, 1):
             share = len(part) / of
-            with at_once(functools.partial(self.learn, target, share)):
+            with self.attached.learning(functools.partial(self.learn, target, share)):
                 losses = self.losses(model, part, target) * share
             after_forward()
             with self._sum.last_backward() if number == len(parts) else nullcontext():

@@ -101,7 +101,7 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> record.Resul
             stack.enter_context(memory.snapshot(folder, run.device, config.profile == "memory"))
             if config.compile:
                 compile_model(run.model, config.compile_budget, run.backbone.image.size)
-            if run.backbone.tail:
+            if run.feature_head:
                 run.cache = feature_cache.opened(run)
             if state:
                 print(f"going on in {folder}: epoch {state['sofar']['epoch']}, step {state['sofar']['step'] + 1}")
@@ -156,14 +156,14 @@ def _allocate(run: Run) -> dict[str, Any]:
 
     def peak(quant: QuantConfig, micro_batch: int | None = run.config.optim.micro_batch) -> float:
         changed = {"quant": OmegaConf.structured(quant), "optim": {"micro_batch": micro_batch}}
-        return forecast.predict_step(run.backbone, OmegaConf.merge(run.config, changed), len(run.splits.train)).peak_mib
+        return forecast.predict_step(run.attached, OmegaConf.merge(run.config, changed), len(run.splits.train)).peak_mib
 
     loader = run.loader("train", train=True)
     loader.epoch = 0
     images, targets = next(iter(loader))
     run.model.to(run.device)
     few = images[: bit_allocation.IMAGES], targets[: bit_allocation.IMAGES]
-    choice = bit_allocation.allocate(bit_allocation.Gradient(run.config, run.backbone, few, run.device), peak)
+    choice = bit_allocation.allocate(bit_allocation.Gradient(run.config, run.attached, few, run.device), peak)
     print(choice.describe())
     return OmegaConf.to_container(OmegaConf.structured(choice.quant))
 

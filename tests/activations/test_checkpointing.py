@@ -14,8 +14,8 @@ from s2a_cli.activations.quant.packing import grouped_size
 from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import BackboneConfig, QuantConfig
 from s2a_cli.memory import saved_bytes
-from s2a_cli.methods import METHODS
-from s2a_cli.methods.parts.deep_supervision import vote_losses
+from s2a_cli.methods import STRUCTURES
+from s2a_cli.methods.parts.deep_supervision import losses_of
 from s2a_cli.training.step import train_mode
 
 BATCH = 5
@@ -62,7 +62,7 @@ def made(backbone: str, method: str, **kwargs) -> backbones.Backbone:
     config = BackboneConfig(**{**config.__dict__, "kwargs": {**config.kwargs, **kwargs}})
     found = backbones.build(config, 4)
     small = {"side": ["method.width=4"], "s2a": ["method.side.width=4", "method.prompt.rank=2"]}.get(method, [])
-    METHODS[method](compose([f"method={method}", *small]).method).attach(found)
+    STRUCTURES[method](compose([f"method={method}", *small]).method).attach(found)
     train_mode(found.model.double())
     for p in found.model.parameters():
         if not p.any():  # merges and prompts that start at zero pass no gradient on
@@ -75,7 +75,7 @@ def gradients(backbone: backbones.Backbone, quant: QuantConfig, seed: int = 1) -
     images = torch.randn(BATCH, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(seed)
     with remember(quant, backbone.block_modules):
-        loss = vote_losses(backbone.model(images), torch.arange(BATCH) % 4).sum()
+        loss = losses_of(backbone.model(images), torch.arange(BATCH) % 4).sum()
     backbone.model.zero_grad()
     loss.backward()
     trained = {name: p for name, p in backbone.model.named_parameters() if p.requires_grad}
@@ -308,7 +308,7 @@ def test_autocast_is_that_of_the_forward_pass():
     for config in (STOCK, quant(recompute="block", chunks=2)):
         found.model.zero_grad()
         with remember(config, found.block_modules), torch.autocast("cpu", torch.bfloat16):
-            loss = vote_losses(found.model(images).float(), torch.arange(BATCH) % 4).sum()
+            loss = losses_of(found.model(images).float(), torch.arange(BATCH) % 4).sum()
         loss.backward()
         grads.append(torch.cat([p.grad.flatten() for p in found.model.parameters() if p.grad is not None]))
     assert F.cosine_similarity(*grads, 0) > 0.999

@@ -15,7 +15,7 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import BackboneConfig
 from s2a_cli.data.transforms import ImageConfig
-from s2a_cli.methods import METHODS
+from s2a_cli.methods import STRUCTURES
 from s2a_cli.training import run
 
 CLASSES = 7
@@ -144,7 +144,7 @@ def test_what_needs_no_blocks_runs_without():
     for method in ("full", "bias", "linear"):
         made = wrapped(Plain())
         assert made.block_modules == []
-        METHODS[method](compose([f"method={method}"]).method).attach(made)
+        STRUCTURES[method](compose([f"method={method}"]).method).attach(made)
         assert made.count()["trainable"] > 0 or method == "linear"
     for method in ("prompt", "side", "s2a", "bias"):
         words = ["method.blocks=last:1"] if method == "bias" else []
@@ -152,7 +152,7 @@ def test_what_needs_no_blocks_runs_without():
             UserError,
             match="no repeated blocks were found in Plain; what needs no blocks works: method=full, linear, or bias",
         ):
-            METHODS[method](compose([f"method={method}", *words]).method).attach(wrapped(Plain()))
+            STRUCTURES[method](compose([f"method={method}", *words]).method).attach(wrapped(Plain()))
 
 
 def test_recomputation_without_blocks_is_refused():
@@ -196,7 +196,7 @@ def test_a_layout_that_can_not_be_known_is_refused():
     made = wrapped(model)
     assert len(made.block_modules) == 2, "they can be recomputed all the same"
     with pytest.raises(UserError, match="Ambiguous: the layout of"):
-        METHODS["side"](compose(["method=side"]).method).attach(made)
+        STRUCTURES["side"](compose(["method=side"]).method).attach(made)
 
 
 def test_a_model_without_a_classifier_gets_one():
@@ -220,20 +220,20 @@ def test_a_model_without_a_classifier_gets_one():
     model = _classified(Features(), 32, CLASSES)
     made = wrapped(model)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, CLASSES) and list(made.head.layers) == ["head"]
-    METHODS["s2a"](compose(["method=s2a", "method.prompt.rank=2", "method.side.width=2"]).method).attach(made)
+    STRUCTURES["s2a"](compose(["method=s2a", "method.prompt.rank=2", "method.side.width=2"]).method).attach(made)
     made.model(torch.randn(2, 3, 32, 32)).sum().backward()
 
 
 def test_a_prompt_has_a_lower_rank_where_there_is_no_room(capsys):
     made = built("vgg11")
-    METHODS["prompt"](compose(["method=prompt"]).method).attach(made)
+    STRUCTURES["prompt"](compose(["method=prompt"]).method).attach(made)
     assert [tuple(p.shape) for p in made.model.s2a["prompt"].parameters()][:2] == [(224 * 224, 3), (3, 3)]
     assert (
         capsys.readouterr().err
         == "s2a: the low-rank prompt has a lower rank than 8 where channels or positions are few: 3 at features.0\n"
     )
     with pytest.raises(UserError, match="rank=1000 of the low-rank prompt is larger than any block"):
-        METHODS["prompt"](compose(["method=prompt", "method.rank=1000"]).method).attach(built("vgg11"))
+        STRUCTURES["prompt"](compose(["method=prompt", "method.rank=1000"]).method).attach(built("vgg11"))
 
 
 def test_a_model_that_returns_no_logits_is_refused():

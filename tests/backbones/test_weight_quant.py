@@ -19,8 +19,8 @@ from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import BackboneConfig, QuantConfig
 from s2a_cli.data import build_transform
 from s2a_cli.memory import predict, saved_bytes, track
-from s2a_cli.methods import METHODS
-from s2a_cli.methods.parts.deep_supervision import vote_losses
+from s2a_cli.methods import STRUCTURES, Attachment
+from s2a_cli.methods.parts.deep_supervision import losses_of
 from s2a_cli.training import checkpoints
 from s2a_cli.training.forecast import predict_step
 from s2a_cli.training.step import Step, make_optimizer, train_mode, weight_dtype
@@ -53,7 +53,7 @@ def made(
     torch.manual_seed(0)
     config = BackboneConfig(name=name, timm=timm, pretrained=False, image_size=size, kwargs=kwargs)
     backbone = backbones.build(config, 4)
-    METHODS[method](compose([f"method={method}", *words]).method).attach(backbone)
+    STRUCTURES[method](compose([f"method={method}", *words]).method).attach(backbone)
     train_mode(backbone.model.to(dtype))
     return backbone
 
@@ -66,7 +66,7 @@ def images_for(backbone: backbones.Backbone, count: int = 4) -> torch.Tensor:
 def loss_of(backbone: backbones.Backbone, quant: QuantConfig = STOCK) -> torch.Tensor:
     torch.manual_seed(2)
     with remember(quant, backbone.block_modules):
-        return vote_losses(backbone.model(images_for(backbone)), torch.arange(4)).sum()
+        return losses_of(backbone.model(images_for(backbone)), torch.arange(4)).sum()
 
 
 def gradients(backbone: backbones.Backbone, quant: QuantConfig = STOCK) -> dict[str, torch.Tensor]:
@@ -288,7 +288,7 @@ def test_predicted_memory_is_that_of_real_tensors(kind, quant):
     batch = images_for(backbone), torch.arange(4)
 
     def arguments() -> tuple:
-        step = Step(config, torch.device("cpu"), backbone.block_modules)
+        step = Step(config, torch.device("cpu"), Attachment(backbone))
         return backbone.model, batch, step, lambda model: make_optimizer(config.optim, model)
 
     foretold, real = predict(*arguments()), track(*arguments())
@@ -304,10 +304,10 @@ def test_memory_of_vit_b(precision):
     found = {}
     for kind in ("fp32", *KINDS):
         backbone = backbones.build(config.backbone, 10, meta=True)
-        METHODS["bias"](config.method).attach(backbone)
+        attached = STRUCTURES["bias"](config.method).attach(backbone)
         weight_quant.store(backbone, kind)
         backbone.model.to(weight_dtype(precision))
-        found[kind] = predict_step(backbone, config, 64)
+        found[kind] = predict_step(attached, config, 64)
     whole = found["fp32"]
     assert whole.static_mib == pytest.approx(165 if precision == "bf16" else 328, abs=3)
     for kind, static in (("bf16", 166), ("int8", 87), ("nf4", 47)):
@@ -328,7 +328,7 @@ def test_real_weights_still_see_the_same(real_data):
     for kind in ("fp32", *KINDS):
         backbone = backbones.build(config.backbone, 1000)
         backbone.head.layers["head"].load_state_dict({key: classifier[f"head.{key}"] for key in ("weight", "bias")})
-        METHODS["linear"](config.method).attach(backbone)
+        STRUCTURES["linear"](config.method).attach(backbone)
         weight_quant.store(backbone, kind)
         transform = build_transform(backbone.image, config.dataset, False)
         files = sorted((real_data / "flowers5" / "test").glob("*/*"))

@@ -20,13 +20,15 @@ from hypothesis import strategies as st
 from s2a_cli.cli.main import main
 from s2a_cli.common import tensor_files
 from s2a_cli.config.compose import groups
-from s2a_cli.config.schema import RULES
+from s2a_cli.config.schema import RunConfig
+from s2a_cli.config.settings import walk
 
 CODES = {0, 1, 2, 130}  # 1: a run failed
 WRAPPERS = ("state_dict", "model")
 GROUPS = groups()
 KEYS = [
-    *RULES,
+    *(key for key, _, _ in walk(RunConfig)),
+    *(f"method.{name}" for name in ("lr", "blocks", "rank", "heads", "width", "grid", "lr_scale", "segments")),
     *GROUPS,
     "backbone.kwargs",
     "backbone.kwargs.depth",
@@ -36,7 +38,7 @@ KEYS = [
     "method",
     "test",
 ]
-KEYS = [key.replace("method*", "method") for key in KEYS if not key.startswith(("sweep.", "experiment"))]
+KEYS = [key for key in KEYS if key != "experiment"]
 ODD = [
     *(
         "",

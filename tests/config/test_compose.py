@@ -9,7 +9,8 @@ from s2a_cli.cli.main import main
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import CONF, compose, compose_sweep, groups, recompose
 from s2a_cli.config.overrides import expand
-from s2a_cli.config.schema import RunConfig, leaves, meanings
+from s2a_cli.config.schema import RunConfig
+from s2a_cli.config.settings import declared, help_of
 
 NEEDS = {
     "backbone=timm": ["backbone.name=resnet34.a1_in1k"],
@@ -62,9 +63,8 @@ def test_every_option_says_what_it_is(group):
 
 def test_every_setting_has_a_meaning():
     config = OmegaConf.structured(RunConfig)
-    for key in (key for key, _ in leaves(config) if key != "method"):
-        node, _, name = key.rpartition(".")
-        assert meanings(OmegaConf.get_type(OmegaConf.select(config, node) if node else config)).get(name), key
+    for key, schema, name, _ in declared(config):
+        assert key == "method" or help_of(schema, name), key
 
 
 def test_parts_of_a_method_can_be_switched_off_and_tuned():
@@ -105,7 +105,9 @@ BAD = [
     ("method=bais", "method=bais: expected one of bias, full, linear", "(did you mean 'bias'?)"),
     ("backbone=vit-b", "backbone=vit-b: expected one of", "(did you mean 'vit_b'?)"),
     ("experiment=smokee", "experiment=smokee: expected one of", "(did you mean 'smoke'?)"),
-    ("method=[bias,full]", "method=[bias,full]: expected one of bias"),
+    ("method=[bias,ful]", "method=[bias,ful]: expected one of bias"),
+    ("method=[bias,bias]", "method=[bias,bias]: names bias twice"),
+    ("method=[bias,side] method.heads=2", "method.heads: no such setting; accepted in method: name, lr, bias, side"),
     ("method=null", "method=null: expected one of"),
     ("+typo=1", "typo: no such setting", "accepted: backbone, method"),
     (

@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from s2a_cli import backbones
 from s2a_cli.activations import STOCK, remember
 from s2a_cli.config.schema import BackboneConfig, QuantConfig
-from s2a_cli.methods import METHODS
-from s2a_cli.methods.parts.deep_supervision import vote_losses
+from s2a_cli.methods import STRUCTURES, Attachment
+from s2a_cli.methods.parts.deep_supervision import losses_of
 
 BACKBONES = {
     "vit": dict(
@@ -29,16 +29,21 @@ CLASSES = 7
 
 
 def make(backbone: str, method: str | None = None, **settings):
+    """A backbone, with a structure attached to it where one is named."""
+    return make_attached(backbone, method, **settings).backbone
+
+
+def make_attached(backbone: str, method: str | None = None, **settings) -> Attachment:
     torch.manual_seed(0)
     made = backbones.build(BackboneConfig(name=backbone, pretrained=False, **BACKBONES[backbone]), CLASSES)
     randomise(made.model)
-    if method:
-        METHODS[method](made_config(backbone, method, **settings)).attach(made)
-    return made
+    if method is None:
+        return Attachment(made)
+    return STRUCTURES[method](made_config(backbone, method, **settings)).attach(made)
 
 
 def made_config(backbone: str, method: str, **settings):
-    config = OmegaConf.structured(METHODS[method].Config(name=method, lr=1e-2))
+    config = OmegaConf.structured(STRUCTURES[method].Settings())
     return OmegaConf.merge(config, defaults(backbone, method), settings)
 
 
@@ -69,7 +74,7 @@ def batch(backbone):
 def loss_of(backbone, quant=STOCK):
     images, targets = batch(backbone)
     with remember(quant):
-        return vote_losses(backbone.model(images), targets).sum()
+        return losses_of(backbone.model(images), targets).sum()
 
 
 def quant(bits):

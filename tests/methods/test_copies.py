@@ -10,10 +10,10 @@ import torch
 from layouts import batch, each_backbone, make
 from torch.optim.swa_utils import AveragedModel
 
-from s2a_cli.methods import METHODS
-from s2a_cli.methods.parts.deep_supervision import vote_losses
+from s2a_cli.methods import STRUCTURES
+from s2a_cli.methods.parts.deep_supervision import losses_of
 
-each_method = pytest.mark.parametrize("method", METHODS)
+each_method = pytest.mark.parametrize("method", STRUCTURES)
 
 
 def change(model, number: float) -> None:
@@ -38,7 +38,7 @@ def test_a_copy_uses_its_own_parameters(backbone, method):
         assert torch.equal(twin(images), before) and torch.equal(average.eval()(images), before)
         change(twin, 0.3)
         assert torch.equal(twin(images), changed)
-    vote_losses(twin.train()(images), targets).sum().backward()
+    losses_of(twin.train()(images), targets).sum().backward()
     assert all(p.grad is None for p in model.parameters())
     assert any(p.grad is not None for p in twin.parameters())
 

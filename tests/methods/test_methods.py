@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layouts import batch, each_backbone, loss_of, make, quant
+from layouts import batch, each_backbone, loss_of, make, make_attached, quant
 from omegaconf import OmegaConf
 
 from s2a_cli import backbones
@@ -12,12 +12,12 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import BackboneConfig
 from s2a_cli.memory import saved_bytes
-from s2a_cli.methods import METHODS
-from s2a_cli.methods.parts.deep_supervision import vote_losses
+from s2a_cli.methods import STRUCTURES
+from s2a_cli.methods.parts.deep_supervision import losses_of
 from s2a_cli.training import checkpoints
 from s2a_cli.training.step import Step, train_mode
 
-each_method = pytest.mark.parametrize("method", METHODS)
+each_method = pytest.mark.parametrize("method", STRUCTURES)
 
 
 @each_backbone
@@ -98,17 +98,17 @@ def test_saved_tensors_restore_the_function(backbone, method, tmp_path):
 
 
 @each_backbone
-@pytest.mark.parametrize(("method", "settings"), [*((method, {}) for method in METHODS), ("s2a", {"segments": 2})])
+@pytest.mark.parametrize(("method", "settings"), [*((method, {}) for method in STRUCTURES), ("s2a", {"segments": 2})])
 def test_without_quantisation_a_step_is_that_of_stock_pytorch(backbone, method, settings):
     """The run's own step against one written out, bit for bit."""
-    ours, stock = make(backbone, method, **settings), make(backbone, method, **settings)
+    ours, stock = make_attached(backbone, method, **settings), make(backbone, method, **settings)
     train_mode(ours.model), train_mode(stock.model)
     config = compose([f"method={method}", "quant=none"])
     optimizers = [torch.optim.SGD([p for p in m.model.parameters() if p.requires_grad], lr=0.1) for m in (ours, stock)]
     for _ in range(2):
         images, targets = batch(stock)
-        loss = Step(config, torch.device("cpu"))(ours.model, optimizers[0], images, targets)
-        expected = vote_losses(stock.model(images), targets)
+        loss = Step(config, torch.device("cpu"), ours)(ours.model, optimizers[0], images, targets)
+        expected = losses_of(stock.model(images), targets)
         expected.sum().backward()
         optimizers[1].step()
         optimizers[1].zero_grad()
@@ -132,7 +132,7 @@ def test_kept_bytes_fall_with_bits(backbone, method):
 
 
 @each_backbone
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "linear"])
+@pytest.mark.parametrize("method", [m for m in STRUCTURES if m != "linear"])
 def test_nothing_is_kept_below_the_first_adapted_block(backbone, method):
     made, whole = make(backbone, method, blocks="last:1"), make(backbone, method)
     train_mode(made.model), train_mode(whole.model)
@@ -167,7 +167,7 @@ def test_prompts_need_no_activation(backbone):
 def test_vit_b_trains_at_most_0_9_percent():
     config = BackboneConfig(name="vit_b", timm="vit_base_patch16_224.orig_in21k", pretrained=False)
     made = backbones.build(config, 100, meta=True)
-    METHODS["s2a"](OmegaConf.structured(METHODS["s2a"].Config(name="s2a", lr=1e-3))).attach(made)
+    STRUCTURES["s2a"](OmegaConf.structured(STRUCTURES["s2a"].Settings())).attach(made)
     assert made.count()["percent"] <= 0.9
 
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from layouts import CLASSES, batch, each_backbone, loss_of, made_config, make, quant
+from layouts import CLASSES, batch, each_backbone, loss_of, made_config, make, make_attached, quant
 from omegaconf import OmegaConf
 from torch.nn import functional as F
 
@@ -15,25 +15,26 @@ from s2a_cli.activations import remember
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import BackboneConfig, QuantConfig
-from s2a_cli.methods import METHODS
+from s2a_cli.methods import STRUCTURES
 from s2a_cli.methods.parts import attention_pooling
 from s2a_cli.methods.parts.attention_pooling import STEP, Attend
-from s2a_cli.methods.parts.deep_supervision import vote_losses
+from s2a_cli.methods.parts.deep_supervision import losses_of
 from s2a_cli.training.step import Step, train_mode
 
 
 @each_backbone
 @pytest.mark.parametrize("settings", [{}, {"segments": 2}])
 def test_a_step_learns_from_each_vote_before_the_next_block(backbone, settings):
-    made = make(backbone, "s2a", **settings)
+    attached = make_attached(backbone, "s2a", **settings)
+    made = attached.backbone
     train_mode(made.model)
     readers, seen = made.model.s2a["side"].readers, []
     for block in made.blocks[1:]:
         block.module.register_forward_pre_hook(
-            lambda *_: seen.append([reader.vote.bias.grad is not None for reader in readers])
+            lambda *_: seen.append([reader.classifier.bias.grad is not None for reader in readers])
         )
     optimizer = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=0.1)
-    Step(compose(["method=s2a", "quant=none"]), torch.device("cpu"))(made.model, optimizer, *batch(made))
+    Step(compose(["method=s2a", "quant=none"]), torch.device("cpu"), attached)(made.model, optimizer, *batch(made))
     count = len(made.blocks)
     assert seen == [[tap < done for tap in range(count)] for done in range(1, count)]
 
@@ -51,7 +52,7 @@ def test_a_side_branch_sends_no_gradient_through_the_backbone(backbone):
 def test_a_tap_in_pieces_is_the_tap_of_the_whole_batch(backbone, set_piece_sizes):
     made = make(backbone, "side")
     images, _ = batch(made)
-    tap, outputs = made.model.s2a["side"].taps[0], []
+    tap, outputs = made.model.s2a["side"].features[0], []
     made.blocks[0].module.register_forward_hook(lambda _, __, h: outputs.append(h.detach()))
     with torch.no_grad():
         made.model(images)
@@ -84,7 +85,8 @@ def test_a_side_branch_reads_as_its_formula_says():
 @each_backbone
 @pytest.mark.parametrize("method", ["linear", "side"])
 def test_a_tail_alone_computes_and_trains_what_the_model_does(backbone, method):
-    made, whole = make(backbone, method), make(backbone, method)
+    attached, whole = make_attached(backbone, method), make(backbone, method)
+    made, tail = attached.backbone, attached.feature_head
     for one in (made, whole):
         torch.manual_seed(2)
         for p in one.model.parameters():
@@ -92,15 +94,14 @@ def test_a_tail_alone_computes_and_trains_what_the_model_does(backbone, method):
                 p.data += 0.1 * torch.randn_like(p)
     train_mode(made.model), train_mode(whole.model)
     images, targets = batch(made)
-    tail = METHODS[method](made_config(backbone, method)).tail(made)
     taps, logits = tail.capture(lambda: made.model(images))
     assert {t.dtype for t in taps.tensors[1:]} <= {torch.int8} and len(taps.tensors) == 1 + (method == "side") * len(
         made.blocks
     )
     assert not any(t.requires_grad for t in taps.tensors)
     assert torch.equal(tail(taps), logits) and torch.equal(tail(taps), whole.model(images))
-    vote_losses(tail(taps), targets).sum().backward()
-    vote_losses(whole.model(images), targets).sum().backward()
+    losses_of(tail(taps), targets).sum().backward()
+    losses_of(whole.model(images), targets).sum().backward()
     for (name, one), two in zip(made.model.named_parameters(), whole.model.parameters()):
         assert (one.grad is None) == (two.grad is None) and (one.grad is None or torch.equal(one.grad, two.grad)), name
     assert sum(p.numel() for p in tail.parameters()) == sum(
@@ -117,7 +118,7 @@ def test_the_votes_of_head_and_branch_leave_each_other_alone(backbone):
     branch = both.model.s2a["side"]
     torch.manual_seed(3)
     for reader in branch.readers:
-        reader.vote.weight.data.normal_()
+        reader.classifier.weight.data.normal_()
     for made in (alone, both):
         train_mode(made.model)
         loss_of(made).backward()
@@ -129,8 +130,8 @@ def test_the_votes_of_head_and_branch_leave_each_other_alone(backbone):
     images, targets = batch(both)
     head, *votes = both.model(images)
     for reader, vote in zip(branch.readers, votes, strict=True):
-        wanted = torch.autograd.grad(F.cross_entropy(vote, targets), reader.vote.weight)[0]
-        torch.testing.assert_close(reader.vote.weight.grad, wanted)
+        wanted = torch.autograd.grad(F.cross_entropy(vote, targets), reader.classifier.weight)[0]
+        torch.testing.assert_close(reader.classifier.weight.grad, wanted)
     with torch.no_grad():
         torch.testing.assert_close(both.model.eval()(images), head + sum(votes) * 2 / len(votes))
 
@@ -144,16 +145,16 @@ def test_no_gradient_leaves_a_segment(backbone):
     assert branch.borders == {border}
     torch.manual_seed(3)
     for reader in branch.readers:
-        reader.vote.weight.data.normal_()
+        reader.classifier.weight.data.normal_()
     states = []
     block.module.register_forward_hook(lambda _, __, h: states.append(h) or h.detach())
     for one in (made, alone):
         train_mode(one.model)
         loss_of(one).backward()
-    reader, tokens = branch.readers[border], branch.taps[border].tokens(states[0])
+    reader, tokens = branch.readers[border], branch.features[border].tokens(states[0])
     weights = torch.softmax(torch.einsum("bnc,hc->bhn", tokens, reader.query), -1)
     read = torch.einsum("bhn,bnc,hcw->bhw", weights, tokens, reader.value)
-    F.cross_entropy(reader.vote(reader.norm(read.flatten(1))), batch(made)[1]).backward()
+    F.cross_entropy(reader.classifier(reader.norm(read.flatten(1))), batch(made)[1]).backward()
     found, first = dict(made.model.named_parameters()), {name for name, _ in alone.adapted_modules("all")}
     first -= {name for name, _ in alone.adapted_modules(f"last:{len(made.blocks) - border - 1}")}
     touched = 0
@@ -174,26 +175,26 @@ def test_learning_at_once_is_learning_afterwards(backbone):
     make after it.
     """
     codes = QuantConfig(name="codes", recompute="block", input=8, pointwise=4, norm=4, attention=4)
-    at_once, after = (make(backbone, "s2a", segments=2) for _ in range(2))
+    at_once, after = (make_attached(backbone, "s2a", segments=2) for _ in range(2))
     gradients = []
     for made in (at_once, after):
         torch.manual_seed(3)
         for reader in made.model.s2a["side"].readers:
-            reader.vote.weight.data.normal_()
+            reader.classifier.weight.data.normal_()
         train_mode(made.model)
         optimizer = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=0.0)
         optimizer.zero_grad = lambda set_to_none: None
         step = Step(
             OmegaConf.merge(compose(["method=s2a"]), {"quant": OmegaConf.structured(codes)}),
             torch.device("cpu"),
-            made.block_modules,
+            made,
         )
         for _ in range(2):  # the first fits the codes
             made.model.zero_grad()
             if made is at_once:
-                step(made.model, optimizer, *batch(made))
+                step(made.model, optimizer, *batch(made.backbone))
             else:
-                step.losses(made.model, *batch(made)).sum().backward()
+                step.losses(made.model, *batch(made.backbone)).sum().backward()
         gradients.append({name: p.grad for name, p in made.model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
@@ -203,13 +204,13 @@ def test_learning_at_once_is_learning_afterwards(backbone):
 @each_backbone
 def test_the_gradient_of_a_vote_at_a_border_is_computed_in_pieces(backbone, set_piece_sizes):
     made = make(backbone, "side")
-    tap = made.model.s2a["side"].taps[0]
+    tap = made.model.s2a["side"].features[0]
     h = torch.randn(4, *made.blocks[0].output.shape, requires_grad=True)
     whole = tap.tokens(h)
     upstream = torch.randn_like(whole)
     set_piece_sizes(pooled=h[:3].numel())
     with remember(quant(2)):  # no code is made of it
-        read = attention_pooling.Read.apply(h, tap)
+        read = attention_pooling.DifferentiableFeature.apply(h, tap)
         found = torch.autograd.grad(read, h, upstream)[0]
     assert torch.equal(read, whole)
     torch.testing.assert_close(found, torch.autograd.grad(whole, h, upstream)[0])
@@ -224,6 +225,6 @@ def test_segments_of_blocks_that_share_a_trained_part_are_refused():
     )
     for segments, refused in ((1, False), (2, True)):
         made = backbones.build(config, CLASSES)
-        METHODS["s2a"](made_config("vit", "s2a", segments=segments)).attach(made)
+        STRUCTURES["s2a"](made_config("vit", "s2a", segments=segments)).attach(made)
         with pytest.raises(UserError, match="share a trained part") if refused else nullcontext():
             made.model.train()(torch.randn(1, 3, 224, 224))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2a_cli import backbones
+from s2a_cli import backbones, methods
 from s2a_cli.backbones import weight_quant
 from s2a_cli.config.compose import compose
 from s2a_cli.memory import predict, track
-from s2a_cli.methods import METHODS
 from s2a_cli.training import forecast, run
 from s2a_cli.training.step import Step, make_optimizer, train_mode
 
@@ -41,15 +40,15 @@ def test_what_is_predicted_is_what_real_tensors_take(method, quant, weights):
     )
     torch.manual_seed(0)
     backbone = backbones.build(config.backbone, 10)
-    METHODS[config.method.name](config.method).attach(backbone)
+    attached = methods.attach(config.method, backbone)
     train_mode(backbone.model)
     weight_quant.store(backbone, weights)
     size = backbone.image.size
     batch = torch.randn(16, 3, size, size), torch.arange(16) % 10
 
     def counted(how):
-        step = Step(config, torch.device("cpu"), backbone.block_modules)
-        return how(backbone.model, batch, step, lambda model: make_optimizer(config.optim, model))
+        step = Step(config, torch.device("cpu"), attached)
+        return how(backbone.model, batch, step, lambda model: make_optimizer(config.optim, model, attached))
 
     predicted, real = counted(predict), counted(track)
     assert predicted.kept_mib == real.kept_mib
@@ -62,6 +61,6 @@ def test_times_less_than_full_fine_tuning(method, quant, precision, times):
     words = ["backbone=vit_b", "dataset=cifar100", "optim.batch_size=64", f"precision={precision}"]
     config = compose([*words, *f"method={method}".split(), *f"quant={quant}".split()])
     backbone = backbones.build(config.backbone, 100, meta=True)
-    run.attach(config, backbone)
+    attached = run.attach(config, backbone)
     full = forecast.predict_step(*forecast.full_finetuning(config, 100), 50_000).peak_mib
-    assert full > times * forecast.predict_step(backbone, config, 50_000).peak_mib
+    assert full > times * forecast.predict_step(attached, config, 50_000).peak_mib

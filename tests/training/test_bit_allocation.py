@@ -11,12 +11,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from s2a_cli import backbones
+from s2a_cli import backbones, methods
 from s2a_cli.activations import STOCK
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.memory.result import MIB
-from s2a_cli.methods import METHODS
 from s2a_cli.training import bit_allocation, forecast, trainer
 from s2a_cli.training.bit_allocation import Costs, Gradient, allocate, measure
 from s2a_cli.training.step import train_mode
@@ -28,16 +27,16 @@ def gradient_of(*words: str) -> Gradient:
     config = compose([*TINY, "method=bias", "quant=auto", "quant.budget_mib=1000", *words])
     torch.manual_seed(0)
     backbone = backbones.build(config.backbone, 10)
-    METHODS[config.method.name](config.method).attach(backbone)
+    attached = methods.attach(config.method, backbone)
     train_mode(backbone.model)
     size = backbone.image.size
-    return Gradient(config, backbone, (torch.randn(4, 3, size, size), torch.arange(4)), torch.device("cpu"))
+    return Gradient(config, attached, (torch.randn(4, 3, size, size), torch.arange(4)), torch.device("cpu"))
 
 
 def predicted(gradient: Gradient):
     def peak(quant, micro_batch=None):
         changed = {"quant": OmegaConf.structured(quant), "optim": {"micro_batch": micro_batch}}
-        return forecast.predict_step(gradient.backbone, OmegaConf.merge(gradient.config, changed), 32).peak_mib
+        return forecast.predict_step(gradient.attached, OmegaConf.merge(gradient.config, changed), 32).peak_mib
 
     return peak
 
@@ -72,7 +71,7 @@ def test_measured_costs_foretell_the_error_of_all_codes_together():
 def test_bytes_a_bit_are_those_of_the_prediction():
     gradient = gradient_of()
     costs = measure(gradient, ("norm", "input"))
-    block = gradient.backbone.blocks[0]
+    block = gradient.attached.backbone.blocks[0]
     assert costs.bytes[0, "input"] == 32 * math.prod(block.input.shape) / 8
     assert costs.bytes[0, "norm"] == pytest.approx(2 * costs.bytes[0, "input"], rel=0.01)  # two layers
 

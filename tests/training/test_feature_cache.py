@@ -17,7 +17,7 @@ from PIL import Image
 from s2a_cli import data
 from s2a_cli.common.errors import RunError, UserError
 from s2a_cli.config.compose import compose, recompose
-from s2a_cli.methods.parts.feature_head import Taps
+from s2a_cli.methods.parts.feature_head import Features
 from s2a_cli.results import record
 from s2a_cli.training import checkpoints, feature_cache, forecast, loop, trainer
 from s2a_cli.training import evaluation as evaluation_module
@@ -190,9 +190,9 @@ def test_a_file_is_private_and_none_of_another_user_or_kind_is_read(tmp_path, ow
 def test_the_file_that_was_checked_is_the_one_that_is_read(tmp_path):
     fields = [((3,), torch.float32)]
     kept, other = (Kept(tmp_path, {"split": "train"}, 2, False, fields) for _ in range(2))
-    kept.write(iter([[Taps([torch.ones(2, 3)])]]))
+    kept.write(iter([[Features([torch.ones(2, 3)])]]))
     assert kept.whole()
-    other.write(iter([[Taps([torch.zeros(2, 3)])]]))  # in its place
+    other.write(iter([[Features([torch.zeros(2, 3)])]]))  # in its place
     assert kept.batch([0]).tensors[0].sum() == 3 and other.batch([0]).tensors[0].sum() == 0
     other.discard()
     with pytest.raises(RunError, match="was changed or removed"):
@@ -314,7 +314,7 @@ def test_several_processes_are_refused(monkeypatch):
 
 
 def test_taps_keep_their_dtypes():
-    taps = Taps([torch.zeros(5, 3), torch.zeros(5, 2, 4, dtype=torch.float16)])
+    taps = Features([torch.zeros(5, 3), torch.zeros(5, 2, 4, dtype=torch.float16)])
     assert [t.dtype for t in taps.to(torch.bfloat16).to(torch.device("cpu")).tensors] == [torch.float32, torch.float16]
     assert [len(part) for part in taps.split(2)] == [2, 2, 1] and len(taps) == 5
 
@@ -323,8 +323,10 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     fields = [((5,), torch.float32), ((3, 2), torch.float16), ((1,), torch.bfloat16)]
     kept = Kept(tmp_path, {"split": "train", "long": "x" * 5000}, 7, True, fields)
     assert not kept.whole()
-    views = [Taps(torch.randn(7, *shape).to(dtype) for shape, dtype in fields) for _ in range(2)]
-    kept.write(iter([[Taps(t[:4] for t in v.tensors) for v in views], [Taps(t[4:] for t in v.tensors) for v in views]]))
+    views = [Features(torch.randn(7, *shape).to(dtype) for shape, dtype in fields) for _ in range(2)]
+    kept.write(
+        iter([[Features(t[:4] for t in v.tensors) for v in views], [Features(t[4:] for t in v.tensors) for v in views]])
+    )
     assert kept.whole() and kept.path.stat().st_size == kept.bytes
     for index in (6, 0, 3):
         for mirror, view in enumerate(views):

@@ -147,11 +147,11 @@ def test_a_device_that_is_not_there():
 
 def test_weight_decay_spares_biases_norms_and_prompts():
     run = run_module.prepare(compose([*QUICK, "method=s2a", "optim.weight_decay=0.1"]))
-    optimizer = steps.make_optimizer(run.config.optim, run.model)
+    optimizer = steps.make_optimizer(run.config.optim, run.model, run.attached)
     names = {id(p): name for name, p in run.model.named_parameters()}
     decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     spared = {names[id(p)] for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
-    assert "head.weight" in decayed and "s2a.side.readers.0.vote.weight" in decayed
+    assert "head.weight" in decayed and "s2a.side.readers.0.classifier.weight" in decayed
     assert {"head.bias", "s2a.prompt.0.A", "s2a.prompt.0.B", "s2a.side.readers.0.norm.weight"} <= spared
     assert not any(name.endswith(("bias", ".A", ".B")) or "norm" in name for name in decayed)
     rates = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
@@ -162,7 +162,7 @@ def test_weight_decay_spares_biases_norms_and_prompts():
 
 def test_the_head_may_learn_at_a_rate_of_its_own():
     run = run_module.prepare(compose([*QUICK, "method=bias", "optim.lr=1e-3", "optim.head_lr=3e-2"]))
-    groups = steps.make_optimizer(run.config.optim, run.model).param_groups
+    groups = steps.make_optimizer(run.config.optim, run.model, run.attached).param_groups
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     own = {id(p) for p in run.backbone.head.parameters()}
     assert own <= rates.keys() and len(own) < len(rates)

@@ -13,11 +13,11 @@ from s2a_cli.backbones import Hidden
 STEP = 1 / 8  # of the codes of normalised tokens
 
 
-class Tap(nn.Module):
-    """A detached hidden state as tokens [B, N, C] in int8: positions pooled to a grid, each token to mean 0 and
-    variance 1.
+class Feature(nn.Module):
+    """Detaches a hidden state and pools it to tokens [B, N, C] in int8, each of mean 0 and variance 1.
 
-    Normalised, they all fit one grid, of `STEP`: what lies beyond 16 standard deviations is cut off.
+    Positions are pooled to at most grid x grid. Normalised, they all fit one grid, of `STEP`: what lies beyond 16
+    standard deviations is cut off.
     """
 
     def __init__(self, hidden: Hidden, grid: int):
@@ -29,7 +29,7 @@ class Tap(nn.Module):
         return torch.cat([(self.tokens(part) / STEP).round_().clamp_(-127, 127).to(torch.int8) for part in pieces(h)])
 
     def tokens(self, h: Tensor) -> Tensor:
-        """The same before it is coded, in fp32."""
+        """Returns the same before it is coded, in fp32."""
         prefix, patches = self.hidden.split(h)
         if patches.shape[-1] > 1:  # a map; tokens without a square grid stay as they are
             patches = F.adaptive_avg_pool2d(patches, [min(n, self.grid) for n in patches.shape[-2:]])
@@ -42,16 +42,17 @@ def pieces(h: Tensor) -> tuple[Tensor, ...]:
     return h.split(max(1, piece_sizes(h.device).pooled * len(h) // h.numel()))
 
 
-class Read(torch.autograd.Function):
-    """(hidden state, tap) -> the tap's tokens in fp32, with a gradient, which is computed in pieces from the hidden
-    state alone.
+class DifferentiableFeature(torch.autograd.Function):
+    """Pools (hidden state, feature) to the feature's tokens in fp32, with a gradient.
+
+    The gradient is computed in pieces of the batch, from the hidden state alone.
     """
 
     @staticmethod
-    def forward(ctx, h: Tensor, tap: Tap):
+    def forward(ctx, h: Tensor, feature: Feature):
         ctx.save_for_backward(h)
-        ctx.tap = tap
-        return torch.cat([tap.tokens(part) for part in pieces(h)])
+        ctx.feature = feature
+        return torch.cat([feature.tokens(part) for part in pieces(h)])
 
     @staticmethod
     @first_order
@@ -62,24 +63,23 @@ class Read(torch.autograd.Function):
         with torch.enable_grad():
             for part, g, o in zip(parts, grad.split(len(parts[0])), out.split(len(parts[0]))):
                 x = part.detach().requires_grad_()
-                o.copy_(torch.autograd.grad(ctx.tap.tokens(x), x, g)[0])
+                o.copy_(torch.autograd.grad(ctx.feature.tokens(x), x, g)[0])
         return out, None
 
 
 def attend(t: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens t [B, N, C], queries [heads, C] -> the mean of the tokens weighted by softmax(t .
+    """Returns the means of tokens t [B, N, C] weighted by softmax(t q), [B, heads, C], and the weights [B, N, heads].
 
-    q), [B, heads, C]; the weights, [B, N, heads].
+    query: [heads, C].
     """
     weights = torch.softmax(t @ query.T, dim=1)
     return weights.transpose(1, 2).to(t.dtype) @ t, weights
 
 
 class Attend(torch.autograd.Function):
-    """`attend` to tokens in codes, [B, heads, C]. Keeps the codes, once for all heads, and the weights; its gradient is
-    exact.
+    """Does what `attend` does to tokens in codes of 8 bits: [B, heads, C].
 
-    The tokens get none.
+    Keeps the codes, once for all heads, and the weights; its gradient is exact. The tokens get none.
     """
 
     @staticmethod
@@ -99,11 +99,11 @@ class Attend(torch.autograd.Function):
 
 
 class Reader(nn.Module):
-    """Tokens [B, N, C] -> a vote [B, classes]: attention pooling by one learned query a head, a projection of each, a
-    linear map.
+    """Classifies by tokens [B, N, C]: attention pooling by one learned query a head, a projection of each, a linear
+    map.
 
-    The queries begin near zero, where the weights are even and what is read is the mean; the linear map is zero at the
-    start.
+    Returns logits [B, classes]. The queries begin near zero, where the weights are even and what is read is the mean;
+    the linear map is zero at the start.
     """
 
     def __init__(self, channels: int, heads: int, width: int, classes: int):
@@ -111,12 +111,12 @@ class Reader(nn.Module):
         self.query = nn.Parameter(torch.empty(heads, channels).normal_(std=0.02))
         self.value = nn.Parameter(torch.empty(heads, channels, width).normal_(std=channels**-0.5))
         self.norm = nn.LayerNorm(heads * width)
-        self.vote = nn.Linear(heads * width, classes)
-        nn.init.zeros_(self.vote.weight)
-        nn.init.zeros_(self.vote.bias)
+        self.classifier = nn.Linear(heads * width, classes)
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         coded = not tokens.is_floating_point()
         seen = Attend.apply(tokens, self.query) if coded else attend(tokens.to(self.query.dtype), self.query)[0]
         read = torch.einsum("bhc,hcw->bhw", seen, self.value)
-        return self.vote(self.norm(read.flatten(1)))
+        return self.classifier(self.norm(read.flatten(1)))

@@ -1,4 +1,4 @@
-"""Votes: logits with losses of their own.
+"""Auxiliary heads: logits beside the model's own, each with a loss of its own (deep supervision, arXiv 1409.5185).
 
 They share no gradient, so that each can be back-propagated as soon as it is there.
 """
@@ -7,43 +7,60 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-_learn: ContextVar[Callable[[Tensor], None] | None] = ContextVar("learn", default=None)
+Learn = Callable[[Tensor], None]  # takes auxiliary logits [B, classes] and back-propagates their loss
 
 
-def vote_losses(
+def losses_of(
     logits: Tensor, targets: Tensor, criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
 ) -> Tensor:
-    """The loss of logits [B, classes], or of each of several votes [votes, B, classes]: [1] or [votes].
+    """Returns the loss of logits [B, classes], [1], or of each of several [heads, B, classes], [heads].
 
     Their sum is minimised.
     """
-    return torch.stack([criterion(vote, targets) for vote in (logits if logits.ndim == 3 else [logits])])
+    return torch.stack([criterion(one, targets) for one in (logits if logits.ndim == 3 else [logits])])
 
 
-@contextmanager
-def at_once(learn: Callable[[Tensor], None]) -> Iterator[None]:
-    """Within it, a method's votes are handed to `learn`, which back-propagates them: what was kept for them is free at
-    once.
+class AuxiliaryHeads(nn.Module):
+    """Collects the auxiliary logits of a forward pass.
+
+    A subclass hands each to `collect` when it is computed and takes all of them with `collected` at the end.
     """
-    token = _learn.set(learn)
-    try:
-        yield
-    finally:
-        _learn.reset(token)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._learn: Learn | None = None
+        self._logits: list[Tensor] = []
 
-def cast(vote: Tensor) -> Tensor:
-    """A vote [B, classes] as its method keeps it to the end of the forward pass: within `at_once` learned from, and
-    without a graph.
-    """
-    learn = None if torch.compiler.is_compiling() else _learn.get()
-    if learn is None or not vote.requires_grad:
-        return vote
-    learn(vote)
-    return vote.detach()
+    @contextmanager
+    def learning(self, learn: Learn) -> Iterator[None]:
+        """Hands auxiliary logits to `learn` within: what was kept for their backward pass is free at once."""
+        before, self._learn = self._learn, learn
+        try:
+            yield
+        finally:
+            self._learn = before
+
+    def begin(self) -> None:
+        """Forgets the logits of a forward pass that did not end."""
+        self._logits = []
+
+    def collect(self, logits: Tensor) -> None:
+        """Keeps auxiliary logits [B, classes] to the end of the forward pass; within `learning` without a graph."""
+        if self._learn is not None and logits.requires_grad and not torch.compiler.is_compiling():
+            self._learn(logits)
+            logits = logits.detach()
+        self._logits.append(logits)
+
+    def collected(self) -> list[Tensor]:
+        """Returns the auxiliary logits of this forward pass, and forgets them."""
+        logits, self._logits = self._logits, []
+        return logits
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_learn": None, "_logits": []}  # a copy learns by a loop of its own

@@ -1,0 +1,78 @@
+"""What a training loop must know of the structures that are attached to a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from s2a_cli.backbones import Backbone
+from s2a_cli.common.errors import UserError
+from s2a_cli.methods.parts.deep_supervision import AuxiliaryHeads, Learn
+from s2a_cli.methods.parts.feature_head import FeatureHead
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A backbone with what has been attached to it.
+
+    adapts: whether the backbone computes something else than before, or a gradient passes through it.
+    learning_rates: (module, factor): the learning rate of the module's parameters is the run's times this.
+    auxiliary: heads whose losses are back-propagated within the forward pass.
+    feature_head: what is trained, alone, where the backbone is not adapted.
+    unmergeable: why no plain weights of the backbone compute the same; empty where they do.
+    """
+
+    backbone: Backbone
+    adapts: bool = True
+    learning_rates: tuple[tuple[nn.Module, float], ...] = ()
+    auxiliary: tuple[AuxiliaryHeads, ...] = ()
+    feature_head: FeatureHead | None = None
+    unmergeable: str = ""
+
+    @property
+    def model(self) -> nn.Module:
+        return self.backbone.model
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks of the backbone, in order."""
+        return self.backbone.block_modules
+
+    def with_learning_rates(self, modules: Iterable[nn.Module], factor: float) -> Attachment:
+        """Returns this attachment with another learning rate for some modules."""
+        return replace(self, learning_rates=(*self.learning_rates, *((module, factor) for module in modules)))
+
+    @contextmanager
+    def learning(self, learn: Learn) -> Iterator[None]:
+        """Hands auxiliary logits [B, classes] to `learn` within, which back-propagates their loss at once."""
+        with ExitStack() as stack:
+            for heads in self.auxiliary:
+                stack.enter_context(heads.learning(learn))
+            yield
+
+    def merge(self) -> nn.Module:
+        """Returns the backbone's model, whose own weights hold all that was trained.
+
+        Raises UserError where a structure adds what no weight of the backbone can hold.
+        """
+        if self.unmergeable:
+            raise UserError(self.unmergeable)
+        return self.model
+
+    @staticmethod
+    def of(parts: Sequence[Attachment]) -> Attachment:
+        """Returns several attachments to one backbone as one."""
+        first, adapts = parts[0], any(part.adapts for part in parts)
+        heads = [part.feature_head for part in parts if part.feature_head is not None]
+        heads.sort(key=lambda head: head.branch is None)
+        return Attachment(
+            first.backbone,
+            adapts,
+            learning_rates=tuple(pair for part in parts for pair in part.learning_rates),
+            auxiliary=tuple(heads for part in parts for heads in part.auxiliary),
+            feature_head=heads[0] if heads and not adapts else None,
+            unmergeable="; ".join(part.unmergeable for part in parts if part.unmergeable),
+        )
