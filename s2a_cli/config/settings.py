@@ -7,7 +7,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -54,11 +54,24 @@ def members(schema: type, name: str) -> tuple[Any, ...]:
 def walk(schema: type, prefix: str = "") -> Iterator[tuple[str, type, str]]:
     """(dotted key, the dataclass that declares it, its name there) of every setting below a dataclass."""
     for field in dataclasses.fields(schema):
-        node = next(filter(dataclasses.is_dataclass, members(schema, field.name)), None)
+        node = next(
+            (kind for kind in members(schema, field.name) if isinstance(kind, type) and dataclasses.is_dataclass(kind)),
+            None,
+        )
         if node is None:
             yield prefix + field.name, schema, field.name
         else:
             yield from walk(node, f"{prefix}{field.name}.")
+
+
+def plain(config: DictConfig, resolve: bool = True) -> dict[str, Any]:
+    """Returns the settings as plain Python."""
+    return cast("dict[str, Any]", OmegaConf.to_container(config, resolve=resolve))
+
+
+def merged(config: DictConfig, changes: dict[str, Any]) -> DictConfig:
+    """Returns the settings with some of them changed."""
+    return cast(DictConfig, OmegaConf.merge(config, changes))
 
 
 def leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -77,14 +90,13 @@ def declared(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, type, 
         if isinstance(value, DictConfig) and OmegaConf.get_type(value) is not dict:
             yield from declared(value, f"{prefix}{name}.")
         else:
-            plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-            yield f"{prefix}{name}", OmegaConf.get_type(config), str(name), plain
+            value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            yield f"{prefix}{name}", cast(type, OmegaConf.get_type(config)), str(name), value
 
 
 def missing(config: DictConfig) -> set[str]:
     """The dotted keys of the settings that have to be given and were not."""
-    raw = OmegaConf.to_container(config, resolve=False)
-    return {key for key, value in _flat(raw) if value == "???"}
+    return {key for key, value in _flat(plain(config, resolve=False)) if value == "???"}
 
 
 def _flat(settings: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -25,6 +25,11 @@ class BlocksSettings:
     )
 
 
+@dataclass
+class NoSettings:
+    """The settings of a structure without any."""
+
+
 class Structure:
     """Says which parameters of a backbone are trained, and which modules are added to it.
 
@@ -34,10 +39,7 @@ class Structure:
     keeps_codable: whether anything is kept for the backward pass that codes of activations can stand for.
     """
 
-    @dataclass
-    class Settings:
-        pass
-
+    Settings: type = NoSettings
     adapts = True
     keeps_codable = True
 

@@ -76,8 +76,9 @@ class Prompt(Structure):
                 file=sys.stderr,
             )
         for block in adapted:
-            prompts.append(LowRankPrompt(block.input, min(rank, limits[block.name])))
-            block.module.register_forward_pre_hook(prompts[-1].on_block_input, with_kwargs=True)
+            prompt = LowRankPrompt(block.input, min(rank, limits[block.name]))
+            block.module.register_forward_pre_hook(prompt.on_block_input, with_kwargs=True)
+            prompts.append(prompt)
         backbone.add("prompt", prompts)
         return Attachment(
             backbone,

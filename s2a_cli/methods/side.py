@@ -3,7 +3,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class LiteSideBranch(AuxiliaryHeads):
         """Classifies by a hidden state, and passes it on. A hook of the block that is read as number `index`."""
         if index == 0:
             self.begin()
-        feature, is_border = self.features[index], index in self.borders
+        feature, is_border = cast(Feature, self.features[index]), index in self.borders
         h = feature.hidden.of(output)
         tokens = DifferentiableFeature.apply(h, feature) if is_border else feature(h)
         self.collect(self.readers[index](tokens))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -27,6 +28,7 @@ from s2a_cli.activations import STOCK
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.progress import Progress
 from s2a_cli.config.schema import QuantConfig
+from s2a_cli.config.settings import merged
 from s2a_cli.memory import saved_bytes
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import Attachment
@@ -48,20 +50,20 @@ Key = tuple[int, str]  # the number of a block, and a family or "input"
 
 @dataclass
 class Costs:
-    """What one bit of a family in a block costs in bytes, and how much error `REFERENCE` bits make."""
+    """States what one bit of a family in a block costs in bytes, and how much error `REFERENCE` bits make."""
 
     bytes: dict[Key, float] = field(default_factory=dict)
     error: dict[Key, float] = field(default_factory=dict)  # relative, of the whole gradient
 
     def expected(self, bits: dict[Key, int]) -> float:
-        """The relative error of the gradient under an allocation."""
+        """Returns the relative error of the gradient under an allocation."""
         return math.sqrt(sum(self._square(key, count) for key, count in bits.items()))
 
     def _square(self, key: Key, bits: int) -> float:
         return self.error[key] ** 2 * 4.0 ** (REFERENCE - bits)
 
     def spread(self, mib: float, choices: tuple[int, ...]) -> dict[Key, int] | None:
-        """The bits with the least expected error that take at most `mib`; None where the fewest take more."""
+        """Returns the bits with the least expected error that take at most `mib`; None where the fewest take more."""
         bits = dict.fromkeys(self.bytes, choices[0])
         left = mib * MIB - sum(self.bytes.values()) * choices[0]
         if left < -0.5:  # bytes; less is rounding
@@ -86,7 +88,7 @@ class Choice:
     error: float  # of the gradient, relative, measured on the images that the costs were measured on
 
     def describe(self) -> str:
-        """One line for people."""
+        """Returns one line for people."""
         quant, words = self.quant, []
         if quant.recompute == "block":
             words.append("blocks recomputed from inputs of " + _span(b["input"] for b in quant.blocks.values()))
@@ -113,7 +115,7 @@ def _span(bits: Iterable[int]) -> str:
 
 
 class Gradient:
-    """The gradient of a run on some of its images, under other quant settings.
+    """Computes the gradient of a run on some of its images, under other quant settings.
 
     batch: training images [B, 3, H, W] and targets, on any device.
     """
@@ -126,20 +128,20 @@ class Gradient:
         self._exact = self._of(self.base)
 
     def error(self, quant: QuantConfig) -> float:
-        """The relative error that these settings make."""
+        """Returns the relative error that these settings make."""
         difference = torch.linalg.vector_norm(self._of(quant) - self._exact)
         return (difference / torch.linalg.vector_norm(self._exact)).item()
 
     def kept(self, quant: QuantConfig) -> int:
-        """Bytes kept of one image."""
+        """Returns the bytes kept of one image."""
         return saved_bytes(lambda: self._step(quant).logits(self.attached.model, self.images[:1]), self.attached.model)
 
     def _step(self, quant: QuantConfig) -> Step:
-        changed = OmegaConf.merge(self.config, {"quant": OmegaConf.structured(quant)})
+        changed = merged(self.config, {"quant": OmegaConf.structured(quant)})
         return Step(changed, self.device, self.attached)
 
     def _of(self, quant: QuantConfig) -> Tensor:
-        """All that trains, as one vector; under the same random numbers each time."""
+        """Returns the gradient of all that trains as one vector, under the same random numbers each time."""
         step, trained = self._step(quant), [p for p in self.attached.model.parameters() if p.requires_grad]
         torch.manual_seed(self.config.seed)
         loss = step.losses(self.attached.model, self.images, self.targets).sum()
@@ -147,14 +149,21 @@ class Gradient:
         return torch.cat([g.flatten().double() for g in found if g is not None])
 
 
-def allocate(gradient: Gradient, peak: Peak) -> Choice:
-    """The choice for a run whose config has quant.budget_mib. Raises UserError where nothing fits, and says what would.
+def budget_of(quant: QuantConfig) -> float:
+    """Returns the peak in MiB that these settings are chosen for."""
+    assert quant.budget_mib is not None
+    return quant.budget_mib
 
-    peak: predicts the step of the run with other quant settings.
+
+def allocate(gradient: Gradient, peak: Peak) -> Choice:
+    """Chooses the settings of a run whose config has quant.budget_mib.
+
+    peak: predicts the step of the run with other quant settings, in MiB. Raises UserError where nothing fits, and says
+    what would.
     """
-    asked: QuantConfig = OmegaConf.to_object(gradient.config.quant)
+    asked = cast(QuantConfig, OmegaConf.to_object(gradient.config.quant))
     for quant in (replace(asked, lossless=False), asked):
-        if (found := peak(quant)) <= asked.budget_mib:
+        if (found := peak(quant)) <= budget_of(asked):
             return Choice(quant, found, 0.0)
     codes = measure(gradient, CODED)
     for chunks in PIECES if codes.bytes else ():
@@ -174,8 +183,9 @@ def allocate(gradient: Gradient, peak: Peak) -> Choice:
 
 
 def _what_would(config: DictConfig, asked: QuantConfig, inputs: Costs, peak: Peak) -> str:
-    """That nothing fits, and what would: the largest micro-batch, a method without a backward pass through the
-    backbone.
+    """Says that nothing fits, and what would.
+
+    That is the largest micro-batch, or a method without a backward pass through the backbone.
     """
     least = _applied(replace(asked, chunks=FINER[-1]), dict.fromkeys(inputs.bytes, INPUT_BITS[0]))
     said = (
@@ -185,7 +195,7 @@ def _what_would(config: DictConfig, asked: QuantConfig, inputs: Costs, peak: Pea
     size = config.optim.micro_batch or config.optim.batch_size
     while size > 1:
         size //= 2
-        if (found := peak(least, size)) <= asked.budget_mib:
+        if (found := peak(least, size)) <= budget_of(asked):
             return f"{said}; optim.micro_batch={size} would fit ({found:,.1f} MiB)"
     return (
         f"{said}, and {found:,.1f} MiB with one image at a time; method=side, a smaller backbone or"
@@ -194,7 +204,7 @@ def _what_would(config: DictConfig, asked: QuantConfig, inputs: Costs, peak: Pea
 
 
 def _fit(quant: QuantConfig, costs: Costs, choices: tuple[int, ...], gradient: Gradient, peak: Peak) -> Choice | None:
-    """The bits with the least error whose predicted peak fits; None where even the fewest do not."""
+    """Returns the bits with the least error whose predicted peak fits; None where even the fewest do not."""
     fewest, most = (bits * sum(costs.bytes.values()) / MIB for bits in (choices[0], choices[-1]))
     segments = gradient.config.method.get("segments", 1)  # of which one is alive at the peak
     allowed = most
@@ -204,10 +214,10 @@ def _fit(quant: QuantConfig, costs: Costs, choices: tuple[int, ...], gradient: G
             return None
         applied = _applied(quant, bits)
         found = peak(applied)
-        if found <= quant.budget_mib:
+        if found <= budget_of(quant):
             return Choice(applied, found, gradient.error(applied))
         used = sum(costs.bytes[key] * count for key, count in bits.items()) / MIB
-        allowed = max(fewest, used - (found - quant.budget_mib) * segments)
+        allowed = max(fewest, used - (found - budget_of(quant)) * segments)
     return None
 
 
@@ -219,7 +229,7 @@ def _applied(quant: QuantConfig, bits: dict[Key, int]) -> QuantConfig:
 
 
 def measure(gradient: Gradient, families: tuple[str, ...]) -> Costs:
-    """Bytes a bit, and error, of each of these families in each block that has it."""
+    """Measures bytes a bit, and error, of each of these families in each block that has it."""
     costs, config, blocks = Costs(), gradient.config, gradient.attached.backbone.blocks
     batch = config.optim.micro_batch or config.optim.batch_size
     with Progress("measuring what codes cost", len(blocks) * len(families), " codes") as progress:
@@ -242,7 +252,8 @@ def _kept(gradient: Gradient, block: int, family: str, bits: int) -> int:
 
 
 def _alone(family: str, bits: int) -> dict[str, int]:
-    """The settings of a block in which this family alone is coded; a map is no kept operand where attention is not
-    coded.
+    """Returns the settings of a block in which this family alone is coded.
+
+    A map is no kept operand where attention is not coded.
     """
     return {"attention": 8, family: bits} if family == "softmax" else {family: bits}

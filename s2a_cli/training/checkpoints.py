@@ -1,6 +1,8 @@
-"""What a run saves, whole or not at all: its trainable tensors (not the backbone) and its calibration, as safetensors;
-and,
-while it goes on, the state from which it can go on exactly as if it had not been broken off."""
+"""Saves what a run has trained, whole or not at all.
+
+A finished epoch saves its trainable tensors (not the backbone) and its calibration as safetensors. A run that goes on
+also saves the state from which it can go on exactly as if it had not been broken off.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ CALIBRATION = "calibration."  # before the names of what the codes of a run were
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies on the CPU of what a run changes: trainable parameters, and the statistics of BatchNorms that move."""
+    """Returns copies on the CPU of what a run changes: trainable parameters, and statistics of BatchNorms that move."""
     changed = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     moving = set(moving_norms(model))
     for prefix, module in model.named_modules():
@@ -105,7 +107,7 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:
-    """The state in a run's folder, None where there is none. Raises UserError when it is damaged."""
+    """Returns the state in a run's folder, None where there is none. Raises UserError when it is damaged."""
     path = Path(folder) / STATE
     if not path.exists():
         return None
@@ -123,5 +125,5 @@ def load_state(folder: Path) -> dict[str, Any] | None:
 
 
 def damaged(path: Path, reason: object) -> UserError:
-    """What to say about the state of an unfinished run from which none can go on."""
+    """Returns what to say about the state of an unfinished run from which none can go on."""
     return UserError(f"{path}: damaged ({reason}); remove it, or start again with --force")

@@ -1,8 +1,9 @@
-"""torch.compile for a run, where its result can be trusted."""
+"""Compiles the model of a run with torch.compile, where its result can be trusted."""
 
 from __future__ import annotations
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,11 +14,11 @@ from s2a_cli.training.step import train_mode
 
 
 def compile_model(model: nn.Module, budget: float | None, image_size: int) -> None:
-    """Compiles a model in place. budget: the share of activations that the compiler may keep, null: as many as it
-    likes.
+    """Compiles a model in place.
 
-    Raises UserError for a budget below 1 where the model draws random numbers: the compiler would draw others in what
-    it computes again (PyTorch 2.14).
+    budget: the share of activations that the compiler may keep; None: as many as it likes. Raises UserError for a
+    budget below 1 where the model draws random numbers: the compiler would draw others in what it computes again
+    (PyTorch 2.14).
     """
     if budget is not None and budget < 1 and (drawn := random_operators(model, image_size)):
         raise UserError(
@@ -25,7 +26,7 @@ def compile_model(model: nn.Module, budget: float | None, image_size: int) -> No
             " draws others when it computes activations again, so that gradients would be wrong; set compile_budget=1,"
             " or the rates of dropout and stochastic depth in backbone.kwargs to 0"
         )
-    torch._functorch.config.activation_memory_budget = 1.0 if budget is None else budget
+    functorch_config.activation_memory_budget = 1.0 if budget is None else budget
     model.compile()
 
 
@@ -46,7 +47,7 @@ class _Random(TorchDispatchMode):
 
 
 def random_operators(model: nn.Module, image_size: int) -> list[str]:
-    """The operators with which a forward pass in training draws random numbers; nothing is computed."""
+    """Returns the operators with which a forward pass in training draws random numbers; computes nothing."""
     with Hollow(), hollow_tensors(model), _Random() as drawn, torch.no_grad():
         train_mode(model)
         dtype = next(model.parameters()).dtype

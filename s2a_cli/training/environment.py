@@ -1,4 +1,4 @@
-"""What a run was made with: versions and machine."""
+"""Describes what a run was made with: versions and machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from s2a_cli import __version__
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Versions and machine, as far as they bear on a run's figures."""
+    """Returns versions and machine, as far as they bear on a run's figures."""
     import timm
     import torch
 

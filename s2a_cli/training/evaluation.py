@@ -1,23 +1,33 @@
-"""Accuracy over a split, and the test of a finished run."""
+"""Measures accuracy over a split, and tests a finished run again."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from s2a_cli import data
 from s2a_cli.common import distributed
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.interrupts import guarded
+from s2a_cli.config.settings import plain
 from s2a_cli.results import record
 from s2a_cli.training import checkpoints
 from s2a_cli.training.run import Run, prepare
 from s2a_cli.training.step import Step
+
+
+class Scores(TypedDict):
+    """What is measured over a split."""
+
+    loss: float  # mean
+    top1: float  # %
+    top5: float | None  # %; None with fewer than six classes
 
 
 def judge(run: Run, top1: float | None) -> None:
@@ -26,13 +36,13 @@ def judge(run: Run, top1: float | None) -> None:
         print(f"s2a: {said}", file=sys.stderr)
 
 
-def evaluate(config: DictConfig, folder: Path) -> dict[str, float | None]:
+def evaluate(config: DictConfig, folder: Path) -> Scores:
     """Tests a finished run again from its saved tensors: top1 and top5 in %.
 
     Raises UserError when the data, its splits, the backbone's weights or the tensors are not those of the run.
     """
     recorded = record.read_result(folder)
-    for key, value in OmegaConf.to_container(config.dataset).items():
+    for key, value in plain(config.dataset).items():
         if (
             key != "cache"
             and f"dataset.{key}" not in record.NOT_IDENTITY
@@ -55,7 +65,7 @@ def evaluate(config: DictConfig, folder: Path) -> dict[str, float | None]:
 
 
 def sent(batch: Tensor, device: torch.device) -> Tensor:
-    """A batch on the device.
+    """Returns a batch on the device.
 
     The host waits for a copy to CUDA no longer than until it is on its way: batches are pinned.
     """
@@ -63,16 +73,15 @@ def sent(batch: Tensor, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: False) -> dict[str, float | None]:
-    """Mean loss, top-1 and top-5 in % over a split; top-5 is None with fewer than six classes.
+def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: False) -> Scores:
+    """Returns mean loss, top-1 and top-5 in % over a split; top-5 is None with fewer than six classes.
 
     Raises KeyboardInterrupt when it is asked to stop.
     """
     run.model.eval()
     step = Step(run.config, run.device, run.attached)
-    found = [
-        torch.zeros(3, device=run.device)
-    ]  # loss, top-1 and top-5 of each batch; read once: the host does not wait for the device
+    # Loss, top-1 and top-5 of each batch are read once, at the end: the host does not wait for the device.
+    found = [torch.zeros(3, device=run.device)]
     count = 0
     five = len(run.splits.classes) > 5
     alone = distributed.part()[1] == 1  # with others there is no stop before the sums that they wait for

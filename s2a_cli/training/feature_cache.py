@@ -1,14 +1,13 @@
-"""`dataset.cache=taps`: what the trained part reads of a frozen backbone, computed once for each image and kept in
-files.
+"""Keeps what the trained part reads of a frozen backbone in files, computed once for each image (`dataset.cache`).
 
 A file holds one split: a JSON header that says all on which its content depends, then a row of bytes for each image,
 and one for its mirror image behind it where training mirrors, then a checksum of all this. Runs of one user that would
 compute the same read the same files.
 
-Checked when a run opens a file, once: that it is a regular file of this user, that its header and its length are those
-expected, and the checksum over every byte, which reads the file as one epoch does; then that a batch of it equals what
-the model computes now. A file that is damaged or of another content is filled again, one of another user is refused.
-From then on the file that was checked stays open; what is read from it while training is not checked again.
+A run checks a file once, when it opens it: that it is a regular file of this user, that its header and its length are
+those expected, and the checksum over every byte, which reads the file as one epoch does; then that a batch of it equals
+what the model computes now. A file that is damaged or of another content is filled again, one of another user is
+refused. From then on the file that was checked stays open; what is read from it while training is not checked again.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from s2a_cli.common.errors import RunError, UserError
 from s2a_cli.common.files import atomic_file, lock
 from s2a_cli.common.interrupts import guarded, stopping
 from s2a_cli.common.progress import Progress
+from s2a_cli.config.settings import plain
 from s2a_cli.data.batches import Batches
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods.parts.feature_head import Features
@@ -56,7 +56,7 @@ ELSEWHERE = ("root", "download", "cache", "scale", "hflip")  # settings of a dat
 
 
 class Kept:
-    """One split's file: rows of `fields`, each (shape without the batch, dtype), for `images` images.
+    """Is one split's file: rows of `fields`, each (shape without the batch, dtype), for `images` images.
 
     mirrored: whether each image has a second row, that of its mirror image.
     """
@@ -83,7 +83,7 @@ class Kept:
         return len(self.header) + self.rows * sum(self.sizes) + sha256().digest_size
 
     def whole(self) -> bool:
-        """Whether the file is there, and every byte as it was written; it then stays open.
+        """Returns whether the file is there, and every byte as it was written; it then stays open.
 
         Raises UserError for a file of another user, and for one that is none, such as a link or a pipe.
         """
@@ -115,7 +115,10 @@ class Kept:
         )
 
     def write(self, batches: Iterator[Sequence[Features]]) -> None:
-        """Fills the file: whole, or not at all. batches: the taps of some images, and those of their mirror images."""
+        """Fills the file: whole, or not at all.
+
+        batches: the features of some images, and those of their mirror images.
+        """
         self._map = None
         with atomic_file(self.path, PRIVATE) as file:
             file.write(self.header)
@@ -124,7 +127,7 @@ class Kept:
                     torch.cat([t.cpu().flatten(1).contiguous().view(torch.uint8) for t in taps.tensors], 1)
                     for taps in views
                 ]
-                file.write(torch.stack(rows, 1).numpy())
+                file.write(torch.stack(rows, 1).numpy().tobytes())
             file.flush()
             file.write(_checksum(file, self.bytes - sha256().digest_size))
 
@@ -133,9 +136,13 @@ class Kept:
         self.path.unlink(missing_ok=True)
 
     def batch(self, rows: Sequence[int]) -> Features:
-        """Those rows, read from the disk or the system's cache of it. Raises RunError where the file is not whole."""
+        """Returns those rows, read from the disk or the system's cache of it.
+
+        Raises RunError where the file is not whole.
+        """
         if not self.whole():
             raise RunError(f"dataset.cache=taps: {self.path} was changed or removed since it was filled")
+        assert self._map is not None
         parts = torch.from_numpy(self._map[list(rows)]).split(self.sizes, 1)
         own = (part.clone(memory_format=torch.contiguous_format) for part in parts)  # aligned, unlike a view of a row
         return Features(part.view(dtype).view(-1, *shape) for part, (shape, dtype) in zip(own, self.fields))
@@ -146,7 +153,7 @@ def _opener(path: str, flags: int) -> int:
 
 
 def _me(folder: Path) -> int:
-    """The owner of what this process writes there: not always its own number, on a disk of another machine."""
+    """Returns the owner of what this process writes there: not always its own number, on a disk of another machine."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             return os.fstat(file.fileno()).st_uid
@@ -155,7 +162,7 @@ def _me(folder: Path) -> int:
 
 
 def _checksum(file: IO[bytes], size: int) -> bytes:
-    """SHA-256 of the SHA-256 of each CHUNK of the first `size` bytes, which threads read and hash together."""
+    """Returns the SHA-256 of those of each CHUNK of the first `size` bytes, which threads read and hash together."""
 
     def one(start: int) -> bytes:
         return sha256(os.pread(file.fileno(), min(CHUNK, size - start), start)).digest()
@@ -168,8 +175,9 @@ def _checksum(file: IO[bytes], size: int) -> bytes:
 
 
 class TapLoader(data.Loader):
-    """Batches of (Features, labels) in the order, and with the mirror images, of the `Loader` that loads the images
-    themselves.
+    """Yields batches of (Features, labels).
+
+    Their order and mirror images are those of the `Loader` that loads the images themselves.
     """
 
     def __init__(self, kept: Kept, labels: list[int], config: DictConfig, train: bool, part: tuple[int, int]):
@@ -187,14 +195,14 @@ class TapLoader(data.Loader):
 
 
 def mirrors(seed: int, epoch: int, index: int, probability: float) -> bool:
-    """Whether v2.RandomHorizontalFlip mirrors this image: the one random draw of a transform without a crop."""
+    """Returns whether v2.RandomHorizontalFlip mirrors this image: the one random draw of a transform without a crop."""
     generator = torch.Generator().manual_seed(data.mix(seed, epoch, index))
     return torch.rand(1, generator=generator).item() < probability
 
 
 @dataclass
 class Cache:
-    """The files of a run, by split."""
+    """Holds the files of a run, by split."""
 
     kept: dict[str, Kept]
     peak_mib: float | None  # measured on CUDA, of the forward passes that fill them
@@ -204,18 +212,19 @@ class Cache:
 
 
 def fill_size(config: DictConfig) -> int:
-    """Images in a forward pass that fills a file."""
+    """Returns the number of images in a forward pass that fills a file."""
     return min(IMAGES, config.optim.micro_batch or config.optim.batch_size)
 
 
 def opened(run: Run) -> Cache:
-    """The files of a run, filled where they are missing or damaged. The model is left on the CPU, its tail on the
-    device.
+    """Returns the files of a run, filled where they are missing or damaged.
 
-    Raises UserError where the folder can't be written to, RunError where the disk has not the room, KeyboardInterrupt
-    when it is asked to stop; what was there before stays, what was begun does not.
+    The model is left on the CPU, its feature head on the device. Raises UserError where the folder can't be written to,
+    RunError where the disk has not the room, KeyboardInterrupt when it is asked to stop; what was there before stays,
+    what was begun does not.
     """
     config, head, model, device = run.config, run.feature_head, run.model, run.device
+    assert head is not None
     step = Step(config, device, run.attached)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -262,7 +271,7 @@ def opened(run: Run) -> Cache:
 
 
 def _close(one: Features, two: Features) -> bool:
-    """Equal up to the rounding of other kernels."""
+    """Returns whether two batches are equal up to the rounding of other kernels."""
     pairs = zip(one.tensors, two.tensors, strict=True)
     return all(
         (a.float() - b.cpu().float()).abs().max() <= 0.02 * b.float().abs().max().cpu()
@@ -272,7 +281,8 @@ def _close(one: Features, two: Features) -> bool:
 
 def _files(run: Run, folder: Path, fields: list[tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Kept]:
     config, head = run.config, run.feature_head
-    settings = {key: value for key, value in OmegaConf.to_container(config.dataset).items() if key not in ELSEWHERE}
+    assert head is not None
+    settings = {key: value for key, value in plain(config.dataset, resolve=False).items() if key not in ELSEWHERE}
     key = {
         "schema": SCHEMA,
         "user": os.getuid() if hasattr(os, "getuid") else 0,  # in a shared folder each has files of their own

@@ -1,4 +1,4 @@
-"""The memory that a run is predicted to need."""
+"""Predicts the memory that a run needs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from s2a_cli import backbones, memory, methods
 from s2a_cli.activations import STOCK
 from s2a_cli.common import distributed
 from s2a_cli.common.errors import UserError
+from s2a_cli.config.settings import merged
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.feature_head import FeatureHead, Features
 from s2a_cli.training import feature_cache
@@ -23,7 +24,7 @@ from s2a_cli.training.step import Step, make_optimizer, train_mode, weight_dtype
 
 
 def predict(run: Run) -> dict[str, Any] | None:
-    """The predicted memory of this run's step, with full fine-tuning's beside it; None where it can't be predicted."""
+    """Predicts the memory of this run's step, with full fine-tuning's beside it; None where it can't be predicted."""
     images = len(run.splits.train)
     try:
         mine = predict_step(run.attached, run.config, images)
@@ -39,11 +40,11 @@ def full_finetuning(config: DictConfig, classes: int) -> tuple[Attachment, DictC
     whole = backbones.build(config.backbone, classes, meta=True)
     attached = methods.attach(OmegaConf.create({"name": "full", "blocks": "all"}), whole)
     whole.model.to(weight_dtype(config.precision))
-    return attached, OmegaConf.merge(config, {"quant": OmegaConf.structured(STOCK)})
+    return attached, merged(config, {"quant": OmegaConf.structured(STOCK)})
 
 
 def predicted_peak(config: DictConfig, classes: int, images: int) -> float | None:
-    """The predicted peak in MiB of a run's step, without its data or weights; None where it can't be predicted."""
+    """Predicts the peak in MiB of a run's step without its data or weights; None where it can't be predicted."""
     if config.compile or config.quant.budget_mib:
         return None
     backbone = backbones.build(config.backbone, classes, meta=True)
@@ -56,12 +57,12 @@ def predicted_peak(config: DictConfig, classes: int, images: int) -> float | Non
 
 
 def predict_step(attached: Attachment, config: DictConfig, images: int) -> memory.Memory:
-    """The predicted memory of one training step of a config, of at most `images` images."""
+    """Predicts the memory of one training step of a config, of at most `images` images."""
     return profile_step(attached, config, images, distributed.part()[1]).memory
 
 
 def profile_step(attached: Attachment, config: DictConfig, images: int, processes: int = 1) -> memory.Profile:
-    """The same with where it is, for the first of several processes that share a batch."""
+    """Predicts the memory of a step and where it is, for the first of several processes that share a batch."""
     backbone, model = attached.backbone, attached.model
     train_mode(model)
     count, size = -(-min(config.optim.batch_size, images) // processes), backbone.image.size
@@ -80,7 +81,7 @@ def profile_step(attached: Attachment, config: DictConfig, images: int, processe
 def _profile_cached(
     attached: Attachment, head: FeatureHead, config: DictConfig, step: Step, batch: tuple[Tensor, Tensor]
 ) -> memory.Profile:
-    """Returns the predicted memory of a run that trains on kept features.
+    """Predicts the memory of a run that trains on kept features.
 
     It is that of the forward pass that fills the files, or of the step of the trained part alone, whichever is more.
     """

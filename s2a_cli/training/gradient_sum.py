@@ -1,4 +1,4 @@
-"""Gradients of several processes, added up in flat buckets while the backward pass goes on."""
+"""Adds up gradients of several processes in flat buckets while the backward pass goes on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IN_FLIGHT = 2  # buckets at most whose copies are alive
 
 @dataclass
 class Bucket:
-    """Parameters whose gradients are added up at once."""
+    """Holds parameters whose gradients are added up at once."""
 
     parameters: list[nn.Parameter]
     waits_for: int = 0  # how many of them have no gradient of this step's last backward pass yet
@@ -27,25 +27,32 @@ class Bucket:
     work: dist.Work | None = field(default=None, repr=False)
 
     def start(self) -> None:
-        self.flat = torch.cat([p.grad.reshape(-1) for p in self.parameters])
+        self.flat = torch.cat([gradient(p).reshape(-1) for p in self.parameters])
         if not is_hollow(self.flat):  # a prediction is each process's own
             self.work = dist.all_reduce(self.flat, async_op=True)
 
     def finish(self) -> None:
         if self.work:
             self.work.wait()
+        assert self.flat is not None
         for p, total in zip(self.parameters, self.flat.split([p.numel() for p in self.parameters])):
-            p.grad.copy_(total.view_as(p.grad))
+            gradient(p).copy_(total.view_as(p))
         self.flat = self.work = None
 
 
-class GradientSum:
-    """Adds up the gradients of some parameters over all processes; nothing to do where there is but one.
+def gradient(parameter: nn.Parameter) -> Tensor:
+    """Returns the gradient of a parameter that has one."""
+    assert parameter.grad is not None
+    return parameter.grad
 
-    In the first step behind the backward pass, where it sees in which order gradients come; from then on each bucket as
-    soon as its last gradient is there. Buckets go out in one order in all processes. A gradient that is there before
-    the step's last backward pass (of a vote, of an earlier micro-batch) goes with its bucket; parameters without a
-    gradient are left out.
+
+class GradientSum:
+    """Adds up the gradients of some parameters over all processes; does nothing where there is but one.
+
+    The first step adds them up behind the backward pass, where it sees in which order gradients come. From then on each
+    bucket goes out as soon as its last gradient is there, in one order in all processes. A gradient that is there
+    before the step's last backward pass (of an auxiliary head, of an earlier micro-batch) goes with its bucket;
+    parameters without a gradient are left out.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
@@ -55,13 +62,13 @@ class GradientSum:
         self._started: list[Bucket] = []
 
     def fits(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """Whether these are the parameters that it was made for."""
+        """Returns whether these are the parameters that it was made for."""
         trained = [p for p in parameters if p.requires_grad]
         return len(trained) == len(self.parameters) and all(a is b for a, b in zip(trained, self.parameters))
 
     @contextmanager
     def last_backward(self) -> Iterator[None]:
-        """For the last backward pass of a step; behind it gradients are the sums."""
+        """Surrounds the last backward pass of a step; behind it gradients are the sums."""
         if part()[1] == 1:
             yield
             return
@@ -88,7 +95,7 @@ class GradientSum:
         self._rest()
 
     def _start_those_that_are_full(self) -> None:
-        for bucket in self._buckets[len(self._started) :]:
+        for bucket in (self._buckets or [])[len(self._started) :]:
             if bucket.waits_for:
                 return
             self._start(bucket)
@@ -112,7 +119,7 @@ class GradientSum:
 
 
 def _filled(parameters: list[nn.Parameter]) -> list[Bucket]:
-    """Buckets of about BUCKET bytes, each of one type and device, in this order."""
+    """Returns buckets of about BUCKET bytes, each of one type and device, in this order."""
     buckets: list[Bucket] = []
     size = 0
     for p in parameters:

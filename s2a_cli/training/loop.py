@@ -1,7 +1,7 @@
-"""The training loop of one run. It can be broken off between any two steps, and goes on exactly as if it had not been.
+"""Trains one run epoch by epoch.
 
-All randomness is a function of (seed, epoch, step) or (seed, epoch, image), so that a state is no more than tensors, a
-place and the figures so far.
+It can be broken off between any two steps, and goes on exactly as if it had not been: all randomness is a function of
+(seed, epoch, step) or (seed, epoch, image), so that a state is no more than tensors, a place and the figures so far.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WARMUP_STEPS = 3  # left out of throughput and of measured memory
 
 @dataclass
 class Sofar:
-    """Where a run is: the next step is `step` (from 0) of `epoch` (from 1), and what came out before it."""
+    """States where a run is: the next step is `step` (from 0) of `epoch` (from 1), and what came out before it."""
 
     epoch: int = 1
     step: int = 0
@@ -91,7 +91,7 @@ class Fit:
             full = {k: v for k, v in (result["memory"] or {}).items() if k.startswith("full_")}
             result["memory"] = meter.memory.as_dict() | full
             if cache := self.run.cache:  # the forward passes that fill it count as well
-                result["memory"]["peak_mib"] = round(max(meter.memory.peak_mib, cache.peak_mib), 2)
+                result["memory"]["peak_mib"] = round(max(meter.memory.peak_mib, cache.peak_mib or 0.0), 2)
         if self.run.config.test:
             distributed.wait()  # the first one may still be writing
             checkpoints.load(self.folder, self.run.model, self.run.weights)
@@ -99,7 +99,7 @@ class Fit:
             result["accuracy"].update(test_top1=scores["top1"], test_top5=scores["top5"])
 
     def _epoch(self, progress: Progress, asked: Callable[[], bool]) -> None:
-        """The rest of an epoch: its steps, validation, a line of metrics, a state.
+        """Trains the rest of an epoch, validates, writes a line of metrics and saves a state.
 
         Ends early when it is asked to stop.
         """
@@ -152,7 +152,7 @@ class Fit:
             self.board.add_scalar(key, line[key], epoch)
 
     def _train(self, images: Tensor, targets: Tensor, asked: Callable[[], bool], due: bool) -> tuple[bool, bool]:
-        """One step, measured.
+        """Takes one step and measures it.
 
         Returns whether to stop behind it and whether to save, each in all processes or in none.
         """
@@ -178,17 +178,20 @@ class Fit:
         return stops > 0, saves > 0
 
     def _count(self, step: Pending | None, *flags: bool) -> list[float]:
-        """Adds a step's figures to those so far, those of all processes. Returns how many of them raise each flag."""
+        """Adds a step's figures, those of all processes, to those so far.
+
+        Returns how many of the processes raise each flag.
+        """
         at, (loss, seconds) = self.sofar, step.read() if step else (0.0, 0.0)
-        loss, *flags = distributed.total(loss, *flags)
-        if not math.isfinite(loss):
+        loss, *raised = distributed.total(loss, *flags)
+        if step and not math.isfinite(loss):
             raise RunError(
                 f"the loss is {loss} in epoch {at.epoch}, step {step.number}: lower optim.lr={self.optim.lr:g}"
             )
         if step:
             at.rates.append(step.images / seconds)
             at.loss, at.images = at.loss + loss * step.images, at.images + step.images
-        return flags
+        return raised
 
     def _catch_up(self) -> None:
         """Counts the last step."""
@@ -227,7 +230,7 @@ class Fit:
 
 
 def lr_factor(optim: DictConfig, steps_per_epoch: int) -> Callable[[int], float]:
-    """step -> share of the learning rate: linear warm-up, then constant or a cosine to zero."""
+    """Returns step -> share of the learning rate: linear warm-up, then constant or a cosine to zero."""
     total, warmup = optim.epochs * steps_per_epoch, optim.warmup_epochs * steps_per_epoch
 
     def factor(step: int) -> float:
@@ -241,7 +244,7 @@ def lr_factor(optim: DictConfig, steps_per_epoch: int) -> Callable[[int], float]
 
 
 def mixing(optim: DictConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """mixup and cutmix on a batch; with both, one of them at random. Without, the batch as it is."""
+    """Returns mixup and cutmix on a batch; with both, one of them at random. Without, the batch stays as it is."""
     kinds = [
         kind(alpha=a, num_classes=classes) for kind, a in ((v2.MixUp, optim.mixup), (v2.CutMix, optim.cutmix)) if a
     ]

@@ -1,6 +1,4 @@
-"""Figures of a training step that a GPU may still be at: they are read a step later, so that the host never waits for
-one.
-"""
+"""Reads figures of a training step that a GPU may still be at a step later, so that the host never waits for one."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from torch import Tensor
 
 
 class Pending:
-    """A step of `images` images, begun now; `number` is its place in the epoch, from 1."""
+    """Times a step of `images` images that begins now; `number` is its place in the epoch, from 1."""
 
     def __init__(self, device: torch.device, number: int, images: int):
         self.number, self.images, self.is_late = number, images, device.type == "cuda"
@@ -21,7 +19,7 @@ class Pending:
         self._time = time.perf_counter()
 
     def ends(self, loss: Tensor) -> None:
-        """All of the step is on its way to the device. loss: a scalar."""
+        """Notes that all of the step is on its way to the device. loss: a scalar."""
         if self.is_late:
             self._loss = torch.empty(loss.shape, dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
             self._ended.record()
@@ -30,7 +28,7 @@ class Pending:
         self._time = time.perf_counter() - self._time
 
     def read(self) -> tuple[float, float]:
-        """(loss, seconds that the step took); waits until the device has done it."""
+        """Returns (loss, seconds that the step took); waits until the device has done it."""
         if self.is_late:
             self._ended.synchronize()
             self._time = self._began.elapsed_time(self._ended) / 1000

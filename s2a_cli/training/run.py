@@ -1,4 +1,4 @@
-"""A config made real: its data, its backbone with what is trained attached to it, and its device."""
+"""Makes a config real: its data, its backbone with what is trained attached to it, and its device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from s2a_cli import backbones, data, methods
@@ -16,6 +16,7 @@ from s2a_cli.backbones import Backbone, weight_quant
 from s2a_cli.common import distributed
 from s2a_cli.common.errors import RunError, UserError
 from s2a_cli.config.rules import show
+from s2a_cli.config.settings import plain
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.feature_head import FeatureHead
 from s2a_cli.results import record
@@ -29,7 +30,7 @@ OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memor
 
 @dataclass
 class Run:
-    """What a config stands for, made: its data, its backbone with the method attached, and where it runs."""
+    """Holds what a config stands for: its data, its backbone with the method attached, and where it runs."""
 
     config: DictConfig
     splits: data.Splits
@@ -53,13 +54,13 @@ class Run:
 
     @property
     def feature_head(self) -> FeatureHead | None:
-        """What is trained, alone, where the config has it read kept features."""
+        """What is trained, alone, where the config has it read kept features; else None."""
         return self.attached.feature_head if self.config.dataset.cache else None
 
     @property
     def trained(self) -> nn.Module:
         """What the batches of `loader` go through: the model, or with kept features the part of it that is trained."""
-        return self.feature_head if self.cache else self.model
+        return self.feature_head if self.cache and self.feature_head else self.model
 
     def loader(self, split: str, train: bool = False) -> data.Loader:
         if self.cache:
@@ -100,7 +101,7 @@ def prepare(config: DictConfig) -> Run:
             f"a batch of {least} images can't be shared by {processes} processes; start fewer, or raise"
             " optim.batch_size"
         )
-    content = record.content(OmegaConf.to_container(config, resolve=True), splits.revision, weights)
+    content = record.content(plain(config), splits.revision, weights)
     return Run(config, splits, attached, weights, device, content)
 
 
@@ -161,7 +162,10 @@ def _refuse_parts(config: DictConfig) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """auto takes CUDA where it is. Makes CUDA deterministic. Raises UserError for a device that is not there."""
+    """Returns the device of that name; `auto` takes CUDA where it is. Makes CUDA deterministic.
+
+    Raises UserError for a device that is not there, RunError for one whose memory is full.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -169,7 +173,7 @@ def choose_device(name: str) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first handle is made
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (a property that no stub has)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -186,6 +190,7 @@ def _first_line(error: BaseException) -> str:
 def check_steady(attached: Attachment) -> None:
     """Raises UserError for a backbone whose frozen part computes something else, or something random, in training."""
     head, model, size = attached.feature_head, attached.model, attached.backbone.image.size
+    assert head is not None
     weight = next(model.parameters())
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         image = torch.randn(1, 3, size, size, dtype=weight.dtype, device=weight.device)

@@ -1,11 +1,11 @@
-"""One optimisation step, the same for training, for the prediction of its memory and for benchmarks."""
+"""Takes one optimisation step: the same for training, for the prediction of its memory and for benchmarks."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -13,21 +13,23 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from s2a_cli.activations import ActivationMode, remember
-from s2a_cli.config.schema import OptimConfig, RunConfig
+from s2a_cli.config.schema import OptimConfig, QuantConfig, RunConfig
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.deep_supervision import losses_of
+from s2a_cli.methods.parts.feature_head import Features
 from s2a_cli.training.gradient_sum import GradientSum
 
+Batch = Tensor | Features  # images [B, 3, H, W], or what a feature head reads of them
 AUTOCAST = {"amp-bf16": torch.bfloat16, "amp-fp16": torch.float16}
 
 
 def weight_dtype(precision: str) -> torch.dtype:
-    """What the weights are stored in: bf16 under `bf16`, fp32 otherwise."""
+    """Returns what the weights are stored in: bfloat16 under `bf16`, float32 otherwise."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def set_matmul_precision(precision: str) -> None:
-    """Whether CUDA multiplies and convolves fp32 in TF32, which rounds to 10 bits of mantissa: under `tf32` alone.
+    """Sets whether CUDA multiplies and convolves fp32 in TF32, which rounds to 10 bits of mantissa: under `tf32` alone.
 
     PyTorch's own defaults differ between the two: matrix products don't, convolutions do.
     """
@@ -36,13 +38,13 @@ def set_matmul_precision(precision: str) -> None:
 
 
 def moving_norms(model: nn.Module) -> list[nn.Module]:
-    """The BatchNorms whose weight trains: they normalise by the batch's statistics and move their running ones."""
+    """Returns the BatchNorms whose weight trains: they use the batch's statistics and move their running ones."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     return [norm for norm in norms if norm.weight is not None and norm.weight.requires_grad]
 
 
 def train_mode(model: nn.Module) -> None:
-    """Training mode, in which all other BatchNorms stay on their pretrained statistics."""
+    """Puts a model into training mode, in which all other BatchNorms stay on their pretrained statistics."""
     moving = set(moving_norms(model.train()))
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in moving:
@@ -67,31 +69,31 @@ def make_optimizer(config: OptimConfig, model: nn.Module, attached: Attachment |
 
 
 class Step:
-    """Forward, backward and update of one batch under a run's precision, quantisation and accumulation.
+    """Runs forward, backward and update of one batch under a run's precision, quantisation and accumulation.
 
-    attached: what is trained; quant.recompute and quant.chunks are about its blocks.
-    Call: step(model, optimizer, images [B, 3, H, W] normalised, targets [B] or [B, classes]) -> mean loss (detached
-    scalar; over the votes too, where there are several). A method's votes are back-propagated within the forward pass.
-    `after_forward` is called after each forward pass, when all that is kept for the backward pass is alive (of a method
-    that trains in segments: of the last one). Where several processes share a batch, `of` is its number of images, and
-    the losses returned add up to its mean loss.
+    attached: what is trained; quant.recompute and quant.chunks are about its blocks. Call: step(model, optimizer,
+    images [B, 3, H, W] normalised, targets [B] or [B, classes]) -> mean loss, a detached scalar; over the auxiliary
+    heads too, whose losses are back-propagated within the forward pass. `after_forward` is called after each forward
+    pass, when all that is kept for the backward pass is alive (with local-loss segments: of the last one). Where
+    several processes share a batch, `of` is its number of images, and the losses returned add up to its mean loss.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, attached: Attachment):
+    def __init__(self, config: RunConfig | DictConfig, device: torch.device, attached: Attachment):
         self.optim, self.device, self.attached = config.optim, device, attached
         if device.type == "cuda":
             set_matmul_precision(config.precision)
         self.autocast_dtype = AUTOCAST.get(config.precision)
         self.dtype = weight_dtype(config.precision)
-        quant = config.quant  # handlers read it at every operator: a plain dataclass is ten times faster
-        self.memory = remember(OmegaConf.to_object(quant) if isinstance(quant, DictConfig) else quant, attached.blocks)
+        # Operators read it at every call: a plain dataclass is ten times faster.
+        quant = OmegaConf.to_object(config.quant) if isinstance(config.quant, DictConfig) else config.quant
+        self.memory = remember(cast(QuantConfig, quant), attached.blocks)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
         self._sum: GradientSum | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp-fp16")
 
     @property
     def calibration(self) -> dict[str, Any]:
-        """What the codes of activations are fitted to so far, as a state; nothing without codes."""
+        """What the codes of activations are fitted to so far, as a state; empty without codes."""
         return self.memory.calibration.state_dict() if isinstance(self.memory, ActivationMode) else {}
 
     @calibration.setter
@@ -101,18 +103,18 @@ class Step:
 
     @property
     def fitted(self) -> dict[str, Tensor]:
-        """{layer: the levels or channels of its codes}."""
+        """{layer: the codebook or the channels of its codes}."""
         return self.memory.calibration.fitted() if isinstance(self.memory, ActivationMode) else {}
 
     def autocast(self):
         return torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
 
-    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+    def logits(self, model: nn.Module, images: Batch) -> Tensor:
         """Returns [B, classes] in fp32; [heads, B, classes] with auxiliary heads in training."""
         with self.memory, self.autocast():
             return model(images.to(self.dtype)).float()
 
-    def losses(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, model: nn.Module, images: Batch, targets: Tensor) -> Tensor:
         """Returns the mean loss over the batch of each head, [heads]."""
         return losses_of(self.logits(model, images), targets, self.criterion)
 
@@ -125,7 +127,7 @@ class Step:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        images: Tensor,
+        images: Batch,
         targets: Tensor,
         after_forward: Callable[[], None] = lambda: None,
         of: int | None = None,

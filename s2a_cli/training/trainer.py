@@ -1,4 +1,4 @@
-"""Train and evaluate one run: config in, a folder with `result.json` out."""
+"""Trains one run: config in, a folder with `result.json` out."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from s2a_cli.common import distributed
 from s2a_cli.common import files as files_module
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.schema import QuantConfig
+from s2a_cli.config.settings import merged, plain
 from s2a_cli.results import record, run_folder
 from s2a_cli.training import bit_allocation, checkpoints, feature_cache, forecast
 from s2a_cli.training import environment as environment_module
@@ -38,9 +39,8 @@ def train(config: DictConfig, anew: bool = False, once: bool = False) -> tuple[r
     run of another config or somebody's files, and, sooner without `once`, when others use the run's CUDA device, unless
     `busy` allows that.
     """
-    own = distributed.own_device(
-        config.device
-    )  # asked about before this process, or one it is joined to, holds any of it
+    # Others are asked about before this process, or one that it is joined to, holds any of the device.
+    own = distributed.own_device(config.device)
     refused = memory.refusal(own) if config.busy == "refuse" and own else None
     if refused and not once:
         raise refused
@@ -68,7 +68,7 @@ def train(config: DictConfig, anew: bool = False, once: bool = False) -> tuple[r
 
 
 def _begin(run: Run, place: Path, anew: bool) -> dict[str, Any] | None:
-    """The state from which to go on; None after the place was cleared for a run from the start."""
+    """Returns the state from which to go on; None after the place was cleared for a run from the start."""
     state = None if anew else checkpoints.load_state(place)
     if state and state["content"] == run.content:
         return state
@@ -85,7 +85,7 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> record.Resul
     result = _blank(run)
     if config.quant.budget_mib:
         result["allocation"] = state["allocation"] if state else distributed.from_first(lambda: _allocate(run))
-        run.config = OmegaConf.merge(config, {"quant": result["allocation"]})
+        run.config = merged(config, {"quant": result["allocation"]})
     write = record.write_result if distributed.is_first() else lambda folder, result: None
     write(folder, result)
     try:
@@ -137,8 +137,9 @@ def _foretell(predicted: dict[str, Any] | None, device: torch.device) -> None:
 
 
 def _failed(folder: Path, result: record.Result, error: Exception) -> None:
-    """Notes in the result how a run failed, in this process or first in another; with a traceback, unless memory ran
-    out.
+    """Notes in the result how a run failed, in this process or first in another.
+
+    Writes a traceback beside it, unless memory ran out.
     """
     out_of_memory = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
     said = _first_line(error)
@@ -152,11 +153,11 @@ def _failed(folder: Path, result: record.Result, error: Exception) -> None:
 
 
 def _allocate(run: Run) -> dict[str, Any]:
-    """The quant settings that fit the run's budget, printed as well. Raises UserError where none do."""
+    """Returns the quant settings that fit the run's budget, and prints them. Raises UserError where none do."""
 
     def peak(quant: QuantConfig, micro_batch: int | None = run.config.optim.micro_batch) -> float:
         changed = {"quant": OmegaConf.structured(quant), "optim": {"micro_batch": micro_batch}}
-        return forecast.predict_step(run.attached, OmegaConf.merge(run.config, changed), len(run.splits.train)).peak_mib
+        return forecast.predict_step(run.attached, merged(run.config, changed), len(run.splits.train)).peak_mib
 
     loader = run.loader("train", train=True)
     loader.epoch = 0
@@ -165,18 +166,18 @@ def _allocate(run: Run) -> dict[str, Any]:
     few = images[: bit_allocation.IMAGES], targets[: bit_allocation.IMAGES]
     choice = bit_allocation.allocate(bit_allocation.Gradient(run.config, run.attached, few, run.device), peak)
     print(choice.describe())
-    return OmegaConf.to_container(OmegaConf.structured(choice.quant))
+    return plain(OmegaConf.structured(choice.quant), resolve=False)
 
 
 def _blank(run: Run) -> record.Result:
-    """A result as it stands if the process is killed."""
+    """Returns a result as it stands if the process is killed."""
     splits = run.splits
     return {
         "schema": record.SCHEMA,
         "id": run.identity,
         "status": "interrupted",
         "error": "the run did not end",
-        "config": OmegaConf.to_container(run.config, resolve=True),
+        "config": plain(run.config),
         "allocation": None,
         "accuracy": {"val_top1": None, "test_top1": None, "test_top5": None, "best_epoch": None},
         "parameters": run.backbone.count(),

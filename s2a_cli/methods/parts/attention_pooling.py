@@ -32,7 +32,8 @@ class Feature(nn.Module):
         """Returns the same before it is coded, in fp32."""
         prefix, patches = self.hidden.split(h)
         if patches.shape[-1] > 1:  # a map; tokens without a square grid stay as they are
-            patches = F.adaptive_avg_pool2d(patches, [min(n, self.grid) for n in patches.shape[-2:]])
+            height, width = (min(n, self.grid) for n in patches.shape[-2:])
+            patches = F.adaptive_avg_pool2d(patches, (height, width))
         tokens = torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
         return F.layer_norm(tokens.float(), tokens.shape[-1:])
 
