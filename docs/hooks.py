@@ -1,8 +1,8 @@
-"""MkDocs hook: brings the Markdown and figures outside docs/ into the site, so that links to them work there as well.
+"""Brings the Markdown and figures outside docs/ into the site, so that links to them work there as well.
 
-In the repository a page of docs/ links to `../benchmarks/tiers/x.md`; in the site, whose root is docs/, the same file is
-`benchmarks/tiers/x.md`. Links are resolved as the repository has them and written as the site has them. A link to a file
-that the site does not have, such as a module, becomes its path as code.
+A hook of MkDocs. In the repository a page of docs/ links to `../benchmarks/tiers/x.md`; in the site, whose root is
+docs/, the same file is `benchmarks/tiers/x.md`. Links are resolved as the repository has them and written as the site
+has them. A link to a file that the site does not have, such as a module, becomes its path as code.
 """
 
 from __future__ import annotations
@@ -51,5 +51,5 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
             return f"`{words}`" if words and "`" not in words else words or ""
         return f"{image}({link})" if image else f"[{words}]({link}{anchor or ''})"
 
-    parts = re.split(r"(^```.*?^```$)", markdown, flags=re.M | re.S)  # code stays as it is
+    parts = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)  # code stays as it is
     return "".join(part if part.startswith("```") else LINK.sub(replace, part) for part in parts)
