@@ -18,7 +18,8 @@ from s2a_cli.backbones.head import Head
 from s2a_cli.backbones.hidden import Hidden
 from s2a_cli.backbones.trace import LayoutError, find_blocks, layouts, trace
 from s2a_cli.backbones.weight_quant import Stored
-from s2a_cli.common.errors import UserError, first_line
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import first_line
 from s2a_cli.data.transforms import ImageConfig
 
 ADDED = "s2a"  # the submodule of the model that holds what a method adds

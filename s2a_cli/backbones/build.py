@@ -16,7 +16,8 @@ from s2a_cli.backbones.backbone import Backbone
 from s2a_cli.backbones.head import Classified, Head, find_head, pooled
 from s2a_cli.backbones.pretrained import load_checkpoint
 from s2a_cli.common.dataless import Hollow
-from s2a_cli.common.errors import UserError, brief, first_line, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import brief, first_line, nearest
 from s2a_cli.config.schema import BackboneConfig
 from s2a_cli.config.trust import check_names
 from s2a_cli.data.transforms import ImageConfig

@@ -9,8 +9,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from s2a_cli.common import tensor_files
-from s2a_cli.common.errors import UserError, brief, first_line, printable
+from s2a_cli.common.errors import UserError
 from s2a_cli.common.tensor_files import Unreadable
+from s2a_cli.common.text import brief, first_line, listed
 
 EMBEDDED = "embedded:"  # prefix of a checkpoint that ships in s2a_cli/weights/
 WRAPPERS = (
@@ -61,18 +62,12 @@ def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
     ]
     if missing or unexpected or shapes:
         parts = {"missing": missing, "unexpected": unexpected, "other shapes": shapes}
-        said = "; ".join(f"{len(keys)} {what}: {_few(keys)}" for what, keys in parts.items() if keys)
+        said = "; ".join(f"{len(keys)} {what}: {listed(keys, 6)}" for what, keys in parts.items() if keys)
         raise UserError(f"backbone.checkpoint={checkpoint} is not of {type(model).__name__} as configured: {said}")
     try:
         model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items() if k in own}, strict=False)
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(f"backbone.checkpoint={checkpoint}: can't be loaded ({first_line(error)})") from None
-
-
-def _few(keys: list[str], most: int = 6) -> str:
-    return ", ".join(printable(key) for key in keys[:most]) + (
-        f", and {len(keys) - most} more" if len(keys) > most else ""
-    )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from s2a_cli.common.errors import UserError, brief, first_line
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import brief, first_line
 
 T = TypeVar("T")
 OUT_OF_MEMORY = "s2a/out-of-memory"  # a key of the store that the processes share

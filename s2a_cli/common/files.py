@@ -14,7 +14,8 @@ from typing import IO, BinaryIO
 
 from filelock import FileLock
 
-from s2a_cli.common.errors import UserError, printable
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import one_line, printable
 
 KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
 
@@ -44,6 +45,14 @@ def refuse_irregular(status: os.stat_result) -> None:
         raise NotRegular(f"{KINDS.get(stat.S_IFMT(status.st_mode), 'a device')}, not a file")
 
 
+def is_there(path: Path) -> bool:
+    """Returns path.exists(), and False for a name that no file can have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def stamp(status: os.stat_result) -> list[int]:
     """What changes when a file is written to, or replaced, even with as many bytes and the old time of modification."""
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
@@ -60,7 +69,7 @@ def sha256_of(path: Path) -> str:
     try:
         return sha256(path)
     except OSError as error:
-        raise UserError(f"{shown(path)} cannot be read ({reason(error)})") from error
+        raise UserError(f"{printable(path)} cannot be read ({reason(error)})") from error
 
 
 @contextmanager
@@ -83,24 +92,9 @@ def lock(folder: Path, name: str) -> Iterator[None]:
         held.release()
 
 
-def one_line(error: BaseException) -> str:
-    """The text of an exception, on one line; its type where it has no text."""
-    return shown(" ".join(str(error).split())) or type(error).__name__
-
-
 def reason(error: OSError) -> str:
     """Why a file could not be opened, without its name, which is said beside it."""
     return error.strerror or one_line(error)
-
-
-def shown(name: object) -> str:
-    """A name from a disk or an archive, fit for a line of text: what is not printable is escaped."""
-    return printable(str(name))
-
-
-def listed(names: list[str], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(map(shown, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+from s2a_cli.common.text import duration, size
+
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -81,18 +83,3 @@ class Progress:
 
     def _amount(self, value: float) -> str:
         return size(value) if self.unit == "B" else f"{value:.0f} {self.unit.strip()}"
-
-
-def size(number: float) -> str:
-    """A number of bytes to read: 532 B, 14.9 kB, 6.1 GB (powers of 1000, as download pages state them)."""
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} GB"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from s2a_cli.common.errors import first_line, printable
+from s2a_cli.common.text import first_line, printable
 
 INDEX = 16 * 2**20  # bytes of the pickle that names the tensors; that of a model of a thousand layers takes one
 LEGACY = 5  # pickles at the beginning of a file of torch before 1.6: magic, version, sizes, content, storages

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import nearest
 from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.config.settings import rule_of
 from s2a_cli.data import cifar, digits, domainnet, folder, oxford

@@ -19,8 +19,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, BinaryIO
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.files import NotRegular, atomic_write, listed, lock, one_line, open_regular, sha256, shown, stamp
-from s2a_cli.common.progress import Progress, size
+from s2a_cli.common.files import NotRegular, atomic_write, lock, open_regular, sha256, stamp
+from s2a_cli.common.progress import Progress
+from s2a_cli.common.text import listed, one_line, printable, size
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 BLOWN_UP, LARGE = 200, 10**9  # times the archive's own size, and bytes: images do not pack that well
@@ -214,7 +215,7 @@ def _copy(member: _Member, path: Path | None) -> str:
             digest.update(chunk)
             sink.write(chunk)
     if left:
-        raise tarfile.ReadError(f"{shown(member.name)} is not as long as stated")
+        raise tarfile.ReadError(f"{printable(member.name)} is not as long as stated")
     return digest.hexdigest()
 
 

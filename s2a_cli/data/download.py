@@ -12,8 +12,9 @@ from pathlib import Path
 
 from s2a_cli import __version__
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.files import lock, one_line, sha256_of
-from s2a_cli.common.progress import Progress, size
+from s2a_cli.common.files import lock, sha256_of
+from s2a_cli.common.progress import Progress
+from s2a_cli.common.text import one_line, size
 from s2a_cli.data.archives import extract_once, whole
 
 TIMEOUT = 30.0  # seconds without a byte before a source counts as down

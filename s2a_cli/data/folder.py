@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.files import listed, reason, sha256_of, shown
+from s2a_cli.common.files import reason, sha256_of
+from s2a_cli.common.text import counted, listed, printable
 from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data.archives import SUFFIXES, extract_once
 from s2a_cli.data.images import EXTENSIONS, INSTALL, ImageFiles
@@ -29,14 +30,14 @@ def read(config: DatasetConfig, cache: Path) -> Source:
     classes = sorted(found["train"])
     for split, by_class in found.items():
         if extra := sorted(set(by_class) - set(classes)):
-            raise UserError(f"{shown(root / trees[split])} has classes that train does not have: {listed(extra)}")
+            raise UserError(f"{printable(root / trees[split])} has classes that train does not have: {listed(extra)}")
     if len(classes) < 2:
         (only,) = classes
         inner = folders(root / trees["train"] / only)
-        hint = (
-            f"; is dataset.root={shown(root / only)} what you mean?" if trees["train"] == "" and len(inner) > 1 else ""
+        hint = f"; is dataset.root={printable(root / only)} what you mean?" if not trees["train"] and inner[1:] else ""
+        raise UserError(
+            f"{printable(root / trees['train'])} has one class folder, {only!r}; two or more are needed{hint}"
         )
-        raise UserError(f"{shown(root / trees['train'])} has one class folder, {only!r}; two or more are needed{hint}")
 
     files = sorted(file for by_class in found.values() for files in by_class.values() for file in files)
     report = examine(root, files, cache / "checked")
@@ -44,7 +45,7 @@ def read(config: DatasetConfig, cache: Path) -> Source:
         (first, why), *more = report.damaged.items()
         others = f", and {len(more)} more: {listed([file for file, _ in more])}" if more else ""
         raise UserError(
-            f"{shown(root / first)} is not a readable image ({why}){others}; "
+            f"{printable(root / first)} is not a readable image ({why}){others}; "
             "mend or remove it, or leave such images out with dataset.on_corrupt=skip"
         )
     splits = {split: _images(root, found[split], classes, report.damaged) for split in found}
@@ -61,11 +62,11 @@ def _open_root(root: Path, cache: Path) -> Path:
             return root
         there = root.exists()
     except OSError as error:  # a folder above that may not be entered, a name too long
-        raise UserError(f"dataset.root={shown(root)} cannot be read ({reason(error)})") from error
+        raise UserError(f"dataset.root={printable(root)} cannot be read ({reason(error)})") from error
     if not there:
-        raise UserError(f"dataset.root={shown(root)} does not exist; give a folder of images, or an archive of one")
+        raise UserError(f"dataset.root={printable(root)} does not exist; give a folder of images, or an archive of one")
     if not root.name.lower().endswith(SUFFIXES):
-        raise UserError(f"dataset.root={shown(root)} is neither a folder nor an archive ({', '.join(SUFFIXES)})")
+        raise UserError(f"dataset.root={printable(root)} is neither a folder nor an archive ({', '.join(SUFFIXES)})")
     digest = sha256_of(root)
     tree = cache / f"{root.name.split('.')[0]}-{digest[:16]}"
     extract_once(root, tree, digest)
@@ -95,7 +96,8 @@ class _Walk:
         own = os.path.realpath(self.root / top)
         if own != os.path.join(self.real, top) and self._astray(own, None):
             raise UserError(
-                f"{shown(self.root / top)} is a link to {shown(own)}: its images would be in two classes or splits"
+                f"{printable(self.root / top)} is a link to {printable(own)}: its images would be in two classes or"
+                " splits"
             )
         found, left = [], [top]
         while left:
@@ -117,7 +119,7 @@ class _Walk:
                         else:
                             self.endings[os.path.splitext(entry.name)[1].lower()] += 1
             except OSError as error:
-                raise UserError(f"{shown(self.root / folder)} cannot be read ({reason(error)})") from error
+                raise UserError(f"{printable(self.root / folder)} cannot be read ({reason(error)})") from error
         return sorted(found)
 
     def _astray(self, target: str, own: str | None) -> bool:
@@ -130,7 +132,8 @@ class _Walk:
         key = status.st_dev, status.st_ino
         if self.seen.get(key, top) != top:
             raise UserError(
-                f"{shown(self.root / folder)} is a folder of {shown(self.seen[key])}, too: its images would be in both"
+                f"{printable(self.root / folder)} is a folder of {printable(self.seen[key])}, too: its images would be"
+                " in both"
             )
         again = key in self.seen
         self.seen[key] = top
@@ -143,14 +146,14 @@ class _Walk:
         if rest := sum(count for _, count in named[6:]):
             phrases.append(f"{rest} of {len(named) - 6} other endings")
         if self.strays:
-            links = f"{len(self.strays)} link{'s' * (len(self.strays) > 1)}"
+            links = counted(len(self.strays), "link")
             phrases.append(f"{links} to other classes, splits or the folder above ({listed(self.strays, 3)})")
         return phrases
 
 
 def _ending(ending: str, count: int) -> str:
     hint = f" (install {INSTALL[ending]} to read them)" if ending in INSTALL else ""
-    return f"{count} {shown(ending) or 'without an ending'}{hint}"
+    return f"{count} {printable(ending) or 'without an ending'}{hint}"
 
 
 def _class_files(walk: _Walk, tree: str) -> dict[str, list[str]]:
@@ -162,9 +165,11 @@ def _class_files(walk: _Walk, tree: str) -> dict[str, list[str]]:
         if not by_class[name]:
             others = ", ".join(_ending(*item) for item in (walk.endings - before).most_common(4))
             accepted = f"accepted: {', '.join(EXTENSIONS)}"
-            raise UserError(f"no image in {shown(top / name)}{f', but {others}' if others else ''}; {accepted}")
+            raise UserError(f"no image in {printable(top / name)}{f', but {others}' if others else ''}; {accepted}")
     if not by_class:
-        raise UserError(f"{shown(top)} has no class folders; put the images of each class into a folder named after it")
+        raise UserError(
+            f"{printable(top)} has no class folders; put the images of each class into a folder named after it"
+        )
     return by_class
 
 
@@ -181,9 +186,7 @@ def _outside(root: Path, trees: dict[str, str]) -> list[str]:
                 if entry.name.lower().endswith(EXTENSIONS) and not hidden(entry.name) and not is_folder(entry)
             ]
         if images:
-            phrases.append(
-                f"{len(images)} image{'s' * (len(images) > 1)} in no class folder ({listed([str(top / min(images))])})"
-            )
+            phrases.append(f"{counted(len(images), 'image')} in no class folder ({listed([str(top / min(images))])})")
     return phrases
 
 
@@ -208,7 +211,9 @@ def _images(root: Path, by_class: dict[str, list[str]], classes: list[str], dama
     for name, of_class in by_class.items():
         good = [file for file in of_class if file not in damaged]
         if not good:
-            raise UserError(f"no readable image in class {name!r} of {shown(root)}: all {len(of_class)} are damaged")
+            raise UserError(
+                f"no readable image in class {name!r} of {printable(root)}: all {len(of_class)} are damaged"
+            )
         files += good
         labels += [classes.index(name)] * len(good)
     return ImageFiles(root, files, labels)

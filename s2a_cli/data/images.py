@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.files import one_line, open_regular, shown
+from s2a_cli.common.files import open_regular
+from s2a_cli.common.text import one_line, printable
 
 try:
     from PIL.AvifImagePlugin import SUPPORTED as AVIF
@@ -72,7 +73,7 @@ class ImageFiles(Images):
         try:
             return open_rgb(path, at_least)
         except Exception as error:  # on damaged bytes decoders raise nearly anything
-            raise UserError(f"{shown(path)} is not a readable image ({one_line(error)})") from error
+            raise UserError(f"{printable(path)} is not a readable image ({one_line(error)})") from error
 
     def name(self, index):
         return str(self.root / self.files[index])

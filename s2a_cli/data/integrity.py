@@ -12,8 +12,9 @@ from pathlib import Path
 
 import PIL
 
-from s2a_cli.common.files import NotRegular, atomic_write, one_line, open_regular, reason, stamp
-from s2a_cli.common.progress import Progress, size
+from s2a_cli.common.files import NotRegular, atomic_write, open_regular, reason, stamp
+from s2a_cli.common.progress import Progress
+from s2a_cli.common.text import one_line, size
 from s2a_cli.data.images import FORMATS, open_rgb
 
 SCHEMA = 2  # of the kept reports

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.files import listed, reason, shown
+from s2a_cli.common.files import reason
+from s2a_cli.common.text import listed, printable
 
 SPLITS = {
     "train": ("train", "training"),
@@ -39,28 +40,29 @@ def split_folders(root: Path, layout: str | None) -> dict[str, str]:
     for split, of_split in found.items():
         if len(of_split) > 1:
             raise UserError(
-                f"{shown(root)} has {' and '.join(of_split)}, both of which name the {split} split; keep one, or,"
+                f"{printable(root)} has {' and '.join(of_split)}, both of which name the {split} split; keep one, or,"
                 f" {as_classes}"
             )
     if missing := [split for split in ("train", "test") if split not in found]:
         has = listed([name for of_split in found.values() for name in of_split] or names)
         raise UserError(
-            f"{shown(root)} has {has} but no {' and no '.join(missing)}: as splits, give it the folders train, test and"
-            f" perhaps val; {as_classes}: one tree of class folders, which is split by dataset.test_fraction and"
+            f"{printable(root)} has {has} but no {' and no '.join(missing)}: as splits, give it the folders train, test"
+            f" and perhaps val; {as_classes}: one tree of class folders, which is split by dataset.test_fraction and"
             " dataset.val_fraction"
         )
     trees = {split: of_split[0] for split, of_split in found.items()}
     for split, name in trees.items():
         if not folders(root / name):
             raise UserError(
-                f"{shown(root / name)} has no class folders; put the images of each class into one named after it;"
+                f"{printable(root / name)} has no class folders; put the images of each class into one named after it;"
                 f" {as_classes}"
             )
         if (target := os.path.realpath(root / name)) != str(root.resolve() / name) and within(
             target, os.path.realpath(root)
         ):
             raise UserError(
-                f"{shown(root / name)} is a link to {shown(target)}: the {split} split would have the images of another"
+                f"{printable(root / name)} is a link to {printable(target)}: the {split} split would have the images of"
+                " another"
             )
     return trees
 
@@ -71,7 +73,7 @@ def _refuse_hidden_splits(root: Path, names: list[str]) -> None:
     both = f"{SPLITS_OR_CLASSES}; folders of splits are to be called train, test and perhaps val"
     if all(meant.values()) and len(set(meant.values())) > 1:
         raise UserError(
-            f"{shown(root)} has {listed(names)}, which look like splits, but would be read as {len(names)} classes:"
+            f"{printable(root)} has {listed(names)}, which look like splits, but would be read as {len(names)} classes:"
             f" {both}"
         )
     if len(names) < 2:
@@ -85,7 +87,7 @@ def _refuse_hidden_splits(root: Path, names: list[str]) -> None:
     if all(_has_files(root / name) for name in names):
         return  # classes with folders in them: as splits, these images would have no class
     raise UserError(
-        f"{shown(root)} has {listed(names, 3)}, all of which hold the folders {listed(sorted(common), 3)}: "
+        f"{printable(root)} has {listed(names, 3)}, all of which hold the folders {listed(sorted(common), 3)}: "
         f"splits of {len(common)} classes, or {len(names)} classes? {both}"
     )
 
@@ -112,7 +114,7 @@ def folders(path: Path) -> list[str]:
         with os.scandir(path) as entries:
             return sorted(entry.name for entry in entries if not hidden(entry.name) and is_folder(entry))
     except OSError as error:
-        raise UserError(f"{shown(path)} cannot be read ({reason(error)})") from error
+        raise UserError(f"{printable(path)} cannot be read ({reason(error)})") from error
 
 
 def _has_files(path: Path) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import counted
 
 
 def shuffled(indices: Sequence[int], seed: int, purpose: str) -> list[int]:
@@ -38,7 +39,7 @@ def few_shots(labels: Sequence[int], shots: int, seed: int, classes: Sequence[st
     for label, name in enumerate(classes):
         if (count := len(members.get(label, []))) < shots:
             raise UserError(
-                f"dataset.shots={shots}, but class {name!r} has {count} training image{'s' * (count != 1)} "
+                f"dataset.shots={shots}, but class {name!r} has {counted(count, 'training image')} "
                 "once validation is split off; take fewer shots"
             )
     return sorted(index for of_class in members.values() for index in shuffled(of_class, seed, "shots")[:shots])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from s2a_cli.common.files import listed, shown
+from s2a_cli.common.text import brief, counted, listed, printable
 from s2a_cli.data.images import ImageFiles, Images
 
 ROWS = 8  # classes that get a line each; of more, the largest and the smallest
@@ -40,8 +40,8 @@ def describe(splits: Splits) -> str:
     """A block of lines: classes and counts by split, what was left out and why, and what a reader of the figures should
     know.
     """
-    counts, title = splits.counts(), f"data: {shown(splits.name)}"
-    rows = [(_short(shown(name)), cells, mark) for name, cells, mark in _rows(splits.classes, counts)]
+    counts, title = splits.counts(), f"data: {printable(splits.name)}"
+    rows = [(brief(printable(name), WIDTH), cells, mark) for name, cells, mark in _rows(splits.classes, counts)]
     width = max(len(title), *(2 + len(name) for name, _, _ in rows))
     lines = [f"{title:<{width}}" + "".join(f"{split:>8}" for split in SPLITS)]
     for name, cells, mark in rows:
@@ -62,10 +62,6 @@ def _rows(names: Sequence[str], counts: np.ndarray) -> list[tuple[str, Sequence[
     return [*((names[label], counts[label], marks.get(label, "")) for label in labels), every]
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= WIDTH else f"{name[: WIDTH - 3]}..."
-
-
 def _untested(splits: Splits, counts: np.ndarray) -> list[str]:
     """Classes of which a test figure says nothing, and those that can't be learned."""
     notes = []
@@ -74,7 +70,7 @@ def _untested(splits: Splits, counts: np.ndarray) -> list[str]:
         (0, "never trained on, as no image of it is in train"),
     ):
         if missing := [
-            f"{splits.classes[label]} ({_images(int(counts[label].sum()))})"
+            f"{splits.classes[label]} ({counted(int(counts[label].sum()), 'image')})"
             for label in np.flatnonzero(counts[:, column] == 0)
         ]:
             notes.append(f"{said if len(missing) == 1 else said.replace('of it', 'of them')}: {listed(missing, 4)}")
@@ -94,7 +90,7 @@ def _shared(splits: Splits) -> list[str]:
         if torn := [group for group in groups if len({home[file][place] for file in group}) > 1]:
             first = torn[0][0]
             other = next(file for file in torn[0] if home[file][place] != home[first][place])
-            pair = " and ".join(f"{shown(file)} ({home[file][0]})" for file in (first, other))
+            pair = " and ".join(f"{printable(file)} ({home[file][0]})" for file in (first, other))
             notes.append(f"the same image {said}: {_times(len(torn))}, such as {pair}")
     return notes
 
@@ -112,13 +108,9 @@ def majority(splits: Splits, top1: float | None) -> str | None:
         return None
     than = "no more than" if top1 > share - 0.005 else f"less than the {share:.2f} % that"
     return (
-        f"{top1:.2f} % is {than} always answering {shown(splits.classes[label])!r} gives: {count} of {_images(total)}"
-        " in test are of that class"
+        f"{top1:.2f} % is {than} always answering {printable(splits.classes[label])!r} gives: {count} of"
+        f" {counted(total, 'image')} in test are of that class"
     )
-
-
-def _images(count: int) -> str:
-    return f"{count} image{'s' * (count != 1)}"
 
 
 def _times(count: int) -> str:

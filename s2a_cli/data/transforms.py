@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import nearest
 from s2a_cli.config.schema import DatasetConfig
 
 INTERPOLATIONS = {mode.value: mode for mode in v2.InterpolationMode}
