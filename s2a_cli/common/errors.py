@@ -1,4 +1,4 @@
-"""The exceptions whose message is all that a user needs: the command line prints it without a traceback."""
+"""Defines the exceptions whose message is all that a user needs: it is printed without a traceback."""
 
 from s2a_cli.common.text import printable
 

@@ -1,4 +1,4 @@
-"""The user's own images: one folder a class, in train/[val/]test/ trees or in one tree that is split by seed."""
+"""Reads the user's own images: one folder a class, in train/[val/]test/ trees or in one tree that is split by seed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from s2a_cli.data.source import Source
 def read(config: DatasetConfig, cache: Path) -> Source:
     """Reads `config.root`, a folder or an archive of one, which is extracted into `cache` once.
 
-    Every image is decoded once, up front. Raises UserError for a class without an image, for a class that is not in
-    train, and, unless config.on_corrupt is "skip", for an image that cannot be decoded.
+    Decodes every image once. Raises UserError for a class without an image, for a class that is not in train, and,
+    unless config.on_corrupt is "skip", for an image that cannot be decoded.
     """
+    assert config.root is not None, "data.problems asks for it"
     root = _open_root(Path(config.root).expanduser(), cache)
     trees = split_folders(root, config.layout)
     walk = _Walk(root)
@@ -50,13 +51,12 @@ def read(config: DatasetConfig, cache: Path) -> Source:
         )
     splits = {split: _images(root, found[split], classes, report.damaged) for split in found}
     left_out = [*walk.left_out(), *_outside(root, trees), *_damaged(report)]
-    return Source(
-        *(splits.get(split) for split in ("train", "val", "test")), classes, report.revision,
-        left_out=left_out, notes=_dark(report), same=report.same,
-    )  # fmt: skip
+    train, val, test = splits["train"], splits.get("val"), splits.get("test")
+    return Source(train, val, test, classes, report.revision, left_out, _dark(report), report.same)
 
 
 def _open_root(root: Path, cache: Path) -> Path:
+    """Returns the folder of images: `root`, or what the archive `root` holds. Raises UserError where it is neither."""
     try:
         if root.is_dir():
             return root
@@ -76,22 +76,19 @@ def _open_root(root: Path, cache: Path) -> Path:
 
 
 class _Walk:
-    """Lists the files of classes, and keeps count of what it passes over.
-
-    A folder is visited once, whatever links to it.
-    """
+    """Lists the files of classes, and counts what it passes over. Visits a folder once, whatever links to it."""
 
     def __init__(self, root: Path):
         self.root, self.real = root, os.path.realpath(root)
         self.seen: dict[tuple[int, int], str] = {}  # device and inode of a folder: the class folder it was visited from
-        self.endings: Counter[str] = Counter()
+        self.endings: Counter[str] = Counter()  # of files that are no images
         self.strays: list[str] = []  # links out of their class
 
     def images(self, top: str) -> list[str]:
-        """The image files below a class folder, as sorted paths relative to the root; links may lead elsewhere, not to
-        other classes.
+        """Returns the image files below a class folder, as sorted paths relative to the root.
 
-        Raises UserError for a folder that can't be read, and for one that two class folders lead to.
+        Links are followed unless they lead to other classes. Raises UserError for a folder that can't be read, and for
+        one that two class folders lead to.
         """
         own = os.path.realpath(self.root / top)
         if own != os.path.join(self.real, top) and self._astray(own, None):
@@ -123,11 +120,12 @@ class _Walk:
         return sorted(found)
 
     def _astray(self, target: str, own: str | None) -> bool:
-        """Whether a link leads to another part of the data, or to a folder that has the data in it."""
+        """Tells whether a link out of the class `own` leads to another part of the data, or to a folder around it."""
         inside = own is not None and os.path.commonpath([target, own]) == own
         return within(target, self.real) and not inside
 
     def _visited(self, folder: str, top: str) -> bool:
+        """Tells whether a folder was visited before, and notes it. Raises UserError where another class has it."""
         status = os.stat(self.root / folder)
         key = status.st_dev, status.st_ino
         if self.seen.get(key, top) != top:
@@ -140,7 +138,7 @@ class _Walk:
         return again
 
     def left_out(self) -> list[str]:
-        """What was passed over, a phrase each, such as "27 .heic (install pillow-heif to read them)"."""
+        """Returns what was passed over, a phrase each, such as "27 .heic (install pillow-heif to read them)"."""
         named = sorted(self.endings.items(), key=lambda item: (item[0] not in INSTALL, -item[1], item[0]))
         phrases = [_ending(ending, count) for ending, count in named[:6]]
         if rest := sum(count for _, count in named[6:]):
@@ -157,7 +155,10 @@ def _ending(ending: str, count: int) -> str:
 
 
 def _class_files(walk: _Walk, tree: str) -> dict[str, list[str]]:
-    """Class -> its image files as sorted paths relative to the root, nested folders included."""
+    """Returns class -> its image files as sorted paths relative to the root, nested folders included.
+
+    Raises UserError for a class without an image, and where there is no class.
+    """
     top, by_class = walk.root / tree, {}
     for name in folders(top):
         before = walk.endings.copy()
@@ -174,7 +175,7 @@ def _class_files(walk: _Walk, tree: str) -> dict[str, list[str]]:
 
 
 def _outside(root: Path, trees: dict[str, str]) -> list[str]:
-    """What lies beside the splits, and images beside the class folders."""
+    """Returns what lies beside the splits, and images beside the class folders: a phrase each."""
     phrases = []
     if trees["train"] and (beside := [name for name in folders(root) if name not in trees.values()]):
         phrases.append(f"{listed([f'{name}/' for name in beside])}, which is no split")
@@ -207,6 +208,7 @@ def _dark(report: Report) -> list[str]:
 
 
 def _images(root: Path, by_class: dict[str, list[str]], classes: list[str], damaged: dict[str, str]) -> ImageFiles:
+    """Returns the undamaged images with their labels. Raises UserError for a class that has none."""
     files, labels = [], []
     for name, of_class in by_class.items():
         good = [file for file in of_class if file not in damaged]
