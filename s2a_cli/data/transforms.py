@@ -19,7 +19,7 @@ INTERPOLATIONS = {mode.value: mode for mode in v2.InterpolationMode}
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """The images that a backbone was pretrained on: squares of `size` pixels, normalised by `mean` and `std` of [0, 1] RGB.
+    """The images that a backbone was pretrained on: `size` pixels square, with `mean` and `std` of RGB in [0, 1].
 
     `crop_pct` is the share of the shorter side that the centre crop of evaluation keeps.
     """

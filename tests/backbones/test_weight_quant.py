@@ -96,9 +96,9 @@ def stored(kind: str, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A normal weight, and what it decodes to."""
     torch.manual_seed(0)
     weight = torch.randn(shape)
-    encode, decode = weight_quant.CODECS[kind]
-    codes, *scales = encode(weight.flatten(1))
-    rows = decode(codes, scales[0] if scales else None, weight[0].numel(), torch.float32)
+    quantize, dequantize = weight_quant.CODECS[kind]
+    codes, *scales = quantize(weight.flatten(1))
+    rows = dequantize(codes, scales[0] if scales else None, weight[0].numel(), torch.float32)
     return weight, rows.view(shape)
 
 
@@ -125,8 +125,8 @@ def test_root_mean_square_error_of_normal_weights(kind, most, shape):
 def test_int8_is_off_by_half_a_step_at_most(dtype):
     weight = 1e-3 * torch.randn(50, 192, generator=torch.Generator().manual_seed(0))
     weight[:, 64:128] = 0
-    codes, scales = weight_quant.encode_int8(weight)
-    decoded = weight_quant.decode_int8(codes, scales, 192, dtype)
+    codes, scales = weight_quant.quantize_int8(weight)
+    decoded = weight_quant.dequantize_int8(codes, scales, 192, dtype)
     assert decoded.dtype == dtype and not decoded[:, 64:128].any()
     largest = weight.unflatten(1, (3, 64)).abs().amax(-1, keepdim=True)
     rounded = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(dtype, 0)
@@ -140,8 +140,8 @@ def test_int8_is_off_by_half_a_step_at_most(dtype):
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_rows_of_zeros_stay_zeros(kind):
-    encode, decode = weight_quant.CODECS[kind]
-    assert not decode(*encode(torch.zeros(8, 128)), 128, torch.float32).any()
+    quantize, dequantize = weight_quant.CODECS[kind]
+    assert not dequantize(*quantize(torch.zeros(8, 128)), 128, torch.float32).any()
 
 
 @pytest.mark.parametrize("width, group", [(768, 64), (80, 40), (27, 27), (49, 49), (147, 49), (2730, 42)])
