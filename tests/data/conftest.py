@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from fake_web import serve
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +19,9 @@ def real_data() -> Path:
     if not os.environ.get("S2A_REAL_DATA"):
         pytest.skip("S2A_REAL_DATA is not set: the folder of real photos")
     return Path(os.environ["S2A_REAL_DATA"])
+
+
+@pytest.fixture
+def web():
+    with serve() as (url, paths):
+        yield url, paths

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from s2a_cli.data.download import RemoteFile
+
+CONTENT = bytes(range(256)) * 3000  # more than two chunks
 
 
 @dataclass
@@ -69,3 +74,7 @@ def serve():
         finally:
             server.released.set()
             server.shutdown()
+
+
+def remote(url: str, *paths: str, content: bytes = CONTENT, name: str = "data.bin") -> RemoteFile:
+    return RemoteFile(name, len(content), hashlib.sha256(content).hexdigest(), tuple(url + path for path in paths))
