@@ -9,7 +9,7 @@ from fake_web import serve
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """Nothing is read from or written to the user's own cache."""
+    """Keeps the tests from the user's own cache, and returns the folder that replaces it."""
     monkeypatch.setenv("S2A_DATA", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

@@ -1,4 +1,4 @@
-"""A local HTTP server that misbehaves as asked, for the tests of downloads."""
+"""Runs a local HTTP server that misbehaves as asked, for the tests of downloads."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve():
-    """Yields (its URL without a slash at the end, {path: Served}, to be filled)."""
+    """Yields the server's URL, without a slash at the end, and a dictionary of path -> Served to fill."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.paths, server.released = {}, threading.Event()
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
