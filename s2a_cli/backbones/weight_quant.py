@@ -95,7 +95,7 @@ CODECS = {
 
 
 class Stored(nn.Module):
-    """A layer with codes in place of a weight [out, in] or [out, in, H, W]."""
+    """A layer with codes in place of its weight, whose rows [out, ...] are quantized in groups."""
 
     stores_weights = True  # in its buffers
     bias: Tensor | None
@@ -139,6 +139,8 @@ class Stored(nn.Module):
 
 
 class StoredLinear(Stored, nn.Linear):
+    """A Linear with codes in place of its weight [out, in]."""
+
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
@@ -147,6 +149,8 @@ class StoredLinear(Stored, nn.Linear):
 
 
 class StoredConv2d(Stored, nn.Conv2d):
+    """A Conv2d with codes in place of its weight [out, in / groups, H, W]."""
+
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
 

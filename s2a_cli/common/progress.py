@@ -43,6 +43,7 @@ class Progress:
             self._bar.close()
 
     def add(self, amount: int, **state: str) -> None:
+        """Counts `amount` more as done, and prints a line where the last one is SECONDS_BETWEEN_LINES old."""
         self.done += amount
         if self._bar is not None:
             self._bar.set_postfix(state, refresh=False)
@@ -51,6 +52,7 @@ class Progress:
             self._say(self.line(time.monotonic() - self._start))
 
     def note(self, line: str, amount: int = 0) -> None:
+        """Counts `amount` more as done, and prints a line that stays."""
         self.done += amount
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
