@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import html
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
-from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import atomic_write
+from s2a_cli.common.text import nearest
 
 MADE_BY = "s2a figure"  # in the files of figures
 MAKER = {"svg": "Creator", "png": "Software", "pdf": "Creator"}  # what each kind of file calls the program that made it
@@ -162,11 +162,4 @@ def _html(sheet: Sheet) -> str:
         f"{title}<table>\n<thead>{line('th', [html.escape(c) for c in sheet.text])}</thead>\n<tbody>\n"
         + "\n".join(body)
         + "\n</tbody></table>"
-    )
-
-
-def natural(label: str) -> tuple:
-    """Sorts 8 before 16, and texts by their letters."""
-    return tuple(
-        (0, float(part), "") if part.isdigit() else (1, 0.0, part) for part in re.split(r"(\d+)", label) if part
     )

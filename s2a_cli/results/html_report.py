@@ -12,7 +12,8 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from s2a_cli.common.errors import UserError, first_line, printable
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import first_line, printable
 from s2a_cli.results import pivot, pivot_text, plots, record, run_folder, summary
 from s2a_cli.results.formats import check_out, mib, number, save
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import listed, natural, nearest
 from s2a_cli.results import summary
-from s2a_cli.results.formats import natural
 from s2a_cli.results.significance import leaders
 from s2a_cli.results.vtab import VTAB, parse_groups
 
@@ -273,13 +273,8 @@ class Hidden:
             values = texts.groupby(self.counted[key]).agg(lambda found: ", ".join(sorted(set(found), key=natural)))
             if (texts.groupby(self.counted[key]).nunique() == 1).all():
                 whose = {value: list(values.index[values == value]) for value in sorted(set(values), key=natural)}
-                return "; ".join(f"{value} ({key}={_some(names)})" for value, names in list(whose.items())[:6])
-        return _some(sorted(set(texts), key=natural))
-
-
-def _some(names: Iterable[str], most: int = 4) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+                return "; ".join(f"{value} ({key}={listed(names, 4)})" for value, names in list(whose.items())[:6])
+        return listed(sorted(set(texts), key=natural), 4)
 
 
 def _cells(runs: pd.DataFrame, keys: list[str], hidden: Hidden) -> pd.DataFrame:
@@ -305,9 +300,11 @@ def _means(datasets: list[str], groups: str | None) -> tuple[list[Mean], list[st
     notes = []
     for name, members in named.items():
         if missing := [d for d in members if d not in datasets]:
-            notes.append(f"{name}: no mean, {len(missing)} of {len(members)} data sets are missing ({_some(missing)}).")
+            notes.append(
+                f"{name}: no mean, {len(missing)} of {len(members)} data sets are missing ({listed(missing, 4)})."
+            )
     if outside := [d for d in datasets if not any(d in members for members in named.values())]:
-        notes.append(f"In no group, and in none of the means: {_some(outside)}.")
+        notes.append(f"In no group, and in none of the means: {listed(outside, 4)}.")
     every = tuple(d for members in named.values() for d in members)
     means = [Mean(name, (members,)) for name, members in named.items()]
     return [*means, Mean("mean of data sets", (every,)), Mean("mean of groups", tuple(named.values()))], notes
@@ -383,4 +380,4 @@ def _failures(runs: pd.DataFrame, keys: list[str]) -> list[str]:
     if failed.empty:
         return []
     cells = [f"{summary.status_of(group)} ({', '.join(name)})" for name, group in failed.groupby(keys)["status"]]
-    return [f"Not finished, and in no figure: {_some(cells, 6)}."]
+    return [f"Not finished, and in no figure: {listed(cells, 6)}."]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import listed, nearest
 from s2a_cli.results import pivot, published, summary
 from s2a_cli.results.formats import Sheet, as_csv, cell, checked, mib, number, render
 from s2a_cli.results.pivot import Grid, Mean
@@ -131,8 +132,8 @@ def _notes(grid: Grid, counts: bool, extras: bool, text: pd.DataFrame) -> list[s
     if incomplete := [
         line for line in grid.lines() if any(pd.isna(pivot.mean_of(grid, line, mean)) for mean in grid.means)
     ]:
-        names = [f"{' / '.join(line)} lacks {pivot._some(_lacking(grid, line, grid.means[-1]))}" for line in incomplete]
-        notes.append(f"–: no mean where a data set is missing: {pivot._some(names)}.")
+        names = [f"{' / '.join(line)} lacks {listed(_lacking(grid, line, grid.means[-1]), 4)}" for line in incomplete]
+        notes.append(f"–: no mean where a data set is missing: {listed(names, 4)}.")
     return [*map(str.strip, notes), *grid.notes]
 
 

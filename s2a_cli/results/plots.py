@@ -17,8 +17,8 @@ from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import natural
 from s2a_cli.results import formats
-from s2a_cli.results.formats import natural
 
 # Readable on white and on black (after Okabe & Ito); line and marker by quant where there are several.
 COLORS = ("#3b8fd0", "#e0702f", "#27a074", "#c263a0", "#b8941c", "#7c7cf0", "#d6504c", "#4aa8b8", "#8a8a8a", "#9b6a3c")

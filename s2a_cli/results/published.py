@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import listed
 from s2a_cli.results import pivot, vtab
 from s2a_cli.results.formats import Sheet, number
 from s2a_cli.results.pivot import Grid
@@ -94,7 +95,7 @@ def compare(grid: Grid, published: pd.DataFrame) -> tuple[Sheet | None, list[str
         there = sorted(
             {f"{b}, {d}, {m}" for b, d, m in zip(runs["backbone"], runs["dataset"], runs["method"], strict=True)}
         )
-        return None, [f"No published figure fits: {pivot._some(there)}."]
+        return None, [f"No published figure fits: {listed(there, 4)}."]
     text = pd.DataFrame(records)
     notes = [f"{grid.value.title}: ours less published. A difference in the settings makes it no reproduction."]
     cited = [f"[{number_of}] {source}" for number_of, source in enumerate(sources, 1)]

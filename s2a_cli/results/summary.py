@@ -11,7 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from s2a_cli.common.errors import UserError, first_line, printable
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import first_line, printable
 from s2a_cli.results import record, run_folder
 from s2a_cli.results.formats import Sheet, as_csv, cell, checked, mib, number
 from s2a_cli.results.formats import render as render_sheets
