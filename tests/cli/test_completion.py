@@ -1,4 +1,4 @@
-"""Shell completion: verbs, then per verb what it takes, settings through Hydra's machinery."""
+"""Shell completion: commands, then per command what it takes, settings through Hydra's machinery."""
 
 import os
 import shutil
@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from s2a_cli.cli.commands import VERBS
+from s2a_cli.cli.commands import COMMANDS
 from s2a_cli.cli.completion import SCRIPTS, complete, script
 
 
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("s2a ", list(VERBS)),
+        ("s2a ", list(COMMANDS)),
         ("s2a t", ["train", "table"]),
         ("scripts/s2a va", ["validate"]),
         ("s2a train --d", ["--debug"]),

@@ -137,7 +137,7 @@ def words() -> st.SearchStrategy[str]:
 
 def command_lines() -> st.SearchStrategy[list[str]]:
     return st.builds(
-        lambda verb, rest: [verb, *rest], st.sampled_from(["validate", "sweep"]), st.lists(words(), max_size=5)
+        lambda command, rest: [command, *rest], st.sampled_from(["validate", "sweep"]), st.lists(words(), max_size=5)
     )
 
 
