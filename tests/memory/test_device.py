@@ -19,7 +19,7 @@ from s2a_cli.memory import device as busy
 from s2a_cli.memory.result import MIB
 from s2a_cli.planner.batch_size import resolved
 from s2a_cli.results import record
-from s2a_cli.sweeps.launchers import engine, local
+from s2a_cli.sweeps.launchers import local, make_launcher
 from s2a_cli.training import trainer
 
 SMALL = ["backbone=vit_t", "backbone.image_size=64", "dataset=cifar10", "method=full", "quant=none"]
@@ -201,7 +201,7 @@ def test_runs_that_share_a_gpu_allow_each_other(monkeypatch, tmp_path, workers, 
     monkeypatch.setattr(local, "visible_gpus", lambda: gpus)
     monkeypatch.setattr(local, "gpu_mib", lambda: pack)
     monkeypatch.setattr(local, "Process", lambda words, log, environment: started.append(words))
-    on = engine(SweepConfig(workers=workers, pack=bool(pack)), devices)
+    on = make_launcher(SweepConfig(workers=workers, pack=bool(pack)), devices)
     for words in (["seed=0"], ["seed=0", "busy=refuse"]):
         on.start(words, tmp_path / "log.txt", 0)
     assert started == [["seed=0", *(["busy=allow"] if allowed else [])], ["seed=0", "busy=refuse"]]
