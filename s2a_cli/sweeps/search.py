@@ -79,10 +79,10 @@ def _distribution(word: str) -> Any:
             raise UserError(f"{word}: expected finite numbers")
         return (IntDistribution if isinstance(low, int) else FloatDistribution)(low, high, log=log)
     if isinstance(value, RangeSweep) and not value.shuffle and steps(word, value):
-        if all(isinstance(x, int) for x in (value.start, value.stop, value.step)):
-            numbers: Any = value.range()
-            low, high = sorted((numbers[0], numbers[-1]))
-            return IntDistribution(low, high, step=abs(int(value.step)))
+        start, stop, step = value.start, value.stop, value.step
+        if isinstance(start, int) and isinstance(stop, int) and isinstance(step, int):
+            numbers = range(start, stop, step)
+            return IntDistribution(min(numbers), max(numbers), step=abs(step))
     values = [one.partition("=")[2] for (one,) in expand([word])]
     return CategoricalDistribution(values)
 
