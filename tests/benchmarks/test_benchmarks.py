@@ -1,21 +1,16 @@
-"""benchmarks/tiers/tiers.py end to end on the backbone that ships with s2a, and its parts that need a CUDA device
-without one.
-"""
+"""benchmarks/tiers/tiers.py end to end on a CPU, and its parts that need a CUDA device without one."""
 
 import json
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "tiers"))
 import kernel_check
+import pytest
 import rows
 import tiers
 import tiers_report
+import torch
 
 from s2a_cli import memory
 from s2a_cli.activations.quant.primitives import PLAIN
