@@ -97,6 +97,7 @@ class _WithSchema:
         return getattr(self.loader, name)
 
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        """Returns what Hydra composes, on top of the schema's defaults."""
         loaded = self.loader.load_configuration(*args, **kwargs)
         OmegaConf.set_struct(loaded, False)
         schema = plain(OmegaConf.structured(RunConfig))

@@ -31,7 +31,10 @@ ABOUT |= {"peft": "0.21.2", "python": "3.11.7"}
 
 
 class FakeWorker:
-    """Answers at once. trouble: {part of a task's name: what to raise, once for each that is listed}."""
+    """A worker that answers at once.
+
+    trouble: {part of a task's name: what to raise, once for each that is listed}.
+    """
 
     def __init__(self, trouble=None, seconds=0.0):
         self.trouble, self.seconds, self.asked, self.closed = trouble or {}, seconds, [], False
@@ -123,7 +126,7 @@ HEAD |= {"minutes": 8.0, "environment": ABOUT}
 
 
 def whole(monkeypatch, trouble=None, seconds=480.0, each=0.0, size=3):
-    """The result and the page of the whole form on a device that only seems to be there."""
+    """Returns the result, the page and the workers of the whole form, on a device that only seems to be there."""
     workers = []
 
     def start():

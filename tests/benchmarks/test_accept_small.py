@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The result and the page of the small form."""
+    """Returns the result and the page of the small form."""
     out = tmp_path_factory.mktemp("accept")
     command = [
         sys.executable,

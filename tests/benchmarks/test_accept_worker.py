@@ -71,7 +71,7 @@ class Seems(str):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """torch.cuda as far as a worker asks it, with counters that grow; what was called."""
+    """Stands in for torch.cuda with counters that grow; returns what was called."""
     calls, device = [], Seems("cpu")
 
     def counter(*_):

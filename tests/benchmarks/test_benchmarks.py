@@ -23,7 +23,7 @@ WORDS = [*SHALLOW, "device=cpu", "batch=64", "time_batch=2", "gradient_batch=2",
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """The result file of a few rows, one of which can't run."""
+    """Returns the result file of a few rows, one of which can't run."""
     out = tmp_path_factory.mktemp("results")
 
     def fails(backbone):

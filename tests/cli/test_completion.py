@@ -1,4 +1,4 @@
-"""Shell completion: commands, then per command what it takes, settings through Hydra's machinery."""
+"""Shell completion: commands, then what each takes, with settings by Hydra."""
 
 import os
 import shutil
@@ -68,7 +68,7 @@ def test_the_shells_ask_through_the_environment():
 
 @pytest.fixture
 def path(tmp_path):
-    """PATH with an `s2a` on it that is the one under test."""
+    """Returns a PATH on which `s2a` is the one under test."""
     command = tmp_path / "s2a"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m s2a_cli "$@"\n')
     command.chmod(0o755)

@@ -1,4 +1,4 @@
-"""A CUDA device that others use: who they are, and what a run does."""
+"""CUDA devices that others use: who they are, and what a run does."""
 
 from __future__ import annotations
 
@@ -48,8 +48,9 @@ class Gpus:
         return type("Properties", (), {"uuid": f"0000-{device.index or 0}", "total_memory": 80_000 * MIB})
 
     def says(self, *lines, code=0, state="Disabled, 97"):
-        """lines: the processes that compute; state: whether a screen is drawn, and the share of time in which kernels
-        run.
+        """Makes nvidia-smi answer.
+
+        lines: the processes that compute. state: whether a screen is drawn, and the share of time in which kernels run.
         """
         told = "".join(f"echo '{line}'\n" for line in lines)
         program = self.folder / "nvidia-smi"

@@ -39,7 +39,7 @@ def sweep(folder: Path, *words: str) -> subprocess.Popen:
 
 
 def outcomes(folder: Path) -> dict[str, tuple]:
-    """{run: all that must be equal}."""
+    """Returns {run: all that must be equal}."""
     found = {}
     for path in folder.glob("*/*/*/*/result.json"):
         result = json.loads(path.read_text())
@@ -48,7 +48,7 @@ def outcomes(folder: Path) -> dict[str, tuple]:
 
 
 def half_way(folder: Path, but: list[Path]) -> tuple[int, Path]:
-    """(process, run) of this folder, as soon as one has saved where it is."""
+    """Returns (process, run) of this folder, as soon as one has saved where it is."""
     return until(lambda: next((found for found in trainings(folder) if found[1] not in but and saved(found[1])), None))
 
 
@@ -57,7 +57,7 @@ def saved(run: Path) -> bool:
 
 
 def trainings(folder: Path) -> list[tuple[int, Path]]:
-    """(process, run) of this folder, without processes that only bear such a name in their words."""
+    """Returns (process, run) of this folder, without processes that only bear such a name in their words."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -75,7 +75,7 @@ def parent(process: int) -> int:
 
 
 def until(condition, seconds: float = 120):
-    """What the condition returns, as soon as it is true."""
+    """Waits for a condition and returns what it returns; fails after so many seconds."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "it did not come"
@@ -85,7 +85,7 @@ def until(condition, seconds: float = 120):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The same runs, undisturbed and in this process."""
+    """Returns the outcomes of the same runs, undisturbed and in this process."""
     folder = tmp_path_factory.mktemp("whole")
     with contextlib.chdir(folder):
         for seed in range(3):

@@ -1,4 +1,4 @@
-"""A search: what it is over, that it goes on exactly where it was, and that it leaves the test split alone."""
+"""Searches: what they are over, that they go on exactly where they were and leave the test split alone."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ MADE = {}  # folder -> what lies there
 
 @pytest.fixture
 def on(monkeypatch):
-    """on(launcher) puts it in the place of real processes."""
+    """Returns a function that puts a launcher in the place of real processes."""
 
     def put(launcher):
         monkeypatch.setattr(search, "make_launcher", lambda settings, devices: launcher)
@@ -104,7 +104,7 @@ def on(monkeypatch):
 
 
 def told(path="runs/search"):
-    """The trials of the only study there."""
+    """Returns the trials of the only study there."""
     (file,) = Path(path).glob("*.db")
     study = optuna.load_study(storage=f"sqlite:///{file}", study_name=file.stem)
     return [(trial.number, trial.state.name, trial.params, trial.value) for trial in study.trials]

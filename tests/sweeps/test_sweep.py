@@ -266,7 +266,7 @@ def test_a_gpu_takes_what_fits():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """One GPU, as far as planning goes."""
+    """Stands in for one GPU, as far as planning goes."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"total_memory": 2 << 30})
