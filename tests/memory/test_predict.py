@@ -119,8 +119,8 @@ def test_static_is_weights_buffers_and_optimiser_state():
 def test_a_vit_block_keeps_what_the_formula_says(what, bytes_an_element):
     """Counts bytes an element of [B, N, C] and block, in fp32 with fused attention.
 
-    The LN inputs take 4 + 4, q k v 12, attention's output 4, the GELU input 16. Where weights train, the LN outputs take
-    4 + 4 and the GELU output 16.
+    The LN inputs take 4 + 4, q k v 12, attention's output 4, the GELU input 16. Where weights train, the LN outputs
+    take 4 + 4 and the GELU output 16.
     """
     kept = [
         predict(*on_meta("vit_base_patch16_224", what, 8, depth=d), train_step, optimizer_for).kept_mib for d in (1, 2)
