@@ -18,7 +18,7 @@ from s2a_cli.common import files as files_module
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import type_and_first_line
 from s2a_cli.config.schema import QuantConfig
-from s2a_cli.config.settings import merged, plain
+from s2a_cli.config.settings import merge, plain
 from s2a_cli.results import record, run_folder
 from s2a_cli.training import bit_allocation, checkpoints, feature_cache, forecast
 from s2a_cli.training import environment as environment_module
@@ -86,7 +86,7 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> record.Resul
     result = _blank(run)
     if config.quant.budget_mib:
         result["allocation"] = state["allocation"] if state else distributed.from_first(lambda: _allocate(run))
-        run.config = merged(config, {"quant": result["allocation"]})
+        run.config = merge(config, {"quant": result["allocation"]})
     write = record.write_result if distributed.is_first() else lambda folder, result: None
     write(folder, result)
     try:
@@ -158,7 +158,7 @@ def _allocate(run: Run) -> dict[str, Any]:
 
     def peak(quant: QuantConfig, micro_batch: int | None = run.config.optim.micro_batch) -> float:
         changed = {"quant": OmegaConf.structured(quant), "optim": {"micro_batch": micro_batch}}
-        return forecast.predict_step(run.attached, merged(run.config, changed), len(run.splits.train)).peak_mib
+        return forecast.predict_step(run.attached, merge(run.config, changed), len(run.splits.train)).peak_mib
 
     loader = run.loader("train", train=True)
     loader.epoch = 0
@@ -167,7 +167,7 @@ def _allocate(run: Run) -> dict[str, Any]:
     few = images[: bit_allocation.IMAGES], targets[: bit_allocation.IMAGES]
     choice = bit_allocation.allocate(bit_allocation.Gradient(run.config, run.attached, few, run.device), peak)
     print(choice.describe())
-    return plain(OmegaConf.structured(choice.quant), resolve=False)
+    return plain(OmegaConf.structured(choice.quant))
 
 
 def _blank(run: Run) -> record.Result:
@@ -178,7 +178,7 @@ def _blank(run: Run) -> record.Result:
         "id": run.identity,
         "status": "interrupted",
         "error": "the run did not end",
-        "config": plain(run.config),
+        "config": plain(run.config, resolve=True),
         "allocation": None,
         "accuracy": {"val_top1": None, "test_top1": None, "test_top5": None, "best_epoch": None},
         "parameters": run.backbone.count(),
