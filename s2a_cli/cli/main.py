@@ -158,7 +158,6 @@ def _command_help(command: Command, words: list[str]) -> None:
         print("", *(f"  {flag:<16} {about}" for flag, about in command.flags.items()), sep="\n")
     from omegaconf import OmegaConf
 
-    from s2a_cli.config.compose import compose
     from s2a_cli.config.overrides import groups
     from s2a_cli.config.rules import show
     from s2a_cli.config.schema import SweepConfig
@@ -174,7 +173,7 @@ def _command_help(command: Command, words: list[str]) -> None:
     print("\nGroups (s2a ls tells more):")
     for group, options in groups().items():
         print(f"  {f'{group}=':<13} {', '.join(options)}")
-    config = compose(words)
+    config = composed(words)
     chosen = " ".join(f"{group}={config[group].name}" for group in ("backbone", "method", "quant", "dataset", "optim"))
     print(f"\nSettings, with the values that they have under {chosen}:")
     for key, schema, name, value in declared(config):

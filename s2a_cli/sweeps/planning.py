@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from s2a_cli import backbones, data
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.progress import Progress
-from s2a_cli.common.text import nearest, printable
+from s2a_cli.common.text import listed, nearest, printable
 from s2a_cli.config.compose import compose, compose_sweep
 from s2a_cli.config.overrides import expand
 from s2a_cli.config.rules import show

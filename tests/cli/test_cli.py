@@ -47,6 +47,12 @@ def test_help_names_every_command_and_flag(capsys):
         )
 
 
+def test_help_of_train_in_a_process_of_its_own():
+    """There nothing has imported the structures before."""
+    done = run("train", "method=prompt", "--help")
+    assert done.returncode == 0 and "method.rank=8" in done.stdout and not done.stderr
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_opens_with_three_examples_that_can_be_copied(name, capsys):
     assert main([name, "--help"]) == 0
