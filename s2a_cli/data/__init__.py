@@ -1,12 +1,14 @@
 """Reads data sets: from the settings of `dataset=` to splits of labelled images.
 
-A data set is a reader (a function from its settings and its folder to a `Source`) in DATASETS, and a file in
-`conf/dataset/`.
+A data set is a reader (a function from its settings and its folder to a `Source`) in a file of `data/sources/`, and a
+file in `conf/dataset/`.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -15,10 +17,11 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import nearest
 from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.config.settings import rule_of
-from s2a_cli.data import cifar, digits, domainnet, folder, oxford
+from s2a_cli.data import sources
 from s2a_cli.data.batches import Loader, loader, mix
 from s2a_cli.data.images import Images
 from s2a_cli.data.source import Source
+from s2a_cli.data.sources import domainnet
 from s2a_cli.data.splits import few_shots, hold_out, share
 from s2a_cli.data.summary import Splits, describe, majority
 from s2a_cli.data.transforms import ImageConfig, Transform, build_transform
@@ -40,13 +43,9 @@ __all__ = [
 ]
 
 DATASETS: dict[str, Callable[[DatasetConfig, Path], Source]] = {
-    "cifar10": cifar.read_cifar10,
-    "cifar100": cifar.read_cifar100,
-    "flowers102": oxford.read_flowers102,
-    "pets": oxford.read_pets,
-    "domainnet": domainnet.read,
-    "digits": digits.read,
-    "folder": folder.read,
+    name: reader
+    for module in pkgutil.iter_modules(sources.__path__)
+    for name, reader in importlib.import_module(f"{sources.__name__}.{module.name}").READERS.items()
 }
 
 

@@ -11,8 +11,9 @@ from pictures import folder_config, picture, save, tree
 from PIL import GifImagePlugin, Image, TiffImagePlugin
 from refusals import folder_refusal
 
-from s2a_cli.data import folder, images, load
+from s2a_cli.data import images, load
 from s2a_cli.data.images import AVIF, open_rgb
+from s2a_cli.data.sources import folder
 
 
 @pytest.mark.parametrize(

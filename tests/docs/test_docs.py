@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from pages import NEEDS, PAGES, ROOT, applied, blocks, commands, name, printed, slug
 
-from s2a_cli.cli.commands import TABLE, VERBS
+from s2a_cli.cli.commands import COMMANDS, TABLE
 from s2a_cli.cli.main import main
 
 pytestmark = pytest.mark.xdist_group("docs")  # what one page has composed, the next need not import again
@@ -80,7 +80,7 @@ def check(words: list[str]) -> None:
     from s2a_cli.config.overrides import expand
     from s2a_cli.sweeps.search import read
 
-    verb, flags, rest = VERBS[words[0]], {w for w in words if w[0] == "-"}, [w for w in words[1:] if w[0] != "-"]
+    verb, flags, rest = COMMANDS[words[0]], {w for w in words if w[0] == "-"}, [w for w in words[1:] if w[0] != "-"]
     assert flags <= {"--help", *verb.flags}, words
     if words[0] == "search":
         space, *_ = read(rest)

@@ -90,3 +90,6 @@ def read(config: DatasetConfig, folder: Path) -> Source:
     # the domains share the numbers of classes, so a number without an image keeps its place
     classes = [names.get(label, f"class {label}") for label in range(max(names) + 1)]
     return Source(train, None, test, classes, revision_of(images, train_list, test_images, test_list))
+
+
+READERS = {"domainnet": read}

@@ -66,3 +66,6 @@ def _records(files: list[Path], label_bytes: int) -> ImageArray:
     records = np.concatenate(parts).reshape(-1, size)
     pixels = records[:, label_bytes:].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
     return ImageArray(np.ascontiguousarray(pixels), records[:, label_bytes - 1].tolist())
+
+
+READERS = {"cifar10": read_cifar10, "cifar100": read_cifar100}

@@ -105,3 +105,6 @@ anthurium, frangipani, clematis, hibiscus, columbine, desert-rose, tree mallow, 
 canna lily, hippeastrum, bee balm, ball moss, foxglove, bougainvillea, camellia, mallow, mexican petunia, bromelia,
 blanket flower, trumpet creeper, blackberry lily
 """
+
+
+READERS = {"flowers102": read_flowers102, "pets": read_pets}

@@ -219,3 +219,6 @@ def _images(root: Path, by_class: dict[str, list[str]], classes: list[str], dama
         files += good
         labels += [classes.index(name)] * len(good)
     return ImageFiles(root, files, labels)
+
+
+READERS = {"folder": read}
