@@ -12,8 +12,8 @@ import pytest
 
 from s2a_cli.cli.main import main
 from s2a_cli.common.errors import UserError, printable
+from s2a_cli.results import aggregate, run_folder, summary
 from s2a_cli.results import record as records
-from s2a_cli.results import run_folder, summary
 
 
 def written(folder, record):
@@ -151,11 +151,11 @@ def test_a_run_that_is_training_is_shown_as_running(write_result, tmp_path, caps
     folder = write_result("a", status="interrupted")
     write_result("b", status="interrupted", seed=1)
     with run_folder.claimed(folder):
-        rows = summary.table(summary.load([tmp_path / "runs"]))
+        rows = summary.table(aggregate.load([tmp_path / "runs"]))
         assert set(rows["status"][0].split(", ")) == {"1 interrupted", "1 running"}
         assert main(["report", str(tmp_path / "runs"), f"out={tmp_path / 'p.html'}"]) == 0
         assert "1 running" in (tmp_path / "p.html").read_text()
-    assert summary.table(summary.load([tmp_path / "runs"]))["status"].tolist() == ["2 interrupted"]
+    assert summary.table(aggregate.load([tmp_path / "runs"]))["status"].tolist() == ["2 interrupted"]
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "page.html", "figure.svg", "figure.pdf"])
