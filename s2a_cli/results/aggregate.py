@@ -19,7 +19,7 @@ import pandas as pd
 from s2a_cli.common.errors import UserError, first_line, nearest, printable
 from s2a_cli.results import record, run_folder
 from s2a_cli.results.formats import first_few, label, natural
-from s2a_cli.results.frames import column, columns, is_missing, where
+from s2a_cli.results.frames import column, column_counts, columns, grouped, is_missing, where
 from s2a_cli.results.record import NOT_IDENTITY
 
 # Runs that differ in these alone share a row. method.lr and lr_scale but make the default of optim.lr.
@@ -193,8 +193,9 @@ class OverSeeds:
 
 def over_seeds(figures: pd.DataFrame, status: pd.Series, by: list[pd.Series]) -> OverSeeds:
     """Returns the figures of runs over the groups that `by` makes; a figure that is nan is left out."""
-    groups = figures.groupby(by, sort=False)
-    return OverSeeds(groups.mean(), groups.std(), groups.count(), status.groupby(by, sort=False).agg(status_of))
+    groups = grouped(figures, by, sort=False)
+    ended = grouped(status, by, sort=False).agg(status_of)
+    return OverSeeds(groups.mean(), groups.std(), groups.count(), ended)
 
 
 def status_of(status: pd.Series) -> str:
@@ -245,7 +246,7 @@ class Differences:
         candidates = [*BASE, *settings_of(rows), *(c for c in rows if c.startswith("environment.")), "kind"]
         self.rows = rows
         self.texts = columns(rows, [c for c in dict.fromkeys(candidates) if c not in seen and c in rows]).map(text)
-        keys = [c for c in self.texts if self.texts[c].nunique() > 1]
+        keys = [c for c in self.texts if len(set(self.texts[c])) > 1]
         named = "quant" in keys and "config.quant.name" not in seen  # the name says what its settings are
         self.keys = [c for c in keys if not (named and c.startswith("config.quant."))]
         self.settings = [c for c in self.keys if not c.startswith("environment.") and c != "kind"]
@@ -255,8 +256,7 @@ class Differences:
         return self._decided(name, tuple(dict.fromkeys((*_owners(name), *within))))
 
     def _decided(self, name: str, keys: tuple[str, ...]) -> bool:
-        groups = column(self.texts, name).groupby([self.rows[key] for key in keys]) if keys else None
-        return groups is not None and bool((groups.nunique() <= 1).all())
+        return bool(keys) and all(grouped(column(self.texts, name), [self.rows[key] for key in keys]).nunique() <= 1)
 
     def to_show(self) -> list[str]:
         """Returns the settings that a table with the columns of BASE must show.
@@ -271,7 +271,7 @@ class Differences:
     def unlike(self, by: list[str]) -> pd.Series:
         """Returns for each group of `by` whether unlike rows are in it, and its mean is one over them."""
         keys = [self.rows[key] for key in by]
-        return pd.concat([self.texts[c].groupby(keys).nunique() > 1 for c in self.settings], axis=1).any(axis=1)
+        return pd.concat([grouped(self.texts[c], keys).nunique() > 1 for c in self.settings], axis=1).any(axis=1)
 
     def pairing(self, contender: list[str]) -> list[str]:
         """Returns the columns in which two runs must agree to be a pair of what `contender` compares."""
@@ -287,18 +287,17 @@ class Differences:
         names = {c: "memory" if c == "kind" else c.removeprefix("config.") for c in self.keys if not self.by_design(c)}
         said = [f"{name}: {self._who(column(self.texts, c), keys)}" for c, name in names.items()]
         if "config.seed" in self.rows and "seed" not in keys:
-            groups = self.rows.groupby([self.rows[key] for key in keys])
-            seeds = groups["config.seed"].agg(lambda seeds: " ".join(map(label, sorted(set(seeds)))))
-            if seeds.nunique() > 1:
-                counts = seeds.value_counts()
-                told = "; ".join(f"{which} in {n} cell{'s'[: n > 1]}" for which, n in counts[:4].items())
+            groups = grouped(column(self.rows, "config.seed"), [self.rows[key] for key in keys])
+            counts = column_counts(groups.agg(lambda seeds: " ".join(map(label, sorted(set(seeds))))))
+            if len(counts) > 1:
+                told = "; ".join(f"{which} in {n} cell{'s'[: n > 1]}" for which, n in counts[:4])
                 said.append(f"seeds: {told}")
         return ["Not shown, and not the same everywhere: " + ". ".join(said) + "."] if said else []
 
     def _who(self, texts: pd.Series, keys: list[str]) -> str:
         for key in keys:
-            groups = texts.groupby(self.rows[key])
-            if (groups.nunique() == 1).all():
+            groups = grouped(texts, self.rows[key])
+            if all(groups.nunique() == 1):
                 values = groups.agg(lambda found: ", ".join(sorted(set(found), key=natural)))
                 whose = {value: list(values.index[values == value]) for value in sorted(set(values), key=natural)}
                 return "; ".join(f"{value} ({key}={first_few(names)})" for value, names in list(whose.items())[:6])

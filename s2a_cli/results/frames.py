@@ -33,6 +33,11 @@ def is_missing(value: object) -> bool:
     return bool(pd.isna(cast(Any, value)))
 
 
+def grouped(values: pd.Series | pd.DataFrame, by: Any, sort: bool = True) -> Any:
+    """Returns the values in groups, for what pandas computes of each: mean, nunique, agg, ..."""
+    return values.groupby(by, sort=sort)
+
+
 def groups_of(frame: pd.DataFrame, by: list[str], dropna: bool = True) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:
     """Returns (key, lines) of each group, by rising key; the key is a tuple of one value for each column of `by`."""
     return cast(Any, list(frame.groupby(by, dropna=dropna)))

@@ -6,6 +6,7 @@ The page is report.html, filled in by Jinja, which escapes all texts.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from s2a_cli.common.errors import UserError, first_line, printable
 from s2a_cli.results import pivot, pivot_text, plots, record, run_folder, summary
 from s2a_cli.results.aggregate import BASE, KINDS, environment_notes, memory_kinds, read, runs_of, select, tell, varying
 from s2a_cli.results.formats import check_out, label, mib, number, save
-from s2a_cli.results.frames import column, column_counts, groups_of, is_missing, numeric, where
+from s2a_cli.results.frames import column, column_counts, grouped, groups_of, is_missing, numeric, where
 
 TEMPLATE = Path(__file__).with_name("report.html")
 CURVES = {"panels": 9, "lines": 10, "runs": 3, "points": 60}  # most of each in the learning curves
@@ -43,7 +44,7 @@ def write(places: list[str], wanted: dict[str, str], out: Path, force: bool = Fa
 
 
 def html(frame: pd.DataFrame, odd: list[str], beside: Path) -> str:
-    """The page of the runs in `frame` (see aggregate.load); links to run folders are relative to `beside`."""
+    """Returns the page of the runs in `frame`, see aggregate.load; links to run folders are relative to `beside`."""
     runs, rows = runs_of(frame), summary.table(frame)
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -89,13 +90,13 @@ def _pareto(rows: pd.DataFrame, cost: str) -> dict[str, str]:
 
 
 def _curves(runs: pd.DataFrame, odd: list[str]) -> tuple[str, str]:
-    """Learning curves from metrics.jsonl beside result.json, thinned to CURVES, and a line on what was left out.
+    """Returns learning curves from metrics.jsonl beside result.json, thinned to CURVES, and a line on what is left out.
 
     Adds a line to `odd` for each file that can't be read.
     """
     if "path" not in runs:
         return "", "No run folders: no learning curves."
-    settings = runs.groupby(["backbone", "dataset", "method", "quant"])["path"].agg(list)
+    settings = grouped(runs, ["backbone", "dataset", "method", "quant"])["path"].agg(list)
     panels = settings.groupby(level=["backbone", "dataset"]).size().sort_values(ascending=False)
     found = []
     for place in panels.index[: CURVES["panels"]]:
@@ -103,7 +104,7 @@ def _curves(runs: pd.DataFrame, odd: list[str]) -> tuple[str, str]:
         for (method, quant), paths in settings.loc[place][: CURVES["lines"]].items():
             read = [points for path in paths[: CURVES["runs"]] if (points := _metrics(path, odd)) is not None]
             if read:
-                mean = pd.concat(read).groupby("epoch", as_index=False)["val_top1"].mean()
+                mean: pd.DataFrame = grouped(pd.concat(read), "epoch")[["val_top1"]].mean().reset_index()
                 lines.append((f"{method} {quant}", mean.iloc[:: -(-len(mean) // CURVES["points"])]))
         if lines:
             found.append((" · ".join(place), lines))
@@ -118,8 +119,9 @@ def _curves(runs: pd.DataFrame, odd: list[str]) -> tuple[str, str]:
 
 
 def _metrics(path: str, odd: list[str]) -> pd.DataFrame | None:
-    """epoch and val_top1 of a run; None without the file or without validation, or where it can't be read: `odd` says
-    so then.
+    """Returns epoch and val_top1 of a run; None without the file or without validation, and where it can't be read.
+
+    Adds a line to `odd` in the last case.
     """
     beside = Path(path).with_name(run_folder.METRICS)
     try:
@@ -172,29 +174,30 @@ def _folder(path: Any, beside: Path) -> str:
 
 
 def _runs(runs: pd.DataFrame, beside: Path) -> list[list[str]]:
-    """A line a run: data set, backbone, method, quant, seed, status, top-1, peak, memory, images/s, folder."""
-    shown = [*BASE, "config.seed", "status", "accuracy.test_top1", "memory.peak_mib", "memory.kind"]
-    shown += ["throughput.train_images_per_second", "path"]
+    """Returns a line a run: data set, backbone, method, quant, seed, status, top-1, peak, memory, images/s, folder."""
+    shown = ["accuracy.test_top1", "memory.peak_mib", "memory.kind", "throughput.train_images_per_second", "path"]
     lines = []
-    for *names, seed, status, top1, peak, kind, speed, path in runs.reindex(columns=shown).itertuples(
-        index=False, name=None
-    ):
-        figures_of = [number(top1, 2), mib(peak), KINDS.get(kind, "–"), mib(speed)]
-        lines.append([*names, label(seed), status, *figures_of, _folder(path, beside)])
+    for *names, seed, status, top1, peak, kind, speed, path in _values(runs, ["config.seed", "status", *shown]):
+        figures = [number(top1, 2), mib(peak), KINDS.get(kind, "–"), mib(speed)]
+        lines.append([*names, label(seed), status, *figures, _folder(path, beside)])
     return lines
 
 
 def _failures(runs: pd.DataFrame, beside: Path) -> list[list[str]]:
-    failed = runs[~runs["status"].isin(["ok", "running"])].reindex(
-        columns=[*BASE, "config.seed", "status", "error", "path"]
-    )
+    """Returns a line a run that failed or was broken off: names, seed, status, error, folder."""
+    failed = where(runs, [status not in ("ok", "running") for status in runs["status"]])
     return [
         [*names, label(seed), status, str(error or ""), _folder(path, beside)]
-        for *names, seed, status, error, path in failed.itertuples(index=False, name=None)
+        for *names, seed, status, error, path in _values(failed, ["config.seed", "status", "error", "path"])
     ]
 
 
+def _values(runs: pd.DataFrame, names: list[str]) -> Iterable[tuple[Any, ...]]:
+    """Returns the values of BASE and of these columns, a tuple a run; a column that is not there holds nan."""
+    return runs.reindex(columns=[*BASE, *names]).itertuples(index=False, name=None)
+
+
 def _environments(runs: pd.DataFrame) -> list[tuple[str, list[tuple[str, int]]]]:
-    """(key, [(value, number of runs)]) of all that was recorded of machines and versions."""
+    """Returns (key, [(value, number of runs)]) of all that was recorded of machines and versions."""
     names = [c for c in runs if c.startswith("environment.")]
     return [(name.removeprefix("environment."), column_counts(column(runs, name).map(label))) for name in names]

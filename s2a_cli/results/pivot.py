@@ -24,7 +24,7 @@ from s2a_cli.results.aggregate import (
     status_of,
 )
 from s2a_cli.results.formats import first_few, label, natural
-from s2a_cli.results.frames import column, columns, groups_of, numeric, where
+from s2a_cli.results.frames import column, columns, grouped, groups_of, numeric, where
 from s2a_cli.results.significance import leaders, pairs_of, within
 from s2a_cli.results.vtab import VTAB, parse_groups
 
@@ -184,18 +184,18 @@ def _with_value(runs: pd.DataFrame, chosen: Value, keys: list[str]) -> tuple[pd.
     runs["value"] = numeric(column(runs, chosen.column)).where(runs["status"] == "ok") * chosen.scale
     if not chosen.measurable:
         return runs, []
-    kinds = where(runs, runs["value"].notna()).groupby(keys)["kind"].transform("nunique")
+    kinds = grouped(where(runs, runs["value"].notna()), keys)["kind"].transform("nunique")
     several = kinds.reindex(runs.index, fill_value=0) > 1  # a measured and a predicted figure are not averaged
     runs.loc[several & (runs["kind"] == "predicted"), "value"] = None
     said = ["Where a cell has measured and predicted runs, the measured ones are shown."]
-    return runs, said if several.any() else []
+    return runs, said if any(several) else []
 
 
 def _cells(runs: pd.DataFrame, keys: list[str], differences: Differences) -> pd.DataFrame:
     found = over_seeds(columns(runs, ["value"]), column(runs, "status"), [column(runs, key) for key in keys])
     cells = pd.DataFrame({"mean": found.mean["value"], "std": found.std["value"], "n": found.n["value"]})
     cells["state"] = found.status
-    kinds = differences.rows.groupby(keys, sort=False)["kind"]
+    kinds = grouped(differences.rows, keys, sort=False)["kind"]
     cells["kind"] = kinds.agg(lambda kinds: " + ".join(sorted(set(kinds.dropna())))).reindex(cells.index)
     unlike = differences.unlike(keys).reindex(cells.index, fill_value=False) if differences.settings else False
     return cells.assign(mixed=unlike, mark="").sort_index()  # looked up by label
@@ -228,7 +228,7 @@ def _mark(grid: Grid) -> None:
     """
     if not grid.contender:
         return
-    if grid.value.measurable and grid.cells["kind"].dropna().nunique() > 1:
+    if grid.value.measurable and len(set(grid.cells["kind"].dropna())) > 1:
         grid.notes.append("No best: measured and predicted figures do not compete.")
         return
     tasks: dict[Label, list[Label]] = {}

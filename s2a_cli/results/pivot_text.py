@@ -10,7 +10,7 @@ from s2a_cli.common.errors import UserError, nearest
 from s2a_cli.results import pivot, published, summary
 from s2a_cli.results.aggregate import environment_notes, runs_of, varying
 from s2a_cli.results.formats import TextTable, as_csv, cell, check_format, first_few, mib, number, render
-from s2a_cli.results.frames import column, columns, is_missing, numeric
+from s2a_cli.results.frames import column, columns, grouped, is_missing, numeric, where
 from s2a_cli.results.pivot import Grid, Label, Mean, order, place
 from s2a_cli.results.significance import LEAST, Difference, difference, holm, values_of, verdict, within
 
@@ -41,7 +41,7 @@ def _tilde(grid: Grid, line: Label) -> str:
     """Returns what stands before a row's means: "~" where a predicted figure is among its cells."""
     if not grid.value.measurable:
         return ""
-    kinds = grid.cells.loc[line if len(line) > 1 else line[0], "kind"]
+    kinds = column(grid.cells, "kind").loc[place(line, ())]
     return "~" if "predicted" in ([kinds] if isinstance(kinds, str) else list(kinds)) else ""
 
 
@@ -61,13 +61,13 @@ def _range(values: pd.Series, text: Callable[[float], str]) -> str:
 def _extras(grid: Grid, line: Label) -> dict[str, str]:
     """Returns trainable parameters and peak memory of a row's runs, over all its columns."""
     runs = grid.counted(line)
-    measured = runs["kind"] == "measured"
+    measured = column(runs, "kind") == "measured"
     peaks = numeric(column(runs, "memory.peak_mib"))
-    peak = _range(peaks.where(measured) if measured.any() else peaks, mib)
+    peak = _range(peaks.where(measured) if any(measured) else peaks, mib)
     trainable = numeric(column(runs, "parameters.trainable")) / 1e6
     return {
         "trainable M ↓": _range(trainable, lambda value: number(value, 3)),
-        "peak MiB ↓": peak if peak == "–" or measured.any() else f"~{peak}",
+        "peak MiB ↓": peak if peak == "–" or any(measured) else f"~{peak}",
     }
 
 
@@ -89,8 +89,7 @@ def table(grid: Grid) -> tuple[TextTable, list[str]]:
 
 def _counts(grid: Grid) -> pd.Series:
     """Returns how many runs have the value, of each cell that has any."""
-    counts = column(grid.cells, "n")
-    return counts[counts > 0]
+    return column(where(grid.cells, grid.cells["n"] > 0), "n")
 
 
 def _record(grid: Grid, line: Label, counts: bool) -> tuple[dict[str, str], list[str]]:
@@ -152,10 +151,10 @@ def _pairs(grid: Grid) -> str:
     if not grid.cols:
         return f"at most {len(grid.pairs)}"
     complete = pd.Series([sum(line) >= 2 for line in grid.pairs.notna().to_numpy()], grid.pairs.index, dtype=bool)
-    counts = complete.groupby(level=grid.cols).sum()
-    low, high = int(counts.min()), int(counts.max())
+    counts = [int(n) for n in grouped(complete, [complete.index.get_level_values(key) for key in grid.cols]).sum()]
+    low, high = min(counts), max(counts)
     each = f"{low if low == high else f'{low} to {high}'} a column"
-    return each + (f", {int(counts.sum())} in the mean" if grid.means else "")
+    return each + (f", {sum(counts)} in the mean" if grid.means else "")
 
 
 def _lacking(grid: Grid, line: Label, mean: Mean) -> list[str]:

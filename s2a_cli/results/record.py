@@ -9,7 +9,7 @@ import stat
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 from s2a_cli.common.errors import UserError, first_line, printable
 from s2a_cli.common.files import atomic_write
@@ -212,7 +212,7 @@ def _completed(result: dict[str, Any]) -> Result:
     for quant in (config["quant"], result["allocation"] or {}):
         if quant.get("blocks"):  # JSON has no integer keys
             quant["blocks"] = {int(number): settings for number, settings in _items(quant["blocks"])}
-    return {key: value for key, value in result.items() if key in Result.__annotations__}
+    return cast(Result, {key: value for key, value in result.items() if key in Result.__annotations__})
 
 
 def _items(blocks: Any) -> Any:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import pandas as pd
 
 from s2a_cli.results.aggregate import Differences
 from s2a_cli.results.formats import label
-from s2a_cli.results.frames import column, where
+from s2a_cli.results.frames import column, grouped, where
 
 LEVEL = 0.05
 LEAST = 3  # pairs that a test needs
@@ -39,8 +39,8 @@ def pairs_of(differences: Differences, contender: list[str], cols: list[str], ro
     """
     runs = differences.rows
     agree = [column(runs, name).map(label).rename(f"_{name}") for name in differences.pairing(contender)]
-    values = column(runs, "value").groupby([*agree, *(column(runs, key) for key in [*cols, *rows])]).mean()
-    wide = cast(pd.DataFrame, values.unstack(cast(Any, rows)))
+    values = grouped(column(runs, "value"), [*agree, *(column(runs, key) for key in [*cols, *rows])]).mean()
+    wide: pd.DataFrame = values.unstack(rows)
     wide.columns = [name if isinstance(name, tuple) else (name,) for name in wide.columns]
     return wide
 
