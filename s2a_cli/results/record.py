@@ -8,6 +8,7 @@ import os
 import stat
 import types
 import typing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
@@ -28,11 +29,17 @@ NOT_IDENTITY = (
 YOUNGER = {"dataset.cache": None, "dataset.layout": None, "method.segments": 1, "optim.head_lr": None}
 
 
+Status = Literal["ok", "oom", "failed", "interrupted"]  # the last also while the run is going on
+
+
 class Accuracy(TypedDict):
     val_top1: float | None  # %, of the best epoch; null without a validation split
     test_top1: float | None  # %
     test_top5: float | None  # %; null with fewer than 6 classes
     best_epoch: int | None  # 1 is the first
+
+
+NO_ACCURACY: Accuracy = {"val_top1": None, "test_top1": None, "test_top5": None, "best_epoch": None}
 
 
 class Parameters(TypedDict):
@@ -68,7 +75,7 @@ class Data(TypedDict):
 class Result(TypedDict):
     schema: int
     id: str  # 12 hex digits, see identity()
-    status: Literal["ok", "oom", "failed", "interrupted"]  # the last also while the run is going on
+    status: Status
     error: str | None  # one line
     config: dict[str, Any]  # resolved
     allocation: dict[str, Any] | None  # the quant settings that quant=auto chose; null where config has them
@@ -79,6 +86,63 @@ class Result(TypedDict):
     data: Data
     weights: str  # fingerprint of the pretrained tensors
     environment: dict[str, Any]
+
+
+@dataclass
+class RecordBuilder:
+    """What is known of a run so far. `result` gives its record at any time, also of a run that is killed then."""
+
+    id: str
+    config: dict[str, Any]
+    parameters: Parameters
+    data: Data
+    weights: str
+    environment: dict[str, Any]
+    allocation: dict[str, Any] | None = None
+    accuracy: Accuracy = field(default_factory=lambda: NO_ACCURACY.copy())
+    memory: MemoryRecord | None = None
+    images_per_second: float | None = None
+    status: Status = "interrupted"
+    error: str | None = "the run did not end"
+
+    def validated(self, top1: float | None, epoch: int) -> None:
+        """Notes the validation accuracy, in %, of the best epoch so far."""
+        self.accuracy = {**self.accuracy, "val_top1": top1, "best_epoch": epoch}
+
+    def tested(self, top1: float | None, top5: float | None) -> None:
+        """Notes the test accuracy, in %."""
+        self.accuracy = {**self.accuracy, "test_top1": top1, "test_top5": top5}
+
+    def predicted(self, memory: dict[str, Any] | None) -> None:
+        """Notes the predicted memory of a step; None where it can't be predicted."""
+        self.memory = cast(MemoryRecord | None, memory)
+
+    def measured(self, memory: dict[str, Any]) -> None:
+        """Notes the measured memory of a step in place of the predicted one; full fine-tuning's stays predicted."""
+        full = {key: value for key, value in (self.memory or {}).items() if key.startswith("full_")}
+        self.memory = cast(MemoryRecord, memory | full)
+
+    def ended(self, status: Status, error: str | None = None) -> None:
+        """Notes how the run ended, and in a line why, if it is not ok."""
+        self.status, self.error = status, error
+
+    def result(self) -> Result:
+        """Returns the record, in the order in which result.json has its keys."""
+        return {
+            "schema": SCHEMA,
+            "id": self.id,
+            "status": self.status,
+            "error": self.error,
+            "config": self.config,
+            "allocation": self.allocation,
+            "accuracy": self.accuracy,
+            "parameters": self.parameters,
+            "memory": self.memory,
+            "throughput": {"train_images_per_second": self.images_per_second},
+            "data": self.data,
+            "weights": self.weights,
+            "environment": self.environment,
+        }
 
 
 def content(config: dict[str, Any], revision: str, weights: str) -> str:
