@@ -185,7 +185,7 @@ def against_reference(grid: Grid, reference: str) -> tuple[TextTable, list[str]]
         for key, name in chosen:
             pairs = within(pairs, key, [name])
         found = [
-            None if name == reference else difference(values_of(pairs, line), values_of(pairs, bases[grid.task(line)]))
+            None if name == reference else _paired(pairs, line, bases.get(grid.task(line)))
             for line, name in named.items()
         ]
         ps = iter(holm(d.p for d in found if d))
@@ -197,6 +197,10 @@ def against_reference(grid: Grid, reference: str) -> tuple[TextTable, list[str]]
     text = pd.DataFrame(records)
     right = set(text.columns) - set(grid.rows)
     return TextTable(text, right, title=f"Against {reference}"), _reference_notes(grid, reference, few)
+
+
+def _paired(pairs: pd.DataFrame, line: Label, base: Label | None) -> Difference:
+    return difference(values_of(pairs, line), values_of(pairs, base))
 
 
 def _reference_notes(grid: Grid, reference: str, few: bool) -> list[str]:

@@ -50,9 +50,11 @@ def within(pairs: pd.DataFrame, key: str, wanted: Iterable[str]) -> pd.DataFrame
     return where(pairs, pairs.index.get_level_values(key).isin(list(wanted)))
 
 
-def values_of(pairs: pd.DataFrame, name: Hashable) -> pd.Series:
-    """Returns a column of the pairs; without one, none of its values."""
-    return cast(pd.Series, pairs[name]) if name in pairs else pd.Series(dtype=float)
+def values_of(pairs: pd.DataFrame, name: Hashable | None) -> pd.Series:
+    """Returns a column of the pairs, nan in every line where there is no such column."""
+    if name is None or name not in pairs:
+        return pd.Series(math.nan, pairs.index, dtype=float)
+    return cast(pd.Series, pairs[name])
 
 
 def difference(values: pd.Series, others: pd.Series) -> Difference:

@@ -92,6 +92,15 @@ def test_reference_gives_mean_paired_differences(make_result):
         shown(runs, rows="quant", reference="nnoe")
 
 
+def test_a_row_without_a_pair_in_its_reference_says_so(make_result):
+    runs = [make_result(method="bias", quant="none", seed=seed, top1=80.0 + seed) for seed in range(3)]
+    oom = make_result(method="s2a", status="oom")
+    assert "81.00 (no pairs)" in shown([*runs, oom], rows="method", reference="s2a"), "the reference never finished"
+    other = make_result(backbone__name="vit_b", method="s2a")
+    text = shown([*runs, other], rows="backbone,method", reference="bias")
+    assert "90.00 (no pairs)" in text, "this backbone has no reference"
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
