@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -184,8 +185,7 @@ def _html(table: TextTable) -> str:
     )
 
 
-def natural(label: str) -> tuple:
-    """Returns a key that sorts 8 before 16, and texts by their letters."""
-    return tuple(
-        (0, float(part), "") if part.isdigit() else (1, 0.0, part) for part in re.split(r"(\d+)", label) if part
-    )
+def natural(label: str) -> tuple[Any, str]:
+    """Returns a key that sorts 8 before 16, and texts by their letters; no two texts have the same key."""
+    parts = [part for part in re.split(r"(\d+)", label) if part]
+    return tuple((0, float(part), "") if part.isdigit() else (1, 0.0, part) for part in parts), label

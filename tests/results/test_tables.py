@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.results import aggregate, summary
+from s2a_cli.results import aggregate, formats, summary
 
 
 def rows_of(*results):
@@ -223,3 +223,10 @@ def test_thousands_of_results(make_result, tmp_path):
         (folder / "result.json").write_text(json.dumps(run))
     rows = summary.table(aggregate.load([tmp_path]))
     assert len(rows) == 500 and set(rows["n"]) == {4}
+
+
+def test_labels_have_one_order():
+    names = ["0.005", "0.0005", "0.05", "b16", "b8", "a"]
+    turned = ["a", "b8", "b16", "0.05", "0.0005", "0.005"]
+    expected = ["0.0005", "0.005", "0.05", "a", "b8", "b16"]
+    assert sorted(names, key=formats.natural) == sorted(turned, key=formats.natural) == expected
