@@ -210,8 +210,8 @@ def add_full_ratio(rows: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     Full fine-tuning's peak is of the same kind as the row's wherever there is one.
     """
     bits = [c for c in settings if c.startswith("config.quant.") and c != "config.quant.group"]
-    exact = columns(rows, bits).isna().all(axis=1)
-    full = where(rows, (rows["method"] == "full") & (rows["memory"] == "measured") & exact)
+    unquantized = columns(rows, bits).isna().all(axis=1)
+    full = where(rows, (rows["method"] == "full") & (rows["memory"] == "measured") & unquantized)
     full = columns(full.drop_duplicates(SAME_STEP), [*SAME_STEP, "peak_mib"]).rename(columns={"peak_mib": "measured"})
     measured = column(rows.merge(full, on=SAME_STEP, how="left"), "measured")
     use = (rows["memory"] == "measured") & measured.notna()
@@ -252,7 +252,7 @@ class Differences:
         self.settings = [c for c in self.keys if not c.startswith("environment.") and c != "kind"]
 
     def by_design(self, name: str, within: tuple[str, ...] = ()) -> bool:
-        """Whether the keys that own a column, and those of `within`, decide its value: no row is odd for it then."""
+        """Returns whether the keys that own a column, and those of `within`, decide its value."""
         return self._decided(name, tuple(dict.fromkeys((*_owners(name), *within))))
 
     def _decided(self, name: str, keys: tuple[str, ...]) -> bool:

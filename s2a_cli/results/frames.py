@@ -29,7 +29,7 @@ def numeric(values: pd.Series) -> pd.Series:
 
 
 def is_missing(value: object) -> bool:
-    """Whether a cell is None, nan, or whatever else pandas holds for a missing value."""
+    """Returns whether a cell is None, nan, or whatever else pandas holds for a missing value."""
     return bool(pd.isna(cast(Any, value)))
 
 

@@ -90,7 +90,7 @@ class Result(TypedDict):
 
 @dataclass
 class RecordBuilder:
-    """What is known of a run so far. `result` gives its record at any time, also of a run that is killed then."""
+    """What is known of a run so far, of which `result` makes its record, at any time."""
 
     id: str
     config: dict[str, Any]
@@ -102,7 +102,7 @@ class RecordBuilder:
     accuracy: Accuracy = field(default_factory=lambda: NO_ACCURACY.copy())
     memory: MemoryRecord | None = None
     images_per_second: float | None = None
-    status: Status = "interrupted"
+    status: Status = "interrupted"  # as it stands if the process is killed
     error: str | None = "the run did not end"
 
     def validated(self, top1: float | None, epoch: int) -> None:
@@ -146,7 +146,10 @@ class RecordBuilder:
 
 
 def content(config: dict[str, Any], revision: str, weights: str) -> str:
-    """All that decides what a run computes, as JSON: its resolved config less NOT_IDENTITY, data, weights, schema."""
+    """Returns all that decides what a run computes, as JSON.
+
+    That is its resolved config less NOT_IDENTITY, its data, its weights and the schema.
+    """
     kept = json.loads(json.dumps(config))
     for key in NOT_IDENTITY:
         parent, _, name = key.rpartition(".")
@@ -159,7 +162,7 @@ def content(config: dict[str, Any], revision: str, weights: str) -> str:
 
 
 def identity(content: str) -> str:
-    """12 hex digits: the SHA-256 of a run's `content`."""
+    """Returns the first 12 hex digits of the SHA-256 of a run's `content`."""
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
@@ -168,7 +171,7 @@ def write_result(folder: Path, result: Result) -> None:
 
 
 def regular(path: Path | str, most: int = MOST) -> bytes:
-    """The bytes of a file.
+    """Returns the bytes of a file.
 
     Raises ValueError for what is none, such as a pipe or a device, unread, and for more than `most` bytes.
     """
@@ -182,9 +185,9 @@ def regular(path: Path | str, most: int = MOST) -> bytes:
 
 
 def load(path: Path | str) -> Result:
-    """The record in a file, with None for what an older one lacks.
+    """Returns the record in a file, with None for what an older one lacks.
 
-    Raises OSError for a file that can't be read and ValueError, in one line, for one that is no record: others'
+    Raises OSError for a file that can't be read. Raises ValueError, in one line, for one that is no record, as other
     programs rely on what Result says.
     """
     try:
@@ -201,7 +204,7 @@ def load(path: Path | str) -> Result:
 
 
 def _odd_value(result: dict[str, Any]) -> str | None:
-    """What no record holds: texts that can't be written, numbers that can't be reckoned with, endless nesting."""
+    """Returns in words where a record holds what none does: odd texts, odd numbers, endless nesting; None: nowhere."""
     left: list[tuple[Any, str, int]] = [(result, "", 0)]
     while left:
         value, where, depth = left.pop()
@@ -220,7 +223,7 @@ def _odd_value(result: dict[str, Any]) -> str | None:
 
 
 def _odd_type(value: Any, kind: Any, where: str) -> str | None:
-    """Where a value is not of a type of Result, in words; None where it is. A key that is missing is not looked for."""
+    """Returns in words where a value is not of a type of Result; None where it is. A key may be missing."""
     if typing.is_typeddict(kind):
         if not isinstance(value, dict):
             return f"{where}: {_short(value)}, expected its keys"
@@ -290,7 +293,7 @@ class NoResult(UserError):
 
 
 def read_result(folder: Path) -> Result:
-    """The record in a run's folder. Raises NoResult when there is none, UserError when it can't be read or is none."""
+    """Returns the record in a run's folder. Raises NoResult without one, UserError for one that can't be read."""
     path = Path(folder) / "result.json"
     try:
         return load(path)
@@ -301,7 +304,7 @@ def read_result(folder: Path) -> Result:
 
 
 def read_metrics(path: Path) -> list[tuple[int, float]]:
-    """(epoch, validation top-1 in %) of a metrics.jsonl; a last line that was cut short is skipped.
+    """Returns (epoch, validation top-1 in %) of a metrics.jsonl; a last line that was cut short is skipped.
 
     Raises OSError for a file that can't be read, ValueError for one that a run does not write.
     """
@@ -327,7 +330,7 @@ def read_metrics(path: Path) -> list[tuple[int, float]]:
 
 
 def finished(folder: Path, content: str) -> Result | None:
-    """The record of a run that is done: `content` is what it computes. None while it is not."""
+    """Returns the record of the run that `content` is of; None while it is not finished."""
     try:
         result = read_result(folder)
     except UserError:  # no record, or one that is damaged or of another schema: as if there were none
@@ -337,12 +340,12 @@ def finished(folder: Path, content: str) -> Result | None:
 
 
 def content_of(result: Result) -> str:
-    """The `content` of the run that a record is of."""
+    """Returns the `content` of the run that a record is of."""
     return content(result["config"], result["data"]["revision"], result["weights"])
 
 
 def differences(there: str, here: str) -> list[str]:
-    """What sets a run's `content` apart from another's, a text each: "optim.epochs=2, here 4", "other data"."""
+    """Returns what sets a run's `content` apart from another's: "optim.epochs=2, here 4", "other data"."""
     one, two = (_leaves(json.loads(text)) for text in (there, here))
     odd = [key for key in [*one, *(two.keys() - one.keys())] if one.get(key, "not set") != two.get(key, "not set")]
     named = {"data": "other data", "weights": "other pretrained weights"}
