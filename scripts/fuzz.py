@@ -1,9 +1,9 @@
-"""Random and damaged input of every kind, as the tests draw it, but as much of it as wanted.
+"""Feeds random and damaged input of every kind to the program, as the tests do, but as much of it as wanted.
 
     python scripts/fuzz.py [COUNT=2000] [KIND ...]
 
-Kinds: lines (of the command line), tensors (checkpoint files), records (and metrics), and images, archives, folders of
-data. Stops with the smallest input that ends in a traceback, a hang or a changed file.
+The kinds are lines (of the command line), tensors (checkpoint files), records (and metrics), and images, archives and
+folders of data. Stops with the smallest input that ends in a traceback, a hang or a changed file.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [str(TESTS), *(str(TESTS / room) for room in ("data", "config", "results"))]
+sys.path[:0] = [str(TESTS), *(str(TESTS / folder) for folder in ("data", "config", "results"))]
 import fuzz_data
 import fuzz_inputs
 import fuzz_records
@@ -25,10 +26,12 @@ from hypothesis import HealthCheck, given, settings
 
 
 def lines(count: int) -> None:
+    """Checks `count` command lines."""
     _drawn(count)(given(fuzz_inputs.command_lines())(fuzz_inputs.check_words))()
 
 
 def tensors(count: int) -> None:
+    """Checks `count` checkpoint files."""
     with tempfile.TemporaryDirectory() as folder:
 
         def one(file: tuple[str, bytes]) -> None:
@@ -38,7 +41,8 @@ def tensors(count: int) -> None:
 
 
 def _drawn(count: int) -> settings:
-    return settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    checks: list[Any] = list(HealthCheck)
+    return settings(max_examples=count, deadline=None, suppress_health_check=checks, database=None)
 
 
 KINDS = {"lines": lines, "tensors": tensors, "records": fuzz_records.fuzz}

@@ -3,14 +3,13 @@
     pip install matplotlib
     python scripts/pretrain_vit_micro.py --out s2a_cli/weights/vit_micro.safetensors
 
-matplotlib is needed by this script alone, for the fonts inside its wheel: DejaVu, STIX and Computer Modern.
+The fonts come from matplotlib's wheel: DejaVu, STIX and Computer Modern.
 
 The task is to tell some 40 printed Latin and Greek letters apart, each turned, stretched and bent a little. The target
 that the backbone is made for, scikit-learn's handwritten digits, differs in content, in hand and in resolution. Few
-classes and a short training leave something to adapt: with about 156 classes, heavy distortions and 8000 steps the
-features separate digits so well that a linear probe (98.9 %) nearly equals full fine-tuning (99.3 %): nothing would be
-shown. This recipe was chosen among six for that gap, by looking at digits: it illustrates S2A, and is no evidence for
-it.
+classes and a short training leave something to adapt. With about 156 classes, heavy distortions and 8000 steps the
+features separate digits so well that a linear probe (98.9 %) nearly equals full fine-tuning (99.3 %). This recipe was
+chosen among six for a larger gap, by looking at digits: it illustrates S2A, and is no evidence for it.
 
 No digit, nor a glyph that is drawn like one, is among the classes, so that fine-tuning on digits is a true transfer:
 - a character with a numeric value of any kind (superscripts, fractions) is no candidate;
@@ -30,6 +29,7 @@ import math
 import time
 import unicodedata
 from pathlib import Path
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -49,7 +49,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf" / "backbone" / "vit_micro
 
 CANVAS, GLYPH = 40, 30  # pixels: a rendered image, and the longer side of the glyph in it
 FULL, SMALL = 32, 8  # pixels: the middle of the canvas that is used, and what glyphs are compared at
-DIGIT_LIMIT, TWIN_LIMIT = 0.80, 0.85
+DIGIT_LIMIT, TWIN_LIMIT = 0.80, 0.85  # correlations beyond which a candidate is left out
 
 FACES = (
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"),
@@ -70,6 +70,7 @@ CANDIDATES = ((0x41, 0x5A), (0x61, 0x7A), (0x180, 0x1BF), (0x391, 0x3A9), (0x3B1
 
 
 def candidates() -> list[str]:
+    """Returns the Latin and Greek letters that may become classes."""
     characters = [chr(code) for first, last in CANDIDATES for code in range(first, last + 1)]
     return [c for c in characters if unicodedata.numeric(c, None) is None]
 
@@ -89,9 +90,9 @@ class Face:
         return ord(character) in self.codes
 
     def render(self, character: str) -> np.ndarray:
-        """uint8 [CANVAS, CANVAS], white on black."""
+        """Draws a character white on black: uint8 [CANVAS, CANVAS]."""
         left, top, right, bottom = self.font.getbbox(character)
-        image = Image.new("L", (right - left, bottom - top))
+        image = Image.new("L", (round(right - left), round(bottom - top)))
         ImageDraw.Draw(image).text((-left, -top), character, fill=255, font=self.font)
         scale = GLYPH / max(image.size)
         width, height = (max(1, round(side * scale)) for side in image.size)
@@ -102,7 +103,7 @@ class Face:
 
 
 def signature(images: np.ndarray) -> np.ndarray:
-    """Mean of the images [n, CANVAS, CANVAS] of one character as 8x8 pixels, centred, of unit length: float64 [64]."""
+    """Averages the images [n, CANVAS, CANVAS] of a character to 8x8 pixels: float64 [64], centred, of unit length."""
     margin = (CANVAS - FULL) // 2
     cell = FULL // SMALL
     full = images.mean(0)[margin : margin + FULL, margin : margin + FULL]
@@ -112,7 +113,7 @@ def signature(images: np.ndarray) -> np.ndarray:
 
 
 def glyphs(limit: int | None = None) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
-    """The classes (one character each, at most `limit`) and the renders of each in every face that has it.
+    """Chooses the classes (one character each, at most `limit`), and renders each in every face that has it.
 
     Returns the classes, images uint8 [n, CANVAS, CANVAS], labels int64 [n] and whether the face is held out, bool [n].
     """
@@ -147,7 +148,7 @@ def glyphs(limit: int | None = None) -> tuple[str, np.ndarray, np.ndarray, np.nd
 
 
 def augment(images: Tensor, conf: DictConfig, generator: torch.Generator) -> Tensor:
-    """A random affine map and an elastic field, then what the backbone takes, normalised.
+    """Distorts images by a random affine map and an elastic field, and normalises them for the backbone.
 
     uint8 [B, CANVAS, CANVAS] -> float32 [B, 3, image_size, image_size]
     """
@@ -162,7 +163,7 @@ def augment(images: Tensor, conf: DictConfig, generator: torch.Generator) -> Ten
     across = torch.stack([zoom / width * cos, zoom / width * (shear * cos - sin), uniform(-0.1, 0.1)], 1)
     down = torch.stack([zoom / height * sin, zoom / height * (shear * sin + cos), uniform(-0.1, 0.1)], 1)
     grid = F.affine_grid(torch.stack([across, down], 1), [n, 1, FULL, FULL], align_corners=False)
-    bend = uniform(0, 0.04, 1, 1, 1) * torch.randn(n, 2, 4, 4, generator=generator)  # half canvases
+    bend = uniform(0, 0.04, 1, 1, 1) * torch.randn(n, 2, 4, 4, generator=generator)  # in half canvases
     bend = F.interpolate(bend, size=(FULL, FULL), mode="bicubic", align_corners=False)
     images = F.grid_sample(images[:, None].float() / 255, grid + bend.permute(0, 2, 3, 1), align_corners=False)
     images = F.adaptive_avg_pool2d(images, conf.image_size).expand(-1, 3, -1, -1)
@@ -174,6 +175,7 @@ def augment(images: Tensor, conf: DictConfig, generator: torch.Generator) -> Ten
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Returns the parameters in two groups: matrices, which are decayed, and vectors, which are not."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -181,7 +183,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, conf: DictConfig, generator: torch.Generator) -> float:
-    """Top-1 in percent, over four augmented views of each image."""
+    """Returns the top-1 accuracy in percent, over four augmented views of each image."""
     model.eval()
     right = 0
     for _ in range(4):
@@ -191,16 +193,15 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, conf: DictConfig,
     return 100 * right / (4 * len(labels))
 
 
-def pretrain(args: argparse.Namespace, conf: DictConfig) -> tuple[nn.Module, str, float]:
-    """Returns the trained model, its classes and its accuracy on the held-out face in percent."""
+def pretrain(args: argparse.Namespace, conf: DictConfig) -> tuple[Any, str, float]:
+    """Returns the trained model of timm, its classes and its accuracy on the held-out face in percent."""
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     classes, *arrays = glyphs(args.classes)
     images, labels, held_out = (torch.from_numpy(array) for array in arrays)
     test_images, test_labels = images[held_out], labels[held_out]
     images, labels = images[~held_out], labels[~held_out]
-    # Xavier's initialisation ("jax" in timm): with the default's deviation of 0.02 so narrow a model learns slowly at
-    # first.
+    # Xavier's initialisation ("jax" in timm): with timm's default deviation of 0.02 so narrow a model starts slowly
     model = timm.create_model(conf.timm, num_classes=len(classes), weight_init="jax", **conf.kwargs)
     size = sum(p.numel() for p in model.parameters())
     print(f"{len(classes)} classes, {len(images)} renders, {size / 1e6:.2f} M parameters with the head", flush=True)
@@ -241,7 +242,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    conf = OmegaConf.load(CONF)
+    conf = cast(DictConfig, OmegaConf.load(CONF))
     model, classes, held_out = pretrain(args, conf)
     print(f"top-1 on {HELD_OUT_FACE}, never trained on: {held_out:.1f} %")
     model.reset_classifier(0)

@@ -15,7 +15,7 @@ from rows import Batch, Made
 from speed import synchronize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2a_cli.common.errors import first_line
+from s2a_cli.common.text import first_line
 
 DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of PyTorch's traces
 RUNTIME = ("cuda_runtime", "cuda_driver")

@@ -16,7 +16,8 @@ from accept_pool import Pool, Task
 from accept_summary import decisions, summary
 from speed import set_speed
 
-from s2a_cli.common.progress import Progress, duration
+from s2a_cli.common.progress import Progress
+from s2a_cli.common.text import duration
 from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.result import MIB
 

@@ -29,7 +29,8 @@ from speed import time_rows
 from tiers import environment
 
 from s2a_cli import memory
-from s2a_cli.common.errors import UserError, first_line
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import first_line
 from s2a_cli.memory import device as busy
 from s2a_cli.memory.cuda import differences, reserved
 from s2a_cli.memory.result import MIB

@@ -36,9 +36,10 @@ from torch import Tensor, nn
 
 from s2a_cli import backbones, memory
 from s2a_cli.activations.piece_sizes import BY_DEVICE
-from s2a_cli.common.errors import UserError, first_line
+from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import atomic_write
 from s2a_cli.common.progress import Progress
+from s2a_cli.common.text import first_line
 from s2a_cli.config.compose import compose
 from s2a_cli.methods import STRUCTURES, Attachment
 from s2a_cli.training import forecast, run

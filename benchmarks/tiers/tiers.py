@@ -52,8 +52,9 @@ from torch import Tensor
 from s2a_cli import memory
 from s2a_cli.backbones import Head
 from s2a_cli.common import files as files_module
-from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.errors import UserError
 from s2a_cli.common.progress import Progress
+from s2a_cli.common.text import nearest
 from s2a_cli.config.compose import compose
 from s2a_cli.data import build_transform
 from s2a_cli.data.transforms import ImageConfig

@@ -1,6 +1,4 @@
-"""Pretrained models of timm (or checkpoints of them) as backbones: blocks, the layout of their hidden states, a head,
-images.
-"""
+"""Makes backbones of timm's models: their blocks, the layout of their hidden states, their head and their images."""
 
 from s2a_cli.backbones.backbone import ADDED, Backbone, Block
 from s2a_cli.backbones.build import build, lacks_variance

@@ -1,4 +1,4 @@
-"""A model seen as stem, blocks and head.
+"""Presents a classification model as stem, blocks and head.
 
 Nothing outside this package asks which family a model belongs to.
 """
@@ -18,7 +18,8 @@ from s2a_cli.backbones.head import Head
 from s2a_cli.backbones.hidden import Hidden
 from s2a_cli.backbones.trace import LayoutError, find_blocks, layouts, trace
 from s2a_cli.backbones.weight_quant import Stored
-from s2a_cli.common.errors import UserError, first_line
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import first_line
 from s2a_cli.data.transforms import ImageConfig
 
 ADDED = "s2a"  # the submodule of the model that holds what a method adds
@@ -35,9 +36,10 @@ class Block:
 
 
 class Backbone:
-    """A classification model; every parameter but the head's is frozen.
+    """A classification model in which every parameter but the head's is frozen.
 
-    `model` is the one nn.Module; modules that a method adds live in `model.s2a` and act through forward hooks.
+    `model` is the one nn.Module. Modules that a method adds live in `model.s2a` and act through forward hooks. Raises
+    UserError where the model can't take its images, or does not return one logit a class.
     """
 
     def __init__(self, model: nn.Module, image: ImageConfig, head: Head):
@@ -45,13 +47,13 @@ class Backbone:
         model.requires_grad_(False)
         for parameter in head.parameters():
             parameter.requires_grad_(True)
-        self._look()
+        self._find_blocks()
         self._pretrained = [name for name in model.state_dict() if not head.holds(name)]
 
-    def _look(self) -> None:
-        """Finds the blocks, or why there are none, by a forward pass.
+    def _find_blocks(self) -> None:
+        """Finds the blocks, or why there are none, by a forward pass without data.
 
-        Raises UserError where the model can't take its images.
+        Raises UserError where the model can't take its images, or does not return one logit a class.
         """
         kind, size = type(self.model).__name__, self.image.size
         try:
@@ -66,7 +68,7 @@ class Backbone:
             raise UserError(f"backbone: {kind} does not return one logit a class, so it can't be fine-tuned here")
         self._order, self._blocks, self._problem = seen.order, [], f"no repeated blocks were found in {kind}"
         found = find_blocks(self.model, seen)
-        self.parts = {block.name: block.module for block in found}  # the blocks, also where the layouts are not known
+        self.parts = {block.name: block.module for block in found}  # the blocks, also where their layouts are not known
         try:
             states = layouts(found, seen, getattr(self.model, "num_prefix_tokens", 0))
             self._blocks = [Block(block.name, block.module, *pair) for block, pair in zip(found, states)]
@@ -75,11 +77,12 @@ class Backbone:
 
     @property
     def block_modules(self) -> list[nn.Module]:
+        """Returns the modules of the blocks in order, also where the layouts of hidden states are not known."""
         return list(self.parts.values())
 
     @property
     def blocks(self) -> list[Block]:
-        """All blocks, in order. Raises UserError where they, or the layout of their hidden states, are not known."""
+        """Returns all blocks in order. Raises UserError where they or the layouts of hidden states are not known."""
         if not self._blocks:
             raise UserError(
                 f"backbone: {self._problem}; what needs no blocks works: method=full, linear, or bias with"
@@ -88,12 +91,12 @@ class Backbone:
         return self._blocks
 
     def check_recomputable(self) -> None:
-        """Raises UserError where there are no blocks that could be computed again."""
+        """Raises UserError where there are no blocks to recompute."""
         if not self.parts:
             raise UserError(f"quant.recompute=block: {self._problem}; quant=int4 and others that keep codes alone work")
 
     def adapted_blocks(self, blocks: str) -> list[Block]:
-        """The blocks that `all` or `last:K` names, in order. Raises UserError when there are fewer than K."""
+        """Returns the blocks that `all` or `last:K` names, in order. Raises UserError where there are fewer than K."""
         if blocks == "all":
             return self.blocks
         match = re.fullmatch(r"last:0*([1-9]\d*)", blocks)
@@ -104,18 +107,21 @@ class Backbone:
         return self.blocks[-int(match[1]) :]
 
     def adapted_modules(self, blocks: str) -> Iterator[tuple[str, nn.Module]]:
-        """Modules (with their names) that run in or after the first adapted block; with `all`, every module."""
+        """Yields (name, module) of what runs in or after the first adapted block; with `all`, of every module.
+
+        Leaves out the head and what a method added.
+        """
         start = 0 if blocks == "all" else self._order[self.adapted_blocks(blocks)[0].name]
         for name, module in self.model.named_modules():
             if name not in self.head.layers and not name.startswith(f"{ADDED}.") and self._order.get(name, -1) >= start:
                 yield name, module
 
     def runs(self, name: str) -> bool:
-        """Whether the forward of the module with this name is called, rather than its tensors read by its parent."""
+        """Tells whether the module of this name runs, rather than that its parent reads its tensors."""
         return self._order[name] != self._order.get(name.rpartition(".")[0], 0)
 
     def add(self, name: str, module: nn.Module) -> None:
-        """Adds a trainable module as `model.s2a.<name>`; it is saved and trained with the run.
+        """Adds a trainable module as `model.s2a.<name>`, which is trained and saved with the run.
 
         Raises UserError where there is one of that name.
         """
@@ -126,7 +132,7 @@ class Backbone:
         getattr(self.model, ADDED)[name] = module.to(next(self.head.parameters()).device)
 
     def fingerprint(self) -> str:
-        """12 hex digits of the SHA-256 of the pretrained tensors, the head's and the added ones left out."""
+        """Returns 12 hex digits of the SHA-256 of the pretrained tensors, without those of the head and of a method."""
         digest, state = hashlib.sha256(), self.model.state_dict()
         for name in self._pretrained:
             digest.update(name.encode())
@@ -134,8 +140,9 @@ class Backbone:
         return digest.hexdigest()[:12]
 
     def count(self) -> dict[str, float]:
-        """Parameters: total, trainable (head apart), head, and trainable as percent of the backbone without its
-        head.
+        """Returns numbers of parameters: total, trainable (without the head) and head.
+
+        percent: the trainable ones in percent of the pretrained ones, without the head.
         """
         head = sum(p.numel() for p in self.head.parameters())
         stored = sum(module.elements for module in self.model.modules() if isinstance(module, Stored))

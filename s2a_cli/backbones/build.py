@@ -1,4 +1,4 @@
-"""Making backbones of a config: the model from timm, its weights, its images, its head."""
+"""Makes the backbone of a config: the model from timm, its weights, its images, its head."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import copy
 import os
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
 from omegaconf import OmegaConf
+from timm.data.config import resolve_data_config
 from torch import nn
 
 from s2a_cli.backbones.backbone import Backbone
 from s2a_cli.backbones.head import Classified, Head, find_head, pooled
-from s2a_cli.backbones.pretrained import load_checkpoint
+from s2a_cli.backbones.pretrained import load_checkpoint, pretrained_cfg
 from s2a_cli.common.dataless import Hollow
-from s2a_cli.common.errors import UserError, brief, first_line, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import brief, first_line, nearest
 from s2a_cli.config.schema import BackboneConfig
 from s2a_cli.config.trust import check_names
 from s2a_cli.data.transforms import ImageConfig
@@ -24,26 +27,27 @@ from s2a_cli.memory.predict import hollow_tensors
 
 
 def build(config: BackboneConfig, num_classes: int, *, meta: bool = False) -> Backbone:
-    """The backbone of a config with a new head for `num_classes`, on the CPU, its pretrained weights loaded.
+    """Returns the backbone of a config on the CPU, with pretrained weights and a new head for `num_classes`.
 
-    meta: on the meta device and without weights, for predictions. Raises UserError for an unknown model, arguments or
-    an image size that it does not take, weights that can't be had, and a checkpoint that does not fit.
+    meta: build it on the meta device and without weights, for predictions. Raises UserError for an unknown model,
+    arguments or an image size that it does not take, weights that can't be had, and a checkpoint that does not fit.
     """
     if not meta:
         return _build(config, num_classes, meta)
     key = repr(config), num_classes
-    if key not in _HOLLOW:
-        if len(_HOLLOW) >= KNOWN:
-            del _HOLLOW[next(iter(_HOLLOW))]
-        _HOLLOW[key] = _build(config, num_classes, meta)
-    return copy.deepcopy(_HOLLOW[key])  # ten times faster than another
+    if key not in _ON_META:
+        if len(_ON_META) >= KNOWN:
+            del _ON_META[next(iter(_ON_META))]
+        _ON_META[key] = _build(config, num_classes, meta)
+    return copy.deepcopy(_ON_META[key])  # ten times faster than to build another
 
 
-_HOLLOW: dict[tuple[str, int], Backbone] = {}  # backbones on the meta device as they were built
-KNOWN = 4  # at most: a prediction is of a run and of full fine-tuning, a table's rows mostly of one backbone
+_ON_META: dict[tuple[str, int], Backbone] = {}  # backbones on the meta device as they were built
+KNOWN = 4  # at most: a prediction takes those of a run and of full fine-tuning, and most tables have one backbone
 
 
 def _build(config: BackboneConfig, num_classes: int, meta: bool) -> Backbone:
+    """Does the work of build, always from the start."""
     from_hub = config.pretrained and not config.checkpoint and not meta
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         other = _create(config, num_classes + 1, False)
@@ -57,17 +61,17 @@ def _build(config: BackboneConfig, num_classes: int, meta: bool) -> Backbone:
         image = _image_config(model, config)
         _set_image_size(model, image.size, config)
         if not head.layers:
-            model = _classified(model, image.size, num_classes)
-            head = Head({"head": model.head}, num_classes)
+            model = classified = _classified(model, image.size, num_classes)
+            head = Head({"head": classified.head}, num_classes)
     return Backbone(model, image, head)
 
 
 def _refuse_size(config: BackboneConfig, model: nn.Module) -> None:
-    """Raises UserError for a model whose weights alone are more than the memory of this machine."""
+    """Raises UserError for a model whose weights alone take more than the memory of this machine."""
     need = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     try:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not told on this system
+    except (AttributeError, ValueError, OSError):  # this system does not tell
         return
     if need > there:
         raise UserError(
@@ -76,8 +80,8 @@ def _refuse_size(config: BackboneConfig, model: nn.Module) -> None:
         )
 
 
-def _classified(model: nn.Module, image_size: int, num_classes: int) -> nn.Module:
-    """The model with a head. Raises UserError where it returns no features that one could read."""
+def _classified(model: nn.Module, image_size: int, num_classes: int) -> Classified:
+    """Adds a head to a model that has none. Raises UserError where it returns features of no known layout."""
     kind, parameter = type(model).__name__, next(model.parameters())
     try:
         with Hollow(), hollow_tensors(model), torch.no_grad():
@@ -94,7 +98,10 @@ def _classified(model: nn.Module, image_size: int, num_classes: int) -> nn.Modul
 
 
 def lacks_variance(backbone: Backbone, train: Callable[[nn.Module], None]) -> bool:
-    """Whether a BatchNorm sees one value a channel of a batch of one image. train: puts a model into training mode."""
+    """Tells whether a batch of one image leaves a BatchNorm one value a channel, with which it can't train.
+
+    train: puts a model into training mode.
+    """
     size, dtype = backbone.image.size, next(backbone.model.parameters()).dtype
     try:
         with Hollow(), hollow_tensors(backbone.model), torch.no_grad():
@@ -106,19 +113,21 @@ def lacks_variance(backbone: Backbone, train: Callable[[nn.Module], None]) -> bo
 
 
 def _set_image_size(model: nn.Module, size: int, config: BackboneConfig) -> None:
-    native = config.kwargs.get("img_size", model.pretrained_cfg["input_size"][-1])
+    """Sets the pixels of a side of the images. Raises UserError where the model can't take them."""
+    native = config.kwargs.get("img_size", pretrained_cfg(model)["input_size"][-1])
     if size == native:
         return
-    if hasattr(model, "set_input_size"):  # resamples position embeddings, sets windows
+    if set_input_size := getattr(model, "set_input_size", None):  # resamples position embeddings, sets windows
         try:
-            model.set_input_size(img_size=(size, size))
-        except Exception as error:  # likewise
+            set_input_size(img_size=(size, size))
+        except Exception as error:  # models check their input in ways of their own
             raise UserError(f"backbone.image_size={size}: {config.timm} can't take it: {first_line(error)}") from None
-    elif model.pretrained_cfg.get("fixed_input_size"):
+    elif pretrained_cfg(model).get("fixed_input_size"):
         raise UserError(f"backbone.image_size={size}: {config.timm} takes {native} only")
 
 
 def _create(config: BackboneConfig, num_classes: int, from_hub: bool) -> nn.Module:
+    """Makes the model of timm, with its pretrained weights where they are to come from the hub. Raises UserError."""
     architecture = config.timm.split(".")[0]
     if not timm.is_model(architecture):
         known = timm.list_models()
@@ -127,7 +136,7 @@ def _create(config: BackboneConfig, num_classes: int, from_hub: bool) -> nn.Modu
         )
 
     check_names(architecture, config.kwargs)
-    kwargs = OmegaConf.to_container(config.kwargs) if OmegaConf.is_config(config.kwargs) else config.kwargs
+    kwargs: Any = OmegaConf.to_container(config.kwargs) if OmegaConf.is_config(config.kwargs) else config.kwargs
 
     def create(pretrained: bool) -> nn.Module:
         with warnings.catch_warnings():
@@ -137,7 +146,7 @@ def _create(config: BackboneConfig, num_classes: int, from_hub: bool) -> nn.Modu
     try:
         if not from_hub:
             return create(pretrained=False)
-        with torch.device("meta"):  # settings that timm refuses are not a matter of the weights
+        with torch.device("meta"):  # fails for settings that timm refuses, before weights are downloaded
             model = create(pretrained=False)
     except Exception as error:  # models check their settings in ways of their own
         raise UserError(f"backbone: timm can't make {config.timm}: {first_line(error)}") from None
@@ -155,7 +164,9 @@ def _create(config: BackboneConfig, num_classes: int, from_hub: bool) -> nn.Modu
 
 
 def _not_downloaded(config: BackboneConfig, model: nn.Module, error: Exception) -> UserError:
-    where = model.pretrained_cfg.get("hf_hub_id") or model.pretrained_cfg.get("url") or "no known address"
+    """Returns the error for weights that could not be downloaded, with what to do instead."""
+    known = pretrained_cfg(model)
+    where = known.get("hf_hub_id") or known.get("url") or "no known address"
     return UserError(
         f"backbone: the weights of {config.timm} ({where}) could not be downloaded ({type(error).__name__}); give them"
         " as backbone.checkpoint=FILE, or backbone.pretrained=false for random weights"
@@ -163,7 +174,8 @@ def _not_downloaded(config: BackboneConfig, model: nn.Module, error: Exception) 
 
 
 def _image_config(model: nn.Module, config: BackboneConfig) -> ImageConfig:
-    default = timm.data.resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    """Returns the images that a model was pretrained on, with what the config says otherwise."""
+    default = resolve_data_config(pretrained_cfg=pretrained_cfg(model))
 
     def pick(key: str, value):
         given = getattr(config, key)

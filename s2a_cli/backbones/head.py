@@ -1,4 +1,4 @@
-"""The classifier of a model: the layers whose size is the number of classes, whatever they are called."""
+"""Finds the classifier of a model: the layers whose size is the number of classes, whatever they are called."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Head:
-    """layers: {name: a linear layer or a 1x1 convolution}; of several, the model adds up or averages what they
-    return.
-    """
+    """The classifier of a model. Of several layers, the model adds up or averages what they return."""
 
-    layers: dict[str, nn.Module]
+    layers: dict[str, nn.Module]  # name -> a linear layer or a 1x1 convolution
     classes: int
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -23,14 +21,14 @@ class Head:
             yield from layer.parameters()
 
     def holds(self, name: str) -> bool:
-        """Whether this is the name of one of the layers, or of a tensor of one."""
+        """Tells whether this is the name of one of the layers, or of a tensor of one."""
         return name in self.layers or name.rpartition(".")[0] in self.layers
 
 
 def find_head(model: nn.Module, other: nn.Module, classes: int) -> Head:
-    """The head of a model for `classes` classes; `other` is the same model for another number.
+    """Returns the head of a model for `classes` classes; without layers where there is none.
 
-    Empty where there is none.
+    other: the same model for another number of classes.
     """
     shapes = {name: p.shape for name, p in other.named_parameters()}
     names = [name.rpartition(".")[0] for name, p in model.named_parameters() if shapes.get(name) != p.shape]
@@ -38,8 +36,9 @@ def find_head(model: nn.Module, other: nn.Module, classes: int) -> Head:
 
 
 class Classified(nn.Module):
-    """A model that returns features [B, C], [B, N, C] or [B, C, H, W], with a linear layer on their mean over
-    positions.
+    """Adds a linear layer to a model that returns features [B, C], [B, N, C] or [B, C, H, W].
+
+    The layer reads their mean over positions.
     """
 
     def __init__(self, features: nn.Module, channels: int, classes: int):
@@ -51,9 +50,9 @@ class Classified(nn.Module):
         self.num_prefix_tokens = getattr(features, "num_prefix_tokens", 0)
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """timm's, for the names that modules have here."""
-        matcher = self.features.group_matcher(coarse=coarse) if hasattr(self.features, "group_matcher") else {}
-        blocks = matcher.get("blocks", [])
+        """Returns the group_matcher of timm's model, for the names that modules have here."""
+        of_features = getattr(self.features, "group_matcher", None)
+        blocks = of_features(coarse=coarse).get("blocks", []) if of_features else []
         blocks = [(blocks, None)] if isinstance(blocks, str) else blocks
         return {"blocks": [(pattern.replace("^", r"^features\.", 1), fixed) for pattern, fixed in blocks]}
 
@@ -62,5 +61,5 @@ class Classified(nn.Module):
 
 
 def pooled(x: Tensor) -> Tensor:
-    """The mean of features over positions, [B, C]."""
+    """Returns the mean of features [B, C], [B, N, C] or [B, C, H, W] over positions, [B, C]."""
     return F.adaptive_avg_pool2d(x, 1).flatten(1) if x.ndim == 4 else x.mean(1) if x.ndim == 3 else x

@@ -1,4 +1,4 @@
-"""Hidden states: how they lie in a tensor, and where they are among what a block takes and returns."""
+"""Describes hidden states: how they lie in a tensor, and which of the tensors of a block they are."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 class Hidden:
     """A hidden state: its layout and its shape without the batch.
 
-    tokens: [B, N, C], of which the first `prefix` are class or register tokens; channels_last: [B, H, W, C];
-    channels_first: [B, C, H, W], or [B, C, N]. place: which it is of the tensors that a block takes, or returns.
+    The layout is tokens ([B, N, C], of which the first `prefix` are class or register tokens), channels_last
+    ([B, H, W, C]) or channels_first ([B, C, H, W] or [B, C, N]). place: its index among the tensors that a block takes,
+    or returns.
     """
 
     layout: str
@@ -25,21 +26,24 @@ class Hidden:
 
     @property
     def channels(self) -> int:
+        """Returns C."""
         return self.shape[0] if self.layout == "channels_first" else self.shape[-1]
 
     @property
     def positions(self) -> int:
+        """Returns N, or H * W."""
         return math.prod(self.shape) // self.channels
 
     def from_tokens(self, x: Tensor) -> Tensor:
-        """[..., N, C] in this layout: [..., N, C], [..., H, W, C], [..., C, H, W] or [..., C, N]."""
+        """Brings [..., N, C] into this layout: [..., N, C], [..., H, W, C], [..., C, H, W] or [..., C, N]."""
         if self.layout == "channels_first":
             x = x.transpose(-1, -2)
         return x.reshape(*x.shape[:-2], *self.shape)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A hidden state as its prefix tokens [B, P, C] and its map [B, C, H, W]; without a square grid, [B, C, N,
-        1].
+        """Splits a hidden state into its prefix tokens [B, P, C] and its map [B, C, H, W].
+
+        The map of tokens that are no square is [B, C, N, 1].
         """
         if x.ndim == 4:
             maps = x if self.layout == "channels_first" else x.permute(0, 3, 1, 2)
@@ -51,11 +55,11 @@ class Hidden:
         return tokens[:, : self.prefix], patches.unflatten(-1, square)
 
     def of(self, values: Any) -> Tensor:
-        """This hidden state among what a block is called with, or returns."""
+        """Returns this hidden state among the values (in any containers) that a block takes, or returns."""
         return [x for x in tree_leaves(values) if isinstance(x, Tensor)][self.place]
 
     def replaced(self, values: Any, hidden: Tensor) -> Any:
-        """The same values with another tensor in the place of this hidden state."""
+        """Returns the same values with the tensor `hidden` in the place of this hidden state."""
         found, structure = tree_flatten(values)
         index = [i for i, x in enumerate(found) if isinstance(x, Tensor)][self.place]
         return tree_unflatten([*found[:index], hidden, *found[index + 1 :]], structure)

@@ -1,34 +1,34 @@
-"""Reading pretrained weights from files."""
+"""Reads pretrained weights from files."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from s2a_cli.common import tensor_files
-from s2a_cli.common.errors import UserError, brief, first_line, printable
+from s2a_cli.common.errors import UserError
 from s2a_cli.common.tensor_files import Unreadable
+from s2a_cli.common.text import brief, first_line, listed
 
 EMBEDDED = "embedded:"  # prefix of a checkpoint that ships in s2a_cli/weights/
-WRAPPERS = (
-    "state_dict_ema",
-    "model_ema",
-    "state_dict",
-    "model",
-    "teacher",
-)  # under which training scripts keep the tensors
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")  # keys under which training scripts save
 BESIDE = 64 * 2**20  # bytes of a .npz beside four times the model's: a head of 21,843 classes
 
 
+def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    """Returns what timm knows of a model's weights: input_size, mean, std, classifier, address and so on."""
+    return cast(dict[str, Any], model.pretrained_cfg)
+
+
 def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
-    """Loads pretrained tensors from a file (.safetensors, .pth or a ViT's .npz); a head in it is left out.
+    """Loads pretrained tensors from a file (.safetensors, .pth or a ViT's .npz), without the head in it.
 
-    head: names of the layers of the model's own head, beside which those that timm says are in the file's.
-
-    Formats other than timm's own go through timm's filter for the family. Raises UserError for a file that is missing,
+    head: names of the layers of the model's head. Names of timm's for the head in the file are left out as well.
+    Formats other than timm's go through timm's filter for the family. Raises UserError for a file that is missing,
     damaged, or does not fit; the message lists missing and unexpected keys.
     """
     embedded = checkpoint.startswith(EMBEDDED)
@@ -46,7 +46,7 @@ def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
     if adapt:
         with contextlib.suppress(Exception):  # another family's keys: reported below by name
             state = adapt(state, model)
-    classifiers = model.pretrained_cfg.get("classifier") or ()
+    classifiers = pretrained_cfg(model).get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     heads = tuple(f"{name}." for name in (*classifiers, *head))
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(heads)}
@@ -61,7 +61,7 @@ def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
     ]
     if missing or unexpected or shapes:
         parts = {"missing": missing, "unexpected": unexpected, "other shapes": shapes}
-        said = "; ".join(f"{len(keys)} {what}: {_few(keys)}" for what, keys in parts.items() if keys)
+        said = "; ".join(f"{len(keys)} {what}: {listed(keys, 6)}" for what, keys in parts.items() if keys)
         raise UserError(f"backbone.checkpoint={checkpoint} is not of {type(model).__name__} as configured: {said}")
     try:
         model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items() if k in own}, strict=False)
@@ -69,13 +69,8 @@ def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
         raise UserError(f"backbone.checkpoint={checkpoint}: can't be loaded ({first_line(error)})") from None
 
 
-def _few(keys: list[str], most: int = 6) -> str:
-    return ", ".join(printable(key) for key in keys[:most]) + (
-        f", and {len(keys) - most} more" if len(keys) > most else ""
-    )
-
-
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a file by their names in the model. Raises UserError."""
     try:
         state = tensor_files.tensors(tensor_files.read(path), WRAPPERS, path.stat().st_size)
     except Unreadable as error:
@@ -83,7 +78,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def _load_npz(model: nn.Module, path: Path) -> None:
+def _load_npz(model: Any, path: Path) -> None:
+    """Loads a ViT's .npz into a model of timm that reads them, and keeps its head. Raises UserError."""
     if not hasattr(model, "load_pretrained"):
         raise UserError(
             f"backbone.checkpoint={path}: {type(model).__name__} has no .npz format; use .safetensors or .pth"

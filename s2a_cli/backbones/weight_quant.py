@@ -1,19 +1,18 @@
-"""How frozen weights are stored: in bf16, int8 or NF4, unpacked for one layer's forward or backward at a time.
+"""Stores frozen weights in bf16, int8 or NF4, and dequantizes them for one layer's forward or backward at a time.
 
     int8  codes from -127 to 127, a bfloat16 scale for up to 64 elements of a row: 8.25 bits an element
-    nf4   the 16 normal-float levels of QLoRA (arXiv 2305.14314, appendix E), packed, scales likewise: 4.25 bits
+    nf4   the 16 normal-float levels of QLoRA (arXiv 2305.14314, appendix E), packed, and such scales: 4.25 bits
 
-A Linear or Conv2d becomes a subclass whose forward decodes, and decodes again in backward; autograd keeps the codes,
-which are there anyway. A tensor subclass would also serve parents that read `qkv.weight` (attention of BEiT, EVA,
-Swin-v2), but state_dict, fake tensors and autocast would no longer see plain tensors: those weights stay as they are.
-
-Codecs of a library would not do: bitsandbytes' (0.50) refuse float64, and its int8 has 1.6 times the error.
+A Linear or Conv2d becomes a subclass that dequantizes its weight in forward and once more in backward. Autograd keeps
+the codes, which are there anyway. A tensor subclass would also serve parents that read `qkv.weight` (attention of BEiT,
+EVA, Swin-v2), but state_dict, fake tensors and autocast would no longer see plain tensors: those weights stay as they
+are. bitsandbytes (0.50) is not used: it refuses float64, and its int8 has 1.6 times the error.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,24 +22,23 @@ from s2a_cli.activations.ops.autograd import first_order
 from s2a_cli.activations.ops.linear_conv import input_gradient
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.codebooks import GROUP_BINS, Table
-from s2a_cli.activations.quant.primitives import SCALE, decode_groups, encode_groups
-from s2a_cli.activations.quant.primitives import decode_int8 as decode_bytes
+from s2a_cli.activations.quant.primitives import SCALE, decode_groups, decode_int8, encode_groups
 from s2a_cli.common.errors import UserError
 
 if TYPE_CHECKING:
     from s2a_cli.backbones.backbone import Backbone
 
 GROUP = 64  # most elements of a row that share a scale
-LARGEST = 127  # code of int8
+INT8_MAX = 127  # largest code of int8; -128 is not used
 
 
 def group_size(width: int) -> int:
-    """The largest divisor of a row's width up to GROUP: no group is short."""
+    """Returns the largest divisor of a row's width up to GROUP, so that all groups have the same size."""
     return next(size for size in range(min(GROUP, width), 0, -1) if width % size == 0)
 
 
 def normal_float_levels() -> Tensor:
-    """float64 [16], ascending from -1 to 1: quantiles of a normal variable, eight above an exact 0, seven below."""
+    """Returns the levels of NF4, float64 [16], from -1 to 1: normal quantiles, eight above an exact 0, seven below."""
     outermost = 1 - (1 / 30 + 1 / 32) / 2  # halfway between the outermost of 15 and of 16 equal shares
     above = torch.special.ndtri(torch.linspace(outermost, 0.5, 9, dtype=torch.float64)[:-1])
     below = -torch.special.ndtri(torch.linspace(outermost, 0.5, 8, dtype=torch.float64)[:-1])
@@ -49,79 +47,100 @@ def normal_float_levels() -> Tensor:
 
 
 def normal_float_table() -> Table:
+    """Returns the codebook of NF4."""
     found, edges = normal_float_levels(), torch.linspace(-1, 1, GROUP_BINS + 1, dtype=torch.float64)
     return Table(4, -1.0, 1.0, codebooks.nearest((edges[1:] + edges[:-1]) / 2, found), found.float())
 
 
-# encode(rows [out, width]) -> codes, scales; decode(codes, scales, width, dtype) -> [out, width] in one temporary. All
-# stored tensors are of integers, scales and bf16 by their bits, so that Module.to(dtype) leaves them alone.
+# quantize(rows [out, width]) -> codes, scales; dequantize(codes, scales, width, dtype) -> [out, width], with one
+# temporary. All stored tensors are integers (the bits of scales, of bf16), so that Module.to(dtype) leaves them alone.
 
 
-def encode_bf16(rows: Tensor) -> tuple[Tensor, ...]:
+def quantize_bf16(rows: Tensor) -> tuple[Tensor, ...]:
     return (rows.to(torch.bfloat16).view(torch.int16),)
 
 
-def decode_bf16(codes: Tensor, scales: None, width: int, dtype: torch.dtype) -> Tensor:
+def dequantize_bf16(codes: Tensor, scales: None, width: int, dtype: torch.dtype) -> Tensor:
     return codes.view(torch.bfloat16).to(dtype)
 
 
-def encode_int8(rows: Tensor) -> tuple[Tensor, ...]:
+def quantize_int8(rows: Tensor) -> tuple[Tensor, ...]:
     grouped = rows.float().unflatten(1, (-1, group_size(rows.shape[1])))
-    scales = (grouped.abs().amax(-1) / LARGEST).clamp_min_(torch.finfo(SCALE).tiny).to(SCALE)
-    codes = (grouped / scales[..., None]).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+    scales = (grouped.abs().amax(-1) / INT8_MAX).clamp_min_(torch.finfo(SCALE).tiny).to(SCALE)
+    codes = (grouped / scales[..., None]).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
     return codes.flatten(1), scales.view(torch.int16)
 
 
-def decode_int8(codes: Tensor, scales: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    return decode_bytes(codes, scales.view(SCALE), dtype)
+def dequantize_int8(codes: Tensor, scales: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    return decode_int8(codes, scales.view(SCALE), dtype)
 
 
-def encode_nf4(rows: Tensor) -> tuple[Tensor, ...]:
+def quantize_nf4(rows: Tensor) -> tuple[Tensor, ...]:
     table = codebooks.placed(normal_float_table, (), rows)
     codes, scales = encode_groups(rows, table.bins, table.low, group_size(rows.shape[1]), table.bits)
     return codes, scales.view(torch.int16)
 
 
-def decode_nf4(codes: Tensor, scales: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def dequantize_nf4(codes: Tensor, scales: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     table, count = codebooks.placed(normal_float_table, (), codes), len(scales)
     group = width // scales.shape[1]
     return decode_groups(codes, scales.view(SCALE), table.levels, width, group, table.bits, 0, count, dtype)
 
 
-CODECS = {"bf16": (encode_bf16, decode_bf16), "int8": (encode_int8, decode_int8), "nf4": (encode_nf4, decode_nf4)}
+CODECS = {
+    "bf16": (quantize_bf16, dequantize_bf16),
+    "int8": (quantize_int8, dequantize_int8),
+    "nf4": (quantize_nf4, dequantize_nf4),
+}
 
 
 class Stored(nn.Module):
-    """What StoredLinear and StoredConv2d share: codes in place of a weight."""
+    """A layer with codes in place of its weight, whose rows [out, ...] are quantized in groups."""
 
     stores_weights = True  # in its buffers
+    bias: Tensor | None
+    codes: Tensor
+    scales: Tensor | None
+    like: Tensor
 
     def store(self, kind: str, weight: Tensor) -> None:
-        encode, self.decode = CODECS[kind]
+        """Takes the weight in the format `kind`, a key of CODECS."""
+        quantize, self.dequantize = CODECS[kind]
         self.shape = weight.shape
-        codes, *scales = encode(weight.detach().flatten(1))
+        codes, *scales = quantize(weight.detach().flatten(1))
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales[0] if scales else None)
         self.register_buffer("like", weight.new_empty(0), persistent=False)  # Module.to(dtype) converts it
 
-    def unpacked(self, codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return self.decode(codes, scales, math.prod(self.shape[1:]), dtype).view(self.shape)
+    def dequantized(self, codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Returns the weight that codes and scales of this layer stand for."""
+        return self.dequantize(codes, scales, math.prod(self.shape[1:]), dtype).view(self.shape)
 
     @property
     def elements(self) -> int:
-        """Elements of the weight, which is no parameter any more."""
+        """Returns how many elements the weight has, which is no parameter any more."""
         return self.shape.numel()
 
     @property
     def weight(self) -> Tensor:
-        """For code that asks for its dtype or device; made anew at each call."""
-        return self.unpacked(self.codes, self.scales, self.like.dtype)
+        """Returns the weight, dequantized at each call, for code that asks for its dtype or device."""
+        return self.dequantized(self.codes, self.scales, self.like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return Apply.apply(x, self.bias, self.codes, self.scales, self)
 
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns the layer's output for a weight."""
+        raise NotImplementedError
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
+        """Returns the gradient of an input of this size for the gradient of the output."""
+        raise NotImplementedError
+
 
 class StoredLinear(Stored, nn.Linear):
+    """A Linear with codes in place of its weight [out, in]."""
+
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
@@ -130,6 +149,8 @@ class StoredLinear(Stored, nn.Linear):
 
 
 class StoredConv2d(Stored, nn.Conv2d):
+    """A Conv2d with codes in place of its weight [out, in / groups, H, W]."""
+
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
 
@@ -138,7 +159,7 @@ class StoredConv2d(Stored, nn.Conv2d):
 
 
 class Apply(torch.autograd.Function):
-    """layer.run(x, the decoded weight, bias), in the dtype that stock PyTorch would compute it in."""
+    """Computes layer.run(x, the dequantized weight, bias) in the dtype in which PyTorch computes the plain layer."""
 
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor | None, layer: Stored):
@@ -146,15 +167,15 @@ class Apply(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         ctx.layer, ctx.size, ctx.dtype = layer, x.shape, x.dtype
         ctx.save_for_backward(codes, scales)
-        out = layer.run(x.to(dtype), layer.unpacked(codes, scales, dtype), None if bias is None else bias.to(dtype))
-        return out.detach()  # no view, which could not be changed in place
+        out = layer.run(x.to(dtype), layer.dequantized(codes, scales, dtype), None if bias is None else bias.to(dtype))
+        return out.detach()  # a view of a custom function's output could not be changed in place
 
     @staticmethod
     @first_order
     def backward(ctx, grad: Tensor):
         layer, dx, dbias = ctx.layer, None, None
         if ctx.needs_input_grad[0]:
-            weight = layer.unpacked(*ctx.saved_tensors, grad.dtype)
+            weight = layer.dequantized(*ctx.saved_tensors, grad.dtype)
             dx = layer.input_gradient(grad, weight, ctx.size).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
             dbias = grad.sum_to_size(layer.shape[0], *[1] * (len(layer.shape) - 2)).flatten()
@@ -162,10 +183,10 @@ class Apply(torch.autograd.Function):
 
 
 def store(backbone: Backbone, kind: str) -> None:
-    """Replaces the storage of the frozen weights of a backbone to which a method is attached; `fp32` leaves them.
+    """Stores the frozen weights of a backbone, to which a method is attached, as `kind`; `fp32` leaves them.
 
-    Taken are Linear and Conv2d layers whose forward is called, outside the head and what the method added. Biases stay
-    parameters. Raises UserError where there is none.
+    Takes Linear and Conv2d layers whose forward is called, outside the head and what the method added. Biases stay
+    parameters. Raises UserError where there is no such weight.
     """
     if kind == "fp32":
         return
@@ -175,10 +196,10 @@ def store(backbone: Backbone, kind: str) -> None:
             continue
         if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
             continue
-        weight = module.weight
+        weight = cast(Tensor, module.weight)
         del module.weight
         module.__class__ = LAYERS[type(module)]
-        module.store(kind, weight)
+        cast(Stored, module).store(kind, weight)
         stored = True
     if not stored:
         raise UserError(

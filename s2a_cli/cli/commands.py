@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from s2a_cli.common.errors import UserError, brief, is_there, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.files import is_there
+from s2a_cli.common.text import brief, nearest
 
 OVERWRITE = {"--force": "overwrite a file that s2a did not make"}
 KINDS = {kind + "s": kind for kind in ("backbone", "method", "quant", "dataset", "experiment")}  # what `ls` lists

@@ -8,7 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from s2a_cli.cli.commands import VERBS, imports
 from s2a_cli.cli.main import FLAGS
-from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import nearest
 from s2a_cli.config.compose import CONF, composable, hydra_on, method_schema
 from s2a_cli.config.schema import STRUCTURES, RunConfig
 from s2a_cli.config.settings import rule_of, walk

@@ -11,7 +11,8 @@ from importlib.metadata import version
 from s2a_cli import __version__
 from s2a_cli.cli.commands import VERBS, Verb, composed, first_of_grid
 from s2a_cli.common import streams
-from s2a_cli.common.errors import RunError, UserError, nearest, printable
+from s2a_cli.common.errors import RunError, UserError
+from s2a_cli.common.text import nearest, printable
 
 FLAGS = {  # flag -> its value and meaning
     "--help": ("", "this, or the help of a verb"),

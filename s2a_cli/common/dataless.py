@@ -1,8 +1,8 @@
-"""Tensors without data: real training code runs on them, no kernel does.
+"""Runs training code on dataless tensors: shapes, dtypes and autograd are real, and no kernel computes anything.
 
 Within `Hollow`, operators return tensors that nobody has written to. The operating system gives a page of memory when
-it is first written, so these take none, whatever their size. What an operator returns is asked once for each
-combination of shapes, of PyTorch's fake tensors; the second layer of a network costs a look-up. That is several times
+it is first written, so such a tensor takes none, whatever its size. PyTorch's fake tensors are asked once what an
+operator returns for a combination of shapes, so the second layer of a network costs a look-up. This is several times
 faster than fake tensors throughout, and dispatch, autocast and autograd are those of CPU tensors.
 """
 
@@ -18,39 +18,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
-AS_IT_IS = object()  # an operator that touches no data, or returns its input's storage
+AS_IT_IS = object()  # marks an operator that is run as it is: it touches no data, or returns its input's storage
+DETERMINISTIC: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
 
 
 class Hollow(TorchDispatchMode):
-    """The mode. Views and changes of shape are real, in-place operators do nothing, all others return new tensors.
+    """A mode in which views are real, in-place operators do nothing and all others return new dataless tensors.
 
-    Reading a value (`loss.item()`, Adam's step counter) gives one, and a GradScaler finds all gradients finite. Raises
+    Reading a value (`loss.item()`, Adam's step counter) gives 1, and a GradScaler finds all gradients finite. Raises
     torch's DataDependentOutputException or DynamicOutputShapeException where a shape depends on values.
     """
 
-    active = 0  # how many are entered
-    _returns: ClassVar[dict[Any, Any]] = {}  # operator -> for each result the argument that it is, if any
+    active = 0  # how many of these modes are entered
+    _returns: ClassVar[dict[Any, Any]] = {}  # operator -> what _returns says of it
     _known: ClassVar[dict[tuple, Any]] = {}  # operator and what it was called with -> its results; for all predictions
 
     def __init__(self) -> None:
         super().__init__()
         self._fake = FakeTensorMode()
-        self._fake.cache_enabled = False  # PyTorch's own takes longer than it saves: nothing is asked twice
-        self._finite: dict[int, weakref.ref] = {}  # address -> storage of a GradScaler's flag
+        self._fake.cache_enabled = False  # PyTorch's cache takes longer than it saves, as nothing is asked twice
+        self._finite: dict[int, weakref.ref] = {}  # address -> storage of a GradScaler's flag of infinite gradients
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # PyTorch would wrap every call against the compiler, which is off around the tracker already
+        return False  # else PyTorch wraps every call to keep the compiler out, which is off around the tracker already
 
     def __enter__(self) -> Hollow:
         Hollow.active += 1
-        self._fill = torch.utils.deterministic.fill_uninitialized_memory
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it would write to all of them
+        self._fill = DETERMINISTIC.fill_uninitialized_memory
+        DETERMINISTIC.fill_uninitialized_memory = False  # it would write to all of the tensors
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         Hollow.active -= 1
-        torch.utils.deterministic.fill_uninitialized_memory = self._fill
+        DETERMINISTIC.fill_uninitialized_memory = self._fill
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -75,7 +76,7 @@ class Hollow(TorchDispatchMode):
         return func(*args, **kwargs) if results is AS_IT_IS else _made(results)
 
     def _ask(self, func, args: tuple, kwargs: dict) -> Any:
-        """What fake tensors say that the operator returns."""
+        """Returns the description (of _specified) of what fake tensors say that the operator returns."""
         with self._fake:
             args, kwargs = tree_map(_like, (args, kwargs))
             given: set[int] = set()
@@ -87,20 +88,22 @@ class Hollow(TorchDispatchMode):
             return _specified(out)
 
     def _value(self, tensor: Tensor) -> bool | int | float:
+        """Returns what reading a dataless scalar gives: 1, and 0 for a GradScaler's flag of infinite gradients."""
         flag = self._finite.get(tensor.untyped_storage()._cdata)
         value = 0.0 if flag and flag() is not None else 1.0
         return value if tensor.dtype.is_floating_point else tensor.dtype is torch.bool or 1
 
 
 def is_hollow(tensor: Tensor) -> bool:
-    """Whether nothing can be learned from the values of a tensor: a prediction, or a trace of the compiler's, is going
-    on.
-    """
+    """Tells whether a tensor has no values to read: within `Hollow`, and while the compiler traces."""
     return Hollow.active > 0 or isinstance(tensor, FakeTensor)
 
 
-def _returns(func) -> list[int | None] | object:
-    """For each result of an operator the place of the argument that it is, None for a new one; AS_IT_IS for views."""
+def _returns(func) -> Any:
+    """Returns AS_IT_IS for an operator that makes views; else a list with an entry for each result.
+
+    The entry is the position of the argument that the operator returns (in place), or None for a new tensor.
+    """
     schema = func._schema
     aliases = [result.alias_info for result in schema.returns]
     if torch.Tag.inplace_view in func.tags or any(alias and not alias.is_write for alias in aliases):
@@ -114,7 +117,7 @@ def _returns(func) -> list[int | None] | object:
 
 
 def _described(x: Any) -> Any:
-    """What an operator's results depend on, hashable; 1, 1.0 and True are told apart."""
+    """Returns a hashable key of an argument: all that an operator's results depend on. 1, 1.0 and True differ."""
     kind = type(x)
     if kind is int or kind is str or x is None:
         return x
@@ -130,6 +133,7 @@ def _like(x: Any) -> Any:
 
 
 def _specified(x: Any) -> Any:
+    """Describes what an operator returns, for _made to make it again."""
     if isinstance(x, Tensor):
         return "tensor", tuple(x.shape), x.stride(), x.dtype
     if isinstance(x, tuple | list):

@@ -1,8 +1,8 @@
-"""One run on several devices: the processes of `torchrun --nproc-per-node=N -m s2a_cli train ...`.
+"""Shares one run among several devices: the processes of `torchrun --nproc-per-node=N -m s2a_cli train ...`.
 
-Each process takes its part of every batch (`optim.batch_size` is that of all together) and their gradients are added up
-(gradients.py), so that the result is that of one process, to rounding. Only the trainable tensors' gradients travel:
-for bias tuning of ViT-B 0.4 MB a step. The first process alone writes files and speaks.
+Each process takes its part of every batch (`optim.batch_size` counts the images of all processes). The gradients are
+summed over the processes, so that the result is that of one process, to rounding. Only the trainable tensors' gradients
+travel: 0.4 MB a step for bias tuning of ViT-B. The main process alone writes files and prints.
 """
 
 from __future__ import annotations
@@ -19,29 +19,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from s2a_cli.common.errors import UserError, brief, first_line
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import brief, first_line
 
 T = TypeVar("T")
-OUT_OF_MEMORY = "s2a/out-of-memory"  # a key of the store that the processes share
-PATIENCE = 3.0  # seconds
+OUT_OF_MEMORY = "s2a/out-of-memory"  # key in the store that the processes share
+PATIENCE = 3.0  # seconds to wait for what another process may announce
 
 
 def part() -> tuple[int, int]:
-    """(rank, number of processes) of this process: (0, 1) without torchrun."""
+    """Returns (rank, number of processes) of this process: (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files."""
+    """Tells whether this is the main process, which writes files."""
     return part()[0] == 0
 
 
 def world() -> int:
-    """How many processes torchrun started, as it says in the environment; 1 without it."""
+    """Returns how many processes torchrun started, as it says in the environment; 1 without it."""
     return _number("WORLD_SIZE", 1)
 
 
 def _number(variable: str, default: int) -> int:
+    """Returns a variable of the environment, which is `default` at the least. Raises UserError."""
     text = os.environ.get(variable, str(default))
     if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) < default:
         raise UserError(
@@ -51,12 +53,12 @@ def _number(variable: str, default: int) -> int:
 
 
 def _on_cuda(device: str) -> bool:
-    """Whether torchrun started several processes and each has a GPU of its own."""
+    """Tells whether torchrun started several processes, each with a GPU of its own."""
     return world() > 1 and device in ("auto", "cuda") and torch.cuda.is_available()
 
 
 def own_device(device: str) -> str | None:
-    """The device that this process has to itself; None where another of torchrun's has the same one, and was first."""
+    """Returns the device that this process alone uses; None where torchrun's first process uses the same one."""
     if _on_cuda(device):
         return f"cuda:{_number('LOCAL_RANK', 0)}"
     return device if os.environ.get("LOCAL_RANK", "0") == "0" else None
@@ -66,7 +68,7 @@ def own_device(device: str) -> str | None:
 def joined(device: str) -> Iterator[str]:
     """Joins the processes that torchrun started, if it did, until the end of the context.
 
-    Yields the device of this one.
+    Yields the device of this process. Raises UserError where torchrun's variables are missing or no numbers.
     """
     if world() == 1 or dist.is_initialized():
         yield device
@@ -86,12 +88,12 @@ def joined(device: str) -> Iterator[str]:
 
 
 def silenced() -> contextlib.AbstractContextManager[Any]:
-    """Keeps all processes but the first from writing to stdout; what goes wrong is told by each, on stderr."""
+    """Keeps all processes but the main one from writing to stdout; each still writes errors to stderr."""
     return contextlib.redirect_stdout(io.StringIO()) if os.environ.get("RANK", "0") != "0" else contextlib.nullcontext()
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` returns in the first process, in all of them; what it raises, too."""
+    """Calls `make` in the main process, and returns or raises in all processes what it returned or raised."""
     if part()[1] == 1:
         return make()
     made: list[Any] = [None, None]
@@ -107,21 +109,19 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def wait() -> None:
-    """Until all processes have come here."""
+    """Waits until all processes have come here."""
     if part()[1] > 1:
         dist.barrier()
 
 
 def announce(text: str) -> None:
-    """Tells the other processes that this one ran out of memory, in these words: they see no more than a lost
-    connection.
-    """
+    """Tells the other processes, which see no more than a lost connection, that this one ran out of memory."""
     if part()[1] > 1:
         dist.distributed_c10d._get_default_store().set(OUT_OF_MEMORY, f"process {part()[0]}: {text}")
 
 
 def announced() -> str | None:
-    """What another process announced, waited for a little; None where nothing was."""
+    """Returns what another process announced within PATIENCE seconds, or None."""
     if part()[1] == 1:
         return None
     store = dist.distributed_c10d._get_default_store()
@@ -133,7 +133,7 @@ def announced() -> str | None:
 
 
 def total(*values: float) -> list[float]:
-    """Each value, summed over all processes; float64. No GPU is waited for."""
+    """Sums each value over all processes, in float64 and on the CPU: no GPU is waited for."""
     if part()[1] == 1:
         return list(values)
     summed: Tensor = torch.tensor(values, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Small things about files."""
+"""Reads only regular files, and writes files whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO
 
 from filelock import FileLock
 
-from s2a_cli.common.errors import UserError, printable
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import one_line, printable
 
-KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}  # what is no regular file
 
 
 class NotRegular(OSError):
-    """What was to be read is no file: a pipe would make the reader wait for ever, a device would never end."""
+    """Means that a path to read is no regular file: a pipe could block for ever, a device could have no end."""
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Opens a regular file, or a link to one, to read its bytes.
 
     Raises NotRegular for anything else, OSError as open() does.
     """
     refuse_irregular(os.stat(path))
-    # another process may have put a pipe there since: without O_NONBLOCK that would be waited for
+    # O_NONBLOCK, as another process may have put a pipe there since, and opening that would block
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         refuse_irregular(os.fstat(handle))
@@ -40,34 +42,43 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def refuse_irregular(status: os.stat_result) -> None:
+    """Raises NotRegular, which says what it is, for what is no regular file."""
     if not stat.S_ISREG(status.st_mode):
         raise NotRegular(f"{KINDS.get(stat.S_IFMT(status.st_mode), 'a device')}, not a file")
 
 
+def is_there(path: Path) -> bool:
+    """Returns path.exists(), and False for a name that no file can have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def stamp(status: os.stat_result) -> list[int]:
-    """What changes when a file is written to, or replaced, even with as many bytes and the old time of modification."""
+    """Returns [size, mtime, ctime, inode], of which one differs once a file was written to or replaced."""
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a regular file. Raises OSError."""
+    """Returns the SHA-256 of a regular file, in hexadecimal. Raises OSError."""
     with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sha256_of(path: Path) -> str:
-    """The same for a file that the user named. Raises UserError."""
+    """Returns the SHA-256 of a file that the user named, in hexadecimal. Raises UserError."""
     try:
         return sha256(path)
     except OSError as error:
-        raise UserError(f"{shown(path)} cannot be read ({reason(error)})") from error
+        raise UserError(f"{printable(path)} cannot be read ({reason(error)})") from error
 
 
 @contextmanager
 def lock(folder: Path, name: str) -> Iterator[None]:
-    """Makes runs that start together, as in a sweep, take turns at `name` in `folder`, which is created if need be.
+    """Makes runs that start together, as in a sweep, take turns at `name` in `folder`, which is made if need be.
 
-    Raises UserError if the folder cannot be written to.
+    Raises UserError where the folder cannot be written to.
     """
     held = FileLock(folder / f".{name}.lock")
     try:
@@ -83,31 +94,16 @@ def lock(folder: Path, name: str) -> Iterator[None]:
         held.release()
 
 
-def one_line(error: BaseException) -> str:
-    """The text of an exception, on one line; its type where it has no text."""
-    return shown(" ".join(str(error).split())) or type(error).__name__
-
-
 def reason(error: OSError) -> str:
-    """Why a file could not be opened, without its name, which is said beside it."""
+    """Returns why a file could not be opened, without its name, which the message has beside it."""
     return error.strerror or one_line(error)
-
-
-def shown(name: object) -> str:
-    """A name from a disk or an archive, fit for a line of text: what is not printable is escaped."""
-    return printable(str(name))
-
-
-def listed(names: list[str], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(map(shown, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: int | None = None) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes its place under `path` whole, at the end, or not at all.
+    """Yields a file to write to, which takes the place of `path` when the context ends without an error.
 
-    mode: who may read and write it; null: as for any new file.
+    mode: the permissions of the file; None: those of any new file.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -125,7 +121,7 @@ def atomic_file(path: Path, mode: int | None = None) -> Iterator[IO[bytes]]:
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Writes a file whole or not at all: a temporary file in the same folder, moved into place."""
+    """Writes a file whole or not at all: to a temporary file in the same folder, then moved into place."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and the end of a parent process, as things that long work can ask about."""
+"""Turns Ctrl-C, SIGTERM and the end of the parent process into a question that long work asks between its steps."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TypeVar
 
-PARENT = "S2A_PARENT"  # environment: the sweep's process; a run whose sweep is gone saves where it is and ends
+PARENT = "S2A_PARENT"  # variable with the id of the sweep's process: a run whose sweep is gone saves and ends
 Batch = TypeVar("Batch")
 
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Makes Ctrl-C and SIGTERM wait for the end of a step; yields what tells that one came. A second one ends it at
-    once.
+    """Makes Ctrl-C and SIGTERM wait for the end of a step. Yields a function that tells whether one came.
 
-    The end of the sweep that started this process counts as one: nobody would know that it goes on.
+    A second signal raises KeyboardInterrupt at once. The end of the sweep that started this process counts as a signal,
+    as nobody would know that the run goes on.
     """
     came, parent = threading.Event(), os.environ.get(PARENT)
 
@@ -43,14 +43,14 @@ def stopping() -> Iterator[Callable[[], bool]]:
 
 
 def guarded(loader: Iterable[Batch], asked: Callable[[], bool]) -> Iterator[Batch]:
-    """The batches. Raises KeyboardInterrupt when the next one does not come because of a Ctrl-C."""
+    """Yields the batches. Raises KeyboardInterrupt where a Ctrl-C ended the processes that load them."""
     batches = iter(loader)
     while True:
         try:
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError:  # Ctrl-C reaches the processes that load images, too
+        except RuntimeError:  # Ctrl-C also reaches the processes that load images
             if asked():
                 raise KeyboardInterrupt from None
             raise

@@ -1,4 +1,4 @@
-"""Progress of something long: a bar on a terminal, a line now and then elsewhere."""
+"""Shows the progress of long work: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import time
 
 from tqdm import tqdm
 
+from s2a_cli.common.text import duration, size
+
 SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress:
-    """`with Progress("real.zip", total, "B") as progress: progress.add(n)`; unit "B" counts bytes.
+    """Counts what is done, on stderr: `with Progress("real.zip", total, "B") as progress: progress.add(n)`.
 
-    `add(n, loss="0.1")` shows a state behind the bar. `note(line, n)` says something that stays: above the bar on a
-    terminal, elsewhere with the rate and the time left, instead of the lines in between.
+    The unit "B" counts bytes. `add(n, loss="0.1")` shows a state behind the bar. `note(line, n)` prints a line that
+    stays: above the bar on a terminal, elsewhere with the rate and the time left.
     """
 
     def __init__(self, title: str, total: int | None, unit: str, done: int = 0, quiet: bool = False):
         self.title, self.total, self.unit, self.done, self.quiet = title, total, unit, done, quiet
-        self._first = done  # what an earlier attempt had done does not count for the rate
-        self._bar = None
+        self._first = done  # by an earlier attempt, and not counted in the rate
+        self._bar: tqdm | None = None
 
     def __enter__(self) -> Progress:
         self._start = self._spoke = time.monotonic()
@@ -41,6 +43,7 @@ class Progress:
             self._bar.close()
 
     def add(self, amount: int, **state: str) -> None:
+        """Counts `amount` more as done, and prints a line where the last one is SECONDS_BETWEEN_LINES old."""
         self.done += amount
         if self._bar is not None:
             self._bar.set_postfix(state, refresh=False)
@@ -49,6 +52,7 @@ class Progress:
             self._say(self.line(time.monotonic() - self._start))
 
     def note(self, line: str, amount: int = 0) -> None:
+        """Counts `amount` more as done, and prints a line that stays."""
         self.done += amount
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
@@ -63,36 +67,17 @@ class Progress:
         print(line, file=sys.stderr, flush=True)
 
     def line(self, seconds: float) -> str:
-        """Where things stand `seconds` after the start, e.g. "real.zip: 1.2 of 6.1 GB, 8.3 MB/s, 9 min left"."""
+        """Returns where things stand `seconds` after the start: "real.zip: 1.2 GB of 6.1 GB, 8.3 MB/s, 9 min left"."""
         of = f" of {self._amount(self.total)}" if self.total else ""
         return f"{self.title}: {self._amount(self.done)}{of}, {self._pace(seconds)}"
 
     def _pace(self, seconds: float) -> str:
         rate = (self.done - self._first) / max(seconds, 1e-9)
         left = f", {duration((self.total - self.done) / rate)} left" if self.total and rate else ""
-        each, unit = (
-            (rate, "s")
-            if self.unit == "B" or rate >= 1
-            else (60 * rate, "min")
-            if rate >= 1 / 60
-            else (3600 * rate, "h")
+        seconds_each, unit = (
+            (1, "s") if self.unit == "B" or rate >= 1 else (60, "min") if rate >= 1 / 60 else (3600, "h")
         )
-        return f"{self._amount(each)}/{unit}{left}"
+        return f"{self._amount(seconds_each * rate)}/{unit}{left}"
 
     def _amount(self, value: float) -> str:
         return size(value) if self.unit == "B" else f"{value:.0f} {self.unit.strip()}"
-
-
-def size(number: float) -> str:
-    """A number of bytes to read: 532 B, 14.9 kB, 6.1 GB (powers of 1000, as download pages state them)."""
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} GB"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

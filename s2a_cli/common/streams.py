@@ -1,7 +1,7 @@
-"""stdout and stderr as they may be: closed, on a terminal that is gone, or in an encoding that lacks our characters.
+"""Copes with a stdout or stderr that is closed, on a terminal that is gone, or in an encoding that lacks characters.
 
-A command that reads and prints ends with what it can't write, as `s2a ls | head -1` should. A training does not: what
-it says is lost, and it goes on.
+A command that only prints ends when it can't write, as `s2a ls | head -1` should. A training goes on, and what it
+prints is lost.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import threading
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, which may have room again later
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a full disk, which may have room again later
 
 
 def opened() -> None:
-    """Gives stdout and stderr a place where they have none (`2>&-`), lest the next file that is opened be taken for
-    them.
+    """Opens stdout and stderr on the null device where they are closed (`2>&-`).
 
-    Characters that their encoding lacks are written as escapes.
+    Otherwise the next file that is opened would be taken for them. Characters that their encoding lacks become escapes.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -39,7 +38,7 @@ def opened() -> None:
 
 
 class Unfailing:
-    """A stream to which every write succeeds: once its other end is gone, into nothing."""
+    """A stream to which every write succeeds: once its other end is gone, what is written is dropped."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -58,9 +57,7 @@ class Unfailing:
             self._lost(error)
 
     def end(self) -> None:
-        """Writes what waits in the buffer, or lets it go: Python's own last flush would end the process with an
-        error.
-        """
+        """Writes what waits in the buffer, or drops it: Python's own last flush would end the process with an error."""
         try:
             self._stream.flush()
         except (OSError, ValueError):
@@ -77,7 +74,7 @@ class Unfailing:
 
 
 def nowhere(stream: TextIO) -> None:
-    """Lets all that is written to the stream from now on, and what waits in its buffer, go into nothing."""
+    """Drops what waits in the stream's buffer, and all that is written to it from now on."""
     handle = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(handle, stream.fileno())
@@ -87,7 +84,7 @@ def nowhere(stream: TextIO) -> None:
 
 @contextlib.contextmanager
 def unfailing() -> Iterator[None]:
-    """Within, no write to stdout or stderr fails, and a terminal that is closed ends nothing: as under nohup."""
+    """Makes every write to stdout and stderr succeed, and a terminal that is closed end nothing, as under nohup."""
     with contextlib.ExitStack() as stack:
         if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
             before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Files of tensors that somebody else may have made: what they hold is looked at before memory is taken for it.
+"""Reads files of tensors that somebody else may have made, and checks what they declare before it takes memory for it.
 
 No code in them is run, none makes a process wait, and none takes more memory than a few times its own size.
 """
@@ -21,11 +21,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from s2a_cli.common.errors import first_line, printable
+from s2a_cli.common.text import first_line, printable
 
-INDEX = 16 * 2**20  # bytes of the pickle that names the tensors; that of a model of a thousand layers takes one
+INDEX = 16 * 2**20  # bytes of the pickle that names the tensors; for a model of a thousand layers it takes 1 MiB
 LEGACY = 5  # pickles at the beginning of a file of torch before 1.6: magic, version, sizes, content, storages
-# what a pickle may call: plain tensors and what stands beside them, and nothing that makes them large
+# What a pickle may call: what makes plain tensors, numbers and texts, and nothing that makes them large.
 NAMES = re.compile(
     r"torch\.\w*Storage|torch\.storage\.\w*Storage|torch\.[a-z][a-z0-9_]*|torch\.(Size|Tensor|nn\.parameter\.Parameter)"
     r"|torch\._utils\._rebuild_(tensor(_v[23])?|parameter(_with_state)?)|torch\._tensor\._rebuild_from_type_v2"
@@ -37,16 +37,16 @@ SCALARS += [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") f
 
 
 class Unreadable(Exception):
-    """The text is one line: what is wrong with a file."""
+    """Says in one line what is wrong with a file."""
 
     def __init__(self, text: str):
         super().__init__(printable(text, 300))
 
 
 def is_file(path: Path) -> bool:
-    """Whether it is a regular file: a pipe or a device could be read for ever.
+    """Tells whether a path is a regular file: a pipe or a device could be read for ever.
 
-    False for a name that no file can have.
+    Returns False for a name that no file can have.
     """
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
@@ -55,9 +55,9 @@ def is_file(path: Path) -> bool:
 
 
 def read(path: Path) -> Any:
-    """What a .safetensors holds, or another file that torch.save has written. Raises Unreadable.
+    """Returns the content of a .safetensors file, or of one that torch.save has written. Raises Unreadable.
 
-    In the latter no function is called but those that make plain tensors, numbers and texts.
+    Of the latter only functions that make plain tensors, numbers and texts are called.
     """
     try:
         if path.suffix == ".safetensors":
@@ -72,6 +72,7 @@ def read(path: Path) -> Any:
 
 
 def _check_pickled(path: Path) -> None:
+    """Raises Unreadable for a file of torch.save that is compressed, declares too much or calls too much."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -96,16 +97,16 @@ def _check_names(file: IO[bytes]) -> None:
     for opcode, argument, place in pickletools.genops(file):
         if place is not None and place > INDEX:
             raise Unreadable(f"its list of tensors has more than {INDEX // 2**20} MiB")
-        if opcode.name == "GLOBAL" and not NAMES.fullmatch(name := argument.replace(" ", ".")):
+        if opcode.name == "GLOBAL" and not NAMES.fullmatch(name := str(argument).replace(" ", ".")):
             raise Unreadable(f"holds {name[:100]}; only plain tensors, numbers and texts are read")
         if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
             raise Unreadable("written with a pickle protocol that torch.save does not use by default")
 
 
 def tensors(content: Any, wrappers: tuple[str, ...], most: int) -> dict[str, Tensor]:
-    """The state dict in what a file holds: the content itself, or what it holds under one of `wrappers`, however deep.
+    """Returns the state dict in a file's content: the content itself, or what lies under `wrappers`, however deep.
 
-    most: bytes that a tensor may have. Raises Unreadable where there is none, and for tensors that are not plain ones.
+    most: bytes that a tensor may have. Raises Unreadable where there is none, and for tensors that are not plain.
     """
     seen: list[int] = []
     while isinstance(content, dict):
@@ -133,6 +134,7 @@ def tensors(content: Any, wrappers: tuple[str, ...], most: int) -> dict[str, Ten
 
 
 def _oddity(value: Tensor) -> str:
+    """Returns what makes a tensor no plain one, or an empty string."""
     if value.is_nested:
         return "nested"
     if value.layout is not torch.strided:
@@ -143,7 +145,7 @@ def _oddity(value: Tensor) -> str:
 
 
 def check_arrays(path: Path, most: int) -> list[str]:
-    """The names of the arrays of a .npz, of which none is read.
+    """Returns the names of the arrays of a .npz, without reading any array.
 
     Raises Unreadable where they declare more than `most` bytes.
     """
@@ -166,6 +168,7 @@ def check_arrays(path: Path, most: int) -> list[str]:
 
 
 def _array_bytes(file: IO[bytes]) -> int:
+    """Returns the bytes that the header of a .npy file declares. Raises Unreadable for Python objects."""
     version = np.lib.format.read_magic(file)
     headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     shape, _, dtype = headers[version](file)
@@ -175,6 +178,6 @@ def _array_bytes(file: IO[bytes]) -> int:
 
 
 def shapes(file: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of the tensors in an open .safetensors, of which none is read."""
+    """Yields (name, shape) of the tensors in an open .safetensors file, without reading any tensor."""
     for name in file.keys():  # noqa: SIM118 (a safe_open is no mapping)
         yield name, tuple(file.get_slice(name).get_shape())

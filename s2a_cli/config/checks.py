@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from s2a_cli.common.errors import nearest
+from s2a_cli.common.text import nearest
 from s2a_cli.config.rules import show
 from s2a_cli.config.schema import QuantConfig
 from s2a_cli.config.settings import declared, members, rule_of

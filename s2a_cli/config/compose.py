@@ -20,7 +20,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError, OmegaConfBaseException
 
-from s2a_cli.common.errors import UserError, brief, first_line, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import brief, first_line, nearest
 from s2a_cli.config.checks import check
 from s2a_cli.config.overrides import CONF, groups, read, refuse_explosions
 from s2a_cli.config.rules import Rule, show

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from s2a_cli.common.errors import UserError, brief, first_line, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import brief, first_line, nearest
 
 PACKAGE = Path(__file__).parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # a wheel, or a checkout

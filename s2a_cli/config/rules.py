@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from s2a_cli.common.errors import brief, nearest
+from s2a_cli.common.text import brief, nearest
 
 
 class Rule:

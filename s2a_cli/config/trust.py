@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import is_dataclass
 from typing import Any
 
-from s2a_cli.common.errors import UserError, brief, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import brief, nearest
 
 DEEPEST = 8  # levels of a stored config; a run's own has four
 # arguments of timm.create_model, and of what it calls, that choose what is loaded, from where, or what is returned

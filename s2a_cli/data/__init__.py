@@ -1,6 +1,7 @@
-"""Data sets: from `dataset=` to splits of labelled images.
+"""Reads data sets: from the settings of `dataset=` to splits of labelled images.
 
-A data set is a reader, a function from its settings and its folder to a `Source`, and a file in `conf/dataset/`.
+A data set is a reader (a function from its settings and its folder to a `Source`) in DATASETS, and a file in
+`conf/dataset/`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import nearest
 from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.config.settings import rule_of
 from s2a_cli.data import cifar, digits, domainnet, folder, oxford
@@ -49,11 +51,11 @@ DATASETS: dict[str, Callable[[DatasetConfig, Path], Source]] = {
 
 
 def load(config: DatasetConfig) -> Splits:
-    """Reads a data set, downloading it if need be, and splits it.
+    """Reads a data set, after a download if need be, and splits it. Raises UserError for bad settings and bad data.
 
-    Official splits are kept. Where there is no test split, `test_fraction` of the images becomes one; where there is no
-    validation split, `val_fraction` of the training images does; then `shots` or `fraction` thins out what is left to
-    train on. All are drawn class by class with `split_seed`. Raises UserError for bad settings and bad data.
+    Official splits are kept. Without a test split, `test_fraction` of the images becomes one. Without a validation
+    split, `val_fraction` of the training images becomes one. Then `shots` or `fraction` thins out the training images.
+    All are drawn class by class with `split_seed`.
     """
     if found := problems(config):
         raise UserError("\n".join(found))
@@ -76,17 +78,21 @@ def load(config: DatasetConfig) -> Splits:
 
 
 def data_folder(config: DatasetConfig) -> Path:
-    """Where a data set's files lie or go: `root`, $S2A_DATA or ~/.cache/s2a, then its name."""
-    given = None if config.name == "folder" else config.root  # there `root` is the data, and this its cache
+    """Returns the folder of a data set's files: its name below `root`, else below $S2A_DATA, else below ~/.cache/s2a.
+
+    For dataset=folder, whose `root` is the data itself, it is the folder of the cache. Raises UserError for a home
+    folder that there is not.
+    """
+    given = None if config.name == "folder" else config.root
     root = given or os.environ.get("S2A_DATA") or "~/.cache/s2a"
     try:
         return Path(root).expanduser() / config.name
-    except RuntimeError:  # ~ of a user without a home, or of none
+    except RuntimeError:  # the user after ~ has no home, or does not exist
         raise UserError(f"{root}: there is no such home folder; set S2A_DATA to a folder for data, or HOME") from None
 
 
 def title(config: DatasetConfig) -> str:
-    """The data set's name in tables and paths: pets, domainnet-real, domainnet-real-to-sketch, or the folder's name."""
+    """Returns the name in tables and paths: pets, domainnet-real, domainnet-real-to-sketch, or that of the folder."""
     if config.name == "folder" and config.root:
         return Path(config.root).expanduser().resolve().name.split(".")[0]
     domains = [domain for domain in (config.domain, config.test_domain) if domain]
@@ -94,7 +100,7 @@ def title(config: DatasetConfig) -> str:
 
 
 def problems(config: DatasetConfig) -> list[str]:
-    """What is wrong with the settings, a line each; the data itself is not looked at."""
+    """Returns what is wrong with the settings, a line each. The data itself is not read."""
     if config.name not in DATASETS:
         return [f"dataset={config.name}: expected one of {', '.join(DATASETS)}{nearest(config.name, DATASETS)}"]
     found = []
@@ -120,6 +126,7 @@ def problems(config: DatasetConfig) -> list[str]:
 
 
 def _split(images: Images, fraction: float, seed: int, purpose: str) -> tuple[Images, Images]:
+    """Splits images into (kept, held out). Raises UserError where no class has two images."""
     kept, held = hold_out(images.labels, fraction, seed, purpose)
     if not held:
         raise UserError(

@@ -1,6 +1,6 @@
 """Extracts archives that may be damaged or hostile: plain files below the target folder, or nothing.
 
-What an archive held is remembered in the folder made of it, which is compared with that whenever it is used.
+Each extracted folder holds a manifest of what its archive held, and is compared with it whenever it is used.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.files import NotRegular, atomic_write, listed, lock, one_line, open_regular, sha256, shown, stamp
-from s2a_cli.common.progress import Progress, size
+from s2a_cli.common.files import NotRegular, atomic_write, lock, open_regular, sha256, stamp
+from s2a_cli.common.progress import Progress
+from s2a_cli.common.text import listed, one_line, printable, size
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
-BLOWN_UP, LARGE = 200, 10**9  # times the archive's own size, and bytes: images do not pack that well
+# An archive is refused whose files take more than LARGEST_RATIO times its own size and more than LARGE bytes.
+LARGEST_RATIO, LARGE = 200, 10**9  # images do not pack that well
 BLOCK = 4096  # bytes that the smallest file takes on a disk
 HEADER = 16 << 10  # bytes of a long name or of extended attributes in a tar, which are read at once; paths end at 4096
 READ_AT_ONCE = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
 )  # fmt: skip
 CHUNK = 1 << 20
-MANIFEST = (
-    ".s2a-extracted.json"  # in the folder: {"archive": SHA-256, "files": {name: [SHA-256, size, mtime, ctime, inode]}}
-)
+# In the folder: {"archive": SHA-256, "files": {name: [SHA-256, size, mtime, ctime, inode]}}
+MANIFEST = ".s2a-extracted.json"
 CHECK = "remove that folder to have it extracted anew"
 
 
 def extract(archive: Path, target: Path, digest: str | None = None) -> None:
-    """Extracts `archive` (tar or zip, of that SHA-256) to the new folder `target`, in one step: it appears when it is
-    complete.
+    """Extracts a tar or zip, whose SHA-256 is `digest`, to the new folder `target`, which appears when it is complete.
 
-    Raises UserError if the archive is damaged, does not fit on the disk, or holds anything but files and folders below
-    `target`: absolute paths, "..", links, devices.
+    Raises UserError where the archive is damaged, does not fit on the disk, or holds anything but files and folders
+    below `target`: absolute paths, "..", links, devices.
     """
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
@@ -49,7 +49,7 @@ def extract(archive: Path, target: Path, digest: str | None = None) -> None:
         partial.mkdir(parents=True)
         held = _read(archive, partial)
         files = {name: [held[name], *stamp(status)] for name, status in _files(partial).items()}
-        _remember(partial, digest or sha256(archive), files)
+        _write_manifest(partial, digest or sha256(archive), files)
         partial.replace(target)
     except OSError as error:
         raise UserError(f"cannot extract {archive} to {target} ({one_line(error)})") from error
@@ -58,7 +58,7 @@ def extract(archive: Path, target: Path, digest: str | None = None) -> None:
 
 
 def extract_once(archive: Path, target: Path, digest: str | None = None) -> None:
-    """Extracts `archive` to `target` unless that is there already, as the archive has it. Two processes take turns.
+    """Extracts `archive` to `target` unless that folder is there already. Two processes take turns.
 
     Raises UserError as `extract` does, and where the folder is no longer what the archive held.
     """
@@ -67,17 +67,17 @@ def extract_once(archive: Path, target: Path, digest: str | None = None) -> None
         with lock(target.parent, target.name):
             if not target.exists():
                 return extract(archive, target, digest)
-    if not whole(target, digest):
-        # extracted before this was remembered, or the file was lost
+    if not is_extracted(target, digest):
+        # extracted before there were manifests, or the manifest was lost
         files = {name: [held, -1, 0, 0, 0] for name, held in _read(archive, None).items()}
         _compare(target, digest, files)
 
 
-def whole(target: Path, digest: str) -> bool:
-    """Whether `target` was extracted from the archive of this SHA-256, as far as is remembered there.
+def is_extracted(target: Path, digest: str) -> bool:
+    """Tells whether the manifest of `target` says that it was extracted from the archive of this SHA-256.
 
-    Raises UserError if it was and files have changed, are missing or were added. Files are read again only where their
-    size, times or inode are others than before.
+    Raises UserError where it was and files have changed, are missing or were added. Reads only files whose size, times
+    or inode have changed.
     """
     try:
         with open_regular(target / MANIFEST) as stream:
@@ -92,8 +92,9 @@ def whole(target: Path, digest: str) -> bool:
 
 
 def _compare(target: Path, digest: str, files: dict[str, list]) -> None:
-    """Compares a folder with `files`, name -> [SHA-256, size, ...] (-1: not known), and remembers what was seen of
-    them.
+    """Compares a folder with `files`, and writes the manifest anew where sizes, times or inodes have changed.
+
+    files: name -> [SHA-256, size, mtime, ctime, inode]; a size of -1 is not known. Raises UserError where they differ.
     """
     found = _files(target)
     wrong = [f"{name} is missing" for name in files if name not in found]
@@ -119,15 +120,15 @@ def _compare(target: Path, digest: str, files: dict[str, list]) -> None:
         raise UserError(f"{target} is not what its archive held: {listed(wrong, 3)}; {CHECK}")
     if changed:
         with suppress(OSError):  # a folder that cannot be written to costs time, no more
-            _remember(target, digest, files)
+            _write_manifest(target, digest, files)
 
 
-def _remember(folder: Path, digest: str, files: dict[str, list]) -> None:
+def _write_manifest(folder: Path, digest: str, files: dict[str, list]) -> None:
     atomic_write(folder / MANIFEST, json.dumps({"archive": digest, "files": files}))
 
 
 def _files(folder: Path) -> dict[str, os.stat_result]:
-    """Relative path -> status of all that lies below `folder` and is no folder; links are not followed."""
+    """Returns relative path -> status of all that lies below `folder` and is no folder; links are not followed."""
     found, left = {}, [("", folder)]
     while left:
         prefix, inner = left.pop()
@@ -142,18 +143,20 @@ def _files(folder: Path) -> dict[str, os.stat_result]:
 
 @dataclass(frozen=True)
 class _Member:
-    name: str  # as stated
+    """A member of an archive, in the terms of neither format."""
+
+    name: str  # as the archive has it
     path: str  # with forward slashes
     bytes: int
     plain: bool  # a file or a folder
     folder: bool
-    open: Callable[[], IO[bytes] | None]
+    open: Callable[[], IO[bytes]]
 
 
 def _read(archive: Path, folder: Path | None) -> dict[str, str]:
-    """Relative path -> SHA-256 of each file in an archive, written below `folder` if there is one.
+    """Returns relative path -> SHA-256 of each file in an archive, and writes them below `folder` if one is given.
 
-    Raises UserError, OSError.
+    Raises UserError for an archive that is damaged or refused, OSError where a disk fails.
     """
     damaged = f"{archive} cannot be unpacked (%s); it may be damaged: fetch it anew"
     try:
@@ -171,7 +174,7 @@ def _read(archive: Path, folder: Path | None) -> dict[str, str]:
 
 def _read_members(archive: Path, stream: BinaryIO, folder: Path | None) -> dict[str, str]:
     packed, unpacked, held = os.fstat(stream.fileno()).st_size, 0, {}
-    free = shutil.disk_usage(folder).free if folder else None
+    free = shutil.disk_usage(folder).free if folder else 0
     for member in _members(archive, stream):
         if not member.plain:
             raise UserError(
@@ -184,9 +187,9 @@ def _read_members(archive: Path, stream: BinaryIO, folder: Path | None) -> dict[
                     f"{archive} is refused: {member.name!r} points outside of the archive; nothing was kept"
                 )
         unpacked += max(member.bytes, BLOCK)
-        if free is not None and unpacked > free:
+        if folder and unpacked > free:
             raise UserError(f"{archive} does not fit: it needs more than the {size(free)} free in {folder.parent}")
-        if unpacked > max(BLOWN_UP * packed, LARGE):
+        if unpacked > max(LARGEST_RATIO * packed, LARGE):
             raise UserError(
                 f"{archive} is refused: its {size(packed)} unpack to over {size(unpacked)} in {len(held) + 1} files"
             )
@@ -214,11 +217,12 @@ def _copy(member: _Member, path: Path | None) -> str:
             digest.update(chunk)
             sink.write(chunk)
     if left:
-        raise tarfile.ReadError(f"{shown(member.name)} is not as long as stated")
+        raise tarfile.ReadError(f"{printable(member.name)} is not as long as stated")
     return digest.hexdigest()
 
 
 def _members(archive: Path, stream: BinaryIO) -> Iterator[_Member]:
+    """Yields the members of a tar or zip as they stand there, unchecked."""
     if archive.name.lower().endswith(".zip"):  # not is_zipfile(): it also finds a zip at the end of a tar
         with zipfile.ZipFile(stream) as packed:
             for member in packed.infolist():
@@ -231,25 +235,33 @@ def _members(archive: Path, stream: BinaryIO) -> Iterator[_Member]:
     else:
         with closing(tarfile.open(fileobj=stream, tarinfo=_Header)) as packed:
             while (member := packed.next()) is not None:
-                packed.members.clear()  # a kilobyte each
+                packed.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # they take a kilobyte each
                 plain = member.isreg() or member.isdir()
-                yield _Member(
-                    member.name, member.name, member.size, plain, member.isdir(), lambda m=member: packed.extractfile(m)
-                )
+
+                def content(member: tarfile.TarInfo = member) -> IO[bytes]:
+                    return cast(IO[bytes], packed.extractfile(member))  # None is for links alone, which are refused
+
+                yield _Member(member.name, member.name, member.size, plain, member.isdir(), content)
+
+
+TARFILE: Any = tarfile  # with names that type checkers do not know
+EMPTY_HEADER, EOF_HEADER = TARFILE.EmptyHeaderError, TARFILE.EOFHeaderError
+SUBSEQUENT_HEADER = TARFILE.SubsequentHeaderError
 
 
 class _Header(tarfile.TarInfo):
-    """A header of a tar that is not believed: tarfile reads what it announces into memory, and ends quietly at a
-    damaged one.
+    """A header of a tar that is checked first.
+
+    tarfile itself would read into memory whatever a header announces, and end without an error at a damaged one.
     """
 
     @classmethod
     def fromtarfile(cls, tarfile_):
         try:
             return super().fromtarfile(tarfile_)
-        except (tarfile.EOFHeaderError, tarfile.SubsequentHeaderError):
+        except (EOF_HEADER, SUBSEQUENT_HEADER):
             raise
-        except tarfile.EmptyHeaderError:
+        except EMPTY_HEADER:
             if tarfile_.offset:
                 raise tarfile.ReadError("cut short: the mark at its end is missing") from None
             raise
@@ -261,12 +273,12 @@ class _Header(tarfile.TarInfo):
             self._refuse_sparse()
         if self.type in READ_AT_ONCE and self.size > HEADER:
             raise tarfile.ReadError(f"a name or a header of {size(self.size)}, more than {size(HEADER)}")
-        return super()._proc_member(tarfile_)
+        return super()._proc_member(tarfile_)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _block(self, count):
         if count < 0:  # Python before 3.11.14 goes back in the file, for ever
             raise tarfile.ReadError("a member of negative size")
-        return super()._block(count)
+        return super()._block(count)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _refuse_sparse(self, *_):
         raise tarfile.ReadError("a sparse file, which images are not")

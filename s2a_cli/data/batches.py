@@ -1,4 +1,4 @@
-"""Batches whose content is a function of (seed, epoch, index), whatever the number of worker processes."""
+"""Makes batches whose content is a function of (seed, epoch, index), whatever the number of worker processes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from s2a_cli.data.transforms import Transform
 class Loader:
     """Iterates over one split in batches (images [B, 3, H, W] float32, labels [B] int64), once an epoch.
 
-    Set `epoch` before each pass: the order is a function of (seed, epoch), each image's augmentation of (seed, epoch,
-    index); and `skip` to leave out the first batches of a pass. Of `world` processes that share each batch, this one
-    gets part `rank`. Torch's global generators are left as they were. Worker processes live as long as the loader.
-    Raises UserError, naming the file, when an image cannot be read; that ends it.
+    Set `epoch` before each pass: the order is a function of (seed, epoch), the augmentation of an image of (seed,
+    epoch, index). Set `skip` to leave out the first batches of a pass. Where several processes share each batch, this
+    one gets the share of its rank. Torch's global generators stay as they were. Worker processes live as long as the
+    loader. Raises UserError with the name of the file when an image cannot be read, which ends the loader.
     """
 
     def __init__(self, split, transform, batch_size, *, seed, epoch, train, workers, pin_memory, part):
@@ -36,10 +36,10 @@ class Loader:
             collate_fn=_collate,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # or each pass would draw a seed from the global one
+            generator=torch.Generator(),  # else each pass would draw a seed from the global one
         )
 
-    # Kept by the sampler, without a way back to here: worker processes in a reference cycle take seconds to end.
+    # The sampler keeps these and never refers to the loader: worker processes in a reference cycle end after seconds.
     @property
     def epoch(self) -> int:
         return self._batches.epoch
@@ -57,7 +57,7 @@ class Loader:
         self._batches.skip = batches
 
     def size(self, batch: int) -> int:
-        """Images in a batch, over all processes."""
+        """Returns how many images a batch has, over all processes."""
         return min(self._batches.batch_size, self._batches.length - batch * self._batches.batch_size)
 
     def __len__(self) -> int:
@@ -83,11 +83,11 @@ def loader(
     pin_memory: bool = False,
     part: tuple[int, int] = (0, 1),
 ) -> Loader:
-    """A `Loader` of `split`. With `train` it shuffles, and leaves out a last batch of one image, useless to BatchNorm.
+    """Returns a `Loader` of `split`.
 
-    `workers=None` chooses: none for images in memory, else one process for every two cores, at most eight.
-    part: (rank, world) of the processes that share each batch; a last training batch with fewer images than processes
-    is left out.
+    train: shuffle, and leave out a last batch of one image, with which BatchNorm can't train, or of fewer images than
+    processes. workers: how many processes load images; None for the number of default_workers. part: (rank, number) of
+    the processes that share each batch.
     """
     return Loader(
         split,
@@ -103,6 +103,7 @@ def loader(
 
 
 def default_workers(split: Images) -> int:
+    """Returns 0 for images in memory; else one worker process for every two cores, at most 8."""
     if isinstance(split, ImageArray):
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -110,7 +111,7 @@ def default_workers(split: Images) -> int:
 
 
 class Batches:
-    """The batch sampler: lists of (epoch, index), so that workers that outlive an epoch learn which one it is."""
+    """A batch sampler that yields lists of (epoch, index): workers outlive an epoch and must know which one it is."""
 
     def __init__(self, length: int, batch_size: int, seed: int, epoch: int, train: bool, part: tuple[int, int]):
         self.length, self.batch_size, self.seed, self.epoch, self.train = length, batch_size, seed, epoch, train
@@ -134,6 +135,8 @@ class Batches:
 
 
 class _Samples(Dataset):
+    """A map-style data set of (transformed image [3, H, W], label), or the UserError of an image that can't be read."""
+
     def __init__(self, split: Images, transform: Transform, seed: int):
         self.split, self.transform, self.seed = split, transform, seed
 
@@ -153,7 +156,7 @@ class _Samples(Dataset):
 
 
 def mix(*numbers: int) -> int:
-    """One well-mixed 32-bit seed from several integers (torch's CPU generator takes no more than 32 bits)."""
+    """Hashes several integers into a 32-bit seed, as torch's CPU generator takes no more bits."""
     return int.from_bytes(blake2b(repr(numbers).encode(), digest_size=4).digest(), "little")
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), from the official archives in binary form: no pickles are read."""
+"""Reads CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) from the official archives in binary form, not from pickles."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ CIFAR100 = RemoteFile(
 
 
 def read_cifar10(config: DatasetConfig, folder: Path) -> Source:
+    """Returns CIFAR-10: 50,000 training and 10,000 test images of 32 x 32 pixels in 10 classes."""
     tree = fetch_tree(CIFAR10, folder, config.download) / "cifar-10-batches-bin"
     train = _records([tree / f"data_batch_{batch}.bin" for batch in range(1, 6)], label_bytes=1)
     test = _records([tree / "test_batch.bin"], label_bytes=1)
@@ -43,13 +44,18 @@ def read_cifar10(config: DatasetConfig, folder: Path) -> Source:
 
 
 def read_cifar100(config: DatasetConfig, folder: Path) -> Source:
+    """Returns CIFAR-100 with its 100 fine classes: 50,000 training and 10,000 test images of 32 x 32 pixels."""
     tree = fetch_tree(CIFAR100, folder, config.download) / "cifar-100-binary"
     train, test = (_records([tree / f"{split}.bin"], label_bytes=2) for split in ("train", "test"))
     return Source(train, None, test, (tree / "fine_label_names.txt").read_text().split(), revision_of(CIFAR100))
 
 
 def _records(files: list[Path], label_bytes: int) -> ImageArray:
-    """Records of label bytes (CIFAR-100: coarse, fine), then the red, green and blue planes, row by row."""
+    """Returns the images of files of records. Raises UserError for a file that does not consist of records.
+
+    A record is `label_bytes` labels (CIFAR-100: coarse, fine), then the red, green and blue planes, row by row. The
+    last label counts.
+    """
     size = label_bytes + 3 * SIDE * SIDE
     parts = [np.fromfile(file, np.uint8) for file in files]
     for file, part in zip(files, parts):

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 grey images of 8 x 8 pixels (UCI, Alpaydin and Kaynak, 1998); no network."""
+"""Reads scikit-learn's handwritten digits: 1,797 grey images of 8 x 8 pixels (UCI, Alpaydin and Kaynak, 1998)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from s2a_cli.data.source import Source
 
 
 def read(config: DatasetConfig, folder: Path) -> Source:
-    package = Path(find_spec("sklearn").origin).parent  # to import it takes longer than to train on the digits
+    """Returns the digits, which ship with scikit-learn: nothing is downloaded."""
+    spec = find_spec("sklearn")  # to import it takes longer than to train on the digits
+    assert spec is not None and spec.origin is not None, "scikit-learn is a dependency"
+    package = Path(spec.origin).parent
     rows = np.loadtxt(package / "datasets/data/digits.csv.gz", delimiter=",")  # 64 values and the label
     grey = np.rint(rows[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)  # 0 to 16 -> 0 to 255
     labels = rows[:, -1].astype(int).tolist()

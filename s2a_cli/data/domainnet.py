@@ -1,4 +1,4 @@
-"""DomainNet (Peng et al., ICCV 2019): 345 classes in six domains; the cleaned version and its official lists."""
+"""Reads DomainNet (Peng et al., ICCV 2019), the cleaned version: 345 classes in six domains, with official lists."""
 
 from __future__ import annotations
 
@@ -68,7 +68,11 @@ FILES = {
 
 
 def read(config: DatasetConfig, folder: Path) -> Source:
-    """Train on `config.domain`, test on `config.test_domain` (the same one if null): labels agree across domains."""
+    """Returns training images of `config.domain` and test images of `config.test_domain` (null: of the same domain).
+
+    Labels agree across domains.
+    """
+    assert config.domain is not None, "data.problems asks for it"
     images, train_list, _ = FILES[config.domain]
     test_images, _, test_list = FILES[config.test_domain or config.domain]
     names: dict[int, str] = {}
@@ -83,6 +87,6 @@ def read(config: DatasetConfig, folder: Path) -> Source:
         return ImageFiles(fetch_tree(archive, folder, config.download), files, labels)
 
     train, test = split(images, train_list), split(test_images, test_list)
-    # numbers, not names, are what the domains share: one without an image still has its place
+    # the domains share the numbers of classes, so a number without an image keeps its place
     classes = [names.get(label, f"class {label}") for label in range(max(names) + 1)]
     return Source(train, None, test, classes, revision_of(images, train_list, test_images, test_list))

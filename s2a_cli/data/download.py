@@ -1,6 +1,6 @@
-"""Fetches the files of a data set: several sources each, resumed, verified, and never half there.
+"""Downloads the files of a data set: from several sources each, resumed, verified, and never half there.
 
-What is fetched is listed in the program with its SHA-256, so a source need not be trusted, only be up.
+The program knows the SHA-256 of each file, so a source need not be trusted.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from pathlib import Path
 
 from s2a_cli import __version__
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.files import lock, one_line, sha256_of
-from s2a_cli.common.progress import Progress, size
-from s2a_cli.data.archives import extract_once, whole
+from s2a_cli.common.files import lock, sha256_of
+from s2a_cli.common.progress import Progress
+from s2a_cli.common.text import one_line, size
+from s2a_cli.data.archives import extract_once, is_extracted
 
 TIMEOUT = 30.0  # seconds without a byte before a source counts as down
 CHUNK = 1 << 18
@@ -31,14 +32,14 @@ class RemoteFile:
 
 
 class _Broken(Exception):
-    """A source did not deliver; the text says why."""
+    """Says why a source did not deliver."""
 
 
 def fetch(file: RemoteFile, folder: Path, download: bool = True) -> Path:
-    """The path of `file` in `folder`, verified; downloaded from the first of its sources that delivers.
+    """Returns the path of `file` in `folder`, verified, after a download from the first source that delivers.
 
     An interrupted download stays as NAME.part and is resumed, also from another source. A file that is there but
-    differs is never overwritten. Raises UserError, saying which file to put where, when `download` is false or when no
+    differs is never overwritten. Raises UserError, which says which file to put where, when `download` is false or no
     source delivers.
     """
     path = folder / file.name
@@ -57,19 +58,19 @@ def fetch(file: RemoteFile, folder: Path, download: bool = True) -> Path:
 
 
 def fetch_tree(file: RemoteFile, folder: Path, download: bool = True) -> Path:
-    """The folder into which the archive `file` is extracted: there completely, or not at all, and as the archive has
-    it.
+    """Returns the folder into which the archive `file` is extracted, after a download if need be.
 
-    Raises UserError as `fetch` does, and where the folder was changed since. An archive that is gone is fetched again
-    only where the folder itself can't tell what it held.
+    An archive that is gone is downloaded again only where the folder has no manifest of it. Raises UserError as `fetch`
+    does, and where the folder was changed since.
     """
     tree = folder / file.name.split(".")[0]
-    if not (tree.exists() and whole(tree, file.sha256)):
+    if not (tree.exists() and is_extracted(tree, file.sha256)):
         extract_once(fetch(file, folder, download), tree, file.sha256)
     return tree
 
 
 def _download(file: RemoteFile, folder: Path) -> None:
+    """Downloads a file from the first source that delivers. Raises UserError, with what each of them did."""
     part = folder / f"{file.name}.part"
     failures = []
     for url in file.urls:
@@ -84,7 +85,10 @@ def _download(file: RemoteFile, folder: Path) -> None:
 
 
 def _complete(part: Path, file: RemoteFile, url: str) -> None:
-    """Makes `part` the whole file, and verifies it. Raises _Broken; a part with a wrong checksum is removed."""
+    """Downloads what `part` lacks of the file, and verifies it. Raises _Broken.
+
+    A part with a wrong checksum is removed.
+    """
     while True:
         before = _length(part)
         try:
@@ -93,15 +97,16 @@ def _complete(part: Path, file: RemoteFile, url: str) -> None:
         except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
             if _length(part) <= before:
                 raise _Broken(one_line(error)) from error
-            continue  # broke off midway: on from there
+            continue  # the connection broke off: go on from there
         if _length(part) == file.bytes and sha256_of(part) == file.sha256:
             return
         part.unlink()
-        if not before:  # else what an earlier attempt left may have been at fault: once more from the start
+        if not before:  # else an earlier attempt may have left something wrong: start over
             raise _Broken("sent another file than expected (wrong SHA-256)")
 
 
 def _append(part: Path, file: RemoteFile, url: str, start: int) -> None:
+    """Appends to `part` the bytes of a file from `start` on. Raises _Broken, OSError, HTTPException."""
     request = urllib.request.Request(url, headers={"User-Agent": f"s2a/{__version__}"})
     if start:
         request.add_header("Range", f"bytes={start}-")

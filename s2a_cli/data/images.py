@@ -1,4 +1,4 @@
-"""Images with labels, by index: the one form in which every data set reaches the rest of the program."""
+"""Holds images with labels, by index: the one form in which every data set reaches the rest of the program."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.files import one_line, open_regular, shown
+from s2a_cli.common.files import open_regular
+from s2a_cli.common.text import one_line, printable
 
 try:
     from PIL.AvifImagePlugin import SUPPORTED as AVIF
@@ -19,19 +20,17 @@ except ImportError:  # Pillow before 11.3
     AVIF = False
 
 HEIF = find_spec("pillow_heif") is not None
-# By content: many a .jpg of a real collection is a PNG. Pillow knows more, of which some start other programs (EPS:
-# Ghostscript).
+# Accepted by content, as many a .jpg of a real collection is a PNG. Pillow knows more formats, some of which start
+# other programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", *(["AVIF"] if AVIF else []))
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
     *([".avif"] if AVIF else []), *([".heic", ".heif"] if HEIF else []),
 )  # fmt: skip
 INSTALL = {".avif": "Pillow 11.3 or newer", ".heic": "pillow-heif", ".heif": "pillow-heif"}
-FLOAT_RANGES = ((0, 1), (-1, 1), (0, 255), (0, 65535))
-MIN_SAMPLE, MAX_SAMPLE = (
-    (280, 340),
-    (281, 341),
-)  # TIFF: MinSampleValue, SMinSampleValue; MaxSampleValue, SMaxSampleValue
+FLOAT_RANGES = ((0, 1), (-1, 1), (0, 255), (0, 65535))  # of (black, white) in images of floats
+MIN_SAMPLE = 280, 340  # tags of a TIFF: MinSampleValue, SMinSampleValue
+MAX_SAMPLE = 281, 341  # MaxSampleValue, SMaxSampleValue
 
 
 class Images:
@@ -49,15 +48,15 @@ class Images:
         return self.image(index), self.labels[index]
 
     def image(self, index: int, at_least: int | None = None) -> Image.Image:
-        """Image `index` in RGB. A shorter side of `at_least` pixels will do: it may be reduced to that."""
+        """Returns image `index` in RGB. It may be reduced as long as its shorter side keeps `at_least` pixels."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """What to call image `index` in a message."""
+        """Returns what to call image `index` in a message."""
         raise NotImplementedError
 
     def subset(self, indices: Sequence[int]) -> Images:
-        """The images `indices`, in that order."""
+        """Returns the images `indices`, in that order."""
         raise NotImplementedError
 
 
@@ -72,7 +71,7 @@ class ImageFiles(Images):
         try:
             return open_rgb(path, at_least)
         except Exception as error:  # on damaged bytes decoders raise nearly anything
-            raise UserError(f"{shown(path)} is not a readable image ({one_line(error)})") from error
+            raise UserError(f"{printable(path)} is not a readable image ({one_line(error)})") from error
 
     def name(self, index):
         return str(self.root / self.files[index])
@@ -99,16 +98,16 @@ class ImageArray(Images):
 
 
 def open_rgb(path: Path, at_least: int | None = None) -> Image.Image:
-    """Decodes a file to RGB: turned upright by its EXIF tag, transparency over white, deep grey values scaled to 8
-    bits.
+    """Decodes a file to RGB.
 
-    With `at_least`, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side stays at least
-    that many pixels. Raises what Pillow raises for a file that is missing, damaged or truncated, NotRegular for a pipe
-    or a device, ValueError for a format that is not in FORMATS.
+    The image is turned upright by its EXIF tag, transparency is put over white, and grey values of more than 8 bits are
+    scaled to 8 bits. With `at_least`, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side
+    keeps that many pixels. Raises what Pillow raises for a file that is missing, damaged or truncated, NotRegular for a
+    pipe or a device, ValueError for a format that is not in FORMATS.
     """
     try:
         with open_regular(path) as stream, Image.open(stream, formats=_formats(path)) as image:
-            # draft() also switches to a coarser inverse DCT, which only a real reduction hides
+            # draft() also takes a coarser inverse DCT, which shows unless the image is reduced
             if at_least and min(image.size) >= 2 * at_least:
                 image.draft("RGB", (at_least, at_least))
             image.load()
@@ -130,14 +129,14 @@ def _formats(path: Path) -> tuple[str, ...]:
 
 @cache
 def _heif() -> str:
-    import pillow_heif
+    import pillow_heif  # pyright: ignore[reportMissingImports]  # optional
 
     pillow_heif.register_heif_opener()
     return "HEIF"
 
 
 def _stated_range(image: Image.Image) -> tuple[float, float] | None:
-    """The values that a TIFF says are black and white; None where it does not say."""
+    """Returns the values that a TIFF says are black and white; None where it does not say."""
     tags = getattr(image, "tag_v2", {})
     low, high = ([tags[tag] for tag in pair if tag in tags] for pair in (MIN_SAMPLE, MAX_SAMPLE))
     if not high:
@@ -150,11 +149,11 @@ def _stated_range(image: Image.Image) -> tuple[float, float] | None:
 
 
 def _eight_bits(values: np.ndarray, stated: tuple[float, float] | None) -> np.ndarray:
-    """Grey values of 16 or 32 bits, or floats, [H, W], as uint8.
+    """Scales grey values [H, W], floats or integers of 16 or 32 bits, to uint8.
 
-    The range is the one that the file states, if all values lie in it. Else floats take the first of FLOAT_RANGES that
-    has all of them, integers all of 16 bits; values beyond, such as Hounsfield units, go from the smallest to the
-    largest.
+    Black and white are those that the file states, if all values lie between them. Else they are the first of
+    FLOAT_RANGES that has all values, for integers 0 and 65535. Where values lie beyond, such as Hounsfield units, they
+    are the smallest and the largest value.
     """
     whole = np.issubdtype(values.dtype, np.integer)
     finite = values if whole else values[np.isfinite(values)]

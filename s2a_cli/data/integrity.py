@@ -1,4 +1,4 @@
-"""Reads every file of a folder once: which images are damaged, and what identifies the data as a whole."""
+"""Reads every file of a folder once, to find damaged images and to hash the data as a whole."""
 
 from __future__ import annotations
 
@@ -9,38 +9,42 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import cast
 
 import PIL
 
-from s2a_cli.common.files import NotRegular, atomic_write, one_line, open_regular, reason, stamp
-from s2a_cli.common.progress import Progress, size
+from s2a_cli.common.files import NotRegular, atomic_write, open_regular, reason, stamp
+from s2a_cli.common.progress import Progress
+from s2a_cli.common.text import one_line, size
 from s2a_cli.data.images import FORMATS, open_rgb
 
 SCHEMA = 2  # of the kept reports
 LARGEST = 2 << 30  # bytes of a file; Pillow refuses images of so many pixels that they would be larger
-DARK = 16  # of 255: what 12 bits in a file of 16 come to
+DARK = 16  # of 255, below which all values lie where a file of 16 bits holds 12
 
 
 @dataclass(frozen=True)
 class Report:
-    revision: str  # 12 hex digits: relative paths and contents, wherever the folder lies
+    """A report on the files of a folder. Its fields are the keys of the file in which it is kept."""
+
+    revision: str  # 12 hex digits of a hash of relative paths and contents, wherever the folder lies
     damaged: dict[str, str]  # relative path: why it cannot be decoded
     dark: list[str]  # images without a value of DARK or more
     same: list[list[str]]  # groups of files with the same bytes
 
 
 def examine(root: Path, files: Sequence[str], cache: Path) -> Report:
-    """Decodes and hashes `files` (sorted relative paths under `root`), on threads, with progress.
+    """Decodes and hashes `files` (sorted relative paths under `root`), on threads, and shows the progress.
 
     The report is kept in `cache` under a hash of all names, sizes, times and inodes, so that each state of a folder is
-    read once. A file that cannot be opened is a damaged one.
+    read once. A file that cannot be opened counts as damaged.
     """
     seen = _state(root, files)
     kept = cache / f"{seen}.json"
     if found := _kept(kept):
         return found
     report, lasting = _read_all(root, files)
-    if not lasting or _state(root, files) != seen:  # changed while it was read: this state is none to come back to
+    if not lasting or _state(root, files) != seen:  # it changed while it was read: this state will not come back
         return report
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -51,6 +55,7 @@ def examine(root: Path, files: Sequence[str], cache: Path) -> Report:
 
 
 def _state(root: Path, files: Sequence[str]) -> str:
+    """Returns a hash of the names, sizes, times and inodes of files, and of what decodes them."""
     seen = sha256(f"{SCHEMA} {PIL.__version__} {FORMATS} ".encode())
     seen.update(os.fsencode(root.resolve()))
     for file in files:
@@ -64,6 +69,7 @@ def _state(root: Path, files: Sequence[str]) -> str:
 
 
 def _kept(path: Path) -> Report | None:
+    """Returns the report that a file holds, or None where it is missing or damaged."""
     try:
         with open_regular(path) as stream:
             report = Report(**json.load(stream))
@@ -74,7 +80,7 @@ def _kept(path: Path) -> Report | None:
 
 
 def _read_all(root: Path, files: Sequence[str]) -> tuple[Report, bool]:
-    """The report, and whether it will be the same until a file changes: not where one could not be opened for now."""
+    """Returns the report, and whether it holds until a file changes: not where one could not be opened for now."""
     content, damaged, dark, by_digest, lasting = sha256(), {}, [], {}, True
     pool = ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 1))  # decoders release the interpreter's lock
     try:
@@ -97,10 +103,12 @@ def _read_all(root: Path, files: Sequence[str]) -> tuple[Report, bool]:
 
 @dataclass(frozen=True)
 class _File:
-    digest: str = ""
-    trouble: str | None = None
-    dark: bool = False
-    lasting: bool = True
+    """A report on one file."""
+
+    digest: str = ""  # SHA-256; empty where it was not read
+    trouble: str | None = None  # why it is no image
+    dark: bool = False  # no value reaches DARK
+    lasting: bool = True  # whether a second look at the unchanged file would find the same
 
 
 def _read(path: Path) -> _File:
@@ -120,4 +128,5 @@ def _read(path: Path) -> _File:
         image = open_rgb(path)
     except Exception as error:  # on damaged bytes decoders raise nearly anything
         return _File(digest, one_line(error))
-    return _File(digest, dark=max(most for _, most in image.getextrema()) < DARK)
+    extrema = cast(tuple[tuple[int, int], ...], image.getextrema())  # (least, most) of each channel of an RGB image
+    return _File(digest, dark=max(most for _, most in extrema) < DARK)

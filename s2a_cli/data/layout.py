@@ -1,31 +1,28 @@
-"""What the folders of the user's data are: splits or classes. Where both are possible, the user is asked."""
+"""Tells whether the folders of the user's data are splits or classes. Where both are possible, the user must say."""
 
 from __future__ import annotations
 
 import os
 import re
+from itertools import accumulate
 from pathlib import Path
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.files import listed, reason, shown
+from s2a_cli.common.files import reason
+from s2a_cli.common.text import listed, printable
 
-SPLITS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}  # in any case
-WORDS = dict(SPLITS) | {
-    "val": (*SPLITS["val"], "dev"),
-    "test": (*SPLITS["test"], "eval"),
-}
+# split: the names of its folder, in upper or lower case
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+# split: words in the names of folders that seem to mean it
+WORDS = dict(SPLITS) | {"val": (*SPLITS["val"], "dev"), "test": (*SPLITS["test"], "eval")}
 SPLITS_OR_CLASSES = "say dataset.layout=splits or dataset.layout=classes"
 
 
 def split_folders(root: Path, layout: str | None) -> dict[str, str]:
-    """Split -> its folder under `root`; {"train": ""} where the whole of `root` is one tree of classes.
+    """Returns split -> its folder under `root`; {"train": ""} where all of `root` is one tree of classes.
 
-    layout: "splits" or "classes", or None: what the names of the folders say. Raises UserError where they say both or
-    neither.
+    layout: "splits" or "classes"; None: what the names of the folders say. Raises UserError where these could mean
+    either.
     """
     names = folders(root)
     if layout == "classes":
@@ -39,28 +36,29 @@ def split_folders(root: Path, layout: str | None) -> dict[str, str]:
     for split, of_split in found.items():
         if len(of_split) > 1:
             raise UserError(
-                f"{shown(root)} has {' and '.join(of_split)}, both of which name the {split} split; keep one, or,"
+                f"{printable(root)} has {' and '.join(of_split)}, both of which name the {split} split; keep one, or,"
                 f" {as_classes}"
             )
     if missing := [split for split in ("train", "test") if split not in found]:
         has = listed([name for of_split in found.values() for name in of_split] or names)
         raise UserError(
-            f"{shown(root)} has {has} but no {' and no '.join(missing)}: as splits, give it the folders train, test and"
-            f" perhaps val; {as_classes}: one tree of class folders, which is split by dataset.test_fraction and"
+            f"{printable(root)} has {has} but no {' and no '.join(missing)}: as splits, give it the folders train, test"
+            f" and perhaps val; {as_classes}: one tree of class folders, which is split by dataset.test_fraction and"
             " dataset.val_fraction"
         )
     trees = {split: of_split[0] for split, of_split in found.items()}
     for split, name in trees.items():
         if not folders(root / name):
             raise UserError(
-                f"{shown(root / name)} has no class folders; put the images of each class into one named after it;"
+                f"{printable(root / name)} has no class folders; put the images of each class into one named after it;"
                 f" {as_classes}"
             )
         if (target := os.path.realpath(root / name)) != str(root.resolve() / name) and within(
             target, os.path.realpath(root)
         ):
             raise UserError(
-                f"{shown(root / name)} is a link to {shown(target)}: the {split} split would have the images of another"
+                f"{printable(root / name)} is a link to {printable(target)}: the {split} split would have the images of"
+                " another"
             )
     return trees
 
@@ -71,48 +69,44 @@ def _refuse_hidden_splits(root: Path, names: list[str]) -> None:
     both = f"{SPLITS_OR_CLASSES}; folders of splits are to be called train, test and perhaps val"
     if all(meant.values()) and len(set(meant.values())) > 1:
         raise UserError(
-            f"{shown(root)} has {listed(names)}, which look like splits, but would be read as {len(names)} classes:"
+            f"{printable(root)} has {listed(names)}, which look like splits, but would be read as {len(names)} classes:"
             f" {both}"
         )
     if len(names) < 2:
         return
-    common: set[str] | None = None
-    for name in names:
-        inner = set(folders(root / name))
-        common = inner if common is None else common & inner
+    common: set[str] = set()
+    for common in accumulate((set(folders(root / name)) for name in names), set.intersection):
         if len(common) < 2:
             return
     if all(_has_files(root / name) for name in names):
         return  # classes with folders in them: as splits, these images would have no class
     raise UserError(
-        f"{shown(root)} has {listed(names, 3)}, all of which hold the folders {listed(sorted(common), 3)}: "
+        f"{printable(root)} has {listed(names, 3)}, all of which hold the folders {listed(sorted(common), 3)}: "
         f"splits of {len(common)} classes, or {len(names)} classes? {both}"
     )
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a name such as training_set, test2017 or valData seems to mean."""
+    """Returns the split that a name such as training_set, test2017 or valData seems to mean, or None."""
     spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()
     words = [re.sub("(set|data|images|split)$", "", word) for word in re.findall("[a-z]+", spaced)]
     return next((split for split, meant in WORDS.items() if any(word in meant for word in words)), None)
 
 
 def class_folders(root: Path, layout: str | None = None) -> int:
-    """How many classes a folder has by its names alone, also where it is not complete yet, so that reading it would be
-    refused.
-    """
+    """Returns how many classes a folder has by the names of its folders alone, also where reading it would fail."""
     names = folders(root)
     trees = [] if layout == "classes" else [name for name in names if name.lower() in SPLITS["train"]]
     return len(folders(root / trees[0])) if trees else len(names)
 
 
 def folders(path: Path) -> list[str]:
-    """The names of the folders in a folder, hidden ones apart, sorted. Raises UserError for one that can't be read."""
+    """Returns the sorted names of the folders in a folder, without hidden ones. Raises UserError where it can't."""
     try:
         with os.scandir(path) as entries:
             return sorted(entry.name for entry in entries if not hidden(entry.name) and is_folder(entry))
     except OSError as error:
-        raise UserError(f"{shown(path)} cannot be read ({reason(error)})") from error
+        raise UserError(f"{printable(path)} cannot be read ({reason(error)})") from error
 
 
 def _has_files(path: Path) -> bool:
@@ -121,6 +115,7 @@ def _has_files(path: Path) -> bool:
 
 
 def is_folder(entry: os.DirEntry) -> bool:
+    """Tells whether an entry is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
@@ -128,13 +123,15 @@ def is_folder(entry: os.DirEntry) -> bool:
 
 
 def names_split(name: str) -> bool:
+    """Tells whether a folder of this name holds a split."""
     return any(name.lower() in accepted for accepted in SPLITS.values())
 
 
 def hidden(name: str) -> bool:
+    """Tells whether a file or folder of this name is passed over."""
     return name.startswith(".") or name == "__MACOSX"  # the latter is what a Mac adds to a zip
 
 
 def within(path: str, folder: str) -> bool:
-    """Whether a real path is a folder or lies in it, or the folder lies in it."""
+    """Tells whether one of two real paths lies in the other, or is the other."""
     return os.path.commonpath([path, folder]) in (path, folder)

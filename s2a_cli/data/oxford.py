@@ -1,4 +1,4 @@
-"""Oxford's Flowers-102 (Nilsback and Zisserman, 2008) and Oxford-IIIT Pet (Parkhi et al., 2012)."""
+"""Reads Oxford's Flowers-102 (Nilsback and Zisserman, 2008) and Oxford-IIIT Pet (Parkhi et al., 2012)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ PET_LISTS = _file(
 
 
 def read_flowers102(config: DatasetConfig, folder: Path) -> Source:
-    """The official splits: 10 training and 10 validation images a class, the other 6,149 for the test."""
+    """Returns the official splits: 10 training and 10 validation images a class, and 6,149 test images."""
     from scipy.io import loadmat
 
     label_of = loadmat(fetch(FLOWER_LABELS, folder, config.download))["labels"].ravel().astype(int)
@@ -71,7 +71,7 @@ def read_flowers102(config: DatasetConfig, folder: Path) -> Source:
 
 
 def read_pets(config: DatasetConfig, folder: Path) -> Source:
-    """The official lists, 37 breeds: trainval.txt, from which validation is split off, and test.txt."""
+    """Returns the official lists of 37 breeds: trainval.txt, from which validation is split off, and test.txt."""
     lists = fetch_tree(PET_LISTS, folder, config.download) / "annotations"
     tree = fetch_tree(PETS, folder, config.download)
     names: dict[int, str] = {}
@@ -90,7 +90,7 @@ def read_pets(config: DatasetConfig, folder: Path) -> Source:
 
 
 # Classes 1 to 102, as on the data set's page
-FLOWER_NAMES = """
+FLOWER_NAMES: str = """
 pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily, moon orchid,
 bird of paradise, monkshood, globe thistle, snapdragon, colt's foot, king protea, spear thistle, yellow iris,
 globe-flower, purple coneflower, peruvian lily, balloon flower, giant white arum lily, fire lily, pincushion flower,

@@ -1,6 +1,4 @@
-"""What is said of a data set: before training what it is and what of it is left out, after evaluation what no model had
-been needed for.
-"""
+"""Describes a data set: before training what it holds and leaves out, after evaluation what needed no model."""
 
 from __future__ import annotations
 
@@ -9,17 +7,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from s2a_cli.common.files import listed, shown
+from s2a_cli.common.text import brief, counted, listed, printable
 from s2a_cli.data.images import ImageFiles, Images
 
-ROWS = 8  # classes that get a line each; of more, the largest and the smallest
+ROWS = 8  # classes that get a line each; of more classes, the largest and the smallest do
 WIDTH = 30  # characters of a name
 SPLITS = ("train", "val", "test")
 
 
 @dataclass
 class Splits:
-    """What a run trains on, chooses by and is judged by."""
+    """The images that a run trains on, chooses by and is judged by."""
 
     name: str  # in tables and paths
     train: Images
@@ -27,21 +25,19 @@ class Splits:
     test: Images
     classes: list[str]  # a label is an index into it
     revision: str  # a short hash of the data's content, wherever it lies
-    left_out: list[str] = field(default_factory=list)  # a phrase each
-    notes: list[str] = field(default_factory=list)  # what looks wrong with the images
+    left_out: list[str] = field(default_factory=list)  # what is not used, and why: a phrase each
+    notes: list[str] = field(default_factory=list)  # what looks wrong with the images: a sentence each
     same: list[list[str]] = field(default_factory=list)  # groups of files with the same bytes
 
     def counts(self) -> np.ndarray:
-        """Images by class and split, [classes, 3]."""
+        """Returns the number of images by class and split, [classes, 3]."""
         return np.stack([np.bincount(getattr(self, split).labels, minlength=len(self.classes)) for split in SPLITS], 1)
 
 
 def describe(splits: Splits) -> str:
-    """A block of lines: classes and counts by split, what was left out and why, and what a reader of the figures should
-    know.
-    """
-    counts, title = splits.counts(), f"data: {shown(splits.name)}"
-    rows = [(_short(shown(name)), cells, mark) for name, cells, mark in _rows(splits.classes, counts)]
+    """Returns a block of lines: classes and counts by split, what is left out and why, and what may mislead."""
+    counts, title = splits.counts(), f"data: {printable(splits.name)}"
+    rows = [(brief(printable(name), WIDTH), cells, mark) for name, cells, mark in _rows(splits.classes, counts)]
     width = max(len(title), *(2 + len(name) for name, _, _ in rows))
     lines = [f"{title:<{width}}" + "".join(f"{split:>8}" for split in SPLITS)]
     for name, cells, mark in rows:
@@ -51,7 +47,7 @@ def describe(splits: Splits) -> str:
 
 
 def _rows(names: Sequence[str], counts: np.ndarray) -> list[tuple[str, Sequence[int], str]]:
-    """(name, images by split, mark) of each class, or of many the largest and the smallest, and of all."""
+    """Returns (name, images by split, mark) of each class, of many the largest and the smallest, and of all."""
     totals = counts.sum(1)
     largest, smallest = int(totals.argmax()), int(totals.argmin())
     marks = {} if totals[largest] == totals[smallest] else {largest: "largest", smallest: "smallest"}
@@ -62,19 +58,15 @@ def _rows(names: Sequence[str], counts: np.ndarray) -> list[tuple[str, Sequence[
     return [*((names[label], counts[label], marks.get(label, "")) for label in labels), every]
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= WIDTH else f"{name[: WIDTH - 3]}..."
-
-
 def _untested(splits: Splits, counts: np.ndarray) -> list[str]:
-    """Classes of which a test figure says nothing, and those that can't be learned."""
+    """Returns notes on the classes without an image in test or in train."""
     notes = []
     for column, said in (
         (2, "never tested, as no image of it is in test"),
         (0, "never trained on, as no image of it is in train"),
     ):
         if missing := [
-            f"{splits.classes[label]} ({_images(int(counts[label].sum()))})"
+            f"{splits.classes[label]} ({counted(int(counts[label].sum()), 'image')})"
             for label in np.flatnonzero(counts[:, column] == 0)
         ]:
             notes.append(f"{said if len(missing) == 1 else said.replace('of it', 'of them')}: {listed(missing, 4)}")
@@ -82,7 +74,7 @@ def _untested(splits: Splits, counts: np.ndarray) -> list[str]:
 
 
 def _shared(splits: Splits) -> list[str]:
-    """The same bytes in two splits make a figure too good; under two labels, one of them is wrong."""
+    """Returns notes on files with the same bytes in two splits (which flatters a figure) or in two classes."""
     home: dict[str, tuple[str, int]] = {}
     for split in SPLITS if splits.same else ():
         part = getattr(splits, split)
@@ -94,15 +86,13 @@ def _shared(splits: Splits) -> list[str]:
         if torn := [group for group in groups if len({home[file][place] for file in group}) > 1]:
             first = torn[0][0]
             other = next(file for file in torn[0] if home[file][place] != home[first][place])
-            pair = " and ".join(f"{shown(file)} ({home[file][0]})" for file in (first, other))
+            pair = " and ".join(f"{printable(file)} ({home[file][0]})" for file in (first, other))
             notes.append(f"the same image {said}: {_times(len(torn))}, such as {pair}")
     return notes
 
 
 def majority(splits: Splits, top1: float | None) -> str | None:
-    """What to say of a test accuracy in % that always answering the most frequent class of the test images would reach;
-    else None.
-    """
+    """Returns a note where always answering the most frequent test class reaches the accuracy `top1` in %, or None."""
     if top1 is None or not len(splits.test):
         return None
     of_class = np.bincount(splits.test.labels, minlength=len(splits.classes))
@@ -112,13 +102,9 @@ def majority(splits: Splits, top1: float | None) -> str | None:
         return None
     than = "no more than" if top1 > share - 0.005 else f"less than the {share:.2f} % that"
     return (
-        f"{top1:.2f} % is {than} always answering {shown(splits.classes[label])!r} gives: {count} of {_images(total)}"
-        " in test are of that class"
+        f"{top1:.2f} % is {than} always answering {printable(splits.classes[label])!r} gives: {count} of"
+        f" {counted(total, 'image')} in test are of that class"
     )
-
-
-def _images(count: int) -> str:
-    return f"{count} image{'s' * (count != 1)}"
 
 
 def _times(count: int) -> str:

@@ -1,4 +1,4 @@
-"""From a PIL image to the tensor a backbone expects; all randomness comes from torch's generator."""
+"""Turns a PIL image into the tensor that a backbone expects; all randomness comes from torch's generator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import nearest
 from s2a_cli.config.schema import DatasetConfig
 
 INTERPOLATIONS = {mode.value: mode for mode in v2.InterpolationMode}
@@ -18,7 +19,7 @@ INTERPOLATIONS = {mode.value: mode for mode in v2.InterpolationMode}
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """What a backbone was pretrained on: square images of `size` pixels, normalised by `mean` and `std` of [0, 1] RGB.
+    """The images that a backbone was pretrained on: `size` pixels square, with `mean` and `std` of RGB in [0, 1].
 
     `crop_pct` is the share of the shorter side that the centre crop of evaluation keeps.
     """
@@ -31,36 +32,38 @@ class ImageConfig:
 
     @property
     def resize(self) -> int:
-        """Pixels of the shorter side before the centre crop; rounded down, as timm's published accuracies are."""
+        """Returns the pixels of the shorter side before the centre crop, rounded down as for timm's own figures."""
         return math.floor(self.size / self.crop_pct)
 
 
 @dataclass(frozen=True)
 class Transform:
-    """From an RGB PIL image to a normalised float32 tensor [3, size, size]."""
+    """Turns an RGB PIL image into a normalised float32 tensor [3, size, size]."""
 
     steps: v2.Compose
-    at_least: int  # pixels of the shorter side beyond which a larger image would not look different
+    at_least: int  # pixels of the shorter side; a larger image would not give another result
 
     def __call__(self, image: Image.Image) -> Tensor:
         return self.steps(image)
 
 
 def build_transform(image: ImageConfig, config: DatasetConfig, train: bool) -> Transform:
-    """The transform of training or of evaluation.
+    """Returns the transform of training or of evaluation.
 
-    Training: a random resized crop of `config.scale` of the area (none if null) and a horizontal flip with probability
-    `config.hflip`. Evaluation: the shorter side resized to size / crop_pct, then the centre crop.
-    Raises UserError for an interpolation that torchvision does not have.
+    Training: a random resized crop of `config.scale` of the area (null: as in evaluation) and a horizontal flip with
+    probability `config.hflip`. Evaluation: the shorter side resized to size / crop_pct, then the centre crop. Raises
+    UserError for an interpolation that torchvision does not have.
     """
     if image.interpolation not in INTERPOLATIONS:
         hint = nearest(image.interpolation, INTERPOLATIONS)
         accepted = ", ".join(INTERPOLATIONS)
         raise UserError(f"backbone.interpolation={image.interpolation} is unknown{hint}; accepted: {accepted}")
     mode = INTERPOLATIONS[image.interpolation]
+    steps: list[v2.Transform]
     if train and config.scale is not None:
-        side = image.size / math.sqrt(config.scale[0])  # of which the smallest crop has `size` pixels
-        steps = [v2.RandomResizedCrop(image.size, scale=tuple(config.scale), interpolation=mode, antialias=True)]
+        low, high = config.scale
+        side = image.size / math.sqrt(low)  # of which the smallest crop has `size` pixels
+        steps = [v2.RandomResizedCrop(image.size, scale=(low, high), interpolation=mode, antialias=True)]
     else:
         side = image.resize
         steps = [v2.Resize(image.resize, interpolation=mode, antialias=True), v2.CenterCrop(image.size)]

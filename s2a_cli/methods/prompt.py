@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from s2a_cli.backbones import Hidden
 from s2a_cli.common.distributed import is_first
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import listed
 from s2a_cli.config.schema import AT_LEAST_1
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
@@ -68,11 +69,9 @@ class Prompt(Structure):
         limits = {block.name: min(block.input.channels, block.input.positions) for block in adapted}
         narrow = {name: limit for name, limit in limits.items() if limit < rank}
         if narrow and is_first():
-            few = ", ".join(f"{limit} at {name}" for name, limit in list(narrow.items())[:3])
-            more = f" and {len(narrow) - 3} more" if len(narrow) > 3 else ""
+            few = listed([f"{limit} at {name}" for name, limit in narrow.items()], 3)
             print(
-                f"s2a: the low-rank prompt has a lower rank than {rank} where channels or positions are few:"
-                f" {few}{more}",
+                f"s2a: the low-rank prompt has a lower rank than {rank} where channels or positions are few: {few}",
                 file=sys.stderr,
             )
         for block in adapted:

@@ -6,7 +6,8 @@ import re
 import sys
 from pathlib import Path
 
-from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import nearest
 from s2a_cli.config.compose import compose
 from s2a_cli.config.overrides import expand
 from s2a_cli.memory.margin import Margin

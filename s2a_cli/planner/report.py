@@ -11,6 +11,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from s2a_cli.common.text import natural
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.memory.cuda import Difference, differences, reserved
 from s2a_cli.memory.margin import Margin
@@ -107,11 +108,6 @@ def _merged(lines: list[list[str]]) -> list[list[str]]:
         else:
             merged.append((name, figures))
     return [[name, *figures] for name, figures in merged]
-
-
-def natural(name: str) -> tuple:
-    """blocks.2 before blocks.10."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split("."))
 
 
 def cuda_lines(profile: Profile) -> list[str]:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from s2a_cli import backbones
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import type_and_first_line
 from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data.layout import class_folders
 from s2a_cli.memory.breakdown import Profile
@@ -125,10 +126,10 @@ class Predictor:
         except UserError:
             raise
         except Exception as error:  # a model of timm whose forward pass reads values can't run without data
-            first = next(iter(str(error).strip().splitlines()), "")
+            first = type_and_first_line(error)
             if "allocate memory" in first:
                 first += "; this system gives no address space beyond its memory: see vm.overcommit_memory"
-            raise UserError(f"{config.backbone.timm} can't be predicted: {type(error).__name__}: {first}") from error
+            raise UserError(f"{config.backbone.timm} can't be predicted: {first}") from error
 
 
 def sizes(dataset: DatasetConfig) -> tuple[int, int, str | None]:

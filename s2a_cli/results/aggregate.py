@@ -16,9 +16,10 @@ from typing import Any, cast
 
 import pandas as pd
 
-from s2a_cli.common.errors import UserError, first_line, nearest, printable
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import first_line, listed, natural, nearest, printable
 from s2a_cli.results import record, run_folder
-from s2a_cli.results.formats import first_few, label, natural
+from s2a_cli.results.formats import label
 from s2a_cli.results.frames import column, column_counts, columns, grouped, is_missing, where
 from s2a_cli.results.record import NOT_IDENTITY
 
@@ -300,8 +301,8 @@ class Differences:
             if all(groups.nunique() == 1):
                 values = groups.agg(lambda found: ", ".join(sorted(set(found), key=natural)))
                 whose = {value: list(values.index[values == value]) for value in sorted(set(values), key=natural)}
-                return "; ".join(f"{value} ({key}={first_few(names)})" for value, names in list(whose.items())[:6])
-        return first_few(sorted(set(texts), key=natural))
+                return "; ".join(f"{value} ({key}={listed(names, 4)})" for value, names in list(whose.items())[:6])
+        return listed(sorted(set(texts), key=natural), 4)
 
 
 def environment_notes(frame: pd.DataFrame) -> list[str]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import html
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import atomic_write
+from s2a_cli.common.text import nearest
 from s2a_cli.results.frames import is_missing
 
 MADE_BY = "s2a figure"  # in the files of figures
@@ -84,12 +82,6 @@ def label(value: object) -> str:
     return (
         f"{value:.10g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
     )
-
-
-def first_few(names: Iterable[str], most: int = 4) -> str:
-    """Returns the first names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def render(tables: list[TextTable], notes: list[str], format: str) -> str:
@@ -183,9 +175,3 @@ def _html(table: TextTable) -> str:
         + "\n".join(body)
         + "\n</tbody></table>"
     )
-
-
-def natural(label: str) -> tuple[Any, str]:
-    """Returns a key that sorts 8 before 16, and texts by their letters; no two texts have the same key."""
-    parts = [part for part in re.split(r"(\d+)", label) if part]
-    return tuple((0, float(part), "") if part.isdigit() else (1, 0.0, part) for part in parts), label

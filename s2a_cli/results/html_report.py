@@ -13,7 +13,8 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from s2a_cli.common.errors import UserError, first_line, printable
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import first_line, printable
 from s2a_cli.results import pivot, pivot_text, plots, record, run_folder, summary
 from s2a_cli.results.aggregate import BASE, KINDS, environment_notes, memory_kinds, read, runs_of, select, tell, varying
 from s2a_cli.results.formats import check_out, label, mib, number, save

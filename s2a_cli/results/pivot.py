@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import pandas as pd
 
-from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import listed, natural, nearest
 from s2a_cli.results.aggregate import (
     BASE,
     Differences,
@@ -23,7 +24,7 @@ from s2a_cli.results.aggregate import (
     runs_of,
     status_of,
 )
-from s2a_cli.results.formats import first_few, label, natural
+from s2a_cli.results.formats import label
 from s2a_cli.results.frames import column, columns, grouped, groups_of, numeric, where
 from s2a_cli.results.significance import leaders, pairs_of, within
 from s2a_cli.results.vtab import VTAB, parse_groups
@@ -213,9 +214,9 @@ def _means(datasets: list[str], groups: str | None) -> tuple[list[Mean], list[st
     notes = []
     for name, members in named.items():
         if lack := [d for d in members if d not in datasets]:
-            notes.append(f"{name}: no mean, {len(lack)} of {len(members)} data sets are missing ({first_few(lack)}).")
+            notes.append(f"{name}: no mean, {len(lack)} of {len(members)} data sets are missing ({listed(lack, 4)}).")
     if outside := [d for d in datasets if not any(d in members for members in named.values())]:
-        notes.append(f"In no group, and in none of the means: {first_few(outside)}.")
+        notes.append(f"In no group, and in none of the means: {listed(outside, 4)}.")
     every = tuple(d for members in named.values() for d in members)
     means = [Mean(name, (members,)) for name, members in named.items()]
     return [*means, Mean("mean of data sets", (every,)), Mean("mean of groups", tuple(named.values()))], notes
@@ -262,4 +263,4 @@ def _failures(runs: pd.DataFrame, keys: list[str]) -> list[str]:
     if failed.empty:
         return []
     cells = [f"{status_of(column(group, 'status'))} ({', '.join(name)})" for name, group in groups_of(failed, keys)]
-    return [f"Not finished, and in no figure: {first_few(cells, 6)}."]
+    return [f"Not finished, and in no figure: {listed(cells, 6)}."]

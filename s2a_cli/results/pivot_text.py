@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import listed, nearest
 from s2a_cli.results import pivot, published, summary
 from s2a_cli.results.aggregate import environment_notes, runs_of, varying
-from s2a_cli.results.formats import TextTable, as_csv, cell, check_format, first_few, mib, number, render
+from s2a_cli.results.formats import TextTable, as_csv, cell, check_format, mib, number, render
 from s2a_cli.results.frames import column, columns, grouped, is_missing, numeric, where
 from s2a_cli.results.pivot import Grid, Label, Mean, order, place
 from s2a_cli.results.significance import LEAST, Difference, difference, holm, values_of, verdict, within
@@ -141,8 +142,8 @@ def _notes(grid: Grid, counts: bool, extras: bool, text: pd.DataFrame) -> list[s
         notes.append(PREDICTED)
     lines = grid.lines()
     if incomplete := [line for line in lines if any(is_missing(grid.mean_of(line, mean)) for mean in grid.means)]:
-        names = [f"{' / '.join(line)} lacks {first_few(_lacking(grid, line, grid.means[-1]))}" for line in incomplete]
-        notes.append(f"–: no mean where a data set is missing: {first_few(names)}.")
+        names = [f"{' / '.join(line)} lacks {listed(_lacking(grid, line, grid.means[-1]), 4)}" for line in incomplete]
+        notes.append(f"–: no mean where a data set is missing: {listed(names, 4)}.")
     return [*notes, *grid.notes]
 
 

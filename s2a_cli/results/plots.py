@@ -16,8 +16,8 @@ from matplotlib import ticker
 from matplotlib.lines import Line2D
 
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import natural
 from s2a_cli.results import formats
-from s2a_cli.results.formats import natural
 from s2a_cli.results.frames import column, grouped, groups_of, where
 
 # Readable on white and on black (after Okabe & Ito); line and marker by quant where there are several.

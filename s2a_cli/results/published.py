@@ -13,8 +13,9 @@ from typing import Any, cast
 import pandas as pd
 
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import listed
 from s2a_cli.results import vtab
-from s2a_cli.results.formats import TextTable, first_few, label, number
+from s2a_cli.results.formats import TextTable, label, number
 from s2a_cli.results.frames import column, columns, groups_of, numeric, where
 from s2a_cli.results.pivot import Grid, order
 
@@ -92,7 +93,7 @@ def compare(grid: Grid, published: pd.DataFrame) -> tuple[TextTable | None, list
             )
     if not records:
         names = columns(grid.runs, ["backbone", "dataset", "method"]).itertuples(index=False)
-        return None, [f"No published figure fits: {first_few(sorted({', '.join(name) for name in names}))}."]
+        return None, [f"No published figure fits: {listed(sorted({', '.join(name) for name in names}), 4)}."]
     text = pd.DataFrame(records)
     notes = [f"{grid.value.title}: ours less published. A difference in the settings makes it no reproduction."]
     cited = [f"[{number_of}] {source}" for number_of, source in enumerate(sources, 1)]

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
-from s2a_cli.common.errors import UserError, first_line, printable
+from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import atomic_write
+from s2a_cli.common.text import first_line, printable
 
 SCHEMA = 1
 MOST = 16 << 20  # bytes of a record; the largest has a name for each of some ten thousand classes

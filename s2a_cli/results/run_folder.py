@@ -18,7 +18,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from s2a_cli.common.errors import UserError, first_line
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import first_line, listed
 from s2a_cli.results import record
 
 LOCK = ".lock"  # held by the process that is at the run
@@ -59,8 +60,7 @@ def check_run_dir(path: Path) -> None:
     strangers = [name for name in found if name not in FILES and not name.startswith("events.out.tfevents")]
     if not strangers and (path / LOCK).exists():  # a run whose record is damaged
         return
-    shown = sorted(found, key=lambda name: name not in strangers)[:3]
-    names = ", ".join(shown) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    names = listed(sorted(found, key=lambda name: name not in strangers), 3)
     raise UserError(
         f"run_dir={path}: holds {names}, and no run; set run_dir= to a new or an empty folder, or to that of a run"
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import nearest
 
 VTAB = {
     "natural": ("cifar100", "caltech101", "dtd", "flowers102", "pets", "svhn", "sun397"),

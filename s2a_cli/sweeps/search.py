@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from s2a_cli import data
-from s2a_cli.common.errors import RunError, UserError, brief, nearest
+from s2a_cli.common.errors import RunError, UserError
+from s2a_cli.common.text import brief, nearest
 from s2a_cli.config.compose import compose, compose_sweep
 from s2a_cli.config.overrides import expand, parsed, steps
 from s2a_cli.config.schema import SweepConfig

@@ -20,8 +20,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from s2a_cli import backbones, data
-from s2a_cli.common.errors import UserError, first_line, nearest, printable
-from s2a_cli.common.progress import Progress, duration
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.progress import Progress
+from s2a_cli.common.text import duration, first_line, listed, nearest, printable
 from s2a_cli.config.compose import compose, compose_sweep
 from s2a_cli.config.overrides import expand
 from s2a_cli.config.schema import SweepConfig
@@ -388,8 +389,7 @@ def left_out(planned: Plan) -> list[str]:
     """A line for each reason for which members of the grid are not run."""
     lines = []
     for reason, names in planned.excluded.items():
-        few = "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        lines.append(f"left out: {few}: {reason.splitlines()[0]}")
+        lines.append(f"left out: {listed(names, 3, '; ')}: {reason.splitlines()[0]}")
     if planned.repeated:
         lines.append(f"left out: {planned.repeated} that are the same run as another of the grid")
     return lines

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from s2a_cli.common import tensor_files
-from s2a_cli.common.errors import UserError, first_line, printable
+from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import atomic_file, atomic_write
+from s2a_cli.common.text import first_line, printable
 from s2a_cli.results.run_folder import STATE, TENSORS
 from s2a_cli.training.step import moving_norms
 

@@ -15,11 +15,12 @@ from s2a_cli import backbones, memory, methods
 from s2a_cli.activations import STOCK
 from s2a_cli.common import distributed
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import type_and_first_line
 from s2a_cli.config.settings import merged
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.feature_head import FeatureHead, Features
 from s2a_cli.training import feature_cache
-from s2a_cli.training.run import Run, _first_line, attach
+from s2a_cli.training.run import Run, attach
 from s2a_cli.training.step import Step, make_optimizer, train_mode, weight_dtype
 
 
@@ -30,7 +31,7 @@ def predict(run: Run) -> dict[str, Any] | None:
         mine = predict_step(run.attached, run.config, images)
         full = predict_step(*full_finetuning(run.config, len(run.splits.classes)), images)
     except Exception as error:  # a model of timm whose forward pass reads values can't run without data
-        print(f"s2a: the memory of this run can't be predicted: {_first_line(error)}", file=sys.stderr)
+        print(f"s2a: the memory of this run can't be predicted: {type_and_first_line(error)}", file=sys.stderr)
         return None
     return mine.against(full).as_dict()
 

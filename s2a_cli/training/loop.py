@@ -24,9 +24,10 @@ from torchvision.transforms import v2
 from s2a_cli import data, memory
 from s2a_cli.activations.quant.calibration import LOOKS
 from s2a_cli.common import distributed, files
-from s2a_cli.common.errors import RunError, first_line
+from s2a_cli.common.errors import RunError
 from s2a_cli.common.interrupts import guarded, stopping
 from s2a_cli.common.progress import Progress
+from s2a_cli.common.text import first_line
 from s2a_cli.results import record
 from s2a_cli.training import checkpoints
 from s2a_cli.training.evaluation import accuracy, sent

@@ -15,6 +15,7 @@ from s2a_cli import backbones, data, methods
 from s2a_cli.backbones import Backbone, weight_quant
 from s2a_cli.common import distributed
 from s2a_cli.common.errors import RunError, UserError
+from s2a_cli.common.text import type_and_first_line
 from s2a_cli.config.rules import show
 from s2a_cli.config.settings import plain
 from s2a_cli.methods import Attachment
@@ -178,13 +179,11 @@ def choose_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         if OUT_OF_MEMORY.search(str(error)):
-            raise RunError(f"device={name}: has no memory left: {_first_line(error)}") from None
-        raise UserError(f"device={name}: not available here ({_first_line(error)}); use device=auto or cpu") from None
+            raise RunError(f"device={name}: has no memory left: {type_and_first_line(error)}") from None
+        raise UserError(
+            f"device={name}: not available here ({type_and_first_line(error)}); use device=auto or cpu"
+        ) from None
     return device
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def check_steady(attached: Attachment) -> None:

@@ -16,6 +16,7 @@ from s2a_cli import data, memory
 from s2a_cli.common import distributed
 from s2a_cli.common import files as files_module
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import type_and_first_line
 from s2a_cli.config.schema import QuantConfig
 from s2a_cli.config.settings import merged, plain
 from s2a_cli.results import record, run_folder
@@ -24,7 +25,7 @@ from s2a_cli.training import environment as environment_module
 from s2a_cli.training.compiling import compile_model
 from s2a_cli.training.evaluation import judge
 from s2a_cli.training.loop import Fit
-from s2a_cli.training.run import OUT_OF_MEMORY, Run, _first_line, prepare
+from s2a_cli.training.run import OUT_OF_MEMORY, Run, prepare
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk; what failed can go on when there is space
 
@@ -143,7 +144,7 @@ def _failed(folder: Path, known: record.RecordBuilder, error: Exception) -> None
     Writes a traceback beside it, unless memory ran out.
     """
     out_of_memory = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
-    said = _first_line(error)
+    said = type_and_first_line(error)
     if out_of_memory:
         distributed.announce(said)
     elif elsewhere := distributed.announced():

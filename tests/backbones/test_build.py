@@ -93,7 +93,7 @@ def test_a_checkpoint_is_loaded_without_its_head(tmp_path, suffix):
 
 
 def npz_of(model, path, drop=()):
-    """The arrays of Google's format for this model."""
+    """Returns the arrays of Google's format for this model."""
     t = lambda x: x.detach().numpy().copy()
     width, heads = model.embed_dim, TINY["num_heads"]
     arrays = {

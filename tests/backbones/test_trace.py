@@ -1,4 +1,4 @@
-"""What is found in models of every family: heads, blocks, layouts; and what is said where something can't be found."""
+"""Heads, blocks and layouts of models of every family, and the messages where one can't be found."""
 
 from __future__ import annotations
 
@@ -27,33 +27,20 @@ KNOWN = {
     "swin_tiny_patch4_window7_224": (12, "channels_last (56, 56, 96) 0", "channels_last (7, 7, 768) 0", 1),
     "test_convnext": (9, "channels_first (24, 40, 40) 0", "channels_first (64, 5, 5) 0", 1),
     "test_resnet": (4, "channels_first (32, 40, 40) 0", "channels_first (96, 5, 5) 0", 1),
-    "volo_d1_224": (
-        18,
-        "channels_last (28, 28, 192) 0",
-        "channels_last (14, 14, 384) 0",
-        2,
-    ),  # read as channels first before
+    "volo_d1_224": (18, "channels_last (28, 28, 192) 0", "channels_last (14, 14, 384) 0", 2),
     "tiny_vit_5m_224": (12, "channels_first (64, 56, 56) 0", "channels_last (7, 7, 320) 0", 1),
-    "xcit_nano_12_p8_224": (12, "tokens (784, 128) 0", "tokens (784, 128) 0", 1),  # the class token has not joined
-    "convit_tiny": (12, "tokens (196, 192) 0", "tokens (197, 192) 1", 1),  # and joins behind the tenth block
+    "xcit_nano_12_p8_224": (12, "tokens (784, 128) 0", "tokens (784, 128) 0", 1),  # the class token joins later
+    "convit_tiny": (12, "tokens (196, 192) 0", "tokens (197, 192) 1", 1),  # it joins behind the tenth block
     "cait_xxs24_224": (24, "tokens (196, 192) 0", "tokens (196, 192) 0", 1),
     "levit_128s": (9, "tokens (196, 128) 0", "tokens (16, 384) 0", 2),
     "deit_tiny_distilled_patch16_224": (12, "tokens (198, 192) 2", "tokens (198, 192) 2", 2),
-    "resnetv2_18": (
-        8,
-        "channels_first (64, 56, 56) 0",
-        "channels_first (512, 7, 7) 0",
-        1,
-    ),  # the head is a 1x1 convolution
+    # its head is a 1x1 convolution
+    "resnetv2_18": (8, "channels_first (64, 56, 56) 0", "channels_first (512, 7, 7) 0", 1),
     "efficientformer_l1": (15, "channels_first (48, 56, 56) 0", "tokens (49, 448) 0", 2),
     "mvitv2_tiny": (10, "tokens (3136, 96) 0", "tokens (49, 768) 0", 1),
     "pvt_v2_b0": (8, "tokens (3136, 32) 0", "tokens (49, 256) 0", 1),
-    "tnt_s_legacy_patch16_224": (
-        12,
-        "tokens (197, 384) 1",
-        "tokens (197, 384) 1",
-        1,
-    ),  # not the pixels, of another length
+    # these are its patches, not its pixels, which are as many tokens of another length
+    "tnt_s_legacy_patch16_224": (12, "tokens (197, 384) 1", "tokens (197, 384) 1", 1),
     "crossvit_tiny_240": (3, "tokens (401, 96) 1", "tokens (401, 96) 1", 2),
     "coat_tiny": (14, "tokens (3137, 152) 1", "tokens (785, 152) 1", 1),
     "densenet121": (4, "channels_first (64, 56, 56) 0", "channels_first (1024, 7, 7) 0", 1),
@@ -87,7 +74,7 @@ def test_what_is_found(model):
 
 
 def taken(module: nn.Module) -> int | None:
-    """How many channels a layer takes; None for what does not say."""
+    """Returns how many channels a layer takes, or None for a module that does not tell."""
     if isinstance(module, nn.LayerNorm):
         return module.normalized_shape[-1]
     return next(
@@ -103,7 +90,7 @@ def taken(module: nn.Module) -> int | None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", timm.list_modules())
 def test_no_layout_contradicts_a_blocks_own_layers(family):
-    """Of a small model of each family."""
+    """Takes a small model of each family."""
     names = timm.list_models(module=family)
     named = [
         name

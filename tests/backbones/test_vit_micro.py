@@ -24,7 +24,7 @@ SCRIPT = ROOT / "scripts" / "pretrain_vit_micro.py"
 
 
 def backbone(pretrained: bool) -> nn.Module:
-    """The model without a head: images [B, 3, 16, 16] to features [B, 96]."""
+    """Returns the model without a head, from images [B, 3, 16, 16] to features [B, 96]."""
     torch.manual_seed(0)
     model = timm.create_model(CONF.timm, pretrained=False, num_classes=0, **CONF.kwargs).eval()
     if pretrained:
@@ -42,7 +42,7 @@ def digit_features(model: nn.Module, count: int) -> tuple[Tensor, Tensor]:
 
 
 def neighbours_accuracy(model: nn.Module) -> float:
-    """Top-1 of the nearest of 400 labelled digits, for 400 others."""
+    """Returns the share of 400 digits whose nearest of 400 others has the same label."""
     features, labels = digit_features(model, 800)
     nearest = (features[400:] @ features[:400].T).argmax(1)
     return (labels[nearest] == labels[400:]).float().mean().item()

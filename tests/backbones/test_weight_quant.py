@@ -1,4 +1,4 @@
-"""Frozen weights as codes: small errors, outputs and gradients of the decoded weights, and the promised bytes."""
+"""Frozen weights as codes: small errors, outputs and gradients of the dequantized weights, the promised bytes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def stored_layers(backbone: backbones.Backbone) -> dict[str, weight_quant.Stored
 
 
 def pair(name: str, kind: str, dtype: torch.dtype = torch.float64) -> tuple[backbones.Backbone, backbones.Backbone]:
-    """A backbone with stored weights, and the same one with what they decode to as parameters."""
+    """Returns a backbone with stored weights, and the same one with the dequantized weights as parameters."""
     backbone, twin = made(name, "bias", dtype), made(name, "bias", dtype)
     weight_quant.store(backbone, kind)
     layers, modules = stored_layers(backbone), dict(twin.model.named_modules())
@@ -93,17 +93,17 @@ def pair(name: str, kind: str, dtype: torch.dtype = torch.float64) -> tuple[back
 
 
 def stored(kind: str, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A normal weight, and what it decodes to."""
+    """Returns a normal weight, and the same one quantized and dequantized."""
     torch.manual_seed(0)
     weight = torch.randn(shape)
-    encode, decode = weight_quant.CODECS[kind]
-    codes, *scales = encode(weight.flatten(1))
-    rows = decode(codes, scales[0] if scales else None, weight[0].numel(), torch.float32)
+    quantize, dequantize = weight_quant.CODECS[kind]
+    codes, *scales = quantize(weight.flatten(1))
+    rows = dequantize(codes, scales[0] if scales else None, weight[0].numel(), torch.float32)
     return weight, rows.view(shape)
 
 
 def test_normal_float_levels_are_those_of_the_paper():
-    """QLoRA, appendix E."""
+    """Compares with QLoRA, appendix E."""
     published = [
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -115,7 +115,7 @@ def test_normal_float_levels_are_those_of_the_paper():
 @pytest.mark.parametrize("shape", [(3072, 768), (400, 80), (320, 3, 3, 3), (960, 1, 7, 7)])
 @pytest.mark.parametrize("kind, most", [("bf16", 0.002), ("int8", 0.006), ("nf4", 0.093)])
 def test_root_mean_square_error_of_normal_weights(kind, most, shape):
-    """int8: a step is largest / 127, and E(largest^2) of 64 normal values is 6.8: sqrt(6.8 / 12) / 127 = 0.0059."""
+    """Expects sqrt(6.8 / 12) / 127 = 0.0059 of int8: a step is largest / 127, and E(largest^2) of 64 values is 6.8."""
     exact, decoded = stored(kind, *shape)
     error = (decoded - exact).norm() / exact.norm()
     assert 0.8 * most < error < most
@@ -125,8 +125,8 @@ def test_root_mean_square_error_of_normal_weights(kind, most, shape):
 def test_int8_is_off_by_half_a_step_at_most(dtype):
     weight = 1e-3 * torch.randn(50, 192, generator=torch.Generator().manual_seed(0))
     weight[:, 64:128] = 0
-    codes, scales = weight_quant.encode_int8(weight)
-    decoded = weight_quant.decode_int8(codes, scales, 192, dtype)
+    codes, scales = weight_quant.quantize_int8(weight)
+    decoded = weight_quant.dequantize_int8(codes, scales, 192, dtype)
     assert decoded.dtype == dtype and not decoded[:, 64:128].any()
     largest = weight.unflatten(1, (3, 64)).abs().amax(-1, keepdim=True)
     rounded = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(dtype, 0)
@@ -140,8 +140,8 @@ def test_int8_is_off_by_half_a_step_at_most(dtype):
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_rows_of_zeros_stay_zeros(kind):
-    encode, decode = weight_quant.CODECS[kind]
-    assert not decode(*encode(torch.zeros(8, 128)), 128, torch.float32).any()
+    quantize, dequantize = weight_quant.CODECS[kind]
+    assert not dequantize(*quantize(torch.zeros(8, 128)), 128, torch.float32).any()
 
 
 @pytest.mark.parametrize("width, group", [(768, 64), (80, 40), (27, 27), (49, 49), (147, 49), (2730, 42)])
@@ -175,7 +175,7 @@ def test_forward_is_stock_to_the_bit(name, kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast(kind, dtype):
-    """Decoded to the dtype of autocast, rather than decoded to fp32 and rounded by autocast: less than that apart."""
+    """Allows for weights dequantized to the dtype of autocast, not to fp32 and then rounded by autocast."""
     backbone, twin = pair("vit", kind, torch.float32)
     with torch.autocast("cpu", dtype):
         expected, got = gradients(twin), gradients(backbone)
@@ -259,7 +259,7 @@ def test_nothing_decoded_is_kept(kind, autocast):
     weights = sum(m.weight.numel() for m in backbone.model.modules() if type(m) in (nn.Linear, nn.Conv2d))
     weight_quant.store(backbone, kind)
     assert kept() <= before
-    if autocast:  # stock keeps a bfloat16 copy of each frozen weight whose gradient of the input is wanted
+    if autocast:  # PyTorch keeps a bfloat16 copy of each frozen weight whose gradient of the input is wanted
         assert before - kept() > weights
 
 

@@ -1,6 +1,4 @@
-"""stdout and stderr that are closed, gone, or lack characters: a training ends with its work and not with what it
-says.
-"""
+"""stdout and stderr that are closed, gone, or lack characters: a training goes on whatever it can't print."""
 
 from __future__ import annotations
 

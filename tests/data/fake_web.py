@@ -1,12 +1,17 @@
-"""A local HTTP server that misbehaves as asked, for the tests of downloads."""
+"""Runs a local HTTP server that misbehaves as asked, for the tests of downloads."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from s2a_cli.data.download import RemoteFile
+
+CONTENT = bytes(range(256)) * 3000  # more than two chunks
 
 
 @dataclass
@@ -60,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve():
-    """Yields (its URL without a slash at the end, {path: Served}, to be filled)."""
+    """Yields the server's URL, without a slash at the end, and a dictionary of path -> Served to fill."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.paths, server.released = {}, threading.Event()
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -69,3 +74,7 @@ def serve():
         finally:
             server.released.set()
             server.shutdown()
+
+
+def remote(url: str, *paths: str, content: bytes = CONTENT, name: str = "data.bin") -> RemoteFile:
+    return RemoteFile(name, len(content), hashlib.sha256(content).hexdigest(), tuple(url + path for path in paths))

@@ -1,6 +1,7 @@
-"""Image files, archives and folders as strangers send them, drawn by hypothesis: valid ones, damaged ones, and ones
-made to harm; and what must hold for each. Used by test_fuzz_data.py with few examples, and with as many as wanted by
-`PYTHONPATH=. python tests/data/fuzz_data.py 20000`.
+"""Draws image files, archives and folders as strangers send them, and checks what must hold for each.
+
+Some are valid, some damaged, some made to harm. test_fuzz_data.py draws a few, `python scripts/fuzz.py 20000 images
+archives folders` as many as wanted.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "I", "F", "YCbCr", 
 
 @cache
 def image_bytes(format_: str, mode: str, width: int, height: int, fill: int) -> bytes:
-    """An image in the nearest mode that the format takes; empty where this Pillow can't write the format."""
+    """Returns a file with an image in the nearest mode that the format takes; empty where Pillow can't write it."""
     values = np.random.default_rng(fill).integers(0, 256, (height, width, 3), dtype=np.uint8)
     image = Image.fromarray(values)
     for wanted in (mode, "RGB", "L"):
@@ -59,13 +60,11 @@ SPOTS = st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8)), 
 
 @dataclass(frozen=True)
 class Damage:
-    """What happened to bytes on the way: spots that were overwritten, at a share of the length, and an end that is
-    missing.
-    """
+    """Damages bytes: overwrites spots, and replaces the end."""
 
-    spots: list[tuple[float, bytes]] = field(default_factory=list)
-    keeps: float = 1.0
-    tail: bytes = b""
+    spots: list[tuple[float, bytes]] = field(default_factory=list)  # (share of the length, what is written there)
+    keeps: float = 1.0  # share of the length that is kept
+    tail: bytes = b""  # what follows
 
     def of(self, content: bytes) -> bytes:
         changed = bytearray(content)
@@ -100,12 +99,12 @@ files = st.builds(
 
 @dataclass(frozen=True)
 class Tree:
-    """A folder: (path, what lies there); bytes, "pipe", or ("link", target)."""
+    """A folder as pairs of a path and what lies there: bytes, "pipe", or ("link", target)."""
 
     entries: list[tuple[tuple[str, ...], object]]
 
     def write(self, root: Path) -> None:
-        """What can't be, such as a file below a file, is left out; nothing is written through a link."""
+        """Writes what can be, so no file below a file, and nothing through a link."""
         root.mkdir(parents=True, exist_ok=True)
         for parts, content in self.entries:
             path = root.joinpath(*parts)
@@ -136,7 +135,7 @@ entries = st.lists(st.tuples(usual | paths, contents), max_size=8)
 
 
 def class_images(tops: tuple[str, ...]) -> st.SearchStrategy[list]:
-    """Enough good images in two classes of each tree."""
+    """Draws enough good images in two classes of each tree."""
     wanted = [
         (*filter(None, top.split("/")), name, f"{number}.png")
         for top in tops
@@ -178,7 +177,7 @@ def tar_bytes(members: list[Member], mode: str, format_: int) -> bytes:
 
 
 def restate(content: bytes, members: list[Member]) -> bytes:
-    """The same tar with the sizes that members state, which may be negative, under a valid checksum."""
+    """Returns a tar in which members state other sizes, which may be negative, under a valid checksum."""
     stated = [member.stated for member in members]
     changed, at = bytearray(content), 0
     for value in stated:
@@ -207,7 +206,7 @@ def zip_bytes(members: list[Member], method: int) -> bytes:
 
 
 def with_flag(content: bytes, name: bytes) -> bytes:
-    """A zip in which the names are not what their flag says: UTF-8."""
+    """Returns a zip in which the names are not UTF-8, as their flag says."""
     return content.replace("é".encode(), name)
 
 
@@ -246,10 +245,7 @@ packed = tars | zips  # (ending, bytes)
 
 @contextlib.contextmanager
 def sandbox() -> Iterator[Path]:
-    """A new folder that holds `inside`, for what is tried; nothing beside that may change.
-
-    Ends what takes longer than SECONDS.
-    """
+    """Yields a new folder. Raises AssertionError for what takes longer than SECONDS or changes anything beside it."""
 
     def too_long(*_):
         raise AssertionError(f"longer than {SECONDS} s")
@@ -273,7 +269,7 @@ def sandbox() -> Iterator[Path]:
 
 
 def one_line(error: UserError) -> None:
-    """That a refusal can be printed anywhere, and is not Python's own text."""
+    """Checks that a refusal can be printed anywhere, and is not Python's own text."""
     said = str(error)
     assert said and "\n" not in said and "\x1b" not in said and "Traceback" not in said
     said.encode()
@@ -328,7 +324,7 @@ def check_archive(archive: tuple[str, bytes]) -> None:
             one_line(error)
             assert sorted(entry.name for entry in folder.iterdir()) == [path.name], "nothing is half there"
         else:
-            assert archives.whole(folder / "target", archives.sha256(path))
+            assert archives.is_extracted(folder / "target", archives.sha256(path))
             for entry in (folder / "target").rglob("*"):
                 assert not entry.is_symlink() and (entry.is_file() or entry.is_dir())
             shutil.rmtree(folder / "target")
@@ -353,8 +349,9 @@ DRAWN: dict[Callable, dict[str, st.SearchStrategy]] = {
 
 
 def fuzz(check: Callable, examples: int, same: bool = False) -> None:
-    """Tries a check with so many drawn examples, each time the same ones or others; raises what the smallest failing
-    one raises.
+    """Tries a check with drawn examples, and raises what the smallest failing one raises.
+
+    same: draw the same examples each time.
     """
     how = settings(
         max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=same

@@ -1,4 +1,4 @@
-"""Small images, and folders of them."""
+"""Makes small images, and folders of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from s2a_cli.config.schema import DatasetConfig
 
 
 def picture(seed: int, size: tuple[int, int] = (12, 10), mode: str = "RGB") -> Image.Image:
-    """A smooth image of its own, so that JPEG keeps it recognisable."""
+    """Returns a smooth image that differs for each seed and that JPEG keeps recognisable."""
     noise = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BILINEAR).convert(mode)
 
@@ -23,7 +23,7 @@ def save(path: Path, seed: int, **options) -> Path:
 
 
 def tree(root: Path, classes=("cat", "dog"), images: int = 6, suffix: str = ".png", seed: int = 0) -> Path:
-    """A folder of class folders."""
+    """Makes a folder of class folders, each with so many images."""
     for label, name in enumerate(classes):
         for index in range(images):
             save(root / name / f"{index}{suffix}", seed + 100 * label + index)

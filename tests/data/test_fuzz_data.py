@@ -1,6 +1,4 @@
-"""Whatever is given as an image, an archive or a folder: it is read, or refused in one line, soon, and nothing else
-changes.
-"""
+"""Any bytes as an image, an archive or a folder: read, or refused in one line, soon, and nothing else changes."""
 
 from __future__ import annotations
 

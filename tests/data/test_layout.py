@@ -6,18 +6,11 @@ from pathlib import Path
 
 import pytest
 from pictures import folder_config, save, tree
+from refusals import folder_refusal
 
-from s2a_cli.common.errors import UserError
 from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data import describe, load, problems
 from s2a_cli.planner.run_memory import sizes
-
-
-def refusal(root: Path, **settings) -> str:
-    with pytest.raises(UserError) as error:
-        load(folder_config(root, **settings))
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def splits_of(root: Path, *names: str, classes=("cat", "dog"), images: int = 3) -> Path:
@@ -43,7 +36,7 @@ def test_splits_are_known_in_any_case(tmp_path, names):
     "names", [("train", "test", "val", "validation"), ("train", "Training", "test"), ("train", "test", "TEST")]
 )
 def test_two_names_for_one_split_are_both_named(tmp_path, names):
-    message = refusal(splits_of(tmp_path, *names))
+    message = folder_refusal(splits_of(tmp_path, *names))
     twice = {"val": ("val", "validation"), "train": ("Training", "train"), "test": ("TEST", "test")}
     pair = next(pair for pair in twice.values() if set(pair) <= set(names))
     assert f"has {pair[0]} and {pair[1]}, both of which name" in message and "dataset.layout=classes" in message
@@ -58,11 +51,11 @@ def test_two_names_for_one_split_are_both_named(tmp_path, names):
 )  # fmt: skip
 def test_folders_that_look_like_splits_are_not_taken_for_classes(tmp_path, names):
     root = splits_of(tmp_path, *names, classes=["young", "old"], images=10)
-    message = refusal(root)
+    message = folder_refusal(root)
     assert f"has {', '.join(sorted(names))}" in message
     assert "say dataset.layout=splits or dataset.layout=classes" in message
     assert load(folder_config(root, layout="classes")).classes == sorted(names)
-    assert "but no train and no test: as splits" in refusal(root, layout="splits")
+    assert "but no train and no test: as splits" in folder_refusal(root, layout="splits")
 
 
 def test_what_is_a_tree_of_classes_all_the_same(tmp_path):
@@ -83,16 +76,15 @@ def test_what_is_a_tree_of_classes_all_the_same(tmp_path):
 
 def test_classes_that_are_called_like_splits(tmp_path):
     root = tree(tmp_path / "vehicles", classes=["bus", "car", "train"])
-    message = refusal(root)
+    message = folder_refusal(root)
     assert "has train but no test: as splits, give it the folders train, test" in message
     assert "if these are 3 classes, say dataset.layout=classes" in message
     splits = load(folder_config(root, layout="classes"))
     assert splits.classes == ["bus", "car", "train"]
     assert sizes(DatasetConfig(name="folder", root=str(root), layout="classes"))[0] == 3
     both = tree(tmp_path / "both", classes=["test", "train"])
-    assert "has no class folders" in refusal(both) and "if these are 2 classes, say dataset.layout=classes" in refusal(
-        both
-    )
+    assert "has no class folders" in folder_refusal(both)
+    assert "if these are 2 classes, say dataset.layout=classes" in folder_refusal(both)
     assert load(folder_config(both, layout="classes")).classes == ["test", "train"]
 
 
@@ -110,7 +102,7 @@ def test_a_folder_beside_the_splits_is_said(tmp_path):
 
 def test_a_wrapped_folder_is_suggested(tmp_path):
     tree(tmp_path / "photos")
-    assert f"is dataset.root={tmp_path / 'photos'} what you mean?" in refusal(tmp_path)
+    assert f"is dataset.root={tmp_path / 'photos'} what you mean?" in folder_refusal(tmp_path)
 
 
 # links
@@ -151,16 +143,17 @@ def test_links_that_lead_elsewhere_are_followed_once(tmp_path):
         and not splits.left_out
     )
     (root / "dog" / "more").symlink_to(pool / "c")
-    assert "dog/more is a folder of cat, too: its images would be in both" in refusal(root)
+    assert "dog/more is a folder of cat, too: its images would be in both" in folder_refusal(root)
 
 
 def test_a_split_or_a_class_that_is_a_link_to_another_is_refused(tmp_path):
     root = splits_of(tmp_path, "train", "test")
     (root / "val").symlink_to("test")
-    assert f"{root}/val is a link to {root}/test: the val split would have the images of another" in refusal(root)
+    said = folder_refusal(root)
+    assert f"{root}/val is a link to {root}/test: the val split would have the images of another" in said
     (root / "val").unlink()
     (root / "train" / "kitten").symlink_to("cat")
-    assert f"kitten is a link to {root}/train/cat: its images would be in two classes or splits" in refusal(root)
+    assert f"kitten is a link to {root}/train/cat: its images would be in two classes or splits" in folder_refusal(root)
 
 
 def test_an_image_in_two_splits_or_classes_is_said(tmp_path):

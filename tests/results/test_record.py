@@ -11,7 +11,8 @@ import fuzz_records
 import pytest
 
 from s2a_cli.cli.main import main
-from s2a_cli.common.errors import UserError, printable
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import printable
 from s2a_cli.results import aggregate, run_folder, summary
 from s2a_cli.results import record as records
 

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.results import aggregate, formats, summary
+from s2a_cli.common.text import natural
+from s2a_cli.results import aggregate, summary
 
 
 def rows_of(*results):
@@ -229,4 +230,4 @@ def test_labels_have_one_order():
     names = ["0.005", "0.0005", "0.05", "b16", "b8", "a"]
     turned = ["a", "b8", "b16", "0.05", "0.0005", "0.005"]
     expected = ["0.0005", "0.005", "0.05", "a", "b8", "b16"]
-    assert sorted(names, key=formats.natural) == sorted(turned, key=formats.natural) == expected
+    assert sorted(names, key=natural) == sorted(turned, key=natural) == expected

@@ -16,8 +16,9 @@ from typing import Any
 from filelock import FileLock
 
 from s2a_cli.common import files as files_module
-from s2a_cli.common.errors import UserError, nearest
+from s2a_cli.common.errors import UserError
 from s2a_cli.common.interrupts import PARENT
+from s2a_cli.common.text import nearest
 from s2a_cli.results import record, run_folder
 from s2a_cli.sweeps.launchers.local import POLL, Process
 from s2a_cli.sweeps.launchers.remote import INTERRUPTED, LOST, Again, Queue, note, resumed, settle
