@@ -189,7 +189,7 @@ def accept(argv: list[str]) -> Path:
             pool.ready(150)
         except Failed as error:
             raise UserError(f"--device {chosen.device}: {error}") from None
-        about = pool.about | {"hidden": [key for key in HIDDEN if key in os.environ]}
+        about: dict[str, Any] = (pool.about or {}) | {"hidden": [key for key in HIDDEN if key in os.environ]}
         for line in remarks(about, chosen.device):
             print(line, file=sys.stderr, flush=True)
         plan = Plan.of(chosen.device, chosen.tiny, about["total_mib"], chosen.batch)

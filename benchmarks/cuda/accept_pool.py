@@ -56,13 +56,15 @@ class Worker:
 
     def __init__(self, device: str, env: dict[str, str], command: Iterable[str] = (sys.executable, str(WORKER))):
         self.log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (open as long as the process)
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.process = subprocess.Popen([*command, device], env=env, text=True, start_new_session=True, **pipes)
+        assert self.process.stdin and self.process.stdout
+        self._to_process, self._from_process = self.process.stdin, self.process.stdout
         self.lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        for line in self.process.stdout:
+        for line in self._from_process:
             self.lines.put(line)
         self.lines.put(None)
 
@@ -70,8 +72,8 @@ class Worker:
         """The result of a task. Raises Failed, also where the process ends, or takes longer than it may."""
         until = time.monotonic() + seconds
         try:
-            self.process.stdin.write(json.dumps(task.ask) + "\n")
-            self.process.stdin.flush()
+            self._to_process.write(json.dumps(task.ask) + "\n")
+            self._to_process.flush()
         except OSError:
             raise Failed(self._ended(), ends=True) from None
         while True:

@@ -99,7 +99,8 @@ def measure(ask: Answer, device: torch.device, told: Told) -> Answer:
     optimizer, steady, fitting = made.optimizer(), memory.CudaMeter(device, WARMUP), memory.CudaMeter(device, 0)
     take_steps(made, optimizer, host, steady, WARMUP + STEADY)
     take_steps(made, optimizer, host, fitting, 1)
-    found = steady.memory.as_dict() | {"fitting_peak_mib": fitting.memory.peak_mib, "left_mib": left}
+    assert steady.memory and fitting.memory, "steps after the warm-up were measured"
+    found: Answer = steady.memory.as_dict() | {"fitting_peak_mib": fitting.memory.peak_mib, "left_mib": left}
     del made, optimizer
     gc.collect()
     return found | {"held_mib": allocated(device) - left}

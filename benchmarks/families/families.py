@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -106,7 +106,7 @@ def made(model: str, method: str, size: int) -> Attachment:
     randomise(backbone.model)
     attached = run.attach(configured(model, method, size, "quant=none"), backbone)
     for layer in backbone.head.layers.values():
-        nn.init.normal_(layer.weight, std=0.05)
+        nn.init.normal_(cast(Tensor, layer.weight), std=0.05)
     train_mode(backbone.model)
     return attached
 
@@ -144,8 +144,9 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 
 def cosine(found: Tensor, right: Tensor) -> float:
-    products = ((a.double(), b.double()) for a, b in zip(found.split(1 << 24), right.split(1 << 24)))
-    both, one, other = sum(torch.stack([a @ b, a @ a, b @ b]) for a, b in products).tolist()
+    chunks = ((a.double(), b.double()) for a, b in zip(found.split(1 << 24), right.split(1 << 24)))
+    sums = sum((torch.stack([a @ b, a @ a, b @ b]) for a, b in chunks), start=torch.zeros(3, dtype=torch.float64))
+    both, one, other = sums.tolist()
     return both / math.sqrt(one * other)
 
 
@@ -155,7 +156,7 @@ def controls(row: Row, attached: Attachment, stock: DictConfig, images: Tensor, 
     """
     if right.dtype == torch.float64 and any(isinstance(row[name], float) and row[name] > EXACT_ERROR for name in EXACT):
         each = [gradient(attached, stock, x, y, torch.float64) for x, y in zip(images.split(1), targets.split(1))]
-        return {"stock, image by image": error(sum(each) / len(each), right)}
+        return {"stock, image by image": error(sum(each, start=torch.zeros_like(right)) / len(each), right)}
     if right.dtype == torch.float32 and any(isinstance(row[name], float) and row[name] < LOW for name in CODED):
         return {"stock, bf16": cosine(gradient(attached, stock, images, targets, torch.bfloat16), right)}
     return {}
@@ -169,9 +170,8 @@ def methods_of(model: str, size: int) -> Row:
     for method in STRUCTURES:
         try:
             attached = made(model, method, size)
-            row = rows[method] = {
-                "trained": int(sum(p.numel() for p in attached.model.parameters() if p.requires_grad))
-            }
+            row: Row = {"trained": sum(p.numel() for p in attached.model.parameters() if p.requires_grad)}
+            rows[method] = row
             stock = configured(model, method, size, "quant=none")
             for kind, ways in (
                 (torch.float64, EXACT),

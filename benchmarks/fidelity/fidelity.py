@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
@@ -55,7 +56,7 @@ class State:
     """A model at some point of its training, and the photos and labels whose gradient is asked for."""
 
     name: str
-    model: nn.Module
+    model: Any  # timm's, whose attributes differ
     blocks: list[nn.Module]
     images: Tensor  # [B, 3, 112, 112]
     labels: Tensor  # [B]
@@ -122,12 +123,11 @@ def spread(folder: Path, count: int) -> list[Path]:
     return [files[i * len(files) // count] for i in range(count)]
 
 
-def load(data: Path, name: str, file: str, **kwargs) -> nn.Module:
+def load(data: Path, name: str, file: str, **kwargs) -> Any:
     overlay = {"file": str(data / "weights" / f"{file}.safetensors"), "custom_load": False}
-    model = timm.create_model(name, pretrained=True, num_classes=10, pretrained_cfg_overlay=overlay, **kwargs)
+    model: Any = timm.create_model(name, pretrained=True, num_classes=10, pretrained_cfg_overlay=overlay, **kwargs)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        model.get_classifier().weight.normal_(std=0.05, generator=generator)
+    nn.init.normal_(model.get_classifier().weight, std=0.05, generator=generator)
     return model
 
 
@@ -160,9 +160,8 @@ def compare(found: Gradients, exact: Gradients) -> tuple[float, float, float, st
 
 
 def quant(**settings) -> QuantConfig:
-    if "input" in settings:
-        settings["recompute"] = "block"
-    return QuantConfig(name="fidelity", **settings)
+    recompute = "block" if "input" in settings else "none"
+    return QuantConfig(name="fidelity", recompute=recompute, **settings)
 
 
 def measured(table: str, setting: str, state: State, memory: AbstractContextManager, bits: float | None, **kw) -> Row:
@@ -187,8 +186,8 @@ def families(state: State) -> Iterator[Row]:
                 yield measured(family, f"{bits} bits, {kind}", state, memory, bits + scale, every=family == "linear")
 
 
-def with_table(table: codebooks.Table, bits: int) -> AbstractContextManager:
-    memory = remember(quant(pointwise=bits))
+def with_table(table: codebooks.Table, bits: int) -> Any:
+    memory: Any = remember(quant(pointwise=bits))
     memory.calibration.pointwise = lambda *args: table
     return memory
 
@@ -218,8 +217,7 @@ def grids(state: State) -> Iterator[Row]:
                 seeds = iter(range(1, 10**6))
                 memory.calibration.seed = lambda seeds=seeds: next(seeds)
             yield measured("grid", f"GELU', {2**bits} levels: {name}", state, memory, bits)
-        memory = remember(quant(pointwise=bits))
-        yield measured("grid", f"GELU', {2**bits} levels: calibrated", state, memory, bits)
+        yield measured("grid", f"GELU', {2**bits} levels: calibrated", state, remember(quant(pointwise=bits)), bits)
     for family, bits, group, name in (
         ("norm", 4, 192, "LN x^, a scale a token"),
         ("norm", 4, 64, "LN x^, groups of 64"),
@@ -240,7 +238,8 @@ def grids(state: State) -> Iterator[Row]:
 def presets() -> dict[str, QuantConfig]:
     names = [file.stem for file in sorted((CONF / "quant").glob("*.yaml")) if file.stem not in ("none", "auto")]
     words = ["backbone=vit_t", "method=bias", "dataset=cifar10"]
-    return {f"quant={name}": OmegaConf.to_object(compose([*words, f"quant={name}"]).quant) for name in names}
+    settings = {f"quant={name}": OmegaConf.to_object(compose([*words, f"quant={name}"]).quant) for name in names}
+    return cast(dict[str, QuantConfig], settings)
 
 
 def shipped(state: State, groups: list[dict]) -> Iterator[Row]:
@@ -266,13 +265,11 @@ def shipped(state: State, groups: list[dict]) -> Iterator[Row]:
 
 
 def average_bits(config: QuantConfig) -> float | None:
-    """Of GELU' (4 elements), two x^ and q, k, v of a ViT block, scales included; None where not all of them are
-    coded.
-    """
-    if None in (config.pointwise, config.norm, config.attention):
+    """Of GELU' (4 elements), two x^ and q, k, v of a ViT block, scales included; None where one is not coded."""
+    pointwise, norm, attention, scale = config.pointwise, config.norm, config.attention, 16 / config.group
+    if pointwise is None or norm is None or attention is None:
         return None
-    scale = 16 / config.group
-    return (4 * config.pointwise + 2 * (config.norm + scale) + 3 * (config.attention + scale)) / 9
+    return (4 * pointwise + 2 * (norm + scale) + 3 * (attention + scale)) / 9
 
 
 def means_of_draws(state: State) -> Iterator[Row]:
@@ -290,15 +287,13 @@ def means_of_draws(state: State) -> Iterator[Row]:
                 yield Row("bias", setting, few.name, None, None, *compare(mean, few.exact()))
 
 
-TITLES = {
-    "preset": "Presets and combinations of bits",
-    "grid": "Levels and layouts",
-    "bias": "Stochastic rounding's bias",
-}
+TITLES = {"preset": "Presets and combinations of bits", "grid": "Levels and layouts"}
+TITLES["bias"] = "Stochastic rounding's bias"
 
 
 def markdown(rows: list[Row], command: str) -> str:
-    lines = [f"# Fidelity of gradients\n\n`{command}`, torch {torch.__version__}. {__doc__.split(chr(10) * 2)[3]}"]
+    about = str(__doc__).split("\n\n")[3]
+    lines = [f"# Fidelity of gradients\n\n`{command}`, torch {torch.__version__}. {about}"]
     for table, title in TITLES.items():
         if own := [row for row in rows if row.table == table]:
             lines += ["", f"## {title}", "", *listed(own, table == "preset")]
@@ -358,8 +353,10 @@ def read_rows(path: Path) -> list[Row]:
         return []
     numbers = {field.name for field in fields(Row)} - {"table", "setting", "state", "worst"}
     with path.open(newline="") as file:
-        table = list(csv.DictReader(file))
-    return [Row(**{k: (float(v) if v else None) if k in numbers else v for k, v in r.items()}) for r in table]
+        table: list[dict[str, Any]] = list(csv.DictReader(file))
+    for row in table:
+        row |= {key: float(row[key]) if row[key] else None for key in numbers}
+    return [Row(**row) for row in table]
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

@@ -132,7 +132,8 @@ class Built:
 def compiling(target: GPUTarget) -> Iterator[list[Built]]:
     """Within, launchers compile for `target` and run nothing; the list grows by what they would have launched."""
     made: list[Built] = []
-    run = jit.JITFunction.run
+    function: Any = jit.JITFunction
+    run = function.run
 
     def compiled(kernel, *args, grid=None, warmup=False, **kwargs):
         built = run(kernel, *args, grid=grid, warmup=True, **kwargs)
@@ -157,16 +158,11 @@ def compiling(target: GPUTarget) -> Iterator[list[Built]]:
 
     plain = {name: uncovered(name) for name in kernels.OPERATORS}
     before = jit.driver, launch.PLAIN, pooling.PLAIN
-    jit.JITFunction.run, jit.driver, launch.PLAIN, pooling.PLAIN = (
-        compiled,
-        SimpleNamespace(active=NoDevice),
-        plain,
-        plain,
-    )
+    function.run, jit.driver, launch.PLAIN, pooling.PLAIN = compiled, SimpleNamespace(active=NoDevice), plain, plain
     try:
         yield made
     finally:
-        jit.JITFunction.run = run
+        function.run = run
         jit.driver, launch.PLAIN, pooling.PLAIN = before
 
 
@@ -206,14 +202,15 @@ def _sass(cubin: bytes) -> dict[str, int]:
             subprocess.run([BIN / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
             for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
+    ((registers, stack, local),) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)[:1]
     operations = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w+)", code, re.MULTILINE)
-    return {"registers": registers, "spills": stack + local, "instructions": len(operations) - operations.count("NOP")}
+    instructions = len(operations) - operations.count("NOP")
+    return {"registers": int(registers), "spills": int(stack) + int(local), "instructions": instructions}
 
 
 def _amdgcn(code: str) -> dict[str, int]:
     registers, spilled, scratch = (
-        int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
+        int(re.findall(rf"\.{name}:\s+(\d+)", code)[0])
         for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     )
     operations = re.findall(r"^\t((?:s|v|ds|global|buffer|flat)_\w+)", code, re.MULTILINE)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -44,6 +45,7 @@ class Case:
 
 
 def unfused(backbone: Backbone) -> None:
+    module: Any
     for module in backbone.model.modules():
         if getattr(module, "fused_attn", False):
             module.fused_attn = False
@@ -59,6 +61,7 @@ def both(*changes: Callable[[Backbone], None]) -> Callable[[Backbone], None]:
 
 def adaptformer(backbone: Backbone, width: int = 8) -> None:
     """A ReLU bottleneck beside each MLP (arXiv 2205.13535)."""
+    block: Any
     for block in backbone.block_modules:
         channels = block.mlp.fc1.in_features
         block.mlp.beside = nn.Sequential(nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, channels)).to(
@@ -70,12 +73,13 @@ def adaptformer(backbone: Backbone, width: int = 8) -> None:
 def ssf(backbone: Backbone) -> None:
     """A scale and a shift behind each operator of a block (arXiv 2210.08823)."""
 
-    def add(module: nn.Module, width: int) -> None:
+    def add(module: Any, width: int) -> None:
         device = module.weight.device
         module.register_parameter("scale", nn.Parameter(torch.ones(width, device=device)))
         module.register_parameter("shift", nn.Parameter(torch.zeros(width, device=device)))
         module.register_forward_hook(lambda module, args, out: out * module.scale + module.shift)
 
+    block: Any
     for block in backbone.block_modules:
         for module in (block.norm1, block.attn.qkv, block.attn.proj, block.norm2, block.mlp.fc1, block.mlp.fc2):
             add(module, getattr(module, "out_features", module.weight.shape[0]))

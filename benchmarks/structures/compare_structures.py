@@ -24,6 +24,7 @@ import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
+from typing import cast
 
 import pandas as pd
 import torch
@@ -72,7 +73,7 @@ def run(words: list[str]) -> dict[str, float]:
     result, folder = trainer.train(compose(words), once=True)
     if result["status"] != "ok":
         raise SystemExit(f"{folder}: {result['status']}: {result['error']}")
-    return result["accuracy"]
+    return cast(dict[str, float], result["accuracy"])
 
 
 def chosen_rate(
@@ -87,7 +88,7 @@ def chosen_rate(
         ]
         tops = [accuracy["val_top1"] for accuracy in pool.map(run, lines)]
         scores |= {rate: mean(tops[i * len(search) : (i + 1) * len(search)]) for i, rate in enumerate(rates)}
-        best = max(scores, key=scores.get)
+        best = max(scores, key=scores.__getitem__)
         beyond = {min(scores): best / 2, max(scores): best * 2}  # the best lies at an end: one more there
         rates = (beyond[best],) if best in beyond else ()
     shown = ", ".join(f"{rate:g}: {score:.2f}" for rate, score in sorted(scores.items()))

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
@@ -36,14 +36,15 @@ HEAD_STD = 0.05  # of the random head: timm's own is so small that hardly a grad
 
 def checkpoint(backbone: Backbone) -> None:
     """timm's gradient checkpointing (arXiv 1604.06174), a segment a block."""
-    if not hasattr(backbone.model, "set_grad_checkpointing"):
-        raise UserError(f"timm's {type(backbone.model).__name__} has no gradient checkpointing")
-    backbone.model.set_grad_checkpointing()
+    model: Any = backbone.model
+    if not hasattr(model, "set_grad_checkpointing"):
+        raise UserError(f"timm's {type(model).__name__} has no gradient checkpointing")
+    model.set_grad_checkpointing()
 
 
 def unfuse(backbone: Backbone) -> None:
     """Attention as products and a softmax, as before fused kernels."""
-    fused = [module for module in backbone.model.modules() if getattr(module, "fused_attn", False)]
+    fused: list[Any] = [module for module in backbone.model.modules() if getattr(module, "fused_attn", False)]
     if not fused:
         raise UserError("the backbone has no fused attention")
     for module in fused:
@@ -151,7 +152,7 @@ class Made:
         self.backbone = _built(self.config, meta)
         torch.manual_seed(self.config.seed)  # the same values, whether the backbone was made or copied
         for layer in self.backbone.head.layers.values():
-            nn.init.normal_(layer.weight, std=HEAD_STD)
+            nn.init.normal_(cast(Tensor, layer.weight), std=HEAD_STD)
         self.attached = methods.attach(self.config.method, self.backbone)
         if row.change:
             row.change(self.backbone)
@@ -184,12 +185,16 @@ class Made:
         if self.row.offload:
             return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
         if self.row.budget is not None:  # read when the first step compiles
-            return torch._functorch.config.patch(activation_memory_budget=self.row.budget)
+            from torch._functorch import config as functorch
+
+            return functorch.patch(activation_memory_budget=self.row.budget)
         return nullcontext()
 
-    def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *batch: Tensor, **kwargs) -> Tensor:
+    def __call__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, targets: Tensor, **kwargs: Any
+    ) -> Tensor:
         with self.around():
-            return self.step(model, optimizer, *batch, **kwargs)
+            return self.step(model, optimizer, images, targets, **kwargs)
 
 
 def _built(config: DictConfig, meta: bool) -> Backbone:
@@ -296,8 +301,8 @@ def _partitioned(made: Made) -> Callable[..., Tensor]:
     from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
-    def as_it_is(graph: nn.Module, _) -> Callable:
-        return make_boxed_func(graph.forward)
+    def as_it_is(gm: nn.Module, example_inputs: Any) -> Callable:
+        return make_boxed_func(gm.forward)
 
     def forward(tensors: dict[str, Tensor], images: Tensor) -> Tensor:
         return torch.func.functional_call(made.model, tensors, (images,))
@@ -314,8 +319,12 @@ def _partitioned(made: Made) -> Callable[..., Tensor]:
 
     def step(model: nn.Module, *args, **kwargs) -> Tensor:
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
+
+        def compiled(images: Tensor) -> Tensor:
+            return cut(images.shape)(tensors, images)
+
         with made.around():
-            return made.step(lambda images: cut(images.shape)(tensors, images), *args, **kwargs)
+            return made.step(cast(nn.Module, compiled), *args, **kwargs)
 
     return step
 

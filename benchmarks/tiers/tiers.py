@@ -153,6 +153,7 @@ def measured(row: Row, words: list[str], batch: int, device: torch.device, meter
     made.compile()
     optimizer, host = made.optimizer(), noise(made.backbone.image.size, batch)
     take_steps(made, optimizer, host, meter, WARMUP_STEPS + MEASURED_STEPS)
+    assert meter.memory, "steps after the warm-up were measured"
     return as_entry(meter.memory)
 
 

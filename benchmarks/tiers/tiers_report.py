@@ -76,10 +76,10 @@ def figure(result: Result, path: Path) -> None:
         return
     kind = "measured" if result["rows"][0]["measured"] else "predicted"
     points = [
-        ((row[kind] or {}).get("peak_mib"), row["images_per_second"], row["ours"], row["name"])
+        (peak, row["images_per_second"], row["ours"], row["name"])
         for row in result["rows"]
+        if (peak := (row[kind] or {}).get("peak_mib")) and row["images_per_second"]
     ]
-    points = [point for point in points if point[0] and point[1]]
     if not points:
         return
     fig, ax = plt.subplots(figsize=(9, 6))

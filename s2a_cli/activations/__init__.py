@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import nn
 
@@ -26,7 +27,7 @@ from s2a_cli.config.schema import QuantConfig
 STOCK = QuantConfig(name="none", lossless=False)  # what PyTorch keeps by itself
 
 
-def remember(config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> AbstractContextManager:
+def remember(config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> AbstractContextManager[Any]:
     """The context for forward passes, to be made once and entered in every step.
 
     It belongs to the thread that enters it, as torch.no_grad does.

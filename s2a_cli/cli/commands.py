@@ -1,4 +1,4 @@
-"""What `s2a` can do: a verb is one entry in VERBS. Only verbs that need torch import it."""
+"""What `s2a` can do: a command is one entry in COMMANDS. Only commands that need torch import it."""
 
 from __future__ import annotations
 
@@ -21,26 +21,23 @@ KINDS = {kind + "s": kind for kind in ("backbone", "method", "quant", "dataset",
 
 
 @dataclass(frozen=True)
-class Verb:
-    """`run` takes the words behind the verb and returns the exit code; `config` makes of them what `--cfg job` prints.
+class Command:
+    """A command of `s2a`: what it runs, and what its help and the shell completion say about it."""
 
-    `words` are completed as they stand; a verb with a config completes its settings as well. `flags` {--flag: meaning}
-    are handed on to `run` among the words.
-    """
-
-    run: Callable[[list[str]], int]
+    run: Callable[[list[str]], int]  # takes the words behind the command and returns the exit code
     usage: str
     about: str
     examples: tuple[str, str, str]
-    words: tuple[str, ...] = ()
-    config: Callable[[list[str]], Any] | None = None
-    flags: dict[str, str] = field(default_factory=dict)
+    words: tuple[str, ...] = ()  # completed as they stand
+    config: Callable[[list[str]], Any] | None = None  # what `--cfg job` prints; its settings are completed as well
+    flags: dict[str, str] = field(default_factory=dict)  # {--flag: meaning}, handed on to `run` among the words
 
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """For imports of torch: the garbage collector would look through a million new objects again and again, for a
-    second.
+    """Stops the garbage collector for imports of torch.
+
+    It would look through a million new objects again and again, which takes a second.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -54,6 +51,7 @@ def imports() -> Iterator[None]:
 
 
 def composed(words: list[str]) -> Any:
+    """Returns the config that the words compose; raises UserError with all that is wrong with them."""
     with imports():
         import s2a_cli.methods  # noqa: F401 (its structures declare their settings)
     from s2a_cli.config.compose import compose
@@ -62,6 +60,7 @@ def composed(words: list[str]) -> Any:
 
 
 def train(words: list[str]) -> int:
+    """Trains one run and prints its table; returns 0, 1 for a run that failed or 130 for one that was interrupted."""
     if "optim.batch_size=auto" in words:
         from s2a_cli.planner.batch_size import resolved
 
@@ -78,18 +77,19 @@ def train(words: list[str]) -> int:
         print(f"\nrun: {folder}")
     status, error = result["status"], result["error"]
     if status != "ok":
-        print(f"s2a: {status}: " + (error if error != status else "the same line goes on from there"), file=sys.stderr)
+        print(f"s2a: {status}: {error if error != status else 'the same line goes on from there'}", file=sys.stderr)
     return 0 if status == "ok" else 130 if error == "interrupted" else 1
 
 
 def first_of_grid(words: list[str]) -> Any:
-    """The config of the first run of a grid."""
+    """Returns the config of the first run of a grid."""
     from s2a_cli.config.overrides import expand
 
     return composed(expand([word for word in words if not word.startswith("sweep.")])[0])
 
 
 def sweep(words: list[str]) -> int:
+    """Runs a grid."""
     with imports():
         from s2a_cli.sweeps import sweep as sweeps
 
@@ -97,13 +97,14 @@ def sweep(words: list[str]) -> int:
 
 
 def search(words: list[str]) -> int:
+    """Looks for the settings with the best validation accuracy."""
     from s2a_cli.sweeps import search
 
     return search.search(words)
 
 
 def _finished(words: list[str]) -> tuple[Path, list[str]]:
-    """The folder behind `run=`, and the other words."""
+    """Returns the folder behind `run=`, and the other words. Raises UserError unless there is exactly one."""
     folders = [word.removeprefix("run=") for word in words if word.startswith("run=")]
     if len(folders) != 1 or not folders[0]:
         raise UserError("run=DIR is needed once: the folder of a finished run, which `s2a train` prints")
@@ -115,6 +116,7 @@ def _finished(words: list[str]) -> tuple[Path, list[str]]:
 
 
 def _recompose(words: list[str]) -> Any:
+    """Returns the config of the run behind `run=`, with the changes that the other words ask for."""
     from s2a_cli.results import record
 
     folder, overrides = _finished(words)
@@ -127,6 +129,7 @@ def _recompose(words: list[str]) -> Any:
 
 
 def evaluate(words: list[str]) -> int:
+    """Tests a finished run again; returns 1 where a figure differs from the recorded one."""
     config = _recompose(words)
     from s2a_cli.results import record
     from s2a_cli.training import evaluation
@@ -141,7 +144,8 @@ def evaluate(words: list[str]) -> int:
             sep="\n",
         )
         return 0
-    recorded, equal = result["accuracy"], True
+    recorded: Any = result["accuracy"]
+    equal = True
     for name in ("top1", "top5"):
         now, then = scores[name], recorded[f"test_{name}"]
         if now is not None or then is not None:
@@ -151,9 +155,10 @@ def evaluate(words: list[str]) -> int:
 
 
 def ls(words: list[str]) -> int:
+    """Prints the options of each group with a line about each."""
     if odd := [word for word in words if word not in KINDS]:
         raise UserError(f"ls {odd[0]}: expected one of {', '.join(KINDS)}{nearest(odd[0], KINDS)}")
-    from s2a_cli.config.compose import CONF, groups
+    from s2a_cli.config.overrides import CONF, groups
 
     options = groups()
     for kind in words or KINDS:
@@ -167,7 +172,7 @@ def ls(words: list[str]) -> int:
 
 
 def _comment(path: Path) -> str:
-    """The leading comment lines of a config file, Hydra's own `# @package` apart."""
+    """Returns the leading comment lines of a config file, Hydra's own `# @package` apart."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -178,7 +183,7 @@ def _comment(path: Path) -> str:
 
 
 def _docstring(method: str) -> str:
-    """The first line of a method's docstring, read without an import of torch."""
+    """Returns the first line of the docstring of a method's class, read without an import of torch."""
     body = ast.parse((Path(__file__).parents[1] / "methods" / f"{method}.py").read_text(encoding="utf-8")).body
     assigned = {ast.unparse(node.targets[0]): ast.unparse(node.value) for node in body if isinstance(node, ast.Assign)}
     found = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == assigned["STRUCTURE"])
@@ -186,6 +191,7 @@ def _docstring(method: str) -> str:
 
 
 def validate(words: list[str]) -> int:
+    """Checks a config and prints its main settings in a line."""
     from omegaconf import OmegaConf
 
     config = composed(words)
@@ -195,20 +201,12 @@ def validate(words: list[str]) -> int:
     return 0
 
 
-TABLE = (
-    "rows",
-    "cols",
-    "value",
-    "format",
-    "against",
-    "groups",
-    "reference",
-    "figure",
-)  # the words of `table`; others choose runs
+# The options of `table`; other words choose runs.
+TABLE = ("rows", "cols", "value", "format", "against", "groups", "reference", "figure")
 
 
 def _runs(words: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """Options, what runs must have (dataset=pets), and the folders that hold runs."""
+    """Splits words into options, what runs must have (dataset=pets), and the folders that hold runs."""
     words = [word for word in words if word != "--force"]
     folders = [word for word in words if "=" not in word or is_there(Path(word))]
     if odd := next((word for word in folders if not is_there(Path(word))), None):
@@ -223,6 +221,7 @@ def _runs(words: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], dic
 
 
 def table(words: list[str]) -> int:
+    """Prints a table of runs, and draws it where a figure is asked for."""
     from s2a_cli.results import aggregate, formats, pivot_text, summary
 
     options, wanted, folders = _runs(words, TABLE)
@@ -238,15 +237,17 @@ def table(words: list[str]) -> int:
 
 
 def report(words: list[str]) -> int:
-    from s2a_cli.results import html_report as page
+    """Writes the HTML page of runs and prints where it is."""
+    from s2a_cli.results import html_report
 
     options, wanted, folders = _runs(words, ("out",))
     out = Path(options.get("out", "report.html"))
-    print(page.write(folders, wanted, out, "--force" in words))
+    print(html_report.write(folders, wanted, out, "--force" in words))
     return 0
 
 
 def memory(words: list[str]) -> int:
+    """Prints the predicted memory of runs."""
     with imports():
         from s2a_cli.planner import command
 
@@ -254,14 +255,14 @@ def memory(words: list[str]) -> int:
 
 
 def first_of_memory(words: list[str]) -> Any:
-    """The config of the first composition of `s2a memory`."""
+    """Returns the config of the first composition of `s2a memory`."""
     from s2a_cli.planner.command import OPTIONS
 
     return first_of_grid([word for word in words if word.partition("=")[0] not in OPTIONS])
 
 
-VERBS = {
-    "train": Verb(
+COMMANDS = {
+    "train": Command(
         train,
         "s2a train [key=value ...]",
         "train one run and print its table; one that was broken off goes on, one that is finished is shown",
@@ -276,7 +277,7 @@ VERBS = {
             "--once": "not if the run is finished: as without, and said before a busy GPU is",
         },
     ),
-    "sweep": Verb(
+    "sweep": Command(
         sweep,
         "s2a sweep [key=value,value ...] [sweep.KEY=value ...]",
         "a grid of runs, each in a process of its own; finished ones are skipped, broken ones go on",
@@ -293,7 +294,7 @@ VERBS = {
             "--fail-fast": "begin no more runs after the first that fails",
         },
     ),
-    "search": Verb(
+    "search": Command(
         search,
         "s2a search [key=interval(LOW,HIGH) ...] [search.trials=N] [search.name=NAME] [sweep.KEY=value ...]",
         "look for the settings with the best validation accuracy; the same line again goes on",
@@ -310,7 +311,7 @@ VERBS = {
         ),
         words=("search.trials=", "search.name=", "sweep.workers=", "sweep.dir="),
     ),
-    "memory": Verb(
+    "memory": Command(
         memory,
         "s2a memory [key=value,value ...] [fit=8GiB] [context=600MiB] [fragmentation=5%] [processes=N]"
         " [figure=FILE.svg] [format=terminal|json|csv]",
@@ -321,19 +322,13 @@ VERBS = {
             "s2a memory backbone=swin_b method=bias quant=none precision=amp-bf16 fit=8GiB",
         ),
         words=(
-            "figure=",
-            "fit=",
-            "context=",
-            "fragmentation=",
-            "processes=",
-            "format=terminal",
-            "format=json",
-            "format=csv",
+            *("figure=", "fit=", "context=", "fragmentation=", "processes="),
+            *("format=terminal", "format=json", "format=csv"),
         ),
         config=first_of_memory,
         flags=OVERWRITE,
     ),
-    "eval": Verb(
+    "eval": Command(
         evaluate,
         "s2a eval run=DIR [key=value ...]",
         "test a finished run again from its saved tensors; device, workers, dataset.root ... can change",
@@ -345,14 +340,14 @@ VERBS = {
         words=("run=",),
         config=_recompose,
     ),
-    "ls": Verb(
+    "ls": Command(
         ls,
         f"s2a ls [{'|'.join(KINDS)}]",
         "what there is, a line each",
         ("s2a ls", "s2a ls backbones", "s2a ls methods datasets"),
         words=tuple(KINDS),
     ),
-    "validate": Verb(
+    "validate": Command(
         validate,
         "s2a validate [key=value ...]",
         "check a config and report all its errors; train nothing",
@@ -363,7 +358,7 @@ VERBS = {
         ),
         config=composed,
     ),
-    "table": Verb(
+    "table": Command(
         table,
         "s2a table [DIR ...] [rows=KEYS] [cols=KEYS] [value=NAME] [against=published] [reference=ROW] [groups=vtab]"
         " [figure=FILE.svg] [format=terminal|md|csv|latex|html] [key=value ...]",
@@ -379,7 +374,7 @@ VERBS = {
         ),
         flags=OVERWRITE,
     ),
-    "report": Verb(
+    "report": Command(
         report,
         "s2a report [DIR ...] [out=report.html] [key=value ...]",
         "one self-contained page of the runs below folders: tables, figures, learning curves, memory, failures",

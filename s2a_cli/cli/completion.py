@@ -1,4 +1,4 @@
-"""Shell completion: verbs here, settings by Hydra's own machinery with the verb removed from the line."""
+"""Shell completion: commands are completed here, settings by Hydra, which gets the line without the command."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from s2a_cli.cli.commands import VERBS, imports
+from s2a_cli.cli.commands import COMMANDS, imports
 from s2a_cli.cli.main import FLAGS
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import nearest
-from s2a_cli.config.compose import CONF, composable, hydra_on, method_schema
+from s2a_cli.config.compose import composable, hydra_on, method_schema
+from s2a_cli.config.overrides import CONF
 from s2a_cli.config.schema import STRUCTURES, RunConfig
-from s2a_cli.config.settings import rule_of, walk
+from s2a_cli.config.settings import merge, plain, rule_of, walk
 
 SCRIPTS = {
     "bash": r"""
@@ -44,14 +45,14 @@ complete -c s2a -a '(__s2a_complete)'""",
 
 
 def script(shell: str) -> str:
-    """The text that a shell must read to complete s2a. Raises UserError for another shell."""
+    """Returns the text that a shell must read to complete s2a. Raises UserError for another shell."""
     if shell not in SCRIPTS:
         raise UserError(f"--completion {shell}: expected one of {', '.join(SCRIPTS)}{nearest(shell, SCRIPTS)}")
     return SCRIPTS[shell].lstrip("\n")
 
 
 def complete(line: str) -> list[str]:
-    """What the last word of a command line, up to the cursor, can become."""
+    """Returns what the last word of a command line, up to the cursor, can become."""
     words = line.split()[1:] + ([""] if line.endswith(" ") else [])
     if not words:
         return []
@@ -60,17 +61,18 @@ def complete(line: str) -> list[str]:
         return [flag for flag, (_, about) in FLAGS.items() if about and flag.startswith(word)]
     before = [w for w in before if not w.startswith("-")]
     if not before:
-        return [verb for verb in VERBS if verb.startswith(word)]
-    verb = VERBS.get(before[0])
-    if verb is None:
+        return [command for command in COMMANDS if command.startswith(word)]
+    command = COMMANDS.get(before[0])
+    if command is None:
         return []
-    found = [choice for choice in verb.words if choice.startswith(word)]
-    if verb.config is None or word.startswith("run="):
+    found = [choice for choice in command.words if choice.startswith(word)]
+    if command.config is None or word.startswith("run="):
         return found
     return found + _settings(before[1:], word)
 
 
 def _settings(before: list[str], word: str) -> list[str]:
+    """Returns the settings, or the values of one, that the word can become behind the words before it."""
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 
     key, equals, value = word.partition("=")
@@ -81,12 +83,13 @@ def _settings(before: list[str], word: str) -> list[str]:
         with imports():
             import s2a_cli.methods  # noqa: F401 (its structures declare their settings)
     with hydra_on(CONF) as loader:
-        found = DefaultCompletionPlugin(_WithSchema(loader))._query("config", " ".join([*composable(before), word]))
+        with_schema: Any = _WithSchema(loader)
+        found = DefaultCompletionPlugin(with_schema)._query("config", " ".join([*composable(before), word]))
     return [choice for choice in found if not choice.startswith("hydra")]
 
 
 class _WithSchema:
-    """Hydra's config loader, whose configs also have the fields that only the schema names."""
+    """Stands in for Hydra's config loader: its configs also have the fields that only the schema names."""
 
     def __init__(self, loader: Any):
         self.loader = loader
@@ -95,15 +98,13 @@ class _WithSchema:
         return getattr(self.loader, name)
 
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        """Returns what Hydra composes, on top of the schema's defaults."""
         loaded = self.loader.load_configuration(*args, **kwargs)
         OmegaConf.set_struct(loaded, False)
-        schema = OmegaConf.to_container(OmegaConf.structured(RunConfig))
+        schema = plain(OmegaConf.structured(RunConfig))
         del schema["method"]
-        merged = OmegaConf.merge(schema, loaded)
-        if (
-            name := loaded.method.get("name")
-        ) in STRUCTURES:  # which are known where one of their settings is asked for
-            merged.method = OmegaConf.merge(
-                OmegaConf.to_container(OmegaConf.structured(method_schema(name))), merged.method
-            )
+        merged = merge(schema, loaded)
+        name = loaded.method.get("name")
+        if name in STRUCTURES:  # filled where a setting of a structure is asked for
+            merged.method = merge(plain(OmegaConf.structured(method_schema(name))), merged.method)
         return merged

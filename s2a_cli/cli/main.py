@@ -1,4 +1,4 @@
-"""The command line: `s2a VERB key=value ...`: flags, help and errors. The verbs are in verbs.py."""
+"""The command line: `s2a COMMAND key=value ...`: flags, help and errors. The commands are in commands.py."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ import sys
 from importlib.metadata import version
 
 from s2a_cli import __version__
-from s2a_cli.cli.commands import VERBS, Verb, composed, first_of_grid
+from s2a_cli.cli.commands import COMMANDS, Command, composed, first_of_grid
 from s2a_cli.common import streams
 from s2a_cli.common.errors import RunError, UserError
 from s2a_cli.common.text import nearest, printable
 
 FLAGS = {  # flag -> its value and meaning
-    "--help": ("", "this, or the help of a verb"),
+    "--help": ("", "this, or the help of a command"),
     "--cfg": ("job", "print the composed config and stop"),
     "--debug": ("", "show the traceback of an error"),
     "--version": ("", "versions of s2a and of what it stands on"),
     "--completion": ("bash|zsh|fish", 'print shell completion: eval "$(s2a --completion bash)"; fish: ... | source'),
     "--complete": ("", ""),  # what the shells call
 }
-TRAINING = ("train", "sweep", "search")  # verbs that end with their work, and not with what can't be printed
+TRAINING = ("train", "sweep", "search")  # commands that do all their work, even where its output can't be printed
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 a failed run, 2 bad input, 75 busy, 130 Ctrl-C, 141 a closed
-    pipe.
+    """Runs one command and returns its exit code.
+
+    0: done. 1: a run failed. 2: bad input. 75: busy. 130: Ctrl-C. 141: a closed pipe.
     """
     as_command, argv = argv is None, sys.argv[1:] if argv is None else argv
     streams.opened()
-    verb = next((word for word in argv if not word.startswith("-")), "")
-    with streams.unfailing() if verb in TRAINING else contextlib.nullcontext():
+    command = next((word for word in argv if not word.startswith("-")), "")
+    with streams.unfailing() if command in TRAINING else contextlib.nullcontext():
         code = _run(argv)
         if as_command and "torch" in sys.modules:
             _leave(code)
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    """Runs one command and turns what it raises into a line on stderr and an exit code."""
     try:
         code = _dispatch(argv)
         sys.stdout.flush()
@@ -73,10 +75,11 @@ def _leave(code: int) -> None:
 
 
 def _dispatch(argv: list[str]) -> int:
+    """Does what the flags ask for, or runs the command. Raises UserError for words that say neither."""
     flags, words = _split(argv)
-    verb_flags = VERBS[words[0]].flags if words and words[0] in VERBS else {}
-    for name in flags.keys() - FLAGS.keys() - verb_flags.keys():
-        accepted = [*(flag for flag, (_, about) in FLAGS.items() if about), *verb_flags]
+    own_flags = COMMANDS[words[0]].flags if words and words[0] in COMMANDS else {}
+    for name in flags.keys() - FLAGS.keys() - own_flags.keys():
+        accepted = [*(flag for flag, (_, about) in FLAGS.items() if about), *own_flags]
         raise UserError(f"{name}: no such flag; accepted: {', '.join(accepted)}{nearest(name, accepted)}")
     if "--complete" in flags:
         from s2a_cli.cli.completion import complete
@@ -91,26 +94,28 @@ def _dispatch(argv: list[str]) -> int:
         print(f"s2a {__version__} ({packages}, Python {sys.version.split()[0]})")
     elif not words:
         print(_help())
-    elif words[0] not in VERBS:
-        raise UserError(f"{words[0]}: no such verb; accepted: {', '.join(VERBS)}{nearest(words[0], VERBS)}")
+    elif words[0] not in COMMANDS:
+        raise UserError(f"{words[0]}: no such command; accepted: {', '.join(COMMANDS)}{nearest(words[0], COMMANDS)}")
     elif "--help" in flags:
-        _verb_help(VERBS[words[0]], words[1:])
+        _command_help(COMMANDS[words[0]], words[1:])
     elif "--cfg" in flags:
-        verb = VERBS[words[0]]
-        if verb.config is None or flags["--cfg"] != "job":
-            having = ", ".join(name for name, verb in VERBS.items() if verb.config)
+        command = COMMANDS[words[0]]
+        if command.config is None or flags["--cfg"] != "job":
+            having = ", ".join(name for name, command in COMMANDS.items() if command.config)
             raise UserError(f"--cfg: expected --cfg job behind one of {having}")
         from omegaconf import OmegaConf
 
-        print(OmegaConf.to_yaml(verb.config(words[1:])), end="")
+        print(OmegaConf.to_yaml(command.config(words[1:])), end="")
     else:
-        return VERBS[words[0]].run([*words[1:], *(name for name in flags if name in verb_flags)])
+        return COMMANDS[words[0]].run([*words[1:], *(name for name in flags if name in own_flags)])
     return 0
 
 
 def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Flags, wherever they stand, and the other words."""
-    flags, words, rest = {}, [], list(argv)
+    """Splits a command line into its flags, wherever they stand, and the other words."""
+    flags: dict[str, str] = {}
+    words: list[str] = []
+    rest = list(argv)
     while rest:
         word = rest.pop(0)
         name, _, value = word.partition("=")
@@ -127,44 +132,48 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _help() -> str:
-    verbs = [f"  {name:<10} {verb.about}" for name, verb in VERBS.items()]
+    """Returns the help of `s2a` itself."""
+    commands = [f"  {name:<10} {command.about}" for name, command in COMMANDS.items()]
     flags = [f"  {f'{flag} {value}':<27} {about}" for flag, (value, about) in FLAGS.items() if about]
     return "\n".join(
         [
             f"s2a {__version__}: fine-tune pretrained vision backbones in little memory",
             "",
-            "  s2a VERB [key=value ...]     s2a VERB --help shows examples and every key",
+            "  s2a COMMAND [key=value ...]     s2a COMMAND --help shows examples and every key",
             "",
-            *verbs,
+            *commands,
             "",
             *flags,
         ]
     )
 
 
-def _verb_help(verb: Verb, words: list[str]) -> None:
-    """Examples first; then, for a verb with a config, every key with its default, as composed with `words`."""
-    print(*verb.examples, "", f"{verb.usage}: {verb.about}", sep="\n", flush=True)
-    if verb.flags:
-        print("", *(f"  {flag:<16} {about}" for flag, about in verb.flags.items()), sep="\n")
+def _command_help(command: Command, words: list[str]) -> None:
+    """Prints the examples of a command and, where it has a config, every key with its default.
+
+    The defaults are those that the config has when it is composed with `words`.
+    """
+    print(*command.examples, "", f"{command.usage}: {command.about}", sep="\n", flush=True)
+    if command.flags:
+        print("", *(f"  {flag:<16} {about}" for flag, about in command.flags.items()), sep="\n")
     from omegaconf import OmegaConf
 
-    from s2a_cli.config.compose import compose, groups
+    from s2a_cli.config.overrides import groups
     from s2a_cli.config.rules import show
     from s2a_cli.config.schema import SweepConfig
     from s2a_cli.config.settings import declared, help_of
 
-    if verb.config is first_of_grid:
+    if command.config is first_of_grid:
         print("\nSettings of the sweep; all others, with several values, are those of s2a train --help:")
         for key, schema, name, value in declared(OmegaConf.structured(SweepConfig), "sweep."):
             print(f"  {f'{key}={show(value)}':<28} {help_of(schema, name)}")
-    if verb.config is not composed:
+    if command.config is not composed:
         return
 
     print("\nGroups (s2a ls tells more):")
     for group, options in groups().items():
         print(f"  {f'{group}=':<13} {', '.join(options)}")
-    config = compose(words)
+    config = composed(words)
     chosen = " ".join(f"{group}={config[group].name}" for group in ("backbone", "method", "quant", "dataset", "optim"))
     print(f"\nSettings, with the values that they have under {chosen}:")
     for key, schema, name, value in declared(config):

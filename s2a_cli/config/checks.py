@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -14,56 +14,58 @@ from s2a_cli.config.settings import declared, members, rule_of
 
 
 def check(config: DictConfig) -> dict[str, str]:
-    """Problems of the values in a config that fits the schema: {key: one line}.
+    """Returns the problems of the values in a config that fits the schema: {key: one line}.
 
     What needs the backbone or the data (a rank above the width, a missing folder) is checked where they are loaded.
     """
-    values, problems = {}, {}
+    values: dict[str, Any] = {}
+    problems: dict[str, str] = {}
     for key, schema, name, value in declared(config):
         values[key], rule = value, rule_of(schema, name)
         if rule and value is not None and not rule.test(value):
             problems[key] = rule.problem(key, value, optional=type(None) in members(schema, name))
 
-    def both(*keys: str) -> bool:
+    def usable(*keys: str) -> bool:
+        """Returns whether all these keys have a value without a problem."""
         return all(values.get(key) is not None and key not in problems for key in keys)
 
     batch, micro, epochs, warmup = (f"optim.{k}" for k in ("batch_size", "micro_batch", "epochs", "warmup_epochs"))
-    if both(micro, batch) and values[micro] > values[batch]:
+    if usable(micro, batch) and values[micro] > values[batch]:
         problems[micro] = f"{micro}={values[micro]}: expected at most {batch}={values[batch]}"
-    if both(warmup, epochs) and values[warmup] >= values[epochs]:
+    if usable(warmup, epochs) and values[warmup] >= values[epochs]:
         problems[warmup] = f"{warmup}={values[warmup]}: expected less than {epochs}={values[epochs]}"
     problems |= _check_blocks(values.get("quant.blocks") or {})
-    if both("dataset.cache"):
+    if usable("dataset.cache"):
         problems |= _check_cache(values)
     if values.get("quant.name") == "auto" and values.get("quant.budget_mib") is None:
         problems["quant.budget_mib"] = "quant=auto needs quant.budget_mib=N, the peak in MiB that a step may reach"
-    if both("compile_budget") and not values.get("compile"):
+    if usable("compile_budget") and not values.get("compile"):
         problems["compile_budget"] = (
             f"compile_budget={values['compile_budget']} is the compiler's: set compile=true too"
         )
-    if both("quant.input") and values.get("quant.recompute") == "none":
+    if usable("quant.input") and values.get("quant.recompute") == "none":
         problems["quant.input"] = (
             f"quant.input={values['quant.input']} is of recomputed blocks: set quant.recompute=block too"
         )
     if (
         values.get("compile")
         and not any(key.startswith("quant.") for key in problems)
-        and not OmegaConf.to_object(config.quant).is_stock
+        and not cast(QuantConfig, OmegaConf.to_object(config.quant)).is_stock
     ):
         problems["compile"] = (
             f"compile=true needs quant=none, not {values['quant.name']}: codes and recomputation break the compiler's"
             " graph at every operator (ViT-Ti with int4: 60 graphs, and on two CPU cores 1.13 times the time of a step"
             " without it)"
         )
-    if both("dataset.shots", "dataset.fraction"):
+    if usable("dataset.shots", "dataset.fraction"):
         problems["dataset.fraction"] = "dataset.shots and dataset.fraction exclude each other: set one to null"
-    if both("dataset.test_domain") and values.get("dataset.domain") is None:
+    if usable("dataset.test_domain") and values.get("dataset.domain") is None:
         problems["dataset.test_domain"] = "dataset.test_domain is set without dataset.domain, the domain to train on"
     return problems
 
 
 def check_quant(quant: QuantConfig) -> list[str]:
-    """Problems of settings that were made in Python: one line each."""
+    """Returns the problems of a QuantConfig that was made in Python, one line each."""
     settings = {f.name: getattr(quant, f.name) for f in fields(quant) if f.name != "blocks"}
     found = [_quant_problem(name, name, value) for name, value in settings.items() if name != "name"]
     found += list(_check_blocks(quant.blocks).values())
@@ -73,7 +75,7 @@ def check_quant(quant: QuantConfig) -> list[str]:
 
 
 def _quant_problem(key: str, name: str, value: Any) -> str:
-    """What is wrong with a value of QuantConfig; empty where nothing is."""
+    """Returns what is wrong with a value of QuantConfig; empty where nothing is."""
     rule, kinds = rule_of(QuantConfig, name), members(QuantConfig, name)
     number = float in kinds and type(value) is int
     if (type(value) in kinds or number) and not (rule and value is not None and not rule.test(value)):
@@ -83,7 +85,10 @@ def _quant_problem(key: str, name: str, value: Any) -> str:
 
 
 def _check_cache(values: dict[str, Any]) -> dict[str, str]:
-    """Problems of dataset.cache; whether the method has a part that trains alone is checked where it is attached."""
+    """Returns the problems of dataset.cache.
+
+    Whether the method has a part that trains alone is checked where it is attached.
+    """
     key = "dataset.cache"
     for other, value, why in (
         ("dataset.scale", None, "each random crop would need another forward pass of the backbone"),
@@ -98,7 +103,7 @@ def _check_cache(values: dict[str, Any]) -> dict[str, str]:
 
 
 def _check_blocks(blocks: dict[int, Any]) -> dict[str, str]:
-    """Problems of quant.blocks; whether the backbone has as many blocks is checked where it is made."""
+    """Returns the problems of quant.blocks; whether the backbone has as many blocks is checked where it is made."""
     own = [
         f.name for f in fields(QuantConfig) if f.name not in ("name", "calibrate", "rounding", "blocks", "budget_mib")
     ]

@@ -1,7 +1,7 @@
-"""From the words of a command line to one typed, resolved and checked config, or to all that is wrong with them.
+"""Turns the words of a command line into one typed, resolved and checked config, or reports all that is wrong.
 
 Hydra composes the files of `conf/`; it accepts any key behind `+` and stops at its first error. So every value
-override is given to it as `++key=value`, and the schema in config.py judges keys, types and values afterwards.
+override is given to it as `++key=value`, and the schema in schema.py judges keys, types and values afterwards.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import field, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError, OmegaConfBaseException
@@ -26,25 +26,32 @@ from s2a_cli.config.checks import check
 from s2a_cli.config.overrides import CONF, groups, read, refuse_explosions
 from s2a_cli.config.rules import Rule, show
 from s2a_cli.config.schema import STRUCTURES, MethodConfig, RunConfig, SweepConfig
-from s2a_cli.config.settings import declared, default_of, leaves, members, missing, rule_of
+from s2a_cli.config.settings import (
+    declared,
+    default_of,
+    leaves,
+    members,
+    merge,
+    missing,
+    node_of,
+    plain,
+    rule_of,
+    schema_of,
+)
 from s2a_cli.config.trust import check_kwargs, check_stored
 
 OmegaConf.register_new_resolver("times", lambda *factors: math.prod(map(float, factors)), replace=True)
 
 SEVERAL = "_several"  # the option of `method` behind a list of others
 Problems = dict[str, str]  # key -> one line; the first one said about a key stays
-UNFIT = (
-    OmegaConfBaseException,
-    ArithmeticError,
-    ValueError,
-    TypeError,
-    RecursionError,
-)  # what OmegaConf raises about a value
+# What OmegaConf raises about a value.
+UNFIT = (OmegaConfBaseException, ArithmeticError, ValueError, TypeError, RecursionError)
 
 
 def compose(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
-    """The config of one run, resolved and typed: a RunConfig whose `method` is the method's own Config.
+    """Returns the config of one run, resolved and typed: a RunConfig whose `method` is the method's own config.
 
+    overrides: words such as "method=bias" and "optim.lr=1e-3". config_dir: a folder in the place of `conf/`.
     Raises UserError with one line for each problem.
     """
     conf = Path(config_dir or CONF).resolve()
@@ -61,7 +68,10 @@ def compose(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
 
 
 def compose_sweep(overrides: list[str]) -> SweepConfig:
-    """How to go through a grid, from the words and the experiment named in them. Raises UserError as `compose` does."""
+    """Returns how to go through a grid, from the words and the experiment named in them.
+
+    Raises UserError as `compose` does.
+    """
     problems: Problems = {}
     loaded = _load(_readable(overrides, CONF, problems), CONF, problems)
     typed = OmegaConf.structured(SweepConfig)
@@ -72,14 +82,14 @@ def compose_sweep(overrides: list[str]) -> SweepConfig:
             problems[key] = rule.problem(key, value, optional=True)
     if problems:
         raise UserError("\n".join(problems.values()))
-    return OmegaConf.to_object(typed)
+    return cast(SweepConfig, OmegaConf.to_object(typed))
 
 
 def recompose(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
-    """The config of a finished run, with changes. Raises UserError as `compose` does.
+    """Returns the config of a finished run, with changes.
 
-    stored: what the run's record says. Somebody else may have written it: it is read as values alone, and a data set is
-    downloaded to no folder that it names.
+    stored: what the run's record says. Somebody else may have written it, so it is read as values alone, and a data
+    set is downloaded to no folder that it names. Raises UserError as `compose` does.
     """
     check_stored(stored)
     refuse_explosions(overrides)
@@ -106,13 +116,13 @@ def recompose(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
 
 
 def composable(overrides: list[str]) -> list[str]:
-    """Those of the words that Hydra can compose, in a form in which it refuses none of them: for completion."""
+    """Returns those of the words that Hydra can compose, in a form in which it refuses none: for completion."""
     return _readable(overrides, CONF, {})
 
 
 @contextmanager
 def hydra_on(conf: Path = CONF) -> Iterator[Any]:
-    """Hydra, initialised on a folder of configs; yields its config loader."""
+    """Initialises Hydra on a folder of configs and yields its config loader."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -125,7 +135,10 @@ def hydra_on(conf: Path = CONF) -> Iterator[Any]:
 
 
 def _parsed(overrides: list[str], known: dict[str, list[str]], problems: Problems) -> list[Any]:
-    """Hydra's reading of the words, without those that set nothing or name several values."""
+    """Returns Hydra's reading of the words, without those that set nothing or name several values.
+
+    What is wrong with those is added to `problems`.
+    """
     parsed = []
     for word in overrides:
         if word.startswith("~"):
@@ -152,7 +165,10 @@ def _parsed(overrides: list[str], known: dict[str, list[str]], problems: Problem
 
 
 def _readable(overrides: list[str], conf: Path, problems: Problems) -> list[str]:
-    """The words that Hydra can compose, in a form in which it refuses none of them; tells what is wrong with others."""
+    """Returns the words that Hydra can compose, in a form in which it refuses none of them.
+
+    What is wrong with the others is added to `problems`.
+    """
     refuse_explosions(overrides)
     known, words = groups(conf), []
     for override in _parsed(overrides, known, problems):
@@ -178,7 +194,7 @@ def _readable(overrides: list[str], conf: Path, problems: Problems) -> list[str]
 
 
 def _load(words: list[str], conf: Path, problems: Problems) -> DictConfig:
-    """What the files and the words say, not yet resolved. Raises UserError when nothing can be composed."""
+    """Returns what the files and the words say, not yet resolved. Raises UserError when nothing can be composed."""
     import yaml
     from hydra import compose as hydra_compose
     from hydra.errors import HydraException
@@ -198,7 +214,7 @@ def _load(words: list[str], conf: Path, problems: Problems) -> DictConfig:
 
 
 def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
-    """`loaded` as a RunConfig. Raises UserError with all problems when there are any."""
+    """Returns `loaded` as a resolved RunConfig. Raises UserError with all problems when there are any."""
     typed = OmegaConf.structured(RunConfig)
     found: Problems = {}
     name = _method_name(loaded)
@@ -210,12 +226,10 @@ def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
     _fit(loaded, typed, "", found)
     for key in sorted(missing(typed) - found.keys() - {"method"}):
         found[key] = f"{key}: has no value; add {key}=..."
-    found = check(typed) | check_kwargs(OmegaConf.to_container(typed.backbone.kwargs)) | found
-    raw = OmegaConf.to_container(loaded, resolve=False)
-    told = {
-        key: line for key, line in found.items() if _source(raw, typed, key) not in found
-    }  # told where it was written
-    found = told or found  # or two are each other's source
+    found = check(typed) | check_kwargs(plain(typed.backbone.kwargs)) | found
+    raw = plain(loaded)
+    # A value that comes from another key is reported there, unless two keys are each other's source.
+    found = {key: line for key, line in found.items() if _source(raw, typed, key) not in found} or found
     # A group that fell back to its default says nothing about the keys that were meant for the other option.
     wrong = tuple(f"{key}." for key in problems)
     problems |= {key: line for key, line in found.items() if key not in problems and not key.startswith(wrong)}
@@ -235,26 +249,26 @@ def method_schema(name: str) -> type:
 
 
 def _join(method: DictConfig, names: list[str], conf: Path) -> None:
-    """Makes of the settings of several structures, merged by Hydra, those of one method: each under its own name.
+    """Makes one method of several structures, whose settings Hydra has merged: each gets its own under its name.
 
     Its learning rate is the lowest of theirs, unless one was given.
     """
     rates = []
     for name in names:
-        own = OmegaConf.load(conf / "method" / f"{name}.yaml")
+        own = cast(DictConfig, OmegaConf.load(conf / "method" / f"{name}.yaml"))
         rates.append(float(own.pop("lr")))
         for key in ("defaults", "name"):
             own.pop(key, None)
-        for key in own.keys() - set(names):
+        for key in set(own) - set(names):
             method.pop(key, None)
-        method[name] = OmegaConf.merge(own, method.get(name) or {})
+        method[name] = merge(own, method.get(name) or {})
     method.name = "+".join(names)
     if method.lr is None:
         method.lr = min(rates)
 
 
 def _method_name(loaded: DictConfig) -> Any:
-    """What stands under method.name; None for no text, and for a reference that leads nowhere."""
+    """Returns what stands under method.name; None for no text, and for a reference that leads nowhere."""
     try:
         name = loaded.method.name
     except (AttributeError, *UNFIT):
@@ -263,14 +277,12 @@ def _method_name(loaded: DictConfig) -> Any:
 
 
 def _source(raw: dict[str, Any], typed: DictConfig, key: str) -> str | None:
-    """The key that this one takes its value from, as in `norm: ${.bits}` or `lr: ${times:${method.lr},2}`; else
-    None.
-    """
+    """Returns the key that this one takes its value from, as in `norm: ${.bits}`; None where it refers to none."""
     node, _, name = key.rpartition(".")
     settings: Any = raw
     for part in node.split(".") if node else ():
         settings = settings.get(part) if isinstance(settings, dict) else None
-    schema = OmegaConf.get_type(OmegaConf.select(typed, node) if node else typed)
+    schema = schema_of(OmegaConf.select(typed, node) if node else typed)
     value = default_of(schema, name) if is_dataclass(schema) else None
     value = settings.get(name, value) if isinstance(settings, dict) else value
     match = re.match(r"\$\{(?:times:\$\{)?([\w.]+)\}", value) if isinstance(value, str) else None
@@ -278,48 +290,53 @@ def _source(raw: dict[str, Any], typed: DictConfig, key: str) -> str | None:
 
 
 def _fit(values: DictConfig, typed: DictConfig, prefix: str, problems: Problems) -> None:
-    """Moves `values` into `typed` key by key, resolved; says which keys and types the schema does not have."""
-    schema = OmegaConf.get_type(typed)
+    """Moves `values` into `typed` key by key, resolved.
+
+    Keys and types that the schema does not have are added to `problems`.
+    """
+    schema = schema_of(typed)
     names = typing.get_type_hints(schema)
-    for key in values:
+    for key in map(str, values):
         full = f"{prefix}{key}"
         if full in problems:
             continue
         if key not in names:
-            problems[full] = _unknown(values, typed, str(key), prefix)
+            problems[full] = _unknown(values, typed, key, prefix)
             continue
         if OmegaConf.is_missing(values, key):
             continue
         try:
             value = values[key]
         except InterpolationToMissingValueError:
-            continue  # the missing value is reported under its own key
+            continue  # reported under the key that has no value
         except (InterpolationResolutionError, *UNFIT) as error:
             problems[full] = f"{full}: can't be resolved: {first_line(error)}"
             continue
         accepted = members(schema, key)
-        node = OmegaConf.get_type(typed, key) if full == "method" else next(filter(is_dataclass, accepted), None)
+        node = OmegaConf.get_type(typed, key) if full == "method" else node_of(accepted)
         if node is not None:
-            _fit_node(value, typed, str(key), full, node, type(None) in accepted, problems)
+            _fit_node(value, typed, full, node, type(None) in accepted, problems)
             continue
         try:
-            plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            value = plain(value, resolve=True) if OmegaConf.is_config(value) else value
         except UNFIT as error:
             problems[full] = f"{full}: can't be resolved: {first_line(error)}"
             continue
         try:
-            if _ambiguous(plain, accepted):
+            if _ambiguous(value, accepted):
                 raise ValueError
-            OmegaConf.update(typed, str(key), plain, merge=False)
+            OmegaConf.update(typed, key, value, merge=False)
         except UNFIT:
-            rule = rule_of(schema, str(key)) or Rule(_words(accepted), bool)
-            problems[full] = rule.problem(full, plain, type(None) in accepted)
+            rule = rule_of(schema, key) or Rule(_words(accepted), bool)
+            problems[full] = rule.problem(full, value, type(None) in accepted)
 
 
-def _fit_node(
-    value: Any, typed: DictConfig, key: str, full: str, node: type, optional: bool, problems: Problems
-) -> None:
-    """A key that holds settings of its own; `false` or null switches an optional one off, `true` takes its defaults."""
+def _fit_node(value: Any, typed: DictConfig, full: str, node: type, optional: bool, problems: Problems) -> None:
+    """Moves the value of a key that holds settings of its own into `typed`.
+
+    `false` or null switches an optional one off; `true` takes its defaults.
+    """
+    key = full.rpartition(".")[2]
     if optional and (value is None or value is False):
         typed[key] = None
     elif optional and value is True:
@@ -336,28 +353,29 @@ def _fit_node(
 
 
 def _unknown(values: DictConfig, typed: DictConfig, key: str, prefix: str) -> str:
-    """The line about a key that the schema does not have at this place."""
+    """Returns the line about a key that the schema does not have at this place."""
     full, inner = f"{prefix}{key}", values._get_node(key)
     while isinstance(inner, DictConfig) and len(inner) and not inner._is_interpolation():  # as far down as was written
         full, inner = f"{full}.{next(iter(inner))}", inner._get_node(next(iter(inner)))
-    root = typed._get_root()
+    root = cast(DictConfig, typed._get_root())
     paths = [path for path, _ in leaves(root)]
     last = {path: path.split(".")[-1] for path in paths}
     close = difflib.get_close_matches(full.split(".")[-1], set(last.values()), n=1)  # or the right name elsewhere
     same = [path for path in paths if last[path] in close]
     same = [path for path in same if path.startswith(prefix)] or same
-    hint = nearest(full, same or [*paths, *root]) or (f" (did you mean {same[0]!r}?)" if same else "")
-    return f"{brief(full)}: no such setting; accepted{' in ' + prefix[:-1] if prefix else ''}: {', '.join(typed)}{hint}"
+    hint = nearest(full, same or [*paths, *map(str, root)]) or (f" (did you mean {same[0]!r}?)" if same else "")
+    where, accepted = f" in {prefix[:-1]}" if prefix else "", ", ".join(map(str, typed))
+    return f"{brief(full)}: no such setting; accepted{where}: {accepted}{hint}"
 
 
 def _ambiguous(value: Any, accepted: tuple[Any, ...]) -> bool:
-    """What OmegaConf would take for something else: "1_0" for 10, 1000 for true."""
+    """Returns whether OmegaConf would take a value for something else: "1_0" for 10, 1000 for true."""
     if isinstance(value, str):
         return str not in accepted and ("_" in value or not value.isascii())
     return bool in accepted and isinstance(value, int | float) and value not in (0, 1)
 
 
 def _words(types: tuple[Any, ...]) -> str:
-    """The types of a field in words."""
+    """Returns the types of a field in words."""
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
     return " or ".join(names.get(m, str(m)) for m in types if m is not type(None))

@@ -1,5 +1,4 @@
-"""The words of a command line, `key=value` in Hydra's grammar, and those of several values, which stand for a grid of
-runs.
+"""Reads the words of a command line, `key=value` in Hydra's grammar, and expands words of several values to a grid.
 
 A word can name huge numbers, endless ranges and references that multiply each other. All bounds on them are here.
 """
@@ -27,13 +26,16 @@ MOST_RUNS = 10_000  # of a grid
 
 
 def groups(conf: Path = CONF) -> dict[str, list[str]]:
-    """{group: its options} as there are files in `conf/`."""
+    """Returns {group: its options}, as there are files in `conf/`."""
     folders = sorted(folder for folder in conf.iterdir() if folder.is_dir())
     return {folder.name: sorted(file.stem for file in folder.glob("[!_]*.yaml")) for folder in folders}
 
 
 def read(word: str) -> Any:
-    """Hydra's reading of `key=value`. Raises UserError for what it can't read and for what no setting can be."""
+    """Returns Hydra's reading of `key=value`.
+
+    Raises UserError for what Hydra can't read and for values that no setting can have.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     if len(word) > LONGEST:
@@ -51,7 +53,7 @@ def read(word: str) -> Any:
     numbers = [leaf for leaf in leaves_of(value) if type(leaf) in (int, float)]
     if any(isinstance(number, int) and abs(number) >= LARGEST for number in numbers):
         raise UserError(f"{brief(word)}: an integer here is below 2^63")
-    if numbers and (odd := next(_underscored(override.input_line.partition("=")[2]), None)):
+    if numbers and (odd := next(_underscored(word.partition("=")[2]), None)):
         joined = odd.replace("_", "")
         raise UserError(
             f"{brief(word)}: {odd} could mean the number {joined} or a text; write {joined}, or '{key}=\"{odd}\"'"
@@ -60,7 +62,7 @@ def read(word: str) -> Any:
 
 
 def leaves_of(value: Any) -> Iterator[Any]:
-    """The single values in one that Hydra read: of lists, dicts, choices, ranges and intervals."""
+    """Yields the single values in a value that Hydra read: of lists, dicts, choices, ranges and intervals."""
     from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
 
     if isinstance(value, dict):
@@ -79,7 +81,7 @@ def leaves_of(value: Any) -> Iterator[Any]:
 
 
 def _underscored(text: str) -> Iterator[str]:
-    """What stands unquoted in a value and is a number to Hydra, as `1_0` is."""
+    """Yields what stands unquoted in a value and is a number to Hydra, as `1_0` is."""
     unquoted = re.sub(r"'(\\.|[^'\\])*'|\"(\\.|[^\"\\])*\"", "", text)
     for token in re.split(r"[\s,:()\[\]{}=]+", unquoted):
         if "_" in token and re.fullmatch(r"[-+]?[\d_]*\.?[\d_]+(e[-+]?[\d_]+)?|[-+]?[\d_]+\.", token, re.IGNORECASE):
@@ -96,7 +98,7 @@ def refuse_explosions(words: Iterable[str]) -> None:
 
 
 def parsed(word: str) -> Any | None:
-    """`read`, and None where the word can't be read, which `compose` explains better."""
+    """Returns Hydra's reading of a word; None where it can't be read, which `compose` explains better."""
     try:
         return read(word) if "=" in word else None
     except UserError:
@@ -104,12 +106,10 @@ def parsed(word: str) -> Any | None:
 
 
 def expand(words: list[str]) -> list[list[str]]:
-    """The words of each member of a grid, in the order of nested loops: the first word that has several values is
-    outermost.
+    """Returns the words of each member of a grid, in the order of nested loops: the first word varies slowest.
 
     choice(), range(), sort(), shuffle(), `a,b` and, for config groups, glob() have several values. Raises UserError for
-    words that can't be read, a glob that matches nothing, more than MOST_RUNS members, and interval(), which is for a
-    search.
+    a glob that matches nothing, for more than MOST_RUNS members, and for interval(), which is for a search.
     """
     values = [_values(word) for word in words]
     if (runs := math.prod(map(len, values))) > MOST_RUNS:
@@ -118,6 +118,7 @@ def expand(words: list[str]) -> list[list[str]]:
 
 
 def _values(word: str) -> list[str]:
+    """Returns a word for each value of one of several values, and the word itself for any other."""
     from hydra.core.override_parser.types import Glob, RangeSweep
 
     override = parsed(word)
@@ -147,7 +148,7 @@ def _values(word: str) -> list[str]:
 
 
 def steps(word: str, span: Any) -> int:
-    """How many values a range() has. Raises UserError for one that has no end, or no step."""
+    """Returns how many values a range() has. Raises UserError for one that has no end, or no step."""
     numbers = span.start, span.stop, span.step
     if not all(map(math.isfinite, numbers)) or not span.step:
         raise UserError(f"{brief(word)}: expected range(START,STOP,STEP) of finite numbers, with a step other than 0")

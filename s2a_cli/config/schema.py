@@ -10,7 +10,7 @@ from omegaconf import MISSING
 from s2a_cli.config.rules import NAME, PATH, number, numbers, one_of, pattern
 from s2a_cli.config.settings import setting
 
-STRUCTURES: dict[str, type] = {}  # name -> the settings of each structure; s2a_cli.methods fills it when imported
+STRUCTURES: dict[str, type] = {}  # name -> the settings of a structure; s2a_cli.methods fills it when imported
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet
 
 AT_LEAST_1 = number("an integer of at least 1", lambda value: value >= 1)
@@ -20,13 +20,13 @@ BELOW_1 = number("a number of at least 0, below 1", lambda value: 0 <= value < 1
 FROM_0_TO_1 = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 BITS = number("an integer from 1 to 8", lambda value: 1 <= value <= 8)
 SHARE = number("a number above 0 and below 1", lambda value: 0 < value < 1)
-# Beta distributions of smaller or larger parameters draw nothing but 0 and 1, or 1/2.
+# A Beta distribution of a smaller parameter draws nothing but 0 and 1, of a larger one nothing but 1/2.
 MIX = number("0, or a number from 0.001 to 1000", lambda value: value == 0 or 1e-3 <= value <= 1e3)
 
 
 @dataclass
 class BackboneConfig:
-    """The pretrained model; null takes what timm's pretrained_cfg says."""
+    """Settings of the pretrained model; null takes what timm's pretrained_cfg says."""
 
     name: str = setting(help="the name in tables and paths", rule=NAME)
     timm: str = setting(help="timm's model name, with its tag", rule=pattern("a name of timm's", r"[\w.+-]{1,200}"))
@@ -71,14 +71,14 @@ class BackboneConfig:
 
 
 CODED = ("pointwise", "norm", "attention", "softmax")  # families of operators for which `bits` is the default
-OF_BITS: Any = "${.bits}"  # the default of a field: as `bits` of the same config says
+OF_BITS: Any = "${.bits}"  # a default that refers to `bits` of the same config
 
 
 @dataclass
 class QuantConfig:
-    """What is kept for the backward pass: bits an element, and what is computed again.
+    """Settings of what is kept for the backward pass: bits an element, and what is computed again.
 
-    A family of operators without bits (null) keeps what stock PyTorch keeps.
+    A family of operators without bits (null) keeps what PyTorch itself keeps.
     """
 
     name: str = setting(help="the name in tables", rule=NAME)
@@ -98,7 +98,7 @@ class QuantConfig:
     rounding: str = setting(
         "nearest", help="nearest | stochastic: unbiased, and noisier", rule=one_of("nearest", "stochastic")
     )
-    calibrate: bool = setting(True, help="levels from each layer's own first batch; false: fixed tables")
+    calibrate: bool = setting(True, help="codebooks from each layer's own first batch; false: fixed ones")
     recompute: str = setting(
         "none",
         help="none | block: keep only the input of each block, compute the block again in the backward pass",
@@ -111,8 +111,7 @@ class QuantConfig:
     )
     chunks: int | None = setting(
         1,
-        help="pieces of the batch in which a block runs: smaller temporaries, more launches;"
-        " null: as pays on the device",
+        help="batch chunks in which a block runs: smaller temporaries, more launches; null: as pays on the device",
         rule=AT_LEAST_1,
     )
     blocks: dict[int, Any] = setting({}, help="settings of single blocks, by number from 0: {3: {norm: 8}}")
@@ -135,12 +134,12 @@ class QuantConfig:
 
     @property
     def is_stock(self) -> bool:
-        """Whether exactly what stock PyTorch keeps is kept, by one pass over the batch."""
+        """Whether exactly what PyTorch itself keeps is kept, by one pass over the batch."""
         coded = self.lossless or any(getattr(self, name) is not None for name in (*CODED, "linear"))
         return not coded and self.recompute == "none" and self.chunks == 1 and not self.blocks
 
     def of_block(self, number: int) -> QuantConfig:
-        """Returns the settings of one block: these, with what `blocks` says of it."""
+        """Returns the settings of one block: these, changed by what `blocks` says about it."""
         own = dict(self.blocks.get(number, {}))
         if "bits" in own:
             own = {name: own["bits"] for name in CODED if getattr(self, name) == self.bits} | own
@@ -149,7 +148,7 @@ class QuantConfig:
 
 @dataclass
 class DatasetConfig:
-    """The images, their splits and their augmentation."""
+    """Settings of the images, their splits and their augmentation."""
 
     name: str = setting(help="the name in tables and paths")
     root: str | None = setting(None, help="where the data is or goes; null: $S2A_DATA or ~/.cache/s2a", rule=PATH)
@@ -185,14 +184,14 @@ class DatasetConfig:
     hflip: float = setting(0.5, help="probability of a mirrored training image", rule=FROM_0_TO_1)
     cache: str | None = setting(
         None,
-        help="taps: what linear and side read of the backbone, once for each image and its mirror image, on disk",
+        help="taps: keep on disk the features that linear and side read, once for each image and its mirror image",
         rule=one_of("taps"),
     )
 
 
 @dataclass
 class OptimConfig:
-    """The optimiser, its schedule and its batches."""
+    """Settings of the optimiser, its schedule and its batches."""
 
     name: str = setting("adamw", help="adamw | sgd", rule=one_of("adamw", "sgd"))
     lr: float = setting(
@@ -230,7 +229,7 @@ class OptimConfig:
 
 @dataclass
 class MethodConfig:
-    """What the settings of every method have beside those of its structures."""
+    """Settings that every method has beside those of its structures."""
 
     name: str = setting(help="the name in tables and paths")
     lr: float = setting(help="the default of optim.lr", rule=POSITIVE)
@@ -238,7 +237,7 @@ class MethodConfig:
 
 @dataclass
 class RunConfig:
-    """All settings of one run. `method` is the config of a structure or of several, see s2a_cli.methods."""
+    """All settings of one run. `method` is replaced by the config of a structure, or by one made of several."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     method: Any = MISSING
@@ -252,7 +251,7 @@ class RunConfig:
     )
     precision: str = setting(
         "fp32",
-        help="fp32 | tf32 (CUDA: products of fp32 in 19 bits) | amp-bf16 | amp-fp16 | bf16;"
+        help="fp32 | tf32 (CUDA: fp32 matmuls in 19 bits) | amp-bf16 | amp-fp16 | bf16;"
         " memory: the 16-bit ones reduce it",
         rule=one_of("fp32", "tf32", "amp-bf16", "amp-fp16", "bf16"),
     )
@@ -295,7 +294,7 @@ class RunConfig:
 
 @dataclass
 class SweepConfig:
-    """How `s2a sweep` goes through a grid. An experiment can bring the grid and its exclusions along."""
+    """Settings of how `s2a sweep` goes through a grid. An experiment can bring the grid and its exclusions along."""
 
     grid: dict[str, Any] = setting({}, help="key -> its values, as on the command line, where they can be replaced")
     exclude: list[dict[str, Any]] = setting([], help="[{method: linear, quant: [int4, tiny], why: a reason}]")

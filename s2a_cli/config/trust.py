@@ -1,4 +1,4 @@
-"""A config that somebody else has written is data: it names settings, and reads, loads and writes nothing by itself."""
+"""Checks of a config that somebody else has written: it may name settings, but read, load and write nothing."""
 
 from __future__ import annotations
 
@@ -15,27 +15,12 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import brief, nearest
 
 DEEPEST = 8  # levels of a stored config; a run's own has four
-# arguments of timm.create_model, and of what it calls, that choose what is loaded, from where, or what is returned
+# Arguments of timm.create_model, and of what it calls, that choose what is loaded, from where, or what is returned.
 LOADERS = (
-    *(
-        "pretrained",
-        "pretrained_cfg",
-        "pretrained_cfg_overlay",
-        "pretrained_strict",
-        "pretrained_filter_fn",
-        "pretrained_model_args",
-    ),
-    *("checkpoint_path", "cache_dir", "state_dict", "url", "file", "hf_hub_id", "custom_load", "source"),
-    *(
-        "scriptable",
-        "exportable",
-        "no_jit",
-        "model_cfg",
-        "feature_cfg",
-        "feature_cls",
-        "kwargs_filter",
-        "features_only",
-    ),
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn"),
+    *("pretrained_model_args", "checkpoint_path", "cache_dir", "state_dict", "url", "file", "hf_hub_id"),
+    *("custom_load", "source", "scriptable", "exportable", "no_jit", "model_cfg", "feature_cfg", "feature_cls"),
+    *("kwargs_filter", "features_only"),
 )
 OURS = ("num_classes", "device", "dtype", "cfg", "self")  # decided elsewhere
 BUILT = ("bn_eps", "bn_momentum", "bn_tf")  # arguments that timm hands to layers before a model's constructor sees them
@@ -45,7 +30,7 @@ LARGEST = 2**16
 
 
 def check_stored(stored: Any) -> None:
-    """Raises UserError for a stored config that is more than settings: its texts are never resolved."""
+    """Raises UserError for a stored config that is more than settings: one that refers to anything, or nests deeply."""
     todo = [("config", stored, 0)]
     while todo:
         key, value, depth = todo.pop()
@@ -64,8 +49,11 @@ def check_stored(stored: Any) -> None:
 
 
 def check_kwargs(kwargs: dict[Any, Any]) -> dict[str, str]:
-    """What is wrong with backbone.kwargs: {key: one line}. Whether the model takes them is asked where it is made."""
-    problems = {}
+    """Returns what is wrong with backbone.kwargs: {key: one line}.
+
+    Whether the model takes them is checked where the model is made.
+    """
+    problems: dict[str, str] = {}
     for name, value in kwargs.items():
         key = f"backbone.kwargs.{brief(str(name))}"
         if name in LOADERS:
@@ -81,6 +69,7 @@ def check_kwargs(kwargs: dict[Any, Any]) -> dict[str, str]:
 
 
 def _plain(value: Any, depth: int = 0) -> bool:
+    """Returns whether a value is a number, a flag, a word, null, or a short list of these."""
     if isinstance(value, list | tuple):
         return depth < 4 and len(value) <= 1000 and all(_plain(one, depth + 1) for one in value)
     if isinstance(value, str):
@@ -89,7 +78,7 @@ def _plain(value: Any, depth: int = 0) -> bool:
 
 
 def check_names(architecture: str, names: Iterable[str]) -> None:
-    """Raises UserError for a name in backbone.kwargs that shapes nothing in this architecture of timm's."""
+    """Raises UserError for a name in backbone.kwargs that this architecture of timm's does not take."""
     known = shaping(architecture)
     for name in names:
         bare = next((name.removeprefix(prefix) for prefix in NESTED if name.startswith(prefix)), name)
@@ -101,7 +90,7 @@ def check_names(architecture: str, names: Iterable[str]) -> None:
 
 @functools.lru_cache(maxsize=8)
 def shaping(architecture: str) -> frozenset[str]:
-    """Names of the settings that shape a model: what the classes of its family's module are constructed with."""
+    """Returns the names of the settings that shape a model: the arguments of the classes in its timm module."""
     import timm.models
     from torch import nn
 

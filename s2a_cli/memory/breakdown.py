@@ -1,4 +1,4 @@
-"""Where the memory of a step is: at the peak, by use, operator family and place, and over time."""
+"""Breaks the memory of a step down: at the peak by use, operator family and place, and over time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes that are alive at the peak."""
+    """Bytes that are alive at the peak, of one use, family and place."""
 
     use: str  # weights | trainable | optimiser | buffers | gradients | batch | kept | transient
     family: str  # of the operator that keeps it for the backward pass, or made it; of the layer, for weights
@@ -34,9 +34,7 @@ class Profile:
     parts: tuple[Part, ...]  # what is alive at the peak; they add up to it to the byte
     place: str  # what runs when the peak is reached
     uses: tuple[str, ...]  # of each allocation, by its number
-    timeline: tuple[
-        tuple[int, int], ...
-    ]  # (number of the allocation, bytes): it comes, or goes where bytes are below zero
+    timeline: tuple[tuple[int, int], ...]  # (number of an allocation, bytes; below zero where it is released)
     begins_at: int  # entries of the timeline with what is there before the step
     peak_at: int  # entries of the timeline up to the peak
     phases: tuple[tuple[int, str], ...]  # (entry of the timeline, forward | backward | update), in order
@@ -45,6 +43,7 @@ class Profile:
 
     @property
     def peak_bytes(self) -> int:
+        """The bytes that are alive at the peak."""
         return sum(part.bytes for part in self.parts)
 
     @property
@@ -53,7 +52,10 @@ class Profile:
         return next((name for start, name in reversed(self.phases) if start < self.peak_at), "forward")
 
     def by(self, *keys: str, uses: Iterable[str] = USES) -> dict[tuple[str, ...], int]:
-        """Bytes at the peak by some of use, family and place, the largest first."""
+        """Returns the bytes at the peak by some of use, family and place, the largest first.
+
+        keys: of "use", "family" and "place". uses: counted alone.
+        """
         found: Counter[tuple[str, ...]] = Counter()
         for part in self.parts:
             if part.use in uses:
@@ -62,7 +64,7 @@ class Profile:
 
     @classmethod
     def of(cls, memory: Memory, tracker: Tracker, watch: Watch) -> Profile:
-        """From the records of a step that is over."""
+        """Returns the profile of a step that is over, from the records of its tracker and watch."""
         born = {id(allocation) for allocation, came in tracker.events if came}
         gone = (allocation for allocation, came in tracker.events if not came)
         before = {id(allocation): allocation for allocation in (*tracker.alive(), *gone) if id(allocation) not in born}

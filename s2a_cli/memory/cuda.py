@@ -1,10 +1,10 @@
-"""What a CUDA device does differently from the CPU tensors that a prediction runs on.
+"""Models what a CUDA device does differently from the CPU tensors that a prediction runs on.
 
-In the headline, because PyTorch's documentation leaves no doubt: requests are rounded up to 512 bytes, and autocast
-runs more operators in fp32 than on a CPU (`CudaAutocast`). Beside it, as bounds or estimates, because no CUDA device
-has confirmed them: `differences`, and what the allocator takes from the device (`reserved`). Not modelled: the kernels'
-own temporaries, NCCL's buffers, and that autograd adds two gradients of one tensor in place where it can, so that a
-peak on a residual connection may be one gradient too high.
+Two differences are part of a predicted peak, because PyTorch's documentation leaves no doubt: requests are rounded up
+to 512 bytes, and autocast runs more operators in fp32 than on a CPU (`CudaAutocast`). Others are reported beside the
+peak as bounds or estimates, because no CUDA device has confirmed them: `differences`, and what the allocator takes from
+the device (`reserved`). Not modelled are the kernels' own temporaries and NCCL's buffers. Neither is that autograd adds
+two gradients of one tensor in place where it can: a peak on a residual connection may be one gradient too high.
 """
 
 from __future__ import annotations
@@ -25,30 +25,15 @@ from s2a_cli.memory.tracker import Call
 # "CUDA Ops that can autocast to float32" of PyTorch's AMP documentation, those that a CPU leaves in 16 bits.
 IN_FP32 = {
     *(F.softmax, F.log_softmax, F.layer_norm, F.group_norm, F.cosine_similarity, F.softplus, F.softmin),
-    *(
-        torch.softmax,
-        torch.log_softmax,
-        torch.layer_norm,
-        torch.group_norm,
-        torch.exp,
-        torch.log,
-        torch.pow,
-        torch.rsqrt,
-        torch.norm,
-    ),
-    *(
-        torch.Tensor.softmax,
-        torch.Tensor.log_softmax,
-        torch.Tensor.exp,
-        torch.Tensor.log,
-        torch.Tensor.pow,
-        torch.Tensor.norm,
-    ),
+    *(torch.softmax, torch.log_softmax, torch.layer_norm, torch.group_norm, torch.norm),
+    *(torch.exp, torch.log, torch.pow, torch.rsqrt),
+    *(torch.Tensor.softmax, torch.Tensor.log_softmax, torch.Tensor.norm),
+    *(torch.Tensor.exp, torch.Tensor.log, torch.Tensor.pow),
 }
 
 
 class CudaAutocast(TorchFunctionMode):
-    """Within it, and within `torch.autocast("cpu")`, these operators run in fp32, as autocast for "cuda" has it."""
+    """Runs the operators of IN_FP32 in fp32 within `torch.autocast("cpu")`, as autocast for "cuda" does."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -75,10 +60,11 @@ class Difference:
 
 
 def attention_kernel(dtype: torch.dtype, head: int, masked: bool) -> str:
-    """Which kernel of scaled_dot_product_attention CUDA takes: flash | memory-efficient | unfused.
+    """Returns which kernel of scaled_dot_product_attention CUDA takes: flash | memory-efficient | unfused.
 
-    From the constraints that PyTorch documents: flash takes fp16 and bf16, heads of at most 256 and no mask;
-    memory-efficient also fp32 and masks, heads that are a multiple of 4 in fp32 and of 8 in 16 bits.
+    head: channels of a head. Follows the constraints that PyTorch documents. Flash takes fp16 and bf16, heads of at
+    most 256 and no mask. Memory-efficient takes also fp32 and masks, and heads that are a multiple of 4 in fp32 and of
+    8 in 16 bits.
     """
     if dtype in (torch.float16, torch.bfloat16) and head <= 256 and not masked:
         return "flash"
@@ -87,7 +73,7 @@ def attention_kernel(dtype: torch.dtype, head: int, masked: bool) -> str:
 
 
 def differences(calls: Iterable[Call]) -> list[Difference]:
-    """What CUDA adds to the peak of a step with these attentions and convolutions; untested on a device."""
+    """Returns what CUDA adds to the peak of a step with these attentions and convolutions; untested on a device."""
     found = [
         Difference(
             "cuBLAS workspace", CUBLAS_MIB, False, "CUBLAS_WORKSPACE_CONFIG=:4096:8, held by PyTorch's allocator"
@@ -112,7 +98,7 @@ def differences(calls: Iterable[Call]) -> list[Difference]:
 
 
 def _attention_extra(call: Call, kernel: str) -> int:
-    """Bytes that a call of [B, heads, N, d] keeps on CUDA and not on a CPU."""
+    """Returns the bytes that a call of [B, heads, N, d] keeps on CUDA and not on a CPU."""
     *batch, tokens, head = call.inputs[0]
     rows, keys, size = math.prod(batch), call.inputs[1][-2], call.dtype.itemsize
     if kernel == "flash":
@@ -123,41 +109,39 @@ def _attention_extra(call: Call, kernel: str) -> int:
 
 
 def _unfolded(call: Call) -> int:
-    """Bytes of the input of a convolution as the matrix of a product: [B, positions, channels x window]."""
+    """Returns the bytes of a convolution's unfolded input: [B, positions, channels x window].
+
+    A 1 x 1 convolution needs none.
+    """
     weight, out = call.inputs[1], call.outputs[0]
     return out[0] * math.prod(out[2:]) * math.prod(weight[1:]) * call.dtype.itemsize if math.prod(weight[2:]) > 1 else 0
 
 
-SMALL, LARGE, ROUND = (
-    1 * MIB,
-    10 * MIB,
-    2 * MIB,
-)  # of c10/cuda/CUDACachingAllocator: kSmallSize, kMinLargeAlloc, kRoundLarge
-SMALL_SEGMENT, LARGE_SEGMENT = 2 * MIB, 20 * MIB  # kSmallBuffer, kLargeBuffer
+# Of c10/cuda/CUDACachingAllocator: kSmallSize, kMinLargeAlloc, kRoundLarge, kSmallBuffer, kLargeBuffer.
+SMALL, LARGE, ROUND = 1 * MIB, 10 * MIB, 2 * MIB
+SMALL_SEGMENT, LARGE_SEGMENT = 2 * MIB, 20 * MIB
 
 
 class Allocator:
-    """PyTorch's caching allocator for CUDA with its default settings, on numbers: what it takes from the device.
+    """Simulates PyTorch's caching allocator for CUDA with its default settings.
 
-    Requests up to 1 MiB come from segments of 2 MiB, up to 10 MiB from such of 20 MiB, others from segments of their
-    own in steps of 2 MiB. The smallest free block that fits is taken, and split where enough remains; neighbours that
-    are free are joined. Segments are never given back: a device that is not full gives no cause to.
+    Requests up to 1 MiB come from segments of 2 MiB, up to 10 MiB from segments of 20 MiB, others from segments of
+    their own in steps of 2 MiB. The smallest free block that fits is taken, and split where enough remains. Free
+    neighbours are joined. Segments are never given back, because a device that is not full gives no cause to.
     """
 
     def __init__(self) -> None:
         self.reserved = 0  # bytes
-        self._free: dict[bool, list[tuple[int, int]]] = {
-            True: [],
-            False: [],
-        }  # small or not -> [(bytes, address)], sorted
+        # small or not -> [(bytes, address)] of the free blocks, sorted
+        self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
         self._size: dict[int, int] = {}  # address -> bytes of every block
-        self._after: dict[int, int] = {}  # address -> that of its neighbour in the segment
-        self._ahead: dict[int, int] = {}
-        self._small: dict[int, bool] = {}
-        self._next = 0
+        self._after: dict[int, int] = {}  # address -> that of the next block in the segment
+        self._ahead: dict[int, int] = {}  # address -> that of the block before
+        self._small: dict[int, bool] = {}  # address -> whether it is of a segment for small requests
+        self._next = 0  # address of the next segment
 
     def take(self, size: int) -> int:
-        """The address of a new block of `size` bytes, a multiple of 512."""
+        """Returns the address of a new block of `size` bytes, a multiple of 512."""
         small = size <= SMALL
         free = self._free[small]
         place = bisect_left(free, (size, -1))
@@ -171,25 +155,21 @@ class Allocator:
         return address
 
     def give(self, address: int) -> None:
-        """The block is free again."""
+        """Frees a block, and joins it with free neighbours."""
         small = self._small[address]
-        if (after := self._after.get(address)) is not None and (self._size[after], after) in self._free_set(
-            small, after
-        ):
+        if (after := self._after.get(address)) is not None and self._is_free(small, after):
             self._free[small].remove((self._size[after], after))
             self._join(address, after)
-        if (ahead := self._ahead.get(address)) is not None and (self._size[ahead], ahead) in self._free_set(
-            small, ahead
-        ):
+        if (ahead := self._ahead.get(address)) is not None and self._is_free(small, ahead):
             self._free[small].remove((self._size[ahead], ahead))
             self._join(ahead, address)
             address = ahead
         insort(self._free[small], (self._size[address], address))
 
-    def _free_set(self, small: bool, address: int) -> list[tuple[int, int]]:
+    def _is_free(self, small: bool, address: int) -> bool:
         free, item = self._free[small], (self._size[address], address)
         place = bisect_left(free, item)
-        return free[place : place + 1]
+        return free[place : place + 1] == [item]
 
     def _segment(self, size: int, small: bool) -> int:
         length = SMALL_SEGMENT if small else LARGE_SEGMENT if size < LARGE else -(-size // ROUND) * ROUND
@@ -219,10 +199,10 @@ class Allocator:
 
 
 def reserved(timeline: Iterable[tuple[int, int]], begins_at: int, steps: int = 3) -> int:
-    """Bytes that the allocator has taken from the device after some steps like this one, fragmentation included.
+    """Returns the bytes that the allocator has taken from the device after some steps, fragmentation included.
 
-    timeline: (number of an allocation, bytes; below zero where it goes), of which the first `begins_at` precede the
-    step.
+    timeline: (number of an allocation, bytes; below zero where it is released), of which the first `begins_at` precede
+    the step.
     """
     allocator, places = Allocator(), {}
     timeline = list(timeline)

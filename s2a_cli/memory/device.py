@@ -1,4 +1,4 @@
-"""Who else is at a CUDA device: speeds of a run are figures only where nothing else computes."""
+"""Finds out whether others compute on a CUDA device: a run's speed is a figure only where nothing else does."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.memory.result import MIB
 
 CONTEXT_MIB = 1024  # what this process may hold outside of PyTorch's allocator: the CUDA context, cuBLAS, cuDNN, NCCL
-PATIENCE = 5.0  # seconds in which what a process held that has just ended may come free
+PATIENCE = 5.0  # seconds in which the memory of a process that has just ended may come free
 POLL = 0.5
 SMI_TIMEOUT = 10.0  # seconds; a driver in trouble does not answer
-LOAD = 30  # percent of the time in which kernels run: what draws a screen stays below, what trains does not
+LOAD = 30  # percent of the time in which kernels run: drawing a screen stays below, training does not
 
 
 def refusal(name: str) -> UserError | None:
-    """Why a run should not start on the device of this name: others compute there. None where they don't.
+    """Returns the error that others compute on the device of this name; None where they don't.
 
-    To be asked before this process holds memory itself. What is not there is the matter of others.
+    To be asked before this process holds memory itself. A device that does not exist is reported elsewhere.
     """
     device = torch.device("cuda" if name == "auto" else name)
     if device.type != "cuda" or not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
@@ -47,15 +47,15 @@ def refusal(name: str) -> UserError | None:
 
 
 def is_idle(device: torch.device) -> bool:
-    """Whether nothing but this process computes on `device`, as far as the driver tells."""
+    """Returns whether nothing but this process computes on `device`, as far as the driver says."""
     return rivals(device) is None
 
 
 def rivals(device: torch.device) -> str | None:
-    """In words, what else computes on a device; None where nothing does.
+    """Returns in words what else computes on a device; None where nothing does.
 
-    Where little is held, nobody is asked: inside a container the driver knows other process ids than we do. What draws
-    a screen, and the memory of a device that shares it with the host, is no rival.
+    Where little memory is held, the driver is not asked: inside a container it knows other process ids than we do. A
+    process that draws a screen is no rival, nor is the host on a device that shares its memory.
     """
     try:
         held = _held_mib(device)
@@ -81,16 +81,18 @@ def rivals(device: torch.device) -> str | None:
 
 
 def _held_mib(device: torch.device) -> float:
-    """Memory in use that is not in this process's allocator."""
+    """Returns the memory in use that is not in this process's allocator, in MiB."""
     free, total = torch.cuda.mem_get_info(device)
     return (total - free - torch.cuda.memory_reserved(device)) / MIB
 
 
 def _shares_host_memory(device: torch.device) -> bool:
+    """Returns whether the device has no memory of its own."""
     return bool(getattr(_properties(device), "is_integrated", False))
 
 
 def _properties(device: torch.device) -> object:
+    """Returns what PyTorch says about a device; None where it can't be asked."""
     try:
         return torch.cuda.get_device_properties(device)
     except (RuntimeError, AssertionError):
@@ -98,8 +100,9 @@ def _properties(device: torch.device) -> object:
 
 
 def processes(device: torch.device) -> list[tuple[int, str, int | None]] | None:
-    """(id, name, MiB or None where that is not told) of the processes that compute, as nvidia-smi lists them; None: it
-    can't be asked.
+    """Returns (id, name, MiB) of the processes that compute, as nvidia-smi lists them; None where it can't be asked.
+
+    The MiB are None where nvidia-smi does not tell them.
     """
     lines = _smi(device, "--query-compute-apps=pid,process_name,used_memory")
     if lines is None:
@@ -109,20 +112,23 @@ def processes(device: torch.device) -> list[tuple[int, str, int | None]] | None:
 
 
 def driver(device: torch.device) -> str | None:
-    """The version of the driver, as nvidia-smi tells it; None: it can't be asked."""
+    """Returns the version of the driver, as nvidia-smi tells it; None where it can't be asked."""
     lines = _smi(device, "--query-gpu=driver_version") or []
     return next((line.strip() for line in lines if re.fullmatch(r"\s*\d[\d.]*\s*", line)), None)
 
 
 def _state(device: torch.device) -> tuple[bool, int | None]:
-    """Whether the device draws a screen, and in how many percent of the last moments kernels ran; None: not told."""
+    """Returns whether the device draws a screen, and in how many percent of the last moments kernels ran.
+
+    The percentage is None where nvidia-smi does not tell it.
+    """
     lines = _smi(device, "--query-gpu=display_active,utilization.gpu") or []
     match = next(filter(None, (re.fullmatch(r"\s*(\w+), *(\d+)\D*", line) for line in lines)), None)
     return (match[1] == "Enabled", int(match[2])) if match else (False, None)
 
 
 def _smi(device: torch.device, query: str) -> list[str] | None:
-    """The lines that nvidia-smi answers; None where it does not."""
+    """Returns the lines that nvidia-smi answers; None where it does not."""
     uuid = str(getattr(_properties(device), "uuid", ""))
     chosen = ["-i", uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"] if uuid else []
     asked = ["nvidia-smi", query, "--format=csv,noheader,nounits", *chosen]

@@ -1,4 +1,4 @@
-"""What a run needs on a device beyond its predicted peak, and whether the device has it."""
+"""Adds what a run needs on a device beyond its predicted peak, and compares it with the device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Margin:
     fragmentation: float = 0.05
 
     def needed(self, peak_bytes: float) -> float:
-        """Bytes of the device that a run with this peak needs; cuBLAS' workspace is the run's own setting."""
+        """Returns the bytes of the device that a run with this peak needs, with cuBLAS' workspace of CUBLAS_MIB."""
         return peak_bytes * (1 + self.fragmentation) + CUBLAS_MIB * MIB + self.context
 
     def __str__(self) -> str:
@@ -36,7 +36,10 @@ class Margin:
 
 
 def outlook(memory: dict[str, Any], device: torch.device) -> tuple[str, str | None]:
-    """What the "memory" block of a run that begins foretells, and a warning where its device has less: a line each."""
+    """Returns a line about the predicted memory of a run that begins, and a warning where its device has less.
+
+    memory: the "memory" block of the run's record.
+    """
     peak, full = memory["peak_mib"], memory.get("full_finetune_peak_mib")
     said = f"memory: predicted peak {peak:,.0f} MiB" + (
         f", full fine-tuning {full:,.0f} MiB ({full / peak:.1f}x)" if full else ""

@@ -1,4 +1,4 @@
-"""Memory of a training step as CUDA's caching allocator counts it. One process a run; evaluation is not measured."""
+"""Measures the memory of training steps as CUDA's caching allocator counts it; evaluation is not measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from s2a_cli.memory.result import MIB, Memory
 
 
 def meter(device: torch.device, warmup: int = 3) -> CudaMeter | None:
-    """What measures the memory of steps; None where nothing can be measured, and the prediction stands."""
+    """Returns a meter of the memory of steps; None where nothing can be measured, and the prediction stands.
+
+    warmup: steps that are not measured.
+    """
     if device.type != "cuda":
         return None
     if busy.is_idle(device):
@@ -30,11 +33,12 @@ class CudaMeter:
 
     def __init__(self, device: torch.device, warmup: int = 3) -> None:
         self._device = device
-        self._warmup = warmup  # steps: the optimiser's state, cuDNN's choice of algorithms
+        self._warmup = warmup  # steps, in which the optimiser's state is made and cuDNN chooses algorithms
         self._steps = 0
         self._static = self._kept = self._peak = self._reserved = 0  # bytes
 
     def step_begins(self) -> None:
+        """Notes what is allocated between steps."""
         self._after_forward_seen = False
         if self._steps >= self._warmup:
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -42,12 +46,16 @@ class CudaMeter:
             self._static = max(self._static, self._begin)
 
     def after_forward(self) -> None:
-        """Of several micro-batches the first counts: later ones find gradients beside what is kept."""
+        """Notes what a forward pass has kept, of several micro-batches the first.
+
+        Later ones find gradients beside what is kept.
+        """
         if self._steps >= self._warmup and not self._after_forward_seen:
             self._kept = max(self._kept, torch.cuda.memory_allocated(self._device) - self._begin)
             self._after_forward_seen = True
 
     def step_ends(self) -> None:
+        """Notes the peak of the step."""
         if self._steps >= self._warmup:
             self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device))
             self._reserved = max(self._reserved, torch.cuda.max_memory_reserved(self._device))

@@ -1,8 +1,8 @@
-"""Memory without a GPU: run real training steps on tensors without data, and count the bytes of what is alive.
+"""Predicts memory without a GPU: runs real training steps on tensors without data and counts the bytes alive.
 
 `profile` runs a small and a whole step of the training loop on hollow tensors. Everything that decides memory is the
 real thing: the model, its hooks, autograd, the optimiser, the code of the step. Only the kernels are missing, so it
-takes about a second and next to no memory. What a CUDA device does differently is in cuda.py.
+takes about a second and next to no memory. What a CUDA device does differently is modelled in cuda.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ Blocks = Mapping[str, nn.Module]
 def observe(
     model: nn.Module, batch: Iterable[Tensor], step: Step, make_optimizer: MakeOptimizer, blocks: Blocks | None = None
 ) -> Profile:
-    """Trains `model` for two steps and follows the second: the core of `profile`, and its check on real CPU tensors.
+    """Trains `model` for two steps and returns the profile of the second.
+
+    The tensors may be without data, as `profile` has them, or real ones of the CPU, to check it by.
 
     Gradients are released between the steps. The optimiser is told to work on lists of tensors (foreach) unless it
     was told otherwise, as it does by itself on CUDA and not on a CPU.
@@ -60,7 +62,7 @@ def observe(
 
 
 def track(model: nn.Module, batch: Iterable[Tensor], step: Step, make_optimizer: MakeOptimizer) -> Memory:
-    """The memory of training on real tensors of the CPU, as if each were on a device."""
+    """Returns the memory of training on real tensors of the CPU, as if each were on a device."""
     return observe(model, batch, step, make_optimizer).memory
 
 
@@ -86,12 +88,12 @@ def profile(
 
 
 def predict(model: nn.Module, batch: Iterable[Tensor], step: Step, make_optimizer: MakeOptimizer) -> Memory:
-    """The headline figures of `profile`."""
+    """Returns the headline figures of `profile`."""
     return profile(model, batch, step, make_optimizer).memory
 
 
 def saved_bytes(function: Callable[[], Any], model: nn.Module | None = None) -> int:
-    """Bytes that autograd saves for the backward pass while `function()` runs: each storage once and whole.
+    """Returns the bytes that autograd saves for backward while `function()` runs: each storage once and whole.
 
     The parameters and buffers of `model` don't count: they are there anyway.
     """
@@ -99,6 +101,7 @@ def saved_bytes(function: Callable[[], Any], model: nn.Module | None = None) -> 
     saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
+        """Notes the storage of a tensor that autograd saves."""
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
             saved[storage._cdata] = storage
@@ -116,12 +119,11 @@ def hollow_tensors(model: nn.Module) -> Iterator[None]:
     A copy of the model would not do: its hooks would still point to the modules of the original.
     """
     modules = list(model.modules())
-    tables = [table for module in modules for table in (module._parameters, module._buffers)]
+    tables: list[dict[str, Any]] = [table for module in modules for table in (module._parameters, module._buffers)]
     originals = [dict(table) for table in tables]
     training = [module.training for module in modules]
-    hollow = {
-        id(t): _hollow(t) for table in originals for t in table.values() if t is not None
-    }  # tied tensors stay tied
+    # Tied tensors stay tied.
+    hollow = {id(t): _hollow(t) for table in originals for t in table.values() if t is not None}
     try:
         for table in tables:
             table.update((name, hollow[id(t)]) for name, t in table.items() if t is not None)
@@ -135,15 +137,15 @@ def hollow_tensors(model: nn.Module) -> Iterator[None]:
 
 
 def _hollow(tensor: Tensor) -> Tensor:
-    """A CPU tensor of the same kind that nobody has written to."""
+    """Returns a CPU tensor of the same shape and type that nobody has written to."""
     hollow = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
     if isinstance(tensor, nn.Parameter):
         hollow = nn.Parameter(hollow, requires_grad=tensor.requires_grad)
-        hollow.__dict__.update(tensor.__dict__)
+        vars(hollow).update(vars(tensor))
     return hollow
 
 
 def _few(batch: list[Tensor]) -> list[Tensor]:
-    """The first samples, where the tensors of a batch have as many."""
+    """Returns the first samples of a batch, or the whole where its tensors differ in their number of samples."""
     counts = {len(tensor) if tensor.dim() else 0 for tensor in batch}
     return [tensor[:FEW] for tensor in batch] if len(counts) == 1 else batch

@@ -1,4 +1,4 @@
-"""What a training step costs, measured or predicted: the "memory" block of result.json."""
+"""Holds what a training step costs, measured or predicted: the "memory" block of result.json."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Memory:
     full_finetune_kind: str | None = None
 
     def against(self, full_finetune: Memory) -> Memory:
-        """The same figures beside those of full fine-tuning."""
+        """Returns the same figures beside those of full fine-tuning."""
         return replace(self, full_finetune_peak_mib=full_finetune.peak_mib, full_finetune_kind=full_finetune.kind)
 
     def as_dict(self) -> dict[str, str | float | None]:
-        """The "memory" block of result.json; MiB rounded to two digits."""
+        """Returns the "memory" block of result.json, with MiB rounded to two digits."""
         return {key: round(value, 2) if isinstance(value, float) else value for key, value in asdict(self).items()}

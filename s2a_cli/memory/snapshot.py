@@ -1,4 +1,4 @@
-"""`profile=memory`: PyTorch's own record of all allocations on CUDA."""
+"""Writes PyTorch's own record of all allocations on CUDA, as `profile=memory` asks for."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ ENTRIES = 200_000  # of the newest allocations and releases
 
 @contextmanager
 def snapshot(folder: Path, device: torch.device, wanted: bool) -> Iterator[None]:
-    """Records allocations within, and writes them to the run's folder at the end, also of a run that ran out of
-    memory.
+    """Records allocations within, and writes them to the run's folder at the end.
+
+    They are written also where the run ran out of memory.
     """
     if not wanted:
         yield

@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors that are alive, and keeps a record of when each came and went, and of what it was for."""
+"""Counts the bytes of tensors that are alive, and records when each came and went, and what it was for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]  (missing in torch's stubs)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,8 +25,9 @@ WATCHED = tuple(
 
 
 class Allocation:
-    """One storage: its bytes, rounded; what it is for ("" until known), the operator that made it, the place in the
-    model.
+    """The record of one storage.
+
+    bytes: rounded up. use: what it is for; empty until known. operator: that made it. place: in the model.
     """
 
     __slots__ = ("bytes", "operator", "place", "readers", "use")
@@ -36,7 +38,7 @@ class Allocation:
 
 
 class Call(NamedTuple):
-    """An operator that CUDA runs in another way."""
+    """A call of an operator that CUDA runs in another way than a CPU."""
 
     operator: str  # its name, such as aten::convolution
     inputs: tuple[tuple[int, ...], ...]  # shapes of its tensors, in order
@@ -56,7 +58,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = 0  # bytes
-        self.peak = 0  # bytes, since the start or the last reset_peak()
+        self.peak = 0  # bytes, since the start or the last reset()
         self.peak_at = 0  # how many events were before it
         self.events: list[tuple[Allocation, bool]] = []  # what came (True) or went (False), in order
         self.place = ""  # in the model, of what runs now
@@ -77,7 +79,7 @@ class Tracker(TorchDispatchMode):
                 continue
             if known:  # resized
                 self._log(known, False)
-            else:  # runs when the last tensor on it dies, be it in Python or in the autograd graph
+            if reference is None:  # called back when the last tensor on it dies, in Python or in the autograd graph
                 reference = weakref.ref(storage, lambda _, address=address: self._forget(address))
             allocation = Allocation(size, operator, self._here())
             self._storages[address] = (reference, allocation)
@@ -86,28 +88,33 @@ class Tracker(TorchDispatchMode):
             self.peak, self.peak_at = self.live, len(self.events)
 
     def allocation(self, tensor: Tensor) -> Allocation | None:
-        """The record of a tensor's storage; None where it is not counted, or empty."""
+        """Returns the record of a tensor's storage; None where it is not counted, or empty."""
         return self._storages.get(tensor.untyped_storage()._cdata, (None, None))[1]
 
     def alive(self) -> Iterator[Allocation]:
+        """Returns the records of all storages that are alive."""
         return (allocation for _, allocation in self._storages.values())
 
     def reset(self) -> None:
-        """Forgets what was, but not what is alive."""
+        """Forgets all records but those of what is alive."""
         self.peak, self.peak_at = self.live, 0
         self.events.clear()
         self.calls.clear()
         self.operators = 0
 
     def moved(self, place: str) -> None:
-        """The forward pass goes on in this place; its backward pass will be known by autograd's sequence numbers."""
+        """Notes that the forward pass goes on in this place.
+
+        Its backward pass will be recognised by autograd's sequence numbers.
+        """
         self.place = place
-        self._bounds.append(torch._C._autograd._get_sequence_nr())
+        self._bounds.append(_autograd._get_sequence_nr())
         self._places.append(place)
 
     def _here(self) -> str:
+        """Returns the place of what runs now; in a backward pass, that of the forward pass before it."""
         node = torch._C._current_autograd_node()
-        # Numbers beyond are an accumulation (2^63 and more), or what a backward pass computes again.
+        # Larger numbers are of an accumulation (2^63 and more), or of what a backward pass computes again.
         if node is not None and self._bounds and node._sequence_nr() < self._bounds[-1]:
             number = node._sequence_nr()
             self.place = self._places[max(0, bisect_right(self._bounds, number) - 1)]
@@ -133,9 +140,7 @@ class Tracker(TorchDispatchMode):
                     known.readers.add(keeper)
         if func in WATCHED:
             given = [argument for argument in args if isinstance(argument, Tensor)]
-            shapes = (tuple(tuple(tensor.shape) for tensor in tensors) for tensors in (given, results))
-            masked = kwargs.get("attn_mask") is not None
-            self.calls.append(
-                Call(func._schema.name, *shapes, given[0].dtype, masked, self.reading and torch.is_grad_enabled())
-            )
+            inputs, outputs = (tuple(tuple(tensor.shape) for tensor in tensors) for tensors in (given, results))
+            masked, keeps = kwargs.get("attn_mask") is not None, self.reading and torch.is_grad_enabled()
+            self.calls.append(Call(func._schema.name, inputs, outputs, given[0].dtype, masked, keeps))
         return out

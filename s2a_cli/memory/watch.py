@@ -18,9 +18,9 @@ OUTSIDE = "loss and update"  # the place of what runs in no module
 
 
 class Watch:
-    """Within it, the tracker's records get their use, and the places of the model in which they were made.
+    """Fills in the tracker's records of a step: their use, and the places of the model in which they were made.
 
-    Only hooks are added to the model and the optimiser, and taken away at the end.
+    A context: it adds hooks to the model and the optimiser, and takes them away at its end.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Watch:
         self._hooks.close()
 
     def step_begins(self) -> None:
-        """What is alive stays between steps."""
+        """Names what is alive: it stays between steps."""
         for parameter, state in self.optimizer.state.items():
             self._name(tree_leaves(state), "optimiser", parameter)
         for allocation in self.tracker.alive():
@@ -63,12 +63,13 @@ class Watch:
         self.tracker.moved(OUTSIDE)
 
     def batch(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """The batch on the device."""
+        """Returns the batch on the device: clones of the tensors."""
         copies = [tensor.clone() for tensor in tensors]
         self._name(copies, "batch")
         return copies
 
     def after_forward(self) -> None:
+        """Names what a forward pass has kept for its backward pass, which begins now."""
         self.kept.append(self.tracker.live - self.static)
         self._gradients()
         for allocation in self.tracker.alive():
@@ -76,6 +77,7 @@ class Watch:
         self._phase("backward")
 
     def _updates(self) -> None:
+        """Notes that the optimiser begins its update."""
         self._gradients()
         self._phase("update")
         self.tracker.place = OUTSIDE
@@ -96,7 +98,7 @@ class Watch:
         self.tracker.moved(self._stack.pop() if self._stack else OUTSIDE)
 
     def _name(self, tensors: Iterable[Tensor | None], use: str, parameter: Tensor | None = None) -> None:
-        """What tensors are for; those of a parameter belong where it does."""
+        """Notes what tensors are for; those of a parameter get its place."""
         owner = self.tracker.allocation(parameter) if parameter is not None else None
         for tensor in tensors:
             allocation = self.tracker.allocation(tensor) if isinstance(tensor, Tensor) else None
@@ -106,6 +108,7 @@ class Watch:
                     allocation.place, allocation.operator = owner.place, owner.operator
 
     def _name_weights(self) -> None:
+        """Registers the parameters and buffers of the model, with their use and place."""
         for path, module in self.model.named_modules():
             place = next((name for name in _prefixes(path) if name in self.places), path.partition(".")[0] or "model")
             buffers = "weights" if getattr(module, "stores_weights", False) else "buffers"
@@ -120,14 +123,15 @@ class Watch:
 
 
 def _prefixes(path: str) -> list[str]:
+    """Returns a dotted path and those of its parents, the longest first."""
     parts = path.split(".")
     return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
 
 
 def _places(model: nn.Module, blocks: Mapping[str, nn.Module] | None) -> dict[str, nn.Module]:
-    """The parts of a model that are told apart: its blocks, and its children that hold no block.
+    """Returns the parts of a model that are told apart: its blocks, and its children that hold no block.
 
-    Without blocks, its children, and theirs where a child is but a list.
+    Without blocks these are its children, and theirs where a child is but a list.
     """
     if blocks is None:
         lists = {

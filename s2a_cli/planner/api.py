@@ -1,4 +1,4 @@
-"""The prediction for any model, as a function: `s2a_cli.predict_memory`."""
+"""Predicts the memory of any model's training step: `s2a_cli.predict_memory`."""
 
 from __future__ import annotations
 
@@ -36,11 +36,14 @@ def predict_memory(
     model: with `requires_grad` and training mode set as in training; on any device, "meta" included. Left as found.
     batch: what the model is called with: one tensor or several (only shapes and dtypes are read), or a shape, such as
         (64, 3, 224, 224), in the dtype of the weights.
-    loss: `loss(output)`, or `loss(output, targets)` with targets, -> scalar; None takes the mean of all outputs in
-    float32. targets: of the batch, such as torch.empty(64, dtype=torch.long). optimizer: called with the list of
-    trainable parameters. precision: fp32 (the model and the batch as they are), amp-bf16 or amp-fp16 (under autocast).
-    quant: what is kept for the backward pass, as `s2a_cli.activations.remember` takes it; None: stock PyTorch. blocks:
-    {name: module} that the breakdown tells apart, and that `quant.recompute` and `quant.chunks` are about.
+    loss: `loss(output)`, or `loss(output, targets)` with targets, returns a scalar; None takes the mean of all outputs
+        in float32.
+    targets: of the batch, such as torch.empty(64, dtype=torch.long).
+    optimizer: called with the list of trainable parameters.
+    precision: fp32 (the model and the batch as they are), amp-bf16 or amp-fp16 (under autocast).
+    quant: what is kept for the backward pass, as `s2a_cli.activations.remember` takes it; None keeps what PyTorch
+        itself keeps.
+    blocks: {name: module} that the breakdown tells apart, and that `quant.recompute` and `quant.chunks` are about.
 
     Returns a Profile: `memory` (peak, static and kept MiB; its kind is "predicted"), `parts` (what is alive at the
     peak, in bytes that add up to it), `phase` and `place` of the peak, `timeline`. Raises ValueError for settings that
@@ -54,41 +57,47 @@ def predict_memory(
     if targets is not None and loss is None:
         raise ValueError("targets need a loss(output, targets)")
     inputs = _inputs(model, batch)
-    remembering = remember(quant, (blocks or {}).values()) if quant else nullcontext()
+    compressing = remember(quant, (blocks or {}).values()) if quant else nullcontext()
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "amp-fp16")
 
     def step(model: nn.Module, optimizer: Optimizer, *tensors: Tensor, after_forward: Callable[[], None]) -> None:
+        """Runs forward, loss, backward and update, as a training loop does."""
         tensors, wanted = (tensors, ()) if targets is None else (tensors[:-1], tensors[-1:])
         with torch.autocast("cpu", AUTOCAST[precision]) if precision in AUTOCAST else nullcontext():
-            with remembering:
+            with compressing:
                 output = model(*tensors)
             value = loss(output, *wanted) if loss else _mean(output)
         after_forward()
-        scaler.scale(value).backward()
+        scaler.scale(value).backward()  # pyright: ignore[reportUnknownMemberType]  (torch leaves it untyped)
         del output, value
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
     def make_optimizer(model: nn.Module) -> Optimizer:
+        """Returns the optimiser of the parameters that are trained."""
         return optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
 
     return profile(model, [*inputs, *([] if targets is None else [targets])], step, make_optimizer, blocks)
 
 
 def _inputs(model: nn.Module, batch: Tensor | Sequence[Tensor] | Sequence[int]) -> list[Tensor]:
+    """Returns the tensors that the model is called with. Raises ValueError for what is neither tensors nor a shape."""
     if isinstance(batch, Tensor):
         return [batch]
-    batch = list(batch)
-    if batch and all(isinstance(item, Tensor) for item in batch):
-        return batch
-    if not batch or not all(isinstance(item, int) and item > 0 for item in batch):
+    tensors = [item for item in batch if isinstance(item, Tensor)]
+    shape = [item for item in batch if isinstance(item, int) and item > 0]
+    if tensors and len(tensors) == len(batch):
+        return tensors
+    if not shape or len(shape) < len(batch):
         raise ValueError(
-            f"batch={batch}: expected tensors, or a shape of integers of at least 1, such as (64, 3, 224, 224)"
+            f"batch={list(batch)}: expected tensors, or a shape of integers of at least 1, such as (64, 3, 224, 224)"
         )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return [torch.empty(batch, device="meta", dtype=dtype)]
+    return [torch.empty(shape, device="meta", dtype=dtype)]
 
 
 def _mean(output: object) -> Tensor:
-    return sum(leaf.float().mean() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad)
+    """Returns the sum of the means of all outputs with a gradient."""
+    means = [leaf.float().mean() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return torch.as_tensor(sum(means))

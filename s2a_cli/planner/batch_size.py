@@ -1,4 +1,4 @@
-"""What fits a device: the largest batch, and the settings that would make a batch fit."""
+"""Finds what fits a device: the largest batch, and the settings that would make a batch fit."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from s2a_cli.common import distributed
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.result import MIB
-from s2a_cli.planner.run_memory import Composition, Predictor
+from s2a_cli.planner.run_memory import Composition, Predictor, with_batch_size
 
 UNITS = {"MiB": MIB, "GiB": 1024 * MIB}
 
 
 def size(key: str, text: str) -> int:
-    """Bytes of `8GiB` or `512MiB`. Raises UserError for anything else, and tells the units."""
+    """Returns the bytes of `8GiB` or `512MiB`. Raises UserError, which names the units, for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(MiB|GiB)", text)
     if not match or float(match[1]) <= 0:
         raise UserError(f"{key}={text}: expected a size above 0 in MiB or GiB (2^20 or 2^30 bytes), such as {key}=8GiB")
@@ -28,7 +28,10 @@ def size(key: str, text: str) -> int:
 
 
 def device_size(text: str) -> int:
-    """Bytes of `fit=`: a size, or a CUDA device of this machine. Raises UserError for one that is not there."""
+    """Returns the bytes of `fit=`: a size, or a CUDA device of this machine.
+
+    Raises UserError for a device that is not there.
+    """
     if not re.fullmatch(r"cuda(:\d+)?", text):
         return size("fit", text)
     count = torch.cuda.device_count()
@@ -42,23 +45,24 @@ def device_size(text: str) -> int:
 def largest_batch(
     config: DictConfig, device_bytes: int, margin: Margin = Margin(), predictor: Predictor | None = None
 ) -> int:
-    """The most images an optimiser step with which a run is predicted to fit; 0 where not even one does.
+    """Returns the most images an optimiser step with which a run is predicted to fit; 0 where not even one does.
 
-    At most as many as there are images to train on. Raises UserError for a composition that can't be predicted.
+    These are at most as many as there are images to train on. Raises UserError for a composition that can't be
+    predicted.
     """
     predictor = predictor or Predictor()
 
     def needed(batch: int) -> float:
-        changed = OmegaConf.merge(config, {"optim": {"batch_size": batch}})
-        return margin.needed(predictor(Composition.of(changed)).peak_bytes)
+        """Returns the bytes of the device that a batch of this size needs."""
+        return margin.needed(predictor(Composition.of(with_batch_size(config, batch))).peak_bytes)
 
     return largest(needed, device_bytes, Composition.of(config).images, least=predictor.processes)
 
 
 def largest(needed: Callable[[int], float], available: int, most: int, least: int = 1, first: int = 32) -> int:
-    """The largest count from `least` to `most` for which needed(count) <= available, 0 if there is none.
+    """Returns the largest count from `least` to `most` for which needed(count) <= available, 0 if there is none.
 
-    Where `needed` is a straight line, as memory almost is, few calls do: each is at where the last two point to.
+    Each guess is where a straight line through the last two would end, so that few calls do: memory is almost one.
     """
     low, at_low = least, needed(least)
     if at_low > available:
@@ -87,7 +91,7 @@ class Option:
 
     words: tuple[str, ...]
     needed: float
-    costs: str  # what it costs
+    costs: str  # in words
 
 
 CHANGES = (  # cheapest in speed first
@@ -104,8 +108,9 @@ CHANGES = (  # cheapest in speed first
 
 
 def options(words: list[str], device_bytes: int, margin: Margin, predictor: Predictor) -> Iterator[Option]:
-    """Changes to the words of a composition, each with its prediction; those that change nothing or don't apply are
-    left out.
+    """Yields changes to the words of a composition, each with its prediction.
+
+    A change that the method or the backbone does not take is left out.
     """
     now = Composition.of(compose(words))
     batch = now.config.optim.micro_batch or now.batch
@@ -116,7 +121,7 @@ def options(words: list[str], device_bytes: int, margin: Margin, predictor: Pred
             try:
                 profile = predictor(Composition.of(compose(changed(words, added))))
             except UserError:
-                break  # this method or backbone does not take it
+                break
             needed = margin.needed(profile.peak_bytes)
             if needed <= device_bytes or half <= 1 or not any("{half}" in word for word in change):
                 yield Option(added, needed, costs)
@@ -125,7 +130,7 @@ def options(words: list[str], device_bytes: int, margin: Margin, predictor: Pred
 
 
 def changed(words: list[str], added: tuple[str, ...]) -> list[str]:
-    """The words with others in place of those that set the same; a group takes its settings along."""
+    """Returns the words with others in place of those that set the same; a group takes its settings along."""
     keys = [word.partition("=")[0] for word in added]
     stays = [word for word in words if not any(re.match(rf"\+*{re.escape(key)}[.=]", word) for key in keys)]
     return [*stays, *added]
@@ -143,10 +148,10 @@ def need_device() -> None:
 
 
 def resolved(words: list[str]) -> list[str]:
-    """The words of `s2a train` with optim.batch_size=auto replaced by the largest batch that fits the CUDA device.
+    """Returns the words of `s2a train` with optim.batch_size=auto replaced by the largest batch that fits.
 
-    With busy=allow it fits what others leave free now. Raises UserError where there is no CUDA device, and where
-    nothing fits.
+    It fits the CUDA device of the run, with busy=allow what others leave free of it now. Raises UserError where there
+    is no CUDA device, and where nothing fits.
     """
     if AUTO not in words:
         return words

@@ -1,9 +1,10 @@
-"""`s2a memory`: what compositions are predicted to need, where it is, and what fits a device."""
+"""Runs `s2a memory`: predicts what compositions need, where it is, and what fits a device."""
 
 from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from s2a_cli.common.errors import UserError
@@ -13,7 +14,7 @@ from s2a_cli.config.overrides import expand
 from s2a_cli.memory.margin import Margin
 from s2a_cli.planner import report
 from s2a_cli.planner.batch_size import device_size, largest_batch, options, size
-from s2a_cli.planner.report import Fitted, Row
+from s2a_cli.planner.report import Fitted, Prediction, Row
 from s2a_cli.planner.run_memory import Composition, Predictor
 from s2a_cli.training import run as run_module
 
@@ -57,9 +58,9 @@ def run(words: list[str]) -> int:
     else:
         print(report.as_json(rows) if form == "json" else report.as_csv(rows))
     if figure:
-        from s2a_cli.planner import plot as drawing
+        from s2a_cli.planner import plot
 
-        drawing.save(rows, figure, force)
+        plot.save(rows, figure, force)
     return 0
 
 
@@ -68,24 +69,24 @@ def _predict(
 ) -> None:
     """Fills in a row; where one of several can't be predicted, with the reason."""
     try:
-        row.profile = predictor(row.composition)
-        row.full = predictor.full(row.composition)
+        row.predicted = Prediction(predictor(row.composition), predictor.full(row.composition))
     except UserError as error:
         if alone:
             raise
-        row.profile, row.problem = None, " ".join(str(error).splitlines())
+        row.problem = " ".join(str(error).splitlines())
         return
     if available is not None:
-        needed = margin.needed(row.profile.peak_bytes)
+        needed = margin.needed(row.predicted.profile.peak_bytes)
         largest = largest_batch(row.composition.config, available, margin, predictor)
         tried = list(options(words, available, margin, predictor)) if alone and needed > available else []
         row.fitted = Fitted(available, margin, needed, largest, tried)
 
 
 def _margin(given: dict[str, str]) -> Margin:
-    changes = {}
+    """Returns the margin that `context=` and `fragmentation=` ask for. Raises UserError for values that can't be."""
+    margin = Margin()
     if "context" in given:
-        changes["context"] = size("context", given["context"])
+        margin = replace(margin, context=size("context", given["context"]))
     if "fragmentation" in given:
         text = given["fragmentation"]
         match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text)
@@ -94,11 +95,12 @@ def _margin(given: dict[str, str]) -> Margin:
             raise UserError(
                 f"fragmentation={text}: expected a share of the peak of at least 0 and below 1, such as 0.05 or 5%"
             )
-        changes["fragmentation"] = share
-    return Margin(**changes)
+        margin = replace(margin, fragmentation=share)
+    return margin
 
 
 def _processes(text: str) -> int:
+    """Returns the number behind `processes=`. Raises UserError for anything else."""
     if not re.fullmatch(r"0*[1-9]\d*", text):
         raise UserError(f"processes={text}: expected the number of processes that share a batch, at least 1")
     return int(text)

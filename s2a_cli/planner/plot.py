@@ -1,24 +1,29 @@
-"""Figures of predictions: live memory over one step with the peak marked, and bars of what is alive at the peak."""
+"""Draws predictions: live memory over one step with the peak marked, and bars of what is alive at the peak."""
 
 from __future__ import annotations
 
 import io
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.memory.result import MIB
 from s2a_cli.memory.watch import USES
-from s2a_cli.planner.report import NAMES, Row
+from s2a_cli.planner.report import NAMES, Prediction, Row
 from s2a_cli.results import formats
 
+# Cold for what stays between steps, warm for what a step needs.
 COLORS = {
     "weights": "#4a5a78",
     "trainable": "#7b8fb8",
@@ -28,16 +33,14 @@ COLORS = {
     "batch": "#9a9a9a",
     "kept": "#e0883c",
     "transient": "#f2c94c",
-}  # cold for what stays between steps, warm for what a step needs
+}
 POINTS = 1500  # of a timeline
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "svg.fonttype": "none",
     "svg.hashsalt": "s2a",
     "axes.spines.top": False,
     "axes.spines.right": False,
-}
-STYLE |= {
     "text.parse_math": False,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -47,16 +50,16 @@ STYLE |= {
 
 
 def save(rows: list[Row], path: Path, force: bool = False) -> None:
-    """One composition as a timeline beside bars, several as bars. Raises UserError where nothing can be drawn or
-    written.
+    """Draws one composition as a timeline beside bars, several as bars, and writes the figure to a file.
 
-    A file that is no figure of ours is overwritten by `force` only.
+    A file that is no figure of s2a is overwritten by `force` only. Raises UserError where nothing can be drawn or
+    written.
     """
-    drawn = [row for row in rows if row.profile]
+    drawn = [(row, row.predicted) for row in rows if row.predicted]
     if not drawn:
         raise UserError(f"figure={path}: nothing to draw; none of the compositions can be predicted")
     with plt.rc_context(STYLE):
-        figure = single(drawn[0]) if len(rows) == 1 else several(drawn)
+        figure = single(*drawn[0]) if len(rows) == 1 else several(drawn)
         data = io.BytesIO()
         kind = path.suffix.removeprefix(".")
         made = {formats.MAKER[kind]: formats.MADE_BY} | ({"Date": None} if kind == "svg" else {})
@@ -65,42 +68,44 @@ def save(rows: list[Row], path: Path, force: bool = False) -> None:
     formats.save(path, data.getvalue(), "figure", force)
 
 
-def single(row: Row) -> plt.Figure:
+def single(row: Row, predicted: Prediction) -> Figure:
+    """Draws a composition: its timeline, and bars beside those of full fine-tuning."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), width_ratios=(2.6, 1), layout="constrained")
-    _timeline(left, row.profile)
-    _bars(right, ["this run", "full\nfine-tuning"], [row.profile, row.full])
+    _timeline(left, predicted.profile)
+    _bars(right, ["this run", "full\nfine-tuning"], [predicted.profile, predicted.full])
     right.set_title("alive at the peak")
     right.set_ylabel("MiB, predicted")
     figure.suptitle(row.composition.title, x=0.012, ha="left", fontsize=11)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[use]) for use in USES]
-    figure.legend(handles, [NAMES[use] for use in USES], loc="outside lower center", ncols=4)
+    _legend(figure)
     return figure
 
 
-def several(rows: list[Row]) -> plt.Figure:
+def _legend(figure: Figure) -> None:
+    handles = [Rectangle((0, 0), 1, 1, color=COLORS[use]) for use in USES]
+    figure.legend(handles, [NAMES[use] for use in USES], loc="outside lower center", ncols=4)
+
+
+def several(rows: list[tuple[Row, Prediction]]) -> Figure:
+    """Draws a bar for each composition."""
     height = 1.5 + 0.34 * len(rows)
     figure, axis = plt.subplots(figsize=(9, height), layout="constrained")
-    _bars(axis, [row.name for row in rows], [row.profile for row in rows], across=True)
+    _bars(axis, [row.name for row, _ in rows], [predicted.profile for _, predicted in rows], across=True)
     axis.invert_yaxis()
     axis.set_xlabel("MiB alive at the peak, predicted")
-    figure.legend(
-        [plt.Rectangle((0, 0), 1, 1, color=COLORS[use]) for use in USES],
-        [NAMES[use] for use in USES],
-        loc="outside lower center",
-        ncols=4,
-    )
+    _legend(figure)
     return figure
 
 
 def live(profile: Profile) -> np.ndarray:
-    """MiB alive after each entry of the timeline from the start of the step on, by use: [entries + 1, uses]."""
+    """Returns the MiB alive after each entry of the timeline from the start of the step on: [entries + 1, uses]."""
     changes = np.zeros((len(profile.timeline) - profile.begins_at + 1, len(USES)))
     for at, (number, bytes) in enumerate(profile.timeline):
         changes[max(0, at - profile.begins_at + 1), USES.index(profile.uses[number])] += bytes
     return changes.cumsum(0) / MIB
 
 
-def _timeline(axis: plt.Axes, profile: Profile) -> None:
+def _timeline(axis: Axes, profile: Profile) -> None:
+    """Draws the live memory of a step, with its phases and its peak."""
     values = live(profile)
     total, peak = values.sum(1), profile.peak_at - profile.begins_at
     edges = np.linspace(0, len(total), min(POINTS, len(total)) + 1).astype(int)
@@ -134,12 +139,15 @@ def _timeline(axis: plt.Axes, profile: Profile) -> None:
     axis.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def _bars(axis: plt.Axes, names: list[str], profiles: list[Profile], across: bool = False) -> None:
-    draw, base = (axis.barh, "left") if across else (axis.bar, "bottom")
+def _bars(axis: Axes, names: list[str], profiles: list[Profile], across: bool = False) -> None:
+    """Draws bars of what is alive at the peak, by use; across: from left to right."""
     ends = np.zeros(len(names))
     for use in USES:
         sizes = np.array([profile.by("use").get((use,), 0) / MIB for profile in profiles])
-        draw(range(len(names)), sizes, 0.68, **{base: ends}, color=COLORS[use])
+        if across:
+            axis.barh(range(len(names)), sizes, 0.68, left=ends, color=COLORS[use])
+        else:
+            axis.bar(range(len(names)), sizes, 0.68, bottom=ends, color=COLORS[use])
         ends += sizes
     for place, end in enumerate(ends):
         text, shift = f"{end:,.0f}", (4, 0) if across else (0, 3)

@@ -1,4 +1,4 @@
-"""Predictions as text, JSON and CSV. Every figure is a predicted one and in MiB, unless it says otherwise."""
+"""Writes predictions as text, JSON and CSV. Every figure is a predicted one and in MiB, unless it says otherwise."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NAMES = {
 
 @dataclass
 class Fitted:
-    """What `fit=` found for a composition."""
+    """What `fit=` has found for a composition."""
 
     available: int  # bytes of the device
     margin: Margin
@@ -44,35 +44,47 @@ class Fitted:
 
 
 @dataclass
+class Prediction:
+    """What one step of a composition needs, and what it needs under full fine-tuning."""
+
+    profile: Profile
+    full: Profile
+
+    @property
+    def times(self) -> float:
+        """How many times less the peak is."""
+        return self.full.peak_bytes / self.profile.peak_bytes
+
+
+@dataclass
 class Row:
     """A composition with its prediction, or with the reason why there is none."""
 
     name: str  # the words in which it differs from others
     composition: Composition
-    profile: Profile | None = None
-    full: Profile | None = None  # full fine-tuning of the same
+    predicted: Prediction | None = None
     problem: str | None = None
     fitted: Fitted | None = None
 
-    @property
-    def times(self) -> float:
-        return self.full.peak_bytes / self.profile.peak_bytes
-
 
 def mib(bytes: float) -> str:
+    """Returns bytes in MiB, with a digit behind the point."""
     return f"{bytes / MIB:,.1f}"
 
 
 def one(row: Row) -> str:
-    """A composition: its peak, where it is, beside full fine-tuning."""
-    mine, full = row.profile, row.full
+    """Returns the peak of a composition and where it is, beside full fine-tuning; empty without a prediction."""
+    if row.predicted is None:
+        return ""
+    mine, full = row.predicted.profile, row.predicted.full
+    step = "pass" if mine.phase != "update" else "of the weights"
     lines = [
         f"{row.composition.title} · predicted, not measured",
         *([f"assumed: {row.composition.assumed}"] if row.composition.assumed else []),
         "",
         (
-            f"peak {mib(mine.peak_bytes)} MiB, {row.times:.1f}x below full fine-tuning ({mib(full.peak_bytes)} MiB),"
-            f" in the {mine.phase} {'pass' if mine.phase != 'update' else 'of the weights'}, at {mine.place}"
+            f"peak {mib(mine.peak_bytes)} MiB, {row.predicted.times:.1f}x below full fine-tuning"
+            f" ({mib(full.peak_bytes)} MiB), in the {mine.phase} {step}, at {mine.place}"
         ),
         f"between steps {mine.memory.static_mib:,.1f} MiB; after the forward pass {mine.memory.kept_mib:,.1f} MiB more",
         "",
@@ -84,14 +96,14 @@ def one(row: Row) -> str:
     lines += [_by(mine, "family", "by operator family"), "", _by(mine, "place", "by part of the model"), ""]
     lines += cuda_lines(mine)
     if row.fitted:
-        lines += ["", *fit_lines(row)]
+        lines += ["", *fit_lines(row.fitted, row.composition.batch)]
     return "\n".join(lines)
 
 
 def _by(profile: Profile, key: str, title: str) -> str:
-    """Kept and transient memory, and all else, by family or place; equal neighbours in one line."""
-    columns = {"kept": ("kept",), "transient": ("transient",), "gradients": ("gradients",)}
-    columns["static and batch"] = tuple(use for use in USES if use not in columns)
+    """Returns a table of kept and transient memory, and all else, by family or place."""
+    own = ("kept", "transient", "gradients")
+    columns = {use: (use,) for use in own} | {"static and batch": tuple(use for use in USES if use not in own)}
     sums = {column: profile.by(key, uses=uses) for column, uses in columns.items()}
     names = list(dict.fromkeys(part.place for part in profile.parts)) if key == "place" else []
     order = sorted(names, key=natural) if names else [name for (name,) in profile.by(key)]
@@ -100,7 +112,7 @@ def _by(profile: Profile, key: str, title: str) -> str:
 
 
 def _merged(lines: list[list[str]]) -> list[list[str]]:
-    """Neighbours with the same figures as one line: blocks.1 to blocks.9, of each."""
+    """Returns the lines with neighbours of the same figures as one: "blocks.1 to blocks.9, each"."""
     merged: list[tuple[str, list[str]]] = []
     for name, *figures in lines:
         if merged and merged[-1][1] == figures:
@@ -111,7 +123,7 @@ def _merged(lines: list[list[str]]) -> list[list[str]]:
 
 
 def cuda_lines(profile: Profile) -> list[str]:
-    """What a CUDA device adds to the peak, apart from it."""
+    """Returns lines about what a CUDA device adds to the peak, apart from it."""
     found = [
         f"  {d.name}: {'at most ' if d.is_bound else ''}{d.mib:,.1f} MiB ({d.why})" for d in differences(profile.calls)
     ]
@@ -126,8 +138,8 @@ def cuda_lines(profile: Profile) -> list[str]:
     ]
 
 
-def fit_lines(row: Row) -> list[str]:
-    fitted, batch = row.fitted, row.composition.batch
+def fit_lines(fitted: Fitted, batch: int) -> list[str]:
+    """Returns lines about whether a batch fits, which would, and what else would make it fit."""
     verdict = "fits" if fitted.needed <= fitted.available else "does not fit"
     lines = [
         (
@@ -149,30 +161,22 @@ def fit_lines(row: Row) -> list[str]:
 
 
 def several(rows: list[Row]) -> str:
-    """A table, a line a composition."""
+    """Returns a table, a line a composition."""
     fits = any(row.fitted for row in rows)
-    header = [
-        "run",
-        "peak",
-        "static",
-        "gradients",
-        "kept",
-        "transient",
-        "below full",
-        "peak in",
-        *(["largest batch"] if fits else []),
-    ]
+    header = ["run", "peak", "static", "gradients", "kept", "transient", "below full", "peak in"]
+    header += ["largest batch"] if fits else []
     table = []
     for row in rows:
-        if row.profile is None:
+        if row.predicted is None:
             table.append([row.name, *["–"] * (len(header) - 1)])
             continue
-        uses = row.profile.by("use")
+        profile = row.predicted.profile
+        uses = profile.by("use")
         sums = [uses.get((use,), 0) for use in ("gradients", "kept", "transient")]
-        static = row.profile.peak_bytes - sum(sums)
-        figures = [mib(value) for value in (row.profile.peak_bytes, static, *sums)]
+        static = profile.peak_bytes - sum(sums)
+        figures = [mib(value) for value in (profile.peak_bytes, static, *sums)]
         fitted = [str(row.fitted.largest or "none") if row.fitted else "–"] if fits else []
-        table.append([row.name, *figures, f"{row.times:.1f}x", row.profile.phase, *fitted])
+        table.append([row.name, *figures, f"{row.predicted.times:.1f}x", profile.phase, *fitted])
     notes = [
         "MiB at the peak, predicted, not measured; static: with the images; below full: against full fine-tuning of the"
         " same"
@@ -191,11 +195,12 @@ def _table(lines: list[list[str]], header: list[str], left: Iterable[int] = (0,)
 
 
 def as_json(rows: list[Row]) -> str:
-    """A list with an object a composition. MiB throughout; `parts` add up to `peak_mib`."""
+    """Returns a list with an object for each composition. All is in MiB; `parts` add up to `peak_mib`."""
     return json.dumps([_plain(row) for row in rows], indent=2)
 
 
 def _plain(row: Row) -> dict[str, Any]:
+    """Returns what JSON holds of a composition."""
     composition = row.composition
     found: dict[str, Any] = {
         "name": row.name,
@@ -206,15 +211,15 @@ def _plain(row: Row) -> dict[str, Any]:
         "assumed": composition.assumed,
         "problem": row.problem,
     }
-    if row.profile:
-        profile = row.profile
+    if row.predicted:
+        profile = row.predicted.profile
         found |= {
             "peak_mib": profile.peak_bytes / MIB,
             "phase": profile.phase,
             "place": profile.place,
             "static_mib": profile.memory.static_mib,
             "kept_mib": profile.memory.kept_mib,
-            "full_finetune_peak_mib": row.full.peak_bytes / MIB,
+            "full_finetune_peak_mib": row.predicted.full.peak_bytes / MIB,
             "parts": [
                 {"use": p.use, "family": p.family, "place": p.place, "mib": p.bytes / MIB} for p in profile.parts
             ],
@@ -244,15 +249,15 @@ def _difference(difference: Difference) -> dict[str, Any]:
 
 
 def as_csv(rows: list[Row]) -> str:
-    """A line for each part of each composition; the bytes of a composition's lines add up to its peak."""
+    """Returns a line for each part of each composition; the bytes of a composition's lines add up to its peak."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", "kind", "use", "family", "place", "mib", "bytes", "problem"])
     for row in rows:
-        for part in row.profile.parts if row.profile else ():
+        for part in row.predicted.profile.parts if row.predicted else ():
             writer.writerow(
                 [row.name, "predicted", part.use, part.family, part.place, f"{part.bytes / MIB:.4f}", part.bytes, ""]
             )
-        if row.profile is None:
+        if row.predicted is None:
             writer.writerow([row.name, "", "", "", "", "", "", row.problem])
     return text.getvalue().rstrip("\n")

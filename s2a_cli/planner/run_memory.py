@@ -1,4 +1,4 @@
-"""The memory of whole compositions: backbone, method, quant, optimiser, precision; without their weights or images."""
+"""Predicts the memory of whole compositions of backbone, method, quant and optimiser, without weights or images."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from s2a_cli import backbones
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import type_and_first_line
 from s2a_cli.config.schema import DatasetConfig
+from s2a_cli.config.settings import merge, plain
 from s2a_cli.data.layout import class_folders
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.methods import Attachment
 from s2a_cli.training import forecast
 from s2a_cli.training import run as run_module
 
-CLASSES, IMAGES = 100, 1 << 20  # assumed of a data set that is not at hand
+CLASSES, IMAGES = 100, 1 << 20  # assumed of a data set that is not on this machine
 SIZES = {  # classes, training images before a validation split is taken, and whether there is an official one
     "cifar10": (10, 50_000, False),
     "cifar100": (100, 50_000, False),
@@ -38,7 +39,7 @@ DOMAINNET = {
 
 @dataclass(frozen=True)
 class Composition:
-    """A run as far as its memory goes."""
+    """What decides the memory of a run: its config and the sizes of its data."""
 
     config: DictConfig
     classes: int
@@ -47,37 +48,35 @@ class Composition:
 
     @classmethod
     def of(cls, config: DictConfig) -> Composition:
+        """Returns the composition of a config."""
         return cls(config, *sizes(config.dataset))
 
     @property
     def batch(self) -> int:
+        """The images of an optimiser step."""
         return min(self.config.optim.batch_size, self.images)
 
     @property
     def title(self) -> str:
+        """The choices of the composition on one line."""
         config = self.config
-        names = [
-            config.backbone.name,
-            config.method.name,
-            f"quant {config.quant.name}",
-            config.precision,
-            config.optim.name,
-        ]
+        names = [config.backbone.name, config.method.name, f"quant {config.quant.name}"]
+        names += [config.precision, config.optim.name]
         weights = [f"{config.backbone.weights} weights"] if config.backbone.weights != "fp32" else []
         micro = [f"micro-batches of {config.optim.micro_batch}"] if config.optim.micro_batch else []
         return " · ".join([*names, *weights, f"batch {self.batch}", *micro])
 
 
 class Predictor:
-    """Predicts compositions; full fine-tuning of the same backbone only once. processes: that share a batch."""
+    """Predicts compositions, and full fine-tuning of each backbone once. processes: that share a batch."""
 
     def __init__(self, processes: int = 1):
         self.processes = processes
         self._full: dict[str, Profile] = {}
-        self._built: dict[str, Attachment] = {}  # for other batch sizes
+        self._built: dict[str, Attachment] = {}  # used again for other batch sizes
 
     def __call__(self, composition: Composition) -> Profile:
-        """The step of a composition.
+        """Returns the profile of a composition's step.
 
         Raises UserError for one that can't be predicted, and for settings that don't fit.
         """
@@ -91,34 +90,25 @@ class Predictor:
             raise UserError(
                 f"quant=auto can't be predicted: it chooses on images of the run, for a peak of at most {budget} MiB"
             )
-        key = json.dumps(
-            [
-                OmegaConf.to_container(OmegaConf.merge(config, {"optim": {"batch_size": 1}}), resolve=True),
-                composition.classes,
-            ]
-        )
+        key = json.dumps([plain(with_batch_size(config, 1), resolve=True), composition.classes])
         if key not in self._built:
             backbone = backbones.build(config.backbone, composition.classes, meta=True)
             self._built[key] = run_module.attach(config, backbone)
         return self._profile(self._built[key], config, composition)
 
     def full(self, composition: Composition) -> Profile:
-        """The same composition under full fine-tuning, with stock PyTorch."""
+        """Returns the profile of the same composition under full fine-tuning, with PyTorch's own activations."""
         config = composition.config
-        plain = OmegaConf.to_container(config, resolve=True)
-        key = json.dumps(
-            [
-                {name: plain[name] for name in ("backbone", "optim", "precision")},
-                composition.classes,
-                composition.images,
-            ]
-        )
+        settings = plain(config, resolve=True)
+        chosen = {name: settings[name] for name in ("backbone", "optim", "precision")}
+        key = json.dumps([chosen, composition.classes, composition.images])
         if key not in self._full:
             attached, changed = forecast.full_finetuning(config, composition.classes)
             self._full[key] = self._profile(attached, changed, composition)
         return self._full[key]
 
     def _profile(self, attached: Attachment, config: DictConfig, composition: Composition) -> Profile:
+        """Returns the profile of a step. Raises UserError for one that can't be predicted."""
         if composition.batch < self.processes:
             raise UserError(f"a batch of {composition.batch} images can't be shared by {self.processes} processes")
         try:
@@ -133,9 +123,7 @@ class Predictor:
 
 
 def sizes(dataset: DatasetConfig) -> tuple[int, int, str | None]:
-    """(classes, training images, what is assumed) of a data set, from what is known of it: nothing is read but folder
-    names.
-    """
+    """Returns (classes, training images, what is assumed) of a data set; nothing is read but names of folders."""
     assumed = None
     if dataset.name == "domainnet" and dataset.domain:
         classes, images, has_val = 345, DOMAINNET[dataset.domain], False
@@ -144,10 +132,8 @@ def sizes(dataset: DatasetConfig) -> tuple[int, int, str | None]:
     else:
         classes, images, has_val = _class_folders(dataset), IMAGES, True
         if not classes:
-            classes, assumed = (
-                CLASSES,
-                f"{CLASSES} classes and at least a batch of images are assumed: dataset.root is not a folder here",
-            )
+            classes = CLASSES
+            assumed = f"{CLASSES} classes and at least a batch of images are assumed: dataset.root is not a folder here"
     if not has_val:
         images = round(images * (1 - dataset.val_fraction))
     if dataset.shots is not None:
@@ -157,7 +143,13 @@ def sizes(dataset: DatasetConfig) -> tuple[int, int, str | None]:
     return classes, images, assumed
 
 
+def with_batch_size(config: DictConfig, images: int) -> DictConfig:
+    """Returns a config with another batch size."""
+    return merge(config, {"optim": {"batch_size": images}})
+
+
 def _class_folders(dataset: DatasetConfig) -> int:
+    """Returns how many classes the folders of a data set name; 0 where they are not on this machine."""
     root = Path(dataset.root or "").expanduser()
     if not dataset.root or not root.is_dir():
         return 0

@@ -1,6 +1,6 @@
-"""Search over settings for the best validation accuracy; the test split is left alone.
+"""Searches settings for the best validation accuracy; the test split is left alone.
 
-Every trial is a run as those of a sweep are: a process of its own, known by what it computes. Optuna proposes the
+Every trial is a run like those of a sweep: a process of its own, known by what it computes. Optuna proposes the
 settings (a tree-structured Parzen estimator, Bergstra et al. 2011) and keeps the trials in a file, so that a search
 goes on where it was.
 """
@@ -26,65 +26,73 @@ from s2a_cli.config.compose import compose, compose_sweep
 from s2a_cli.config.overrides import expand, parsed, steps
 from s2a_cli.config.schema import SweepConfig
 from s2a_cli.results import record, run_folder
-from s2a_cli.sweeps.launchers import Engine, engine
-from s2a_cli.sweeps.sweep import Known, Plan, Sweep
+from s2a_cli.sweeps.launchers import Launcher, make_launcher
+from s2a_cli.sweeps.planning import Known, Plan
+from s2a_cli.sweeps.sweep import Sweep
 
 KEYS = {
     "search.trials": "finished trials to reach",
     "search.name": "of the study; null: after the settings and their ranges",
 }
 FAILURES = 5  # in a row, at which a search gives up
-ENOUGH = 10  # trials from which on the importance of settings is told
-SHOWN = 5
+ENOUGH = 10  # trials from which on the importance of settings is reported
+SHOWN = 5  # trials in the table at the end
 
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched: `ranges` {key: word in Hydra's grammar}, and the words that are the same in all trials."""
+    """What is searched, and what is the same in all trials."""
 
-    ranges: dict[str, str]
-    fixed: list[str]
+    ranges: dict[str, str]  # key -> word in Hydra's grammar
+    fixed: list[str]  # words of `s2a train`
 
     def distributions(self) -> dict[str, Any]:
+        """Returns {key: Optuna's distribution of its values}."""
         return {key: _distribution(word) for key, word in self.ranges.items()}
 
     def words(self, values: dict[str, Any]) -> list[str]:
+        """Returns the words of `s2a train` of a trial with these values."""
         return [*self.fixed, *(f"{key}={values[key]}" for key in self.ranges)]
 
     def text(self) -> str:
+        """Returns a text that is the same for equal spaces alone."""
         return json.dumps(sorted([*self.ranges.values(), *self.fixed]))
 
 
 def _distribution(word: str) -> Any:
-    """Optuna's form of an interval, of a range, or of several values, which are then kept as they are written."""
+    """Returns Optuna's form of an interval, of a range, or of several values, which are kept as they are written."""
     from hydra.core.override_parser.types import IntervalSweep, RangeSweep
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    value = parsed(word).value()
+    override: Any = parsed(word)
+    value: Any = override.value()
     if isinstance(value, IntervalSweep):
+        low: Any = value.start
+        high: Any = value.end
         log = "log" in value.tags
         if odd := value.tags - {"log"}:
             raise UserError(f"{word}: tag {min(odd)!r} is not known; there is tag(log,interval(1e-4,1e-2))")
-        if not value.start < value.end or (log and value.start <= 0):
+        if not low < high or (log and low <= 0):
             raise UserError(
                 f"{word}: expected interval(LOW,HIGH) with LOW below HIGH{' and above 0, for log' if log else ''}"
             )
-        if not all(map(math.isfinite, (value.start, value.end))):
+        if not all(map(math.isfinite, (low, high))):
             raise UserError(f"{word}: expected finite numbers")
-        return (IntDistribution if isinstance(value.start, int) else FloatDistribution)(value.start, value.end, log=log)
-    is_range = isinstance(value, RangeSweep) and not value.shuffle and steps(word, value)
-    if is_range and all(isinstance(x, int) for x in (value.start, value.stop, value.step)):
-        low, high = sorted((value.range()[0], value.range()[-1]))
-        return IntDistribution(low, high, step=abs(value.step))
+        return (IntDistribution if isinstance(low, int) else FloatDistribution)(low, high, log=log)
+    if isinstance(value, RangeSweep) and not value.shuffle and steps(word, value):
+        start, stop, step = value.start, value.stop, value.step
+        if isinstance(start, int) and isinstance(stop, int) and isinstance(step, int):
+            numbers = range(start, stop, step)
+            return IntDistribution(min(numbers), max(numbers), step=abs(step))
     values = [one.partition("=")[2] for (one,) in expand([word])]
     return CategoricalDistribution(values)
 
 
 def _first(word: str) -> str:
-    """The word with the first of its values."""
+    """Returns the word with the first of its values."""
     from hydra.core.override_parser.types import RangeSweep
 
-    override = parsed(word)
+    override: Any = parsed(word)
     value = override.value()
     if isinstance(value, RangeSweep) and not value.shuffle and steps(word, value):
         return f"{override.get_key_element()}={next(iter(value.range()))}"
@@ -92,29 +100,33 @@ def _first(word: str) -> str:
 
 
 class Search:
-    """Goes on with a study until it has `trials` finished trials. seed: of the proposals."""
+    """Goes on with a study. seed: of the proposals."""
 
-    def __init__(self, study: Any, space: Space, settings: SweepConfig, on: Engine, seed: int = 0):
-        self.study, self.space, self.settings, self.engine, self.seed = study, space, settings, on, seed
+    def __init__(self, study: Any, space: Space, settings: SweepConfig, launcher: Launcher, seed: int = 0):
+        self.study, self.space, self.settings, self.launcher, self.seed = study, space, settings, launcher, seed
         self.known = Known()
         self.failures = 0
 
     def __call__(self, trials: int) -> None:
+        """Runs trials until so many are finished; those that were broken off go first."""
         from optuna.trial import TrialState
 
         broken_off = [trial for trial in self.study.trials if trial.state == TrialState.RUNNING]
         while (left := trials - len(finished(self.study))) > 0:
-            together = min(left, self.settings.workers or getattr(self.engine, "workers", None) or 1)
+            together = min(left, self.settings.workers or getattr(self.launcher, "workers", None) or 1)
             proposed, broken_off = broken_off[:together], broken_off[together:]
             self._run(proposed or [self._propose() for _ in range(together)])
 
     def _propose(self) -> Any:
-        """A new trial; the same after the same trials, whether or not the search was broken off in between."""
+        """Returns a new trial: the same after the same trials, whether or not the search was broken off in between."""
         self.study.sampler = _sampler(self.seed + len(self.study.trials))
         return self.study.ask(self.space.distributions())
 
     def _run(self, trials: list[Any]) -> None:
-        """Runs some trials at once and tells the study how they ended. Raises UserError for settings that can't be."""
+        """Runs some trials at once and tells the study how they ended.
+
+        Raises UserError for settings that can't be, and RunError after FAILURES failed trials in a row.
+        """
         from optuna.trial import TrialState
 
         members = {}
@@ -128,7 +140,7 @@ class Search:
                     self.study.tell(other.number, state=TrialState.FAIL, skip_if_finished=True)
                 raise
         different = {member.content: member for member in members.values()}
-        summary = Sweep(Plan(list(different.values()), settings=self.settings), self.engine)()
+        summary = Sweep(Plan(list(different.values()), settings=self.settings), self.launcher)()
         lines = {member.content: line for member, line in summary.failed}
         for number, member in members.items():
             result = record.finished(member.folder, member.content)
@@ -143,6 +155,7 @@ class Search:
 
 
 def _sampler(seed: int) -> Any:
+    """Returns the sampler that proposes settings, without Optuna's warning that an option of it is experimental."""
     import optuna
 
     with warnings.catch_warnings():
@@ -151,7 +164,7 @@ def _sampler(seed: int) -> Any:
 
 
 def finished(study: Any) -> list[Any]:
-    """The trials of a study that have a value, the best first."""
+    """Returns the trials of a study that have a value, the best first."""
     from optuna.trial import TrialState
 
     return sorted(
@@ -160,7 +173,7 @@ def finished(study: Any) -> list[Any]:
 
 
 def open_study(folder: Path, name: str, space: Space) -> Any:
-    """The study in `folder`, new or as it was left. Raises UserError when it is one over something else."""
+    """Opens the study in `folder`, new or as it was left. Raises UserError where it is one over something else."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -185,11 +198,14 @@ def open_study(folder: Path, name: str, space: Space) -> Any:
 
 
 def read(words: list[str]) -> tuple[Space, int, str | None, SweepConfig]:
-    """What the words of `s2a search` say: space, trials, the study's name, and how runs are started.
+    """Returns what the words of `s2a search` say: space, trials, the study's name, and how runs are started.
 
     Raises UserError for words that can't be read, and when nothing is to be searched.
     """
-    own, ranges, fixed, sweep = {}, {}, [], []
+    own: dict[str, str] = {}
+    ranges: dict[str, str] = {}
+    fixed: list[str] = []
+    sweep: list[str] = []
     for word in words:
         key, _, value = word.removeprefix("++").partition("=")
         override = parsed(word)
@@ -220,7 +236,7 @@ def read(words: list[str]) -> tuple[Space, int, str | None, SweepConfig]:
 
 
 def search(words: list[str]) -> int:
-    """`s2a search`: goes on with a study, prints its best trials. Returns the exit code."""
+    """Goes on with a study for `s2a search` and prints its best trials. Returns the exit code."""
     space, trials, name, settings = read(words)
     try:
         import optuna  # noqa: F401
@@ -236,18 +252,18 @@ def search(words: list[str]) -> int:
     )
     if done := finished(study):
         print(f"s2a: going on with {len(done)} finished trials of {study.study_name}", file=sys.stderr)
-    on = engine(settings, [config.device])
+    launcher = make_launcher(settings, [config.device])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs save where they are
     try:
-        Search(study, space, settings, on)(trials)
+        Search(study, space, settings, launcher)(trials)
     finally:
-        on.close()
+        launcher.close()
         print(overview(study, space))
     return 0
 
 
 def overview(study: Any, space: Space) -> str:
-    """The best trials as a table, what mattered, and the line that trains and tests the best one."""
+    """Returns the best trials as a table, what mattered, and the line that trains and tests the best one."""
     from tabulate import tabulate
 
     best = finished(study)
@@ -259,18 +275,15 @@ def overview(study: Any, space: Space) -> str:
     ]
     failed = sum(trial.state.name == "FAIL" for trial in study.trials)
     lines = [tabulate(rows, ["trial", *space.ranges, "val top-1 %"], disable_numparse=True), ""]
-    lines.append(
-        f"best {len(rows)} of {len(best)} finished trials"
-        + (f"; {failed} failed" if failed else "")
-        + ", by validation top-1"
-    )
+    broken = f"; {failed} failed" if failed else ""
+    lines.append(f"best {len(rows)} of {len(best)} finished trials{broken}, by validation top-1")
     if len(best) >= ENOUGH and (shares := _importance(study)):
         lines.append("importance (fANOVA): " + ", ".join(f"{key} {100 * share:.0f} %" for key, share in shares.items()))
     return "\n".join([*lines, "", f"s2a train {shlex.join([*space.words(best[0].params), 'test=true'])}"])
 
 
 def _importance(study: Any) -> dict[str, float]:
-    """{setting: share of the variance of top-1 that it explains}; nothing where all trials came out the same."""
+    """Returns {setting: share of the variance of top-1 that it explains}; empty where all trials ended alike."""
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     try:
@@ -280,4 +293,5 @@ def _importance(study: Any) -> dict[str, float]:
 
 
 def _short(value: Any) -> str:
+    """Returns a value as tables show it, numbers with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

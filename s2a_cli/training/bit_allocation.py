@@ -28,7 +28,7 @@ from s2a_cli.activations import STOCK
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.progress import Progress
 from s2a_cli.config.schema import QuantConfig
-from s2a_cli.config.settings import merged
+from s2a_cli.config.settings import merge
 from s2a_cli.memory import saved_bytes
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import Attachment
@@ -137,7 +137,7 @@ class Gradient:
         return saved_bytes(lambda: self._step(quant).logits(self.attached.model, self.images[:1]), self.attached.model)
 
     def _step(self, quant: QuantConfig) -> Step:
-        changed = merged(self.config, {"quant": OmegaConf.structured(quant)})
+        changed = merge(self.config, {"quant": OmegaConf.structured(quant)})
         return Step(changed, self.device, self.attached)
 
     def _of(self, quant: QuantConfig) -> Tensor:

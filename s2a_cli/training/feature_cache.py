@@ -282,7 +282,7 @@ def _close(one: Features, two: Features) -> bool:
 def _files(run: Run, folder: Path, fields: list[tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Kept]:
     config, head = run.config, run.feature_head
     assert head is not None
-    settings = {key: value for key, value in plain(config.dataset, resolve=False).items() if key not in ELSEWHERE}
+    settings = {key: value for key, value in plain(config.dataset).items() if key not in ELSEWHERE}
     key = {
         "schema": SCHEMA,
         "user": os.getuid() if hasattr(os, "getuid") else 0,  # in a shared folder each has files of their own

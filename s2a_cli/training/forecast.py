@@ -16,7 +16,7 @@ from s2a_cli.activations import STOCK
 from s2a_cli.common import distributed
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import type_and_first_line
-from s2a_cli.config.settings import merged
+from s2a_cli.config.settings import merge
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.feature_head import FeatureHead, Features
 from s2a_cli.training import feature_cache
@@ -41,7 +41,7 @@ def full_finetuning(config: DictConfig, classes: int) -> tuple[Attachment, DictC
     whole = backbones.build(config.backbone, classes, meta=True)
     attached = methods.attach(OmegaConf.create({"name": "full", "blocks": "all"}), whole)
     whole.model.to(weight_dtype(config.precision))
-    return attached, merged(config, {"quant": OmegaConf.structured(STOCK)})
+    return attached, merge(config, {"quant": OmegaConf.structured(STOCK)})
 
 
 def predicted_peak(config: DictConfig, classes: int, images: int) -> float | None:

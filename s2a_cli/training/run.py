@@ -102,7 +102,7 @@ def prepare(config: DictConfig) -> Run:
             f"a batch of {least} images can't be shared by {processes} processes; start fewer, or raise"
             " optim.batch_size"
         )
-    content = record.content(plain(config), splits.revision, weights)
+    content = record.content(plain(config, resolve=True), splits.revision, weights)
     return Run(config, splits, attached, weights, device, content)
 
 

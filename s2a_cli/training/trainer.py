@@ -18,7 +18,7 @@ from s2a_cli.common import files as files_module
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import type_and_first_line
 from s2a_cli.config.schema import QuantConfig
-from s2a_cli.config.settings import merged, plain
+from s2a_cli.config.settings import merge, plain
 from s2a_cli.results import record, run_folder
 from s2a_cli.training import bit_allocation, checkpoints, feature_cache, forecast
 from s2a_cli.training import environment as environment_module
@@ -86,7 +86,7 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> record.Resul
     known = _begun(run)
     if config.quant.budget_mib:
         known.allocation = state["allocation"] if state else distributed.from_first(lambda: _allocate(run))
-        run.config = merged(config, {"quant": known.allocation})
+        run.config = merge(config, {"quant": known.allocation})
     write = record.write_result if distributed.is_first() else lambda folder, result: None
     write(folder, known.result())
     try:
@@ -159,7 +159,7 @@ def _allocate(run: Run) -> dict[str, Any]:
 
     def peak(quant: QuantConfig, micro_batch: int | None = run.config.optim.micro_batch) -> float:
         changed = {"quant": OmegaConf.structured(quant), "optim": {"micro_batch": micro_batch}}
-        return forecast.predict_step(run.attached, merged(run.config, changed), len(run.splits.train)).peak_mib
+        return forecast.predict_step(run.attached, merge(run.config, changed), len(run.splits.train)).peak_mib
 
     loader = run.loader("train", train=True)
     loader.epoch = 0
@@ -168,7 +168,7 @@ def _allocate(run: Run) -> dict[str, Any]:
     few = images[: bit_allocation.IMAGES], targets[: bit_allocation.IMAGES]
     choice = bit_allocation.allocate(bit_allocation.Gradient(run.config, run.attached, few, run.device), peak)
     print(choice.describe())
-    return plain(OmegaConf.structured(choice.quant), resolve=False)
+    return plain(OmegaConf.structured(choice.quant))
 
 
 def _begun(run: Run) -> record.RecordBuilder:
@@ -176,7 +176,7 @@ def _begun(run: Run) -> record.RecordBuilder:
     splits = run.splits
     return record.RecordBuilder(
         id=run.identity,
-        config=plain(run.config),
+        config=plain(run.config, resolve=True),
         parameters=cast(record.Parameters, run.backbone.count()),
         data={
             "name": splits.name,

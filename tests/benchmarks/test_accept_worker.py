@@ -1,30 +1,24 @@
-"""The processes of benchmarks/cuda/accept.py: what they answer on a device that only seems to be CUDA, and how they are
-held.
-"""
+"""The processes of benchmarks/cuda/accept.py: what they answer on a device that only seems to be CUDA."""
 
 import os
 import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import accept
+import accept_host
+import accept_machine
+import accept_plan
+import accept_worker
+import kernel_check
 import pytest
+import rows
+import speed
 import torch
+from accept_pool import Failed, Task, Worker
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks" / "tiers"), str(ROOT / "benchmarks" / "cuda")]
-import accept  # noqa: E402
-import accept_host  # noqa: E402
-import accept_machine  # noqa: E402
-import accept_plan  # noqa: E402
-import accept_worker  # noqa: E402
-import kernel_check  # noqa: E402
-import rows  # noqa: E402
-import speed  # noqa: E402
-from accept_pool import Failed, Task, Worker  # noqa: E402
-
-from s2a_cli.common.errors import UserError  # noqa: E402
-from s2a_cli.memory import device as busy  # noqa: E402
+from s2a_cli.common.errors import UserError
+from s2a_cli.memory import device as busy
 
 ECHO = """
 import json, sys, time
@@ -77,7 +71,7 @@ class Seems(str):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """torch.cuda as far as a worker asks it, with counters that grow; what was called."""
+    """Stands in for torch.cuda with counters that grow; returns what was called."""
     calls, device = [], Seems("cpu")
 
     def counter(*_):

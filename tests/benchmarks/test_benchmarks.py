@@ -1,21 +1,16 @@
-"""benchmarks/tiers/tiers.py end to end on the backbone that ships with s2a, and its parts that need a CUDA device
-without one.
-"""
+"""benchmarks/tiers/tiers.py end to end on a CPU, and its parts that need a CUDA device without one."""
 
 import json
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "tiers"))
 import kernel_check
+import pytest
 import rows
 import tiers
 import tiers_report
+import torch
 
 from s2a_cli import memory
 from s2a_cli.activations.quant.primitives import PLAIN
@@ -28,7 +23,7 @@ WORDS = [*SHALLOW, "device=cpu", "batch=64", "time_batch=2", "gradient_batch=2",
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """The result file of a few rows, one of which can't run."""
+    """Returns the result file of a few rows, one of which can't run."""
     out = tmp_path_factory.mktemp("results")
 
     def fails(backbone):

@@ -1,4 +1,4 @@
-"""The verbs: exit codes, help, errors, and what is printed where."""
+"""The commands: exit codes, help, errors, and what is printed where."""
 
 import json
 import os
@@ -14,12 +14,12 @@ import pytest
 
 import s2a_cli.training
 from s2a_cli.cli import commands
-from s2a_cli.cli.commands import KINDS, VERBS
+from s2a_cli.cli.commands import COMMANDS, KINDS
 from s2a_cli.cli.main import main
 from s2a_cli.common.errors import RunError, UserError
 from s2a_cli.config.compose import compose, groups
 
-CONFIGURED = ", ".join(name for name, verb in VERBS.items() if verb.config)
+CONFIGURED = ", ".join(name for name, command in COMMANDS.items() if command.config)
 
 
 def run(*words, **kwargs):
@@ -36,23 +36,33 @@ def training(monkeypatch):
     return fake
 
 
-def test_help_names_every_verb_and_flag(capsys):
+def test_help_names_every_command_and_flag(capsys):
     for argv in ([], ["--help"], ["-h"]):
         assert main(argv) == 0
         said = capsys.readouterr().out
-        assert all(f"\n  {verb} " in said for verb in VERBS) and "--completion" in said and "--complete " not in said
+        assert (
+            all(f"\n  {command} " in said for command in COMMANDS)
+            and "--completion" in said
+            and "--complete " not in said
+        )
 
 
-@pytest.mark.parametrize("name", VERBS)
-def test_help_of_a_verb_opens_with_three_examples_that_can_be_copied(name, capsys):
+def test_help_of_train_in_a_process_of_its_own():
+    """There nothing has imported the structures before."""
+    done = run("train", "method=prompt", "--help")
+    assert done.returncode == 0 and "method.rank=8" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_opens_with_three_examples_that_can_be_copied(name, capsys):
     assert main([name, "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == list(VERBS[name].examples) and lines[3] == ""
+    assert lines[:3] == list(COMMANDS[name].examples) and lines[3] == ""
     for line in lines[:3]:
         words = shlex.split(line.split(">")[0])
         assert words[:2] == ["s2a", name]
-        if VERBS[name].config in (commands.composed, commands.first_of_grid):
-            VERBS[name].config([word for word in words[2:] if not word.startswith("--")])
+        if COMMANDS[name].config in (commands.composed, commands.first_of_grid):
+            COMMANDS[name].config([word for word in words[2:] if not word.startswith("--")])
 
 
 def test_help_of_train_lists_every_setting_as_composed(capsys):
@@ -68,7 +78,7 @@ def test_help_of_train_lists_every_setting_as_composed(capsys):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["trian"], f"s2a: trian: no such verb; accepted: {', '.join(VERBS)} (did you mean 'train'?)"),
+        (["trian"], f"s2a: trian: no such command; accepted: {', '.join(COMMANDS)} (did you mean 'train'?)"),
         (
             ["train", "--degub"],
             "s2a: --degub: no such flag; accepted: --help, --cfg, --debug, --version, --completion, --force, --once"
@@ -175,16 +185,32 @@ def test_table_reads_runs_of_this_folder(write_result, tmp_path, capsys, monkeyp
     assert capsys.readouterr().out == here
 
 
-def test_light_commands_import_nothing_heavy(tmp_path):
+HEAVY = ("torch", "timm", "pandas", "matplotlib", "numpy")
+
+
+@pytest.mark.parametrize(
+    ("argv", "heavy"),
+    [
+        ([], (*HEAVY, "hydra", "omegaconf")),
+        (["--help"], (*HEAVY, "hydra", "omegaconf")),
+        (["--version"], (*HEAVY, "hydra", "omegaconf")),
+        (["ls"], (*HEAVY, "hydra", "omegaconf")),
+        (["ls", "methods"], (*HEAVY, "hydra", "omegaconf")),
+        (["ls", "--help"], (*HEAVY, "hydra")),
+        (["--completion", "bash"], (*HEAVY, "hydra")),
+        (["--complete"], HEAVY),
+    ],
+)
+def test_light_commands_import_nothing_heavy(argv, heavy, tmp_path):
     script = (
         "import sys; from s2a_cli.cli.main import main\n"
-        "assert not any(main(argv) for argv in ([], ['--version'], ['ls'], ['--completion', 'bash'], ['--complete']))\n"
-        "print([m for m in ('torch', 'timm', 'pandas') if m in sys.modules])"
+        f"assert main({argv}) == 0\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
     )
     environment = os.environ | {"COMP_LINE": "s2a train method=s2a optim."}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
-    assert "optim.batch_size=" in done.stdout
+    assert "--complete" not in argv or "optim.batch_size=" in done.stdout
 
 
 def test_installed_command(tmp_path):

@@ -1,4 +1,4 @@
-"""Shell completion: verbs, then per verb what it takes, settings through Hydra's machinery."""
+"""Shell completion: commands, then what each takes, with settings by Hydra."""
 
 import os
 import shutil
@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from s2a_cli.cli.commands import VERBS
+from s2a_cli.cli.commands import COMMANDS
 from s2a_cli.cli.completion import SCRIPTS, complete, script
 
 
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("s2a ", list(VERBS)),
+        ("s2a ", list(COMMANDS)),
         ("s2a t", ["train", "table"]),
         ("scripts/s2a va", ["validate"]),
         ("s2a train --d", ["--debug"]),
@@ -68,7 +68,7 @@ def test_the_shells_ask_through_the_environment():
 
 @pytest.fixture
 def path(tmp_path):
-    """PATH with an `s2a` on it that is the one under test."""
+    """Returns a PATH on which `s2a` is the one under test."""
     command = tmp_path / "s2a"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m s2a_cli "$@"\n')
     command.chmod(0o755)

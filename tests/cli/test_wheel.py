@@ -18,7 +18,7 @@ def python(*argv, **kwargs):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """(environment, another folder) with the wheel's content first on Python's path."""
+    """Returns (environment, another folder) with the wheel's content first on Python's path."""
     folder = tmp_path_factory.mktemp("wheel")
     isolation = ["--no-isolation"] if importlib.util.find_spec("hatchling") else []  # isolated, build needs a network
     built = python("-m", "build", "--wheel", *isolation, "--outdir", folder, ROOT)

@@ -23,7 +23,7 @@ import dataclasses, sys, time
 from pathlib import Path
 from s2a_cli.cli.main import main
 from s2a_cli.common.progress import Progress
-from s2a_cli.cli.commands import VERBS
+from s2a_cli.cli.commands import COMMANDS
 
 def train(words):
     with Progress("training", 2, " images") as progress:
@@ -39,7 +39,7 @@ def train(words):
     Path("done").touch()
     return 0
 
-VERBS["train"] = dataclasses.replace(VERBS["train"], run=train)
+COMMANDS["train"] = dataclasses.replace(COMMANDS["train"], run=train)
 code = main(["train"])
 Path("code").write_text(str(code))
 sys.exit(code)

@@ -116,7 +116,7 @@ ODD = [
 
 
 def values() -> st.SearchStrategy[str]:
-    """Values of settings: right ones, odd ones, and any text."""
+    """Draws values of settings: right ones, odd ones, and any text."""
     options = [option for found in GROUPS.values() for option in found]
     numbers = st.integers().map(str) | st.floats().map(str)
     return (
@@ -129,7 +129,7 @@ def values() -> st.SearchStrategy[str]:
 
 
 def words() -> st.SearchStrategy[str]:
-    """Words of a command line, most of them key=value with a key that there is."""
+    """Draws words of a command line, most of them key=value with a key that there is."""
     keys = st.sampled_from(KEYS) | st.text("abcd._+~@:/=", max_size=12)
     pairs = st.builds("{}{}={}".format, st.sampled_from(["", "", "", "+", "++", "~"]), keys, values())
     return pairs | values()
@@ -137,13 +137,14 @@ def words() -> st.SearchStrategy[str]:
 
 def command_lines() -> st.SearchStrategy[list[str]]:
     return st.builds(
-        lambda verb, rest: [verb, *rest], st.sampled_from(["validate", "sweep"]), st.lists(words(), max_size=5)
+        lambda command, rest: [command, *rest], st.sampled_from(["validate", "sweep"]), st.lists(words(), max_size=5)
     )
 
 
 def check_words(line: list[str]) -> None:
-    """Runs a line that trains nothing, in a folder of its own: no traceback, a known exit code, few lines, no file
-    elsewhere.
+    """Runs a line that trains nothing, in a folder of its own.
+
+    Fails for a traceback, an unknown exit code, many lines, or a file elsewhere.
     """
     line = [word for word in line if not word.startswith("-")]
     if line[0] == "sweep":  # what is in it is looked at, and nothing is started
@@ -160,7 +161,7 @@ def check_words(line: list[str]) -> None:
 
 
 def contents() -> st.SearchStrategy[object]:
-    """What a script could have saved, and what none has."""
+    """Draws what a script could have saved, and what none has."""
     tensors = st.sampled_from(
         [
             torch.zeros(2),
@@ -185,7 +186,7 @@ def contents() -> st.SearchStrategy[object]:
 
 
 def damages() -> st.SearchStrategy[object]:
-    """Changes of a file's bytes: none, cut off, others in their place, some more."""
+    """Draws changes of a file's bytes: none, cut off, others in their place, some more."""
     flips = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4)
 
     def damage(flips: list[tuple[int, int]], cut: float, more: bytes):
@@ -243,7 +244,7 @@ FORMATS = {
 
 
 def files() -> st.SearchStrategy[tuple[str, bytes]]:
-    """(name, bytes) of checkpoint files, whole and damaged, and of files that are none."""
+    """Draws (name, bytes) of checkpoint files, whole and damaged, and of files that are none."""
 
     def make(name: str, content: object, change) -> tuple[str, bytes]:
         return name, change(FORMATS[name](content))
@@ -253,7 +254,7 @@ def files() -> st.SearchStrategy[tuple[str, bytes]]:
 
 
 def check_file(folder: Path, name: str, content: bytes) -> bool:
-    """Reads such a file: its plain tensors, or one line. Returns whether it was read."""
+    """Reads such a file, which gives plain tensors or one line. Returns whether it was read."""
     path = Path(folder) / name
     path.write_bytes(content)
     try:

@@ -1,4 +1,4 @@
-"""A run folder that somebody else has written: its config is data, and reads, fetches and writes nothing elsewhere."""
+"""A run folder that somebody else has written: its config reads, fetches and writes nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BASE = ["backbone=vit_micro", "method=linear", "quant=none", "device=cpu", "work
 
 @pytest.fixture
 def requests():
-    """(address of a server, what was asked of it)."""
+    """Yields (address of a server, what was asked of it)."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -44,7 +44,7 @@ def requests():
 
 @pytest.fixture
 def foreign(tmp_path, make_result):
-    """foreign({dotted key: value}) -> the folder of a run whose stored config says so."""
+    """Returns a function: {dotted key: value} -> the folder of a run whose stored config says so."""
 
     def write(changes):
         config = OmegaConf.to_container(compose(BASE))

@@ -1,4 +1,4 @@
-"""A CUDA device that others use: who they are, and what a run does."""
+"""CUDA devices that others use: who they are, and what a run does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from s2a_cli.memory import device as busy
 from s2a_cli.memory.result import MIB
 from s2a_cli.planner.batch_size import resolved
 from s2a_cli.results import record
-from s2a_cli.sweeps.launchers import engine, local
+from s2a_cli.sweeps.launchers import local, make_launcher
 from s2a_cli.training import trainer
 
 SMALL = ["backbone=vit_t", "backbone.image_size=64", "dataset=cifar10", "method=full", "quant=none"]
@@ -48,8 +48,9 @@ class Gpus:
         return type("Properties", (), {"uuid": f"0000-{device.index or 0}", "total_memory": 80_000 * MIB})
 
     def says(self, *lines, code=0, state="Disabled, 97"):
-        """lines: the processes that compute; state: whether a screen is drawn, and the share of time in which kernels
-        run.
+        """Makes nvidia-smi answer.
+
+        lines: the processes that compute. state: whether a screen is drawn, and the share of time in which kernels run.
         """
         told = "".join(f"echo '{line}'\n" for line in lines)
         program = self.folder / "nvidia-smi"
@@ -201,7 +202,7 @@ def test_runs_that_share_a_gpu_allow_each_other(monkeypatch, tmp_path, workers, 
     monkeypatch.setattr(local, "visible_gpus", lambda: gpus)
     monkeypatch.setattr(local, "gpu_mib", lambda: pack)
     monkeypatch.setattr(local, "Process", lambda words, log, environment: started.append(words))
-    on = engine(SweepConfig(workers=workers, pack=bool(pack)), devices)
+    on = make_launcher(SweepConfig(workers=workers, pack=bool(pack)), devices)
     for words in (["seed=0"], ["seed=0", "busy=refuse"]):
         on.start(words, tmp_path / "log.txt", 0)
     assert started == [["seed=0", *(["busy=allow"] if allowed else [])], ["seed=0", "busy=refuse"]]

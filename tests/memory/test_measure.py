@@ -12,7 +12,7 @@ DEVICE = torch.device("cuda", 0)
 
 
 class Allocator:
-    """What torch.cuda reports, in MiB."""
+    """Stands in for what torch.cuda reports, in MiB."""
 
     def __init__(self, monkeypatch):
         self.allocated = self.peak = self.reserved = 0

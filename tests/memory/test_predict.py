@@ -51,7 +51,7 @@ def optimizer_for(model, kind=AdamW, **kwargs):
 
 
 def tune(model, what):
-    """full | bias | linear: freezes the rest. BatchNorm on its frozen statistics, unless all is trained."""
+    """Freezes what full | bias | linear does not train; BatchNorms stay on their statistics unless all is trained."""
     head = {id(p) for p in model.get_classifier().parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(what == "full" or id(parameter) in head or (what == "bias" and name.endswith("bias")))
@@ -70,7 +70,7 @@ def small(name, what="full"):
 
 
 class LinspaceOnCpu(torch.overrides.TorchFunctionMode):
-    """Older timm reads drop path rates off a linspace, which it could not on the meta device."""
+    """Makes linspace on the CPU: older timm reads drop path rates off one, which a meta device can't give."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         default = {"device": "cpu"} if func is torch.linspace else {}
@@ -117,8 +117,11 @@ def test_static_is_weights_buffers_and_optimiser_state():
 
 @pytest.mark.parametrize("what, bytes_an_element", [("full", 64), ("bias", 40)])
 def test_a_vit_block_keeps_what_the_formula_says(what, bytes_an_element):
-    """Bytes an element of [B, N, C] and block, fp32, fused attention: the LN inputs 4 + 4, q k v 12, its output 4, the
-    GELU input 16; and where weights train the LN outputs 4 + 4 and the GELU output 16."""
+    """Counts bytes an element of [B, N, C] and block, in fp32 with fused attention.
+
+    The LN inputs take 4 + 4, q k v 12, attention's output 4, the GELU input 16. Where weights train, the LN outputs
+    take 4 + 4 and the GELU output 16.
+    """
     kept = [
         predict(*on_meta("vit_base_patch16_224", what, 8, depth=d), train_step, optimizer_for).kept_mib for d in (1, 2)
     ]
@@ -156,8 +159,11 @@ def test_known_peaks(name, what, dtype, peak, kept):
 
 
 def test_what_a_linear_probe_of_vit_b_holds():
-    """771 MiB are needed. timm's own forward holds two more [B, N, C] of 37 MiB: the embedded tokens, in a variable
-    while the blocks run, and the last hidden state, pinned by the class token that is a view of it."""
+    """Explains 771 MiB that are needed, and two more [B, N, C] of 37 MiB that timm's own forward holds.
+
+    These are the embedded tokens, in a variable while the blocks run, and the last hidden state, pinned by the class
+    token that is a view of it.
+    """
     model, batch = on_meta("vit_base_patch16_224", "linear")
     tokens = 64 * 197 * 768 * 4 / MIB
     stock = predict(model, batch, train_step, optimizer_for)
@@ -194,7 +200,7 @@ def test_amp_keeps_less():
 
 
 def snapshot(model):
-    """All that a prediction must give back: the same objects, with the same values, flags and gradients."""
+    """Returns all that a prediction must give back: the same objects, with the same values, flags and gradients."""
     tensors = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -274,7 +280,7 @@ def _(x):
 
 
 class LeanReLU(torch.autograd.Function):
-    """ReLU that keeps a byte an element, in a custom operator."""
+    """A ReLU that keeps a byte an element, in a custom operator."""
 
     @staticmethod
     def forward(ctx, x):
@@ -311,7 +317,7 @@ def test_custom_operators_functions_and_function_modes():
 
 
 def test_a_gradient_scaler_finds_finite_gradients():
-    """Were the flag "a gradient is infinite" read as true, the update would be left out, and AdamW have no state."""
+    """Fails where the flag "a gradient is infinite" is read as true: the update is left out, AdamW has no state."""
     scaler = torch.amp.GradScaler("cpu")
 
     def step(model, optimizer, images, targets, *, after_forward):

@@ -227,7 +227,7 @@ def test_equal_neighbours_share_a_line():
     assert _merged(lines) == [["a.0", "1"], ["a.1 to a.3, each", "2"], ["b", "1"]]
 
 
-def test_a_run_foretells_its_memory(monkeypatch):
+def test_a_run_forecasts_its_memory(monkeypatch):
     block = {"peak_mib": 3000.0, "full_finetune_peak_mib": 9000.0}
     said, warning = outlook(block, torch.device("cpu"))
     assert "predicted peak 3,000 MiB" in said and "3.0x" in said and warning is None

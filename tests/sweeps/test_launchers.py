@@ -18,16 +18,16 @@ from s2a_cli.cli.main import main
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.schema import SweepConfig
 from s2a_cli.results import run_folder
-from s2a_cli.sweeps.launchers import engine, remote
+from s2a_cli.sweeps.launchers import make_launcher, remote
 from s2a_cli.training import checkpoints
 
-pytestmark = pytest.mark.xdist_group("engines")  # `whole` is made once
+pytestmark = pytest.mark.xdist_group("launchers")  # `whole` is made once
 
 QUICK = [
     *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=bias", "device=cpu", "workers=0"),
     *("optim.epochs=8", "optim.batch_size=20", "save_steps=1"),
 ]
-ENGINES = {
+LAUNCHERS = {
     "slurm": ["sweep.launcher=slurm", "sweep.slurm={cluster: local, timeout_min: 10}"],
     "ray": ["sweep.launcher=ray"],
 }
@@ -39,7 +39,7 @@ def sweep(folder: Path, *words: str) -> subprocess.Popen:
 
 
 def outcomes(folder: Path) -> dict[str, tuple]:
-    """{run: all that must be equal}."""
+    """Returns {run: all that must be equal}."""
     found = {}
     for path in folder.glob("*/*/*/*/result.json"):
         result = json.loads(path.read_text())
@@ -48,7 +48,7 @@ def outcomes(folder: Path) -> dict[str, tuple]:
 
 
 def half_way(folder: Path, but: list[Path]) -> tuple[int, Path]:
-    """(process, run) of this folder, as soon as one has saved where it is."""
+    """Returns (process, run) of this folder, as soon as one has saved where it is."""
     return until(lambda: next((found for found in trainings(folder) if found[1] not in but and saved(found[1])), None))
 
 
@@ -57,7 +57,7 @@ def saved(run: Path) -> bool:
 
 
 def trainings(folder: Path) -> list[tuple[int, Path]]:
-    """(process, run) of this folder, without processes that only bear such a name in their words."""
+    """Returns (process, run) of this folder, without processes that only bear such a name in their words."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -75,7 +75,7 @@ def parent(process: int) -> int:
 
 
 def until(condition, seconds: float = 120):
-    """What the condition returns, as soon as it is true."""
+    """Waits for a condition and returns what it returns; fails after so many seconds."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "it did not come"
@@ -85,7 +85,7 @@ def until(condition, seconds: float = 120):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The same runs, undisturbed and in this process."""
+    """Returns the outcomes of the same runs, undisturbed and in this process."""
     folder = tmp_path_factory.mktemp("whole")
     with contextlib.chdir(folder):
         for seed in range(3):
@@ -101,7 +101,7 @@ def whole(tmp_path_factory):
 def test_runs_whose_process_or_worker_is_killed_or_out_of_time_go_on(tmp_path, whole, launcher, blows):
     pytest.importorskip({"slurm": "submitit", "ray": "ray"}[launcher], reason=f"pip install 's2a[{launcher}]'")
     folder, hit = tmp_path / "runs", []
-    process = sweep(folder, *ENGINES[launcher], f"seed={','.join(map(str, range(len(blows))))}")
+    process = sweep(folder, *LAUNCHERS[launcher], f"seed={','.join(map(str, range(len(blows))))}")
     for blow in blows:
         training, run = half_way(folder, hit)
         if blow == "run":
@@ -124,7 +124,7 @@ def test_runs_whose_process_or_worker_is_killed_or_out_of_time_go_on(tmp_path, w
 def test_jobs_outlive_their_sweep_and_the_next_one_finds_them(tmp_path, whole):
     pytest.importorskip("submitit", reason="pip install 's2a[slurm]'")
     folder = tmp_path / "runs"
-    words = [*ENGINES["slurm"], "seed=0,1"]
+    words = [*LAUNCHERS["slurm"], "seed=0,1"]
     process = sweep(folder, *words)
     until(lambda: len(list(folder.glob("*/*/*/*/slurm/job.json"))) == 2)  # submitted; no run has its folder yet
     process.kill()
@@ -170,7 +170,7 @@ def test_what_is_lost_is_tried_again_twice_and_never_from_the_start(codes, end):
         seen.append(words)
         return Attempt(left.pop(0))
 
-    job = remote.Again(["seed=1", "--force"], start)
+    job = remote.RetriedJob(["seed=1", "--force"], start)
     code = next(code for _ in range(9) if (code := job.poll()) is not None)
     assert code == end
     assert seen == [["seed=1", "--force"], *[["seed=1", "--once"]] * (len(seen) - 1)] and len(seen) == min(
@@ -179,7 +179,7 @@ def test_what_is_lost_is_tried_again_twice_and_never_from_the_start(codes, end):
 
 
 def test_what_was_stopped_is_not_tried_again():
-    job = remote.Again([], lambda words: Attempt(remote.INTERRUPTED))
+    job = remote.RetriedJob([], lambda words: Attempt(remote.INTERRUPTED))
     job.stop()
     assert job.poll() == remote.INTERRUPTED
 
@@ -200,21 +200,21 @@ def test_slots_of_a_queue():
 def test_settings_of_slurm_are_checked_before_anything_runs(settings, said):
     pytest.importorskip("submitit", reason="pip install 's2a[slurm]'")
     with pytest.raises(UserError, match=said):
-        engine(SweepConfig(launcher="slurm", slurm={"cluster": "local"} | settings), ["cpu"])
+        make_launcher(SweepConfig(launcher="slurm", slurm={"cluster": "local"} | settings), ["cpu"])
 
 
 def test_without_slurm_it_says_so(monkeypatch):
     pytest.importorskip("submitit", reason="pip install 's2a[slurm]'")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="srun.*sweep.slurm.cluster=local"):
-        engine(SweepConfig(launcher="slurm"), ["cpu"])
+        make_launcher(SweepConfig(launcher="slurm"), ["cpu"])
 
 
 @pytest.mark.parametrize(("launcher", "package"), [("slurm", "submitit"), ("ray", "ray")])
 def test_a_missing_package_is_named(monkeypatch, launcher, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"pip install 's2a\[{launcher}\]'"):
-        engine(SweepConfig(launcher=launcher), ["cpu"])
+        make_launcher(SweepConfig(launcher=launcher), ["cpu"])
 
 
 def test_a_cluster_gets_what_a_run_needs_and_no_secret(monkeypatch, tmp_path):
@@ -249,12 +249,12 @@ def test_a_cluster_gets_what_a_run_needs_and_no_secret(monkeypatch, tmp_path):
 
 def test_runs_are_packed_on_gpus_of_this_machine_alone():
     with pytest.raises(UserError, match="sweep.pack=true"):
-        engine(SweepConfig(launcher="slurm", pack=True), ["cpu"])
+        make_launcher(SweepConfig(launcher="slurm", pack=True), ["cpu"])
 
 
 def test_a_run_waits_until_the_last_attempt_has_let_go(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "SAVING", 0.1)
     with run_folder.claimed(tmp_path):
         began = time.monotonic()
-        remote.settle(tmp_path)
+        remote.wait_until_saved(tmp_path)
     assert time.monotonic() - began >= 0.1

@@ -1,4 +1,4 @@
-"""A search: what it is over, that it goes on exactly where it was, and that it leaves the test split alone."""
+"""Searches: what they are over, that they go on exactly where they were and leave the test split alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def own_folder(monkeypatch, tmp_path):
 
 
 class Peak:
-    """An engine whose runs end at once; validation is best at a learning rate of 1e-2.
+    """A launcher whose runs end at once; validation is best at a learning rate of 1e-2.
 
     fails: numbers of starts that fail.
     """
@@ -86,11 +86,11 @@ MADE = {}  # folder -> what lies there
 
 @pytest.fixture
 def on(monkeypatch):
-    """on(engine) puts it in the place of real processes."""
+    """Returns a function that puts a launcher in the place of real processes."""
 
-    def put(engine):
-        monkeypatch.setattr(search, "engine", lambda settings, devices: engine)
-        return engine
+    def put(launcher):
+        monkeypatch.setattr(search, "make_launcher", lambda settings, devices: launcher)
+        return launcher
 
     known = search.Known.member
 
@@ -104,7 +104,7 @@ def on(monkeypatch):
 
 
 def told(path="runs/search"):
-    """The trials of the only study there."""
+    """Returns the trials of the only study there."""
     (file,) = Path(path).glob("*.db")
     study = optuna.load_study(storage=f"sqlite:///{file}", study_name=file.stem)
     return [(trial.number, trial.state.name, trial.params, trial.value) for trial in study.trials]
@@ -161,10 +161,10 @@ def test_a_search_that_can_not_be_is_refused(words, said, capsys):
 
 
 def test_it_finds_the_best_by_validation_and_prints_the_line_that_trains_it(on, capsys):
-    engine = on(Peak())
+    launcher = on(Peak())
     assert main(["search", *TINY, LR, "quant=none,int4", "search.trials=11"]) == 0
     said = capsys.readouterr().out
-    assert all("test=false" in words for words in engine.started) and len(engine.started) == 11
+    assert all("test=false" in words for words in launcher.started) and len(launcher.started) == 11
     best = max(told(), key=lambda trial: trial[3])
     line = shlex.split(said.strip().splitlines()[-1])
     assert line[:2] == ["s2a", "train"] and line[-1] == "test=true"
@@ -181,37 +181,37 @@ def test_the_same_line_again_goes_on_as_if_it_had_not_been_broken_off(on, capsys
     on(Peak(breaks=3))
     assert main(words) == 130
     assert [trial[1] for trial in told()] == ["COMPLETE"] * 2 + ["RUNNING"]
-    engine = on(Peak())
+    launcher = on(Peak())
     assert main(words) == 0
-    assert told() == told("whole/search") and len(engine.started) == 3
-    engine = on(Peak())
-    assert main(words) == 0 and not engine.started
-    assert main([*words[:-1], "search.trials=6"]) == 0 and len(engine.started) == 1
+    assert told() == told("whole/search") and len(launcher.started) == 3
+    launcher = on(Peak())
+    assert main(words) == 0 and not launcher.started
+    assert main([*words[:-1], "search.trials=6"]) == 0 and len(launcher.started) == 1
 
 
 def test_a_failed_trial_is_replaced(on, capsys):
-    engine = on(Peak(fails=(2, 3)))
+    launcher = on(Peak(fails=(2, 3)))
     assert main(["search", *TINY, LR, "search.trials=3"]) == 0
     assert [trial[1] for trial in told()] == ["COMPLETE", "FAIL", "FAIL", "COMPLETE", "COMPLETE"] and len(
-        engine.started
+        launcher.started
     ) == 5
     assert "best 3 of 3 finished trials; 2 failed" in capsys.readouterr().out
 
 
 def test_a_search_in_which_all_fails_ends(on, capsys):
-    engine = on(Peak(fails=range(99)))
+    launcher = on(Peak(fails=range(99)))
     assert main(["search", *TINY, LR, "search.trials=3"]) == 1
     said = capsys.readouterr()
     assert (
         "5 trials in a row failed; the last: it broke" in said.err
         and "no trial is finished" in said.out
-        and len(engine.started) == 5
+        and len(launcher.started) == 5
     )
 
 
 def test_several_trials_at_once(on):
-    engine = on(Peak())
-    engine.workers = 3
+    launcher = on(Peak())
+    launcher.workers = 3
     assert main(["search", *TINY, LR, "search.trials=4"]) == 0
     assert [trial[1] for trial in told()] == ["COMPLETE"] * 4 and len({trial[2]["optim.lr"] for trial in told()}) == 4
 

@@ -18,6 +18,7 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.config.overrides import expand
 from s2a_cli.results import record as records
 from s2a_cli.results import run_folder
+from s2a_cli.sweeps import planning
 from s2a_cli.sweeps import sweep as sweeps
 from s2a_cli.sweeps.launchers import local
 from s2a_cli.sweeps.launchers.local import Local
@@ -31,7 +32,7 @@ def own_folder(monkeypatch, tmp_path):
 
 
 class Fake:
-    """An engine whose runs end at once, as `ends` says: {a word of the run: status, exit code}."""
+    """A launcher whose runs end at once, as `ends` says: {a word of the run: status, exit code}."""
 
     note = ""
 
@@ -76,10 +77,10 @@ class Fake:
 
 
 def go(words, ends=None, **flags):
-    planned = sweeps.plan([*TINY, *words])
-    engine = Fake(planned, ends)
-    summary = sweeps.Sweep(planned, engine, **flags)()
-    return engine.started, summary
+    planned = planning.plan([*TINY, *words])
+    launcher = Fake(planned, ends)
+    summary = sweeps.Sweep(planned, launcher, **flags)()
+    return launcher.started, summary
 
 
 def test_a_grid_in_hydras_grammar():
@@ -125,18 +126,18 @@ def test_a_grid_in_hydras_grammar():
 )
 def test_a_grid_that_can_not_be_is_refused(words, said):
     with pytest.raises(UserError, match=said):
-        sweeps.plan([*TINY, *words])
+        planning.plan([*TINY, *words])
 
 
 def test_a_part_of_a_grid_that_makes_no_sense_is_left_out_with_its_reason(capsys):
     words = ["method=linear,bias", "quant=none,int4", "optim.micro_batch=null,99", "seed=0,0"]
     words.append("sweep.exclude=[{method: bias, quant: [none], why: known already}]")
-    planned = sweeps.plan([*TINY, *words])
+    planned = planning.plan([*TINY, *words])
     assert {member.config.method.name + " " + member.config.quant.name for member in planned.members} == {
         "linear none",
         "bias int4",
     }
-    said = "\n".join(sweeps.left_out(planned))
+    said = "\n".join(planning.left_out(planned))
     assert "method=linear keeps nothing" in said and "known already" in said and "optim.micro_batch=99" in said
     assert sum(map(len, planned.excluded.values())) == 2 + 1 + 3 and not planned.repeated, (
         "what stands twice counts once"
@@ -144,7 +145,7 @@ def test_a_part_of_a_grid_that_makes_no_sense_is_left_out_with_its_reason(capsys
 
 
 def test_the_same_run_twice_is_one():
-    planned = sweeps.plan([*TINY, "quant=int4", "quant.bits=4,5", "quant.norm=4", "seed=1", "workers=0,1"])
+    planned = planning.plan([*TINY, "quant=int4", "quant.bits=4,5", "quant.norm=4", "seed=1", "workers=0,1"])
     assert len(planned.members) == 2 and planned.repeated == 2
 
 
@@ -183,7 +184,7 @@ def test_after_the_first_failure_no_more_are_begun():
 
 
 def test_a_record_of_another_run_in_the_folder_does_not_count(capsys):
-    planned = sweeps.plan([*TINY, "seed=0,1"])
+    planned = planning.plan([*TINY, "seed=0,1"])
     go(["seed=0,1"])
     one, two = (member.folder / "result.json" for member in planned.members)
     two.write_bytes(one.read_bytes())
@@ -218,7 +219,7 @@ def test_what_can_not_be_locked_or_written_stops_no_sweep(monkeypatch):
 
 def test_a_replacement_that_was_broken_off_is_to_be_done():
     go(["seed=0"])
-    (member,) = sweeps.plan([*TINY, "seed=0"]).members
+    (member,) = planning.plan([*TINY, "seed=0"]).members
     assert member.state() == "done"
     begun = records.read_result(member.folder) | {"status": "interrupted"}
     records.write_result(run_folder.make_run_dir(member.folder / run_folder.NEXT), begun)
@@ -231,7 +232,7 @@ def test_a_replacement_that_was_broken_off_is_to_be_done():
 def test_a_log_is_a_file(tmp_path, make):
     make(tmp_path / "log.txt")
     with pytest.raises(OSError):
-        local.opened(tmp_path / "log.txt")
+        local.open_log(tmp_path / "log.txt")
 
 
 def test_a_report_that_would_replace_a_file_of_somebody_is_refused_before_anything_is_trained(tmp_path, capsys):
@@ -241,15 +242,15 @@ def test_a_report_that_would_replace_a_file_of_somebody_is_refused_before_anythi
 
 
 def test_a_run_of_another_process_is_waited_for():
-    planned = sweeps.plan([*TINY, "seed=0,1"])
+    planned = planning.plan([*TINY, "seed=0,1"])
     member = run_folder.make_run_dir(planned.members[0].folder)
-    engine = Fake(planned)
+    launcher = Fake(planned)
     with run_folder.claimed(member):
-        sweep = sweeps.Sweep(planned, engine)
+        sweep = sweeps.Sweep(planned, launcher)
         assert [m.state() for m in planned.members] == ["running", "new"]
         assert len(sweep.busy) == 1 and len(sweep.todo) == 1
     summary = sweep()
-    assert len(summary.done) == 2 and len(engine.started) == 2, "freed without a result: it is taken up"
+    assert len(summary.done) == 2 and len(launcher.started) == 2, "freed without a result: it is taken up"
 
 
 def test_a_gpu_takes_what_fits():
@@ -265,7 +266,7 @@ def test_a_gpu_takes_what_fits():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """One GPU, as far as planning goes."""
+    """Stands in for one GPU, as far as planning goes."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"total_memory": 2 << 30})
@@ -281,12 +282,12 @@ def test_an_automatic_batch_is_a_number_in_the_plan(gpu, monkeypatch, capsys):
 
     monkeypatch.setattr("s2a_cli.planner.batch_size.largest_batch", largest)
     words = [*TINY[:2], *TINY[4:], "quant=none", "seed=0,1"]
-    planned = sweeps.plan([*words, "method=linear,bias", "optim.batch_size=auto"])
+    planned = planning.plan([*words, "method=linear,bias", "optim.batch_size=auto"])
     batches = [(member.config.method.name, member.config.optim.batch_size) for member in planned.members]
     assert sorted(batches) == [("bias", 20), ("bias", 20), ("linear", 40), ("linear", 40)]
     assert predicted == [("linear", 2 << 30), ("bias", 2 << 30)], "once for all seeds"
     assert all("optim.batch_size=auto" not in member.command for member in planned.members)
-    given = sweeps.plan([*words, "optim.batch_size=20", "method=bias"])
+    given = planning.plan([*words, "optim.batch_size=20", "method=bias"])
     run_folder = [member.folder for member in planned.members if member.config.method.name == "bias"]
     assert [member.folder for member in given.members] == run_folder, "a run is known by the number"
     assert capsys.readouterr().out.count("the largest that is predicted to fit") == 2
@@ -303,13 +304,13 @@ def test_an_automatic_batch_is_a_number_in_the_plan(gpu, monkeypatch, capsys):
 )
 def test_an_automatic_batch_needs_a_gpu_for_each_run(gpu, words, said):
     with pytest.raises(UserError, match=said):
-        sweeps.plan([*TINY[:2], *TINY[3:], "optim.batch_size=16,auto", *words])
+        planning.plan([*TINY[:2], *TINY[3:], "optim.batch_size=16,auto", *words])
 
 
 def test_an_automatic_batch_needs_a_gpu_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match="optim.batch_size=auto: there is no CUDA device to fit; `s2a memory fit=8GiB`"):
-        sweeps.plan([*TINY[:2], *TINY[3:], "optim.batch_size=auto"])
+        planning.plan([*TINY[:2], *TINY[3:], "optim.batch_size=auto"])
 
 
 def test_a_dry_run_predicts_and_runs_nothing(capsys, tmp_path):

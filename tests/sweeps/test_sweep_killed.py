@@ -1,6 +1,4 @@
-"""A grid whose processes are killed at random moments: started again, every run is done once, as if nothing had
-happened.
-"""
+"""A grid whose processes are killed at random moments does every run once when it is started again."""
 
 from __future__ import annotations
 
@@ -45,7 +43,7 @@ def said(folder: Path) -> str:
 
 
 def trainings(folder: Path) -> list[int]:
-    """The processes that train a run of this folder."""
+    """Returns the processes that train a run of this folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -58,12 +56,12 @@ def trainings(folder: Path) -> list[int]:
 
 
 def states(folder: Path) -> list[Path]:
-    """The runs that have saved where they are."""
+    """Returns the runs that have saved where they are."""
     return list(folder.glob(f"*/*/*/*/{checkpoints.STATE}"))
 
 
 def outcomes(folder: Path) -> dict[str, tuple]:
-    """{run: all that must be equal}: figures, metrics of epochs apart from times, tensors."""
+    """Returns {run: all that must be equal}: figures, metrics of epochs apart from times, tensors."""
     found = {}
     for path in folder.glob("*/*/*/*/result.json"):
         result, run = json.loads(path.read_text()), path.parent
@@ -74,20 +72,20 @@ def outcomes(folder: Path) -> dict[str, tuple]:
 
 
 def attempts(folder: Path) -> dict[str, list[str]]:
-    """{run: what each of its attempts said}."""
+    """Returns {run: what each of its attempts said}."""
     logs = folder.glob("*/*/*/*/log.txt")
     return {log.parent.name: log.read_text().split("$ s2a train ")[1:] for log in logs}
 
 
 def trained_after_the_end(said: list[str]) -> bool:
-    """Whether a run was trained again once it was done."""
+    """Returns whether a run was trained again once it was done."""
     ends = [index for index, text in enumerate(said) if "\nrun: " in text and "interrupted" not in text]
     return any("epoch " in text for text in said[ends[0] + 1 :]) if ends else False
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The same runs, undisturbed and in this process."""
+    """Returns the outcomes of the same runs, undisturbed and in this process."""
     folder = tmp_path_factory.mktemp("whole")
     words = [word for word in GRID if not word.startswith(("seed=", "sweep."))]
     with contextlib.chdir(folder):

@@ -41,7 +41,7 @@ CACHED = [*WORDS, "method=side", "dataset.cache=taps", "dataset.scale=null"]
 
 
 class Life:
-    """`s2a WORDS` in a fork; what it says goes to the end of `log`. Has the methods of engines.Job."""
+    """`s2a WORDS` in a fork; what it says goes to the end of `log`. Has the methods of launchers.Job."""
 
     def __init__(self, words: list[str], log: Path, parent: bool = False):
         self.code, self.pid = None, os.fork()
@@ -91,7 +91,7 @@ class Life:
 
 
 class Forks:
-    """An engine of two slots, whose runs are forks of the sweep."""
+    """A launcher of two slots, whose runs are forks of the sweep."""
 
     note = ""
 
@@ -228,7 +228,7 @@ class Killing:
 
 if __name__ == "__main__":
     forecast.predict = lambda run: None  # what takes most of the time of so short a run
-    sweeps.engine = lambda settings, devices: Forks()
+    sweeps.make_launcher = lambda settings, devices: Forks()
     killing = Killing(Path(sys.argv[2]).resolve(), seed=int(sys.argv[3]) if len(sys.argv) > 3 else 0)
     killing(int(sys.argv[1]))
     for what in sorted(set(killing.seen)):

@@ -74,12 +74,16 @@ class FeatureHead(nn.Module):
         """Returns the features of a forward pass of the whole model, which `logits()` makes, and what that returns."""
         first: dict[nn.Module, Tensor] = {}
         others: list[Tensor] = []
+
+        def keep(feature: nn.Module, args: tuple, output: Tensor) -> None:
+            others.append(output)
+
         handles = [
             head.register_forward_pre_hook(lambda head, args: first.update({head: args[0]}), prepend=True)
             for head in self.heads
         ]
         read = self.branch.features if self.branch is not None else ()
-        handles += [feature.register_forward_hook(lambda _, __, output: others.append(output)) for feature in read]
+        handles += [feature.register_forward_hook(keep) for feature in read]
         try:
             out = logits()
         finally:

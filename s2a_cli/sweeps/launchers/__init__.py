@@ -1,6 +1,4 @@
-"""Where the runs of a sweep are at work: processes of this machine (local.py), SLURM jobs (slurm.py), Ray tasks
-(ray.py).
-"""
+"""Launchers start the runs of a sweep: as processes of this machine, as SLURM jobs, or as Ray tasks."""
 
 from __future__ import annotations
 
@@ -12,27 +10,43 @@ from s2a_cli.config.schema import SweepConfig
 
 
 class Job(Protocol):
+    """A run that was started."""
+
     def poll(self) -> int | None:
-        """The exit code, negative for a signal; None while it runs."""
+        """Returns the exit code, negative for a signal; None while it runs."""
+        ...
 
     def stop(self) -> None:
         """Asks it to save where it is and to end."""
+        ...
 
 
-class Engine(Protocol):
+class Launcher(Protocol):
+    """Starts runs and says how many there can be at a time."""
+
     note: str  # to be said before it starts
 
     def free(self, running: dict[int, float | None], peak_mib: float | None) -> int | None:
-        """A slot for one more run with this predicted peak beside those {slot: peak} that run; None: not now."""
+        """Returns a slot for one more run with this predicted peak; None where there is none now.
+
+        running: {slot: predicted peak in MiB} of the runs at work.
+        """
+        ...
 
     def start(self, words: list[str], log: Path, slot: int) -> Job:
         """Starts `s2a train` with the words; what it says goes to the end of the log."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Lets go of what the launcher holds, when no run is at work any more."""
+        ...
 
 
-def engine(settings: SweepConfig, devices: list[str]) -> Engine:
-    """The engine that the settings name. devices: the `device` of each run. Raises UserError when it is not there."""
+def make_launcher(settings: SweepConfig, devices: list[str]) -> Launcher:
+    """Returns the launcher that the settings name.
+
+    devices: the `device` of each run. Raises UserError where the launcher can't be had.
+    """
     from s2a_cli.sweeps.launchers.local import Local, gpu_mib, visible_gpus
 
     if settings.launcher != "local" and settings.pack:

@@ -13,11 +13,11 @@ from typing import IO
 from s2a_cli.common.interrupts import PARENT
 
 POLL = 0.2  # seconds
-CONTEXT_MIB = 1024  # of a process on a GPU beside what it allocates: the CUDA context and libraries; for packing
+CONTEXT_MIB = 1024  # what a process takes of a GPU beside what it allocates: the CUDA context and libraries
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs that this process may use, for CUDA_VISIBLE_DEVICES."""
+    """Returns the names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
     import torch
 
     count = torch.cuda.device_count()
@@ -26,27 +26,30 @@ def visible_gpus() -> list[str]:
 
 
 def gpu_mib() -> float:
-    """Memory of the smallest GPU."""
+    """Returns the memory of the smallest GPU, in MiB."""
     import torch
 
     return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / 2**20
 
 
-def opened(log: Path) -> IO[bytes]:
-    """A run's log, to write to its end. Raises OSError for a link or a pipe, which somebody may have put there."""
+def open_log(log: Path) -> IO[bytes]:
+    """Opens a run's log to write to its end. Raises OSError for a link or a pipe, which somebody may have put there."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     return os.fdopen(os.open(log, flags, 0o666), "ab")
 
 
 class Process:
-    """A run as a process of this machine, in a working folder: null is the present one."""
+    """A run as a process of this machine.
+
+    folder: the working folder; None stands for the present one.
+    """
 
     def __init__(self, words: list[str], log: Path, environment: dict[str, str], folder: str | None = None):
         command = [sys.executable, "-m", "s2a_cli", "train", *words]
-        with opened(log) as file:
+        with open_log(log) as file:
             file.write(f"$ s2a {shlex.join(command[3:])}\n".encode())
             file.flush()
-            # a group of its own: a Ctrl-C is for the sweep, which passes it on once
+            # In a group of its own: a Ctrl-C is for the sweep, which passes it on once.
             self._process = subprocess.Popen(
                 command,
                 stdout=file,
@@ -58,26 +61,33 @@ class Process:
             )
 
     def poll(self) -> int | None:
+        """Returns the exit code; None while it runs."""
         return self._process.poll()
 
     def ended(self) -> bool:
-        """As `poll() is not None`, but also within a signal that came in the middle of a poll, which holds a lock."""
+        """Returns whether the process has ended.
+
+        Works also within a signal handler that interrupts a poll, which holds a lock.
+        """
         return self._process.returncode is not None or bool(
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         )
 
     def wait(self) -> int:
+        """Waits for the end and returns the exit code."""
         return self._process.wait()
 
     def stop(self) -> None:
+        """Asks the run to save where it is and to end."""
         if self.poll() is None:
             self._process.send_signal(signal.SIGINT)
 
 
 class Local:
-    """`workers` slots. With GPUs slot i has GPU i % len(gpus) alone; packed, a GPU takes what fits into `pack_mib`.
+    """Starts runs as processes of this machine, in `workers` slots.
 
-    named: the runs name their GPUs themselves, by device=cuda:N.
+    gpus: slot i has GPU i % len(gpus). pack_mib: a GPU takes as many runs as fit into so many MiB. named: the runs name
+    their GPUs themselves, by device=cuda:N.
     """
 
     def __init__(self, workers: int, gpus: list[str], pack_mib: float | None = None, named: bool = False):
@@ -89,21 +99,20 @@ class Local:
         self.note = said if shared else ""
 
     def free(self, running: dict[int, float | None], peak_mib: float | None) -> int | None:
+        """Returns a free slot, of the GPU with the most room where runs are packed; None where there is none."""
         if self.pack_mib is None:
             return next((slot for slot in range(self.workers) if slot not in running), None)
-        here = {
-            gpu: [peak for slot, peak in running.items() if slot % len(self.gpus) == gpu]
-            for gpu in range(len(self.gpus))
-        }
-        taken = {gpu: sum((peak or self.pack_mib) + CONTEXT_MIB for peak in peaks) for gpu, peaks in here.items()}
-        for gpu in sorted(taken, key=taken.get):
-            room = self.pack_mib - taken[gpu]
-            if not here[gpu] or (peak_mib or self.pack_mib) + CONTEXT_MIB <= room:
-                slots = range(gpu, (len(running) + 1) * len(self.gpus), len(self.gpus))
+        whole, count = self.pack_mib, len(self.gpus)
+        here = [[peak for slot, peak in running.items() if slot % count == gpu] for gpu in range(count)]
+        taken = [sum((peak or whole) + CONTEXT_MIB for peak in peaks) for peaks in here]
+        for gpu in sorted(range(count), key=taken.__getitem__):
+            if not here[gpu] or (peak_mib or whole) + CONTEXT_MIB <= whole - taken[gpu]:
+                slots = range(gpu, (len(running) + 1) * count, count)
                 return next(slot for slot in slots if slot not in running)
         return None
 
     def start(self, words: list[str], log: Path, slot: int) -> Process:
+        """Starts `s2a train` with the words on the GPU of the slot, or with a share of the cores."""
         environment = os.environ | {PARENT: str(os.getpid())}
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
@@ -115,4 +124,4 @@ class Local:
         return Process(words, log, environment)
 
     def close(self) -> None:
-        pass
+        """Does nothing: the processes have ended."""

@@ -21,21 +21,29 @@ from s2a_cli.common.interrupts import PARENT
 from s2a_cli.common.text import nearest
 from s2a_cli.results import record, run_folder
 from s2a_cli.sweeps.launchers.local import POLL, Process
-from s2a_cli.sweeps.launchers.remote import INTERRUPTED, LOST, Again, Queue, note, resumed, settle
+from s2a_cli.sweeps.launchers.remote import (
+    INTERRUPTED,
+    LOST,
+    Queue,
+    RetriedJob,
+    append_note,
+    resumed,
+    wait_until_saved,
+)
 
 FOLDER, JOB = "slurm", "job.json"  # in a run's folder: submitit's files, and the job that was submitted last
-REQUEUES = 20  # after as many time limits a run is told as lost
+REQUEUES = 20  # time limits after which a run is reported as lost
 TIMEOUT = 240  # minutes, where sweep.slurm says nothing
 LOOK = 1.0  # seconds between two looks at a job
 LATE = 10.0  # seconds by which a file may come later than the end of its job, on shared storage
-UNKNOWN = 600.0  # seconds after which a job that SLURM does not know is one that it has forgotten
+UNKNOWN = 600.0  # seconds after which a job that SLURM does not know counts as forgotten
 
 
 class Slurm(Queue):
-    """One job a run. settings: of submitit's AutoExecutor, those of SLURM alone without their prefix; `cluster: local`
-    imitates SLURM on this machine.
+    """Starts each run as a SLURM job.
 
-    Raises UserError when submitit or SLURM is not there, and for settings that submitit does not have.
+    settings: of submitit's AutoExecutor, those of SLURM alone without their prefix; `cluster: local` imitates SLURM on
+    this machine. Raises UserError where submitit or SLURM is missing, and for settings that submitit does not have.
     """
 
     note = ""
@@ -54,9 +62,10 @@ class Slurm(Queue):
                 f"sweep.slurm.cluster={self._cluster}: expected slurm, or local to imitate it on this machine"
             )
         with tempfile.TemporaryDirectory() as nowhere:
-            self._executor(Path(nowhere))  # to know now what can't be
+            self._executor(Path(nowhere))  # raises now for what would fail at the first job
 
     def _executor(self, folder: Path) -> Any:
+        """Returns submitit's executor with the settings; its files lie in the folder."""
         requeues = {"slurm_max_num_timeout": REQUEUES, "local_max_num_timeout": REQUEUES}
         try:
             executor = self._submitit.AutoExecutor(folder, cluster=self._cluster, **requeues)
@@ -75,11 +84,12 @@ class Slurm(Queue):
             raise UserError(f"sweep.slurm: {str(error).splitlines()[0]}") from None
         return executor
 
-    def start(self, words: list[str], log: Path, slot: int) -> Again:
-        return Again(words, lambda words: self._submit(words, log.absolute()))
+    def start(self, words: list[str], log: Path, slot: int) -> RetriedJob:
+        """Submits `s2a train` with the words, and again where its job is lost."""
+        return RetriedJob(words, lambda words: self._submit(words, log.absolute()))
 
     def _submit(self, words: list[str], log: Path) -> Submitted:
-        """The job of a run: the one that waits or runs already, or else a new one."""
+        """Returns the job of a run: the one that waits or runs already, or else a new one."""
         folder = log.parent / FOLDER
         folder.mkdir(exist_ok=True)
         with FileLock(folder / run_folder.LOCK):
@@ -93,6 +103,7 @@ class Slurm(Queue):
         return Submitted(job, log)
 
     def _there(self, folder: Path, log: Path) -> Submitted | None:
+        """Returns the job that was submitted before, where it still waits or runs."""
         try:
             kept = json.loads(record.regular(folder / JOB))
             age = time.time() - (folder / JOB).stat().st_mtime
@@ -104,20 +115,21 @@ class Slurm(Queue):
 
 
 class Submitted:
-    """One job, as seen from the sweep."""
+    """A job of a run, as the sweep sees it."""
 
     def __init__(self, job: Any, log: Path):
         self._job, self._log = job, log
         self._code: int | None = None
-        self._next = 0.0  # when to look again
-        self._ended: float | None = None  # since when it is over, and it is not known why
+        self._next = 0.0  # when to look at it again
+        self._ended: float | None = None  # when it was first seen to be over without a result
         self._stopped = False
 
     def state(self) -> str:
+        """Returns what SLURM says about the job."""
         return self._job.state
 
     def over(self) -> bool:
-        """Whether the job is neither waiting nor at work."""
+        """Returns whether the job neither waits nor runs."""
         job = self._job
         if job.paths.result_pickle.exists():
             return True
@@ -126,18 +138,20 @@ class Submitted:
         return job.done()
 
     def poll(self) -> int | None:
+        """Returns the exit code; LOST where the job is gone, None while it waits or runs."""
         if self._code is None and time.monotonic() >= self._next:
             self._code = self._look()
             self._next = time.monotonic() + LOOK
         return self._code
 
     def _look(self) -> int | None:
+        """Asks SLURM and the job's files how it ended; None while it waits or runs."""
         if not self.over():
             return None
         code = INTERRUPTED
         if self._job.paths.result_pickle.exists():
             if error := self._job.exception():
-                note(self._log, str(error).strip().splitlines()[-1])
+                append_note(self._log, str(error).strip().splitlines()[-1])
                 return 1
             code = self._job.result()
         if code != INTERRUPTED or self._stopped:
@@ -147,26 +161,26 @@ class Submitted:
             return None
         self._job.get_info(mode="force")
         own = f"its own output is in {self._job.paths.folder}"
-        note(self._log, f"SLURM job {self._job.job_id} ended as {self.state()}; {own}")
-        return 1 if self.state().startswith("CANCELLED") else LOST  # by hand: it is not wanted any more
+        append_note(self._log, f"SLURM job {self._job.job_id} ended as {self.state()}; {own}")
+        return 1 if self.state().startswith("CANCELLED") else LOST  # cancelled by hand, it is not wanted any more
 
     def stop(self) -> None:
+        """Cancels the job, whose run then saves where it is."""
         self._stopped = True
         self._job.cancel(check=False)
 
 
 class Attempt:
-    """What a job does: it runs `s2a train` as a process beside it, and returns its exit code."""
+    """The work of a job: runs `s2a train` as a process beside it and returns its exit code."""
 
     def __init__(self, words: list[str], log: Path, folder: str):
         self.words, self.log, self.folder = words, log, folder
         self._process: Process | None = None
 
     def __call__(self) -> int:
-        settle(self.log.parent)
-        before = signal.signal(
-            signal.SIGUSR2, signal.SIG_IGN
-        )  # inherited: SLURM's warning reaches all processes of a job
+        wait_until_saved(self.log.parent)
+        # The process inherits that it ignores SLURM's warning, which reaches all processes of a job.
+        before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         self._process = Process(self.words, self.log, os.environ | {PARENT: str(os.getpid())}, self.folder)
         signal.signal(signal.SIGUSR2, before)
         try:
@@ -177,7 +191,10 @@ class Attempt:
         return self._process.wait()
 
     def checkpoint(self) -> Any:
-        """Called by submitit within a signal, when the job is preempted or out of time: what to submit instead."""
+        """Returns what to submit instead of a job that is preempted or out of time, after its run has saved.
+
+        Called by submitit within a signal handler.
+        """
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None:

@@ -1,0 +1,253 @@
+"""Plans the runs of a grid: which there are, what is known of them already, and what is left out and why.
+
+A run is known by what it computes (`record.content`): its folder bears the hash, and its record is compared in full.
+What has to be done is read from the folders alone, so that a sweep can be started again at any time, or twice at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from s2a_cli import backbones, data
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.progress import Progress
+from s2a_cli.common.text import listed, nearest, printable
+from s2a_cli.config.compose import compose, compose_sweep
+from s2a_cli.config.overrides import expand
+from s2a_cli.config.rules import show
+from s2a_cli.config.schema import SweepConfig
+from s2a_cli.config.settings import merge, plain
+from s2a_cli.methods import keeps_codable
+from s2a_cli.planner.batch_size import AUTO, need_device, resolved
+from s2a_cli.results import record, run_folder
+from s2a_cli.training import forecast
+from s2a_cli.training import run as run_module
+
+GROUPS = ("backbone", "method", "quant", "dataset", "optim")
+
+
+@dataclass
+class Member:
+    """One run of a grid."""
+
+    words: list[str]  # of `s2a train`
+    config: DictConfig
+    name: str  # the words in which it differs from others
+    content: str  # what it computes, see record.content
+    folder: Path
+    classes: int
+    images: int  # to train on
+    peak_mib: float | None = None  # predicted, where it was asked for
+    reported: bool = False  # that its record can't be read
+
+    @property
+    def command(self) -> list[str]:
+        """The words of `s2a train` with its folder."""
+        return [*self.words, f"run_dir={self.folder}"]
+
+    def state(self) -> str:
+        """Returns what its folder says: new | done | failed | oom | interrupted | running.
+
+        A record that can't be read is reported on stderr, once.
+        """
+        state, damage = run_folder.state(self.folder, self.content)
+        if damage and not self.reported:
+            print(f"s2a: {printable(damage)}: to be trained anew", file=sys.stderr)
+            self.reported = True
+        return state
+
+
+@dataclass
+class Plan:
+    """The runs of a grid, without those that are left out."""
+
+    members: list[Member]
+    excluded: dict[str, list[str]] = field(default_factory=dict)  # reason -> names of runs
+    repeated: int = 0  # members of the grid that are the same run as another
+    settings: SweepConfig = field(default_factory=SweepConfig)
+
+
+def plan(words: list[str]) -> Plan:
+    """Returns the runs that the words of `s2a sweep` stand for.
+
+    Their data and weights are read or downloaded, because a run is known by them. Raises UserError for words that can't
+    be read, and when no run is left.
+    """
+    own = [word for word in words if word.removeprefix("++").startswith("sweep.")]
+    rest = [word for word in words if word not in own]
+    settings = compose_sweep([*expand([w for w in rest if w.startswith("experiment=")])[0], *own])
+    given = {key for word in rest if (key := word.partition("=")[0])}
+    rest = [f"{key}={_several(value)}" for key, value in settings.grid.items() if key not in given] + rest
+    grid = expand(rest)
+    if any(AUTO in chosen for chosen in grid):
+        _whole_gpus(settings)
+    varied = [index for index in range(len(rest)) if len({member[index] for member in grid}) > 1]
+    members: dict[str, Member] = {}  # by what each computes
+    excluded: dict[str, list[str]] = {}
+    known = Known()
+    with Progress("planning", len(grid), " runs") as progress:
+        for chosen in grid:
+            name = " ".join(chosen[index] for index in varied) or "the only run"
+            try:
+                chosen = known.sized(chosen)
+                config = compose(chosen)
+                reason = _excluded(config, settings.exclude)
+                if not reason:
+                    member = known.member(chosen, config, name, Path(settings.dir))
+                    members.setdefault(member.content, member)
+            except UserError as error:
+                reason = str(error)
+            progress.add(1)
+            if reason:
+                excluded.setdefault(reason, []).append(name)
+    if not members:
+        raise UserError("\n".join(dict.fromkeys(line for reason in excluded for line in reason.splitlines())))
+    repeated = len(grid) - len(members) - sum(map(len, excluded.values()))
+    return Plan(list(members.values()), excluded, repeated, settings)
+
+
+def _whole_gpus(settings: SweepConfig) -> None:
+    """Raises UserError unless each run of a sweep has a GPU of this machine alone, whose memory a batch can fit."""
+    if settings.launcher != "local":
+        raise UserError(
+            f"{AUTO}: under sweep.launcher={settings.launcher} the device is elsewhere; `s2a memory fit=8GiB` tells the"
+            " batch for it"
+        )
+    need_device()
+    if settings.pack or (settings.workers or 1) > torch.cuda.device_count():
+        raise UserError(
+            f"{AUTO}: fills a GPU, and here several runs share one; set sweep.workers to at most the number of GPUs"
+        )
+
+
+def _several(value: Any) -> str:
+    """Returns the values of a grid's key, a list or a text in Hydra's grammar, as they stand on a command line."""
+    return ",".join(map(show, value)) if isinstance(value, list) else show(value)
+
+
+def _excluded(config: DictConfig, rules: Iterable[dict[str, Any]]) -> str | None:
+    """Returns why a run is left out; None if it is not. Raises UserError for a rule that names no setting."""
+    if config.quant.name not in ("none", "exact") and not keeps_codable(config.method.name):
+        return f"method={config.method.name} keeps nothing that quant= could code: it is run with quant=none"
+    for rule in rules:
+        conditions = {key: value for key, value in rule.items() if key != "why"}
+        if not conditions:
+            raise UserError(
+                f"sweep.exclude: {rule}: expected settings, such as {{method: side, quant: int4, why: a reason}}"
+            )
+        matches = True
+        for key, value in conditions.items():
+            found = config[key].name if key in GROUPS else OmegaConf.select(config, key, default="?")
+            if found == "?":
+                raise UserError(f"sweep.exclude: {key}: no such setting{nearest(key, [*GROUPS, *map(str, config)])}")
+            matches &= found in (value if isinstance(value, list) else [value])
+        if matches:
+            return rule.get("why") or "excluded: " + ", ".join(f"{key}={value}" for key, value in conditions.items())
+    return None
+
+
+class Known:
+    """Looks at the data, weights and structures of the runs of a plan, at each once."""
+
+    def __init__(self) -> None:
+        self._data: dict[str, Any] = {}
+        self._weights: dict[str, str] = {}
+        self._fits: set[str] = set()
+        self._batches: dict[str, str] = {}
+
+    def sized(self, words: list[str]) -> list[str]:
+        """Returns the words with optim.batch_size=auto replaced by what fits the first GPU.
+
+        The GPUs of one machine are taken to be alike. A run is known by its batch, which has to be the same number
+        whenever the sweep goes on: that of the whole memory of the GPU, whatever others hold of it now.
+        """
+        if AUTO not in words:
+            return words
+        alone = [word for word in words if not word.startswith("busy=")]
+        unseeded = merge(compose([word for word in alone if word != AUTO]), {"seed": 0})
+        return [*(word for word in words if word != AUTO), _once(self._batches, unseeded, lambda: resolved(alone)[-1])]
+
+    def member(self, words: list[str], config: DictConfig, name: str, root: Path) -> Member:
+        """Returns a run of the grid.
+
+        Raises UserError for data or weights that can't be had, and for settings that don't fit the backbone.
+        """
+        splits = _once(self._data, config.dataset, lambda: _summary(data.load(config.dataset)))
+        revision, label, classes, images = splits
+        seed = config.seed if not (config.backbone.pretrained or config.backbone.checkpoint) else None
+
+        def fingerprint() -> str:
+            """Returns the hash of the weights, which without pretrained ones come from the run's seed."""
+            torch.manual_seed(config.seed)
+            return backbones.build(config.backbone, classes).fingerprint()
+
+        weights = _once(self._weights, OmegaConf.create({"of": config.backbone, "seed": seed}), fingerprint)
+        settings = plain(config, resolve=True)
+        shape = json.dumps({key: settings[key] for key in ("backbone", "method", "quant", "optim", "precision")})
+        if shape not in self._fits:
+            run_module.attach(config, backbones.build(config.backbone, classes, meta=True))
+            self._fits.add(shape)
+        content = record.content(settings, revision, weights)
+        place = root / label / config.backbone.name / config.method.name / record.identity(content)
+        return Member(words, config, name, content, place, classes, images)
+
+
+def _once(known: dict[str, Any], key: DictConfig, make: Callable[[], Any]) -> Any:
+    """Returns what is known under the settings of `key`; made when it is first asked for."""
+    text = json.dumps(plain(key, resolve=True), sort_keys=True)
+    if text not in known:
+        known[text] = make()
+    return known[text]
+
+
+def _summary(splits: data.Splits) -> tuple[str, str, int, int]:
+    """Returns (revision, name, number of classes, number of training images)."""
+    return splits.revision, splits.name, len(splits.classes), len(splits.train)
+
+
+def predict(members: list[Member]) -> None:
+    """Fills in the peak that each run is predicted to need, in MiB; leaves None where that can't be said."""
+    known: dict[str, float | None] = {}
+    with Progress("predicting", len(members), " runs") as progress:
+        for member in members:
+            unseeded = merge(member.config, {"seed": 0})
+            key = OmegaConf.create({"config": unseeded, "classes": member.classes, "images": member.images})
+            member.peak_mib = _once(
+                known, key, lambda member=member: forecast.predicted_peak(member.config, member.classes, member.images)
+            )
+            progress.add(1)
+
+
+def overview(planned: Plan, predicted: bool) -> str:
+    """Returns the plan as a table, with the state of each run, and what is left out and why."""
+    from tabulate import tabulate
+
+    rows = []
+    for member in planned.members:
+        peak = "–" if member.peak_mib is None else f"{member.peak_mib:,.0f}"
+        rows.append([member.name, member.state(), *([peak] if predicted else []), str(member.folder)])
+    header = ["run", "state", *(["predicted peak MiB"] if predicted else []), "folder"]
+    counts = Counter(row[1] for row in rows)
+    alignment = ["left", "left", *(["right"] if predicted else []), "left"]
+    table = tabulate(rows, header, disable_numparse=True, colalign=alignment)
+    total = f"\n{len(rows)} runs: " + ", ".join(f"{number} {state}" for state, number in counts.items())
+    return "\n".join([table, total, *left_out(planned)])
+
+
+def left_out(planned: Plan) -> list[str]:
+    """Returns a line for each reason for which members of the grid are not run."""
+    lines = []
+    for reason, names in planned.excluded.items():
+        lines.append(f"left out: {listed(names, 3, '; ')}: {reason.splitlines()[0]}")
+    if planned.repeated:
+        lines.append(f"left out: {planned.repeated} that are the same run as another of the grid")
+    return lines
