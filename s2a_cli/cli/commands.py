@@ -68,13 +68,12 @@ def train(words: list[str]) -> int:
     config = composed([word for word in words if not word.startswith("--")])
     with imports():
         from s2a_cli.common.distributed import silenced
-        from s2a_cli.results import summary
+        from s2a_cli.results import aggregate, summary
         from s2a_cli.training import trainer
 
     with silenced():
         result, folder = trainer.train(config, anew="--force" in words, once="--once" in words)
-        row: Any = result
-        print(summary.render(summary.table(summary.frame([row]))))
+        print(summary.render(summary.table(aggregate.from_results([result]))))
         print(f"\nrun: {folder}")
     status, error = result["status"], result["error"]
     if status != "ok":
@@ -223,11 +222,11 @@ def _runs(words: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], dic
 
 def table(words: list[str]) -> int:
     """Prints a table of runs, and draws it where a figure is asked for."""
-    from s2a_cli.results import formats, pivot, pivot_text, summary
+    from s2a_cli.results import aggregate, formats, pivot_text, summary
 
     options, wanted, folders = _runs(words, TABLE)
-    formats.checked(options.get("format", "terminal"))
-    frame = pivot.keep(summary.load(folders), wanted, TABLE)
+    formats.check_format(options.get("format", "terminal"))
+    frame = aggregate.select(aggregate.load(folders), wanted, TABLE)
     shown = pivot_text.show(frame, options)
     if "figure" in options:
         from s2a_cli.results import plots

@@ -48,9 +48,12 @@ def counted(count: int, noun: str) -> str:
 
 
 def natural(text: str) -> tuple:
-    """Returns a key that sorts numbers within texts by their value: blocks.2 before blocks.10."""
+    """Returns a key that sorts numbers within texts by their value: blocks.2 before blocks.10.
+
+    No two texts have the same key: 0.005 and 0.0005 hold the same numbers.
+    """
     parts = [part for part in re.split(r"(\d+)", text) if part]
-    return tuple((0, float(part), "") if part.isdecimal() else (1, 0.0, part) for part in parts)
+    return tuple((0, float(part), "") if part.isdecimal() else (1, 0.0, part) for part in parts), text
 
 
 def first_line(error: BaseException, most: int = 160) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import atomic_write
 from s2a_cli.common.text import nearest
+from s2a_cli.results.frames import is_missing
 
 MADE_BY = "s2a figure"  # in the files of figures
 MAKER = {"svg": "Creator", "png": "Software", "pdf": "Creator"}  # what each kind of file calls the program that made it
@@ -43,60 +44,71 @@ table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .7r
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """A table of texts; `bold` holds the (line, column) places of the best; columns in `right` are aligned to the
-    right.
-    """
+class TextTable:
+    """A table of texts, as it is printed."""
 
     text: pd.DataFrame
-    right: set[str]
-    bold: set[tuple[int, str]] = field(default_factory=set)
+    right: set[str]  # columns that are aligned to the right
+    bold: set[tuple[int, str]] = field(default_factory=set)  # (line, column) of the best
     title: str = ""
 
 
-def checked(format: str) -> str:
+def check_format(format: str) -> str:
+    """Returns the format of a table. Raises UserError for one that is not in FORMATS."""
     if format not in FORMATS:
         raise UserError(f"format={format}: expected one of {', '.join(FORMATS)}{nearest(format, FORMATS)}")
     return format
 
 
 def number(value: float, digits: int, suffix: str = "") -> str:
+    """Returns a figure with so many decimals, a dash for nan."""
     return "–" if pd.isna(value) else f"{value:,.{digits}f}{suffix}"
 
 
 def mib(value: float) -> str:
+    """Returns a figure with one decimal, none from 100 on, a dash for nan."""
     return number(value, 1 if pd.isna(value) or value < 100 else 0)
 
 
 def cell(value: object) -> str:
-    return "–" if pd.isna(value) else f"{value:.10g}" if isinstance(value, float) else str(value)
+    """Returns a setting as it stands in a table of settings, a dash for a missing one."""
+    return "–" if is_missing(value) else f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def render(sheets: list[Sheet], notes: list[str], format: str) -> str:
-    """The sheets with the notes under them, in one of FORMATS but csv, which holds numbers and not texts."""
+def label(value: object) -> str:
+    """Returns a setting as users type it: null, true, 0.001."""
+    if is_missing(value):
+        return "null"
+    return (
+        f"{value:.10g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+    )
+
+
+def render(tables: list[TextTable], notes: list[str], format: str) -> str:
+    """Returns the tables with the notes under them, in one of FORMATS but csv, which holds numbers and not texts."""
     if format == "latex":
-        return "\n\n".join([*map(_latex, sheets), "\n".join(f"% {note}" for note in notes)])
+        return "\n\n".join([*map(_latex, tables), "\n".join(f"% {note}" for note in notes)])
     if format == "html":
         said = "".join(f"<p>{html.escape(note)}</p>\n" for note in notes)
         return (
             f"<!doctype html>\n<meta charset=utf-8>\n<title>s2a</title>\n{STYLE}\n"
-            + "\n".join(map(_html, sheets))
+            + "\n".join(map(_html, tables))
             + f"\n{said}"
         )
     style = {"md": "github", "terminal": "simple"}[format]
     printed = []
-    for sheet in sheets:
-        text = _marked(sheet, "**{}**" if format == "md" else "*{}")
+    for table in tables:
+        text = _marked(table, "**{}**" if format == "md" else "*{}")
         if format == "md":
             text = text.map(lambda value: value.replace("|", "\\|"))
-        align = ["right" if column in sheet.right else "left" for column in text]
-        table = text.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)
-        printed.append(f"{sheet.title}\n\n{table}" if sheet.title else table)
+        align = ["right" if column in table.right else "left" for column in text]
+        drawn = text.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)
+        printed.append(f"{table.title}\n\n{drawn}" if table.title else drawn)
     return "\n\n".join([*printed, "\n".join(notes) if format == "terminal" else "  \n".join(notes)])
 
 
 def as_csv(rows: pd.DataFrame) -> str:
-    """The rows as CSV. A text that a spreadsheet would run as a formula has a ' before it."""
+    """Returns the rows as CSV. A text that a spreadsheet would run as a formula has a ' before it."""
 
     def safe(value: object) -> object:
         return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
@@ -129,9 +141,9 @@ def check_out(path: Path, word: str, force: bool = False) -> None:
         raise UserError(f"{word}={path}: can't be written ({error.strerror})") from None
 
 
-def _marked(sheet: Sheet, mark: str) -> pd.DataFrame:
-    text = sheet.text.astype(object)
-    for line, column in sheet.bold:
+def _marked(table: TextTable, mark: str) -> pd.DataFrame:
+    text = table.text.astype(object)
+    for line, column in table.bold:
         text.iat[line, text.columns.get_loc(column)] = mark.format(text.iat[line, text.columns.get_loc(column)])
     return text
 
@@ -140,26 +152,26 @@ def _tex(text: str) -> str:
     return "".join(ESCAPED.get(character, character) for character in text)
 
 
-def _latex(sheet: Sheet) -> str:
-    """A booktabs tabular, texts escaped; the document needs \\usepackage{booktabs}."""
-    text = sheet.text.map(_tex).rename(columns=_tex)
-    text = _marked(Sheet(text, set(), {(line, _tex(column)) for line, column in sheet.bold}), r"\textbf{{{}}}")
-    align = "".join("r" if column in sheet.right else "l" for column in sheet.text)
-    title = f"% {sheet.title}\n" if sheet.title else ""
+def _latex(table: TextTable) -> str:
+    """Returns a booktabs tabular with escaped texts; the document needs \\usepackage{booktabs}."""
+    text = table.text.map(_tex).rename(columns=_tex)
+    text = _marked(TextTable(text, set(), {(line, _tex(column)) for line, column in table.bold}), r"\textbf{{{}}}")
+    align = "".join("r" if column in table.right else "l" for column in table.text)
+    title = f"% {table.title}\n" if table.title else ""
     return title + text.to_latex(index=False, escape=False, column_format=align).rstrip("\n")
 
 
-def _html(sheet: Sheet) -> str:
+def _html(table: TextTable) -> str:
     def line(tag: str, values: list[str]) -> str:
-        pairs = zip(values, sheet.text, strict=True)
-        cells = (f"<{tag}{' class=right' if column in sheet.right else ''}>{value}</{tag}>" for value, column in pairs)
+        pairs = zip(values, table.text, strict=True)
+        cells = (f"<{tag}{' class=right' if column in table.right else ''}>{value}</{tag}>" for value, column in pairs)
         return f"<tr>{''.join(cells)}</tr>"
 
-    escaped = Sheet(sheet.text.map(html.escape), sheet.right, sheet.bold)
+    escaped = TextTable(table.text.map(html.escape), table.right, table.bold)
     body = [line("td", list(row)) for row in _marked(escaped, "<b>{}</b>").itertuples(index=False)]
-    title = f"<h2>{html.escape(sheet.title)}</h2>\n" if sheet.title else ""
+    title = f"<h2>{html.escape(table.title)}</h2>\n" if table.title else ""
     return (
-        f"{title}<table>\n<thead>{line('th', [html.escape(c) for c in sheet.text])}</thead>\n<tbody>\n"
+        f"{title}<table>\n<thead>{line('th', [html.escape(c) for c in table.text])}</thead>\n<tbody>\n"
         + "\n".join(body)
         + "\n</tbody></table>"
     )

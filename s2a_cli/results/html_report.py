@@ -6,6 +6,7 @@ The page is report.html, filled in by Jinja, which escapes all texts.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import pandas as pd
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import first_line, printable
 from s2a_cli.results import pivot, pivot_text, plots, record, run_folder, summary
-from s2a_cli.results.formats import check_out, mib, number, save
+from s2a_cli.results.aggregate import BASE, KINDS, environment_notes, memory_kinds, read, runs_of, select, tell, varying
+from s2a_cli.results.formats import check_out, label, mib, number, save
+from s2a_cli.results.frames import column, column_counts, grouped, groups_of, is_missing, numeric, where
 
 TEMPLATE = Path(__file__).with_name("report.html")
 CURVES = {"panels": 9, "lines": 10, "runs": 3, "points": 60}  # most of each in the learning curves
 BARS = 40  # most memory bars
+MEMORY = ("memory.peak_mib", "memory.static_mib", "memory.kept_mib", "memory.full_finetune_peak_mib")
 
 
 def write(places: list[str], wanted: dict[str, str], out: Path, force: bool = False) -> str:
@@ -29,20 +33,20 @@ def write(places: list[str], wanted: dict[str, str], out: Path, force: bool = Fa
     ours.
     """
     check_out(out, "out", force)
-    frame, odd = summary.read(places)
+    frame, odd = read(places)
     if frame.empty:
-        read = f" ({len(odd)} can't be read, the first: {odd[0]})" if odd else ""
-        raise UserError(f"no finished runs below {', '.join(map(str, places))}{read}; make one with: s2a train")
-    page = html(pivot.keep(frame, wanted, ("out",)), odd, out.parent)
-    summary.tell(odd)
+        why = f" ({len(odd)} can't be read, the first: {odd[0]})" if odd else ""
+        raise UserError(f"no finished runs below {', '.join(map(str, places))}{why}; make one with: s2a train")
+    page = html(select(frame, wanted, ("out",)), odd, out.parent)
+    tell(odd)
     save(out, page, "out", force)
     left = f", {len(odd)} that can't be read" if odd else ""
     return f"{out}: {len(page.encode()) / 2**20:.1f} MiB, {len(frame)} results{left}"
 
 
 def html(frame: pd.DataFrame, odd: list[str], beside: Path) -> str:
-    """The page of the runs in `frame` (see tables.load); links to run folders are relative to `beside`."""
-    runs, rows = summary.unique(frame), summary.table(frame)
+    """Returns the page of the runs in `frame`, see aggregate.load; links to run folders are relative to `beside`."""
+    runs, rows = runs_of(frame), summary.table(frame)
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -52,7 +56,7 @@ def html(frame: pd.DataFrame, odd: list[str], beside: Path) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         counts=runs["status"].value_counts().to_dict(),
         settings=_numbered(summary.readable(rows)),
-        notes=[*summary.NOTES, *pivot.Hidden.of_environment(frame).notes(["method", "quant", "dataset", "backbone"])],
+        notes=[*summary.NOTES, *environment_notes(frame)],
         grid=_grid(frame),
         pareto=drawn,
         curves=curves,
@@ -71,13 +75,13 @@ def _numbered(text: pd.DataFrame) -> dict[str, Any]:
 
 
 def _grid(frame: pd.DataFrame) -> dict[str, Any] | None:
-    """Method x dataset with its tests; None for a single row or data set."""
-    runs = summary.unique(frame)
-    if runs["dataset"].nunique() < 2 or runs.groupby(["backbone", "method", "quant"]).ngroups < 2:
+    """Returns method x dataset with its tests; None for a single row or data set."""
+    runs = runs_of(frame)
+    vary = varying(runs)
+    if not vary or not varying(runs, ["dataset"]):
         return None
-    vary = [key for key in ("backbone", "method", "quant") if runs[key].nunique() > 1]
-    sheet, notes = pivot_text.sheet(pivot.make(frame, vary, ["dataset"]))
-    return _numbered(sheet.text) | {"right": sheet.right, "bold": sheet.bold, "notes": notes}
+    table, notes = pivot_text.table(pivot.make(frame, vary, ["dataset"]))
+    return _numbered(table.text) | {"right": table.right, "bold": table.bold, "notes": notes}
 
 
 def _pareto(rows: pd.DataFrame, cost: str) -> dict[str, str]:
@@ -87,13 +91,13 @@ def _pareto(rows: pd.DataFrame, cost: str) -> dict[str, str]:
 
 
 def _curves(runs: pd.DataFrame, odd: list[str]) -> tuple[str, str]:
-    """Learning curves from metrics.jsonl beside result.json, thinned to CURVES, and a line on what was left out.
+    """Returns learning curves from metrics.jsonl beside result.json, thinned to CURVES, and a line on what is left out.
 
     Adds a line to `odd` for each file that can't be read.
     """
     if "path" not in runs:
         return "", "No run folders: no learning curves."
-    settings = runs.groupby(["backbone", "dataset", "method", "quant"])["path"].agg(list)
+    settings = grouped(runs, ["backbone", "dataset", "method", "quant"])["path"].agg(list)
     panels = settings.groupby(level=["backbone", "dataset"]).size().sort_values(ascending=False)
     found = []
     for place in panels.index[: CURVES["panels"]]:
@@ -101,7 +105,7 @@ def _curves(runs: pd.DataFrame, odd: list[str]) -> tuple[str, str]:
         for (method, quant), paths in settings.loc[place][: CURVES["lines"]].items():
             read = [points for path in paths[: CURVES["runs"]] if (points := _metrics(path, odd)) is not None]
             if read:
-                mean = pd.concat(read).groupby("epoch", as_index=False)["val_top1"].mean()
+                mean: pd.DataFrame = grouped(pd.concat(read), "epoch")[["val_top1"]].mean().reset_index()
                 lines.append((f"{method} {quant}", mean.iloc[:: -(-len(mean) // CURVES["points"])]))
         if lines:
             found.append((" · ".join(place), lines))
@@ -116,8 +120,9 @@ def _curves(runs: pd.DataFrame, odd: list[str]) -> tuple[str, str]:
 
 
 def _metrics(path: str, odd: list[str]) -> pd.DataFrame | None:
-    """epoch and val_top1 of a run; None without the file or without validation, or where it can't be read: `odd` says
-    so then.
+    """Returns epoch and val_top1 of a run; None without the file or without validation, and where it can't be read.
+
+    Adds a line to `odd` in the last case.
     """
     beside = Path(path).with_name(run_folder.METRICS)
     try:
@@ -131,31 +136,18 @@ def _metrics(path: str, odd: list[str]) -> pd.DataFrame | None:
 
 
 def _bars(runs: pd.DataFrame) -> list[dict[str, Any]]:
-    """Static, kept and transient MiB of a step for each setting whose memory is known, beside full fine-tuning's
-    peak.
+    """Returns what a step takes for each setting whose memory is known: static, kept and transient MiB.
+
+    Full fine-tuning's peak is beside them. Bars are of finished runs, BARS of them at most.
     """
-    known = runs[(runs["status"] == "ok") & runs["memory.peak_mib"].notna()].reindex(
-        columns=list(dict.fromkeys([*runs, *_KNOWN]))
-    )
-    known = known.assign(kind=known["memory.kind"].map(summary.KINDS))
-    by = [
-        "backbone",
-        "config.backbone.image_size",
-        "config.optim.batch_size",
-        "config.precision",
-        "method",
-        "quant",
-        "kind",
-    ]
+    known = where(runs, (runs["status"] == "ok") & runs["memory.peak_mib"].notna())
+    known = known.reindex(columns=list(dict.fromkeys([*runs, *MEMORY, "config.precision"])))
+    known = known.assign(kind=memory_kinds(known))
+    by = ["backbone", "config.backbone.image_size", "config.optim.batch_size", "config.precision"]
     bars = []
-    for names, group in list(known.groupby(by, dropna=False))[:BARS]:
-        mean = (
-            group[["memory.peak_mib", "memory.static_mib", "memory.kept_mib", "memory.full_finetune_peak_mib"]]
-            .apply(pd.to_numeric)
-            .mean()
-        )
-        peak, static, kept, full = mean.fillna(0)
-        backbone, size, batch, precision, method, quant, kind = (pivot.label(name) for name in names)
+    for names, group in groups_of(known, [*by, "method", "quant", "kind"], dropna=False)[:BARS]:
+        peak, static, kept, full = (_mean(group, name) for name in MEMORY)
+        backbone, size, batch, precision, method, quant, kind = map(label, names)
         widest = max(peak, full)
         parts = {"static": static, "kept": kept, "transient": max(0.0, peak - static - kept)}
         bars.append(
@@ -172,7 +164,10 @@ def _bars(runs: pd.DataFrame) -> list[dict[str, Any]]:
     return bars
 
 
-_KNOWN = ("memory.static_mib", "memory.kept_mib", "memory.full_finetune_peak_mib", "config.precision")
+def _mean(runs: pd.DataFrame, name: str) -> float:
+    """Returns the mean of a figure over runs, 0 where none has it."""
+    mean = float(numeric(column(runs, name)).mean())
+    return 0.0 if is_missing(mean) else mean
 
 
 def _folder(path: Any, beside: Path) -> str:
@@ -180,28 +175,30 @@ def _folder(path: Any, beside: Path) -> str:
 
 
 def _runs(runs: pd.DataFrame, beside: Path) -> list[list[str]]:
-    """A line a run: data set, backbone, method, quant, seed, status, top-1, peak, memory, images/s, folder."""
+    """Returns a line a run: data set, backbone, method, quant, seed, status, top-1, peak, memory, images/s, folder."""
+    shown = ["accuracy.test_top1", "memory.peak_mib", "memory.kind", "throughput.train_images_per_second", "path"]
     lines = []
-    columns = [*summary.BASE, "config.seed", "status", "accuracy.test_top1", "memory.peak_mib", "memory.kind"]
-    for *names, seed, status, top1, peak, kind, speed, path in runs.reindex(
-        columns=[*columns, "throughput.train_images_per_second", "path"]
-    ).itertuples(index=False, name=None):
-        figures_of = [number(top1, 2), mib(peak), summary.KINDS.get(kind, "–"), mib(speed)]
-        lines.append([*names, pivot.label(seed), status, *figures_of, _folder(path, beside)])
+    for *names, seed, status, top1, peak, kind, speed, path in _values(runs, ["config.seed", "status", *shown]):
+        figures = [number(top1, 2), mib(peak), KINDS.get(kind, "–"), mib(speed)]
+        lines.append([*names, label(seed), status, *figures, _folder(path, beside)])
     return lines
 
 
 def _failures(runs: pd.DataFrame, beside: Path) -> list[list[str]]:
-    failed = runs[~runs["status"].isin(["ok", "running"])].reindex(
-        columns=[*summary.BASE, "config.seed", "status", "error", "path"]
-    )
+    """Returns a line a run that failed or was broken off: names, seed, status, error, folder."""
+    failed = where(runs, [status not in ("ok", "running") for status in runs["status"]])
     return [
-        [*names, pivot.label(seed), status, str(error or ""), _folder(path, beside)]
-        for *names, seed, status, error, path in failed.itertuples(index=False, name=None)
+        [*names, label(seed), status, str(error or ""), _folder(path, beside)]
+        for *names, seed, status, error, path in _values(failed, ["config.seed", "status", "error", "path"])
     ]
 
 
+def _values(runs: pd.DataFrame, names: list[str]) -> Iterable[tuple[Any, ...]]:
+    """Returns the values of BASE and of these columns, a tuple a run; a column that is not there holds nan."""
+    return runs.reindex(columns=[*BASE, *names]).itertuples(index=False, name=None)
+
+
 def _environments(runs: pd.DataFrame) -> list[tuple[str, list[tuple[str, int]]]]:
-    """(key, [(value, number of runs)]) of all that was recorded of machines and versions."""
-    columns = [c for c in runs if c.startswith("environment.")]
-    return [(c.removeprefix("environment."), list(runs[c].map(pivot.label).value_counts().items())) for c in columns]
+    """Returns (key, [(value, number of runs)]) of all that was recorded of machines and versions."""
+    names = [c for c in runs if c.startswith("environment.")]
+    return [(name.removeprefix("environment."), column_counts(column(runs, name).map(label))) for name in names]

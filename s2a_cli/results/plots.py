@@ -1,39 +1,41 @@
-"""Figures of the rows of `tables.table`: accuracy against memory or parameters with the frontier, and learning
-curves.
-"""
+"""Figures of results: accuracy against memory or parameters with the frontier, and learning curves."""
 
 from __future__ import annotations
 
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib
-import matplotlib.ticker
 
 matplotlib.use("Agg")
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 from matplotlib.lines import Line2D
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import natural
 from s2a_cli.results import formats
+from s2a_cli.results.frames import column, grouped, groups_of, where
 
 # Readable on white and on black (after Okabe & Ito); line and marker by quant where there are several.
 COLORS = ("#3b8fd0", "#e0702f", "#27a074", "#c263a0", "#b8941c", "#7c7cf0", "#d6504c", "#4aa8b8", "#8a8a8a", "#9b6a3c")
 MARKERS = "osD^vP*Xph<>"
+GREY = "#808080"
 INK = "#010203"  # text and axes; in a page it becomes the page's own colour
 PANELS = 12
+Styles = dict[str, str]
 AXES = {"peak_mib": "peak MiB", "trainable": "trainable M, head apart"}
-STYLE = {
+STYLE: Any = {  # of matplotlib.rc_context
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "text.parse_math": False,  # a name may hold any number of $
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "grid.color": "#808080",
+    "grid.color": GREY,
     "font.size": 9,
     "svg.fonttype": "none",
     "svg.hashsalt": "s2a",
@@ -46,93 +48,108 @@ STYLE = {
 
 
 def frontier(points: pd.DataFrame, cost: str) -> pd.DataFrame:
-    """The points to which no other is at once as cheap and better, or as good and cheaper; by rising cost."""
+    """Returns the points to which no other is as cheap and better, or as good and cheaper, by rising cost."""
     ordered = points.sort_values([cost, "top1_mean"], ascending=[True, False])
-    return ordered[ordered["top1_mean"] > ordered["top1_mean"].cummax().shift(fill_value=float("-inf"))]
+    top1 = column(ordered, "top1_mean")
+    return where(ordered, top1 > top1.cummax().shift(fill_value=float("-inf")))
 
 
 def panels(rows: pd.DataFrame, cost: str) -> list[tuple[str, pd.DataFrame]]:
-    """(title, points) for each backbone and data set that has at least two finished settings; the fullest first."""
-    points = rows[rows["top1_mean"].notna() & rows[cost].notna() & (rows["n"] > 0)]
-    found = [(" · ".join(names), group) for names, group in points.groupby(["backbone", "dataset"]) if len(group) > 1]
+    """Returns (title, points) for each backbone and data set with two finished settings or more, the fullest first."""
+    points = where(rows, rows["top1_mean"].notna() & rows[cost].notna() & (rows["n"] > 0))
+    groups = groups_of(points, ["backbone", "dataset"])
+    found = [(" · ".join(names), group) for names, group in groups if len(group) > 1]
     return sorted(found, key=lambda panel: (-len(panel[1]), natural(panel[0])))
 
 
 def pareto(rows: pd.DataFrame, cost: str) -> tuple[plt.Figure | None, str]:
-    """Test top-1 against `cost`, a panel a backbone and data set, and a line on what is left out. None: nothing to
-    draw.
+    """Returns test top-1 against `cost`, a panel a backbone and data set, and a line on what is left out.
 
-    Measured peaks are filled marks and a solid frontier, predicted ones hollow and dashed.
+    The figure is None where there is nothing to draw. Measured peaks are filled marks and a solid frontier, predicted
+    ones hollow and dashed.
     """
     found = panels(rows, cost)
     if not found:
         return None, "No backbone and data set has two finished settings."
     chosen = found[:PANELS]
     points = pd.concat([group for _, group in chosen])
-    color = _styles(points["method"], COLORS)
-    marker = _styles(points["quant"], MARKERS)
+    color = _styles(column(points, "method"), COLORS)
+    marker = _styles(column(points, "quant"), MARKERS)
     figure, axes = _canvas(len(chosen))
     for axis, (title, group) in zip(axes, chosen, strict=False):
-        scale = 1e-6 if cost == "trainable" else 1.0
-        for kind, part in group.groupby(group["memory"].fillna("predicted") if cost == "peak_mib" else group["n"] * 0):
-            measured = kind != "predicted"
-            edge = frontier(part, cost)
-            along = [*edge[cost] * scale, group[cost].max() * scale]  # on to the right: dearer settings are below it
-            axis.step(
-                along,
-                [*edge["top1_mean"], edge["top1_mean"].max()],
-                where="post",
-                color="#808080",
-                lw=1.2,
-                ls="-" if measured else "--",
-                zorder=1,
-            )
-            for row in part.itertuples():
-                axis.errorbar(
-                    getattr(row, cost) * scale,
-                    row.top1_mean,
-                    yerr=row.top1_std if row.n > 1 else None,
-                    fmt=marker[row.quant],
-                    ms=6,
-                    color=color[row.method],
-                    mfc=color[row.method] if measured else "none",
-                    elinewidth=0.7,
-                    alpha=0.9,
-                    zorder=2,
-                )
+        _draw_points(axis, group, cost, (color, marker))
+        _scale_costs(axis, [value * _unit(cost) for value in group[cost]])
         axis.set_title(title)
-        low, high = group[cost].min() * scale, group[cost].max() * scale
-        if low > 0 and high / low > 4:
-            axis.set_xscale("log")
-        elif low == 0 and high > 0:  # the linear probe trains nothing beside the head
-            axis.set_xscale("symlog", linthresh=group.loc[group[cost] > 0, cost].min() * scale, linscale=0.5)
-        if axis.get_xscale() == "log":
-            axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
-        axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
-        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axis.set(xlabel=AXES[cost], ylabel="test top-1 %")
     handles = [Line2D([], [], color=c, marker="o", ls="", label=name) for name, c in color.items()]
-    handles += (
-        [Line2D([], [], color="#808080", marker=m, ls="", label=name) for name, m in marker.items()]
-        if len(marker) > 1
-        else []
-    )
-    if cost == "peak_mib":
-        kinds = set(points["memory"])
-        handles += [Line2D([], [], color="#808080", marker="o", label="measured")] if "measured" in kinds else []
-        handles += (
-            [Line2D([], [], color="#808080", marker="o", mfc="none", ls="--", label="predicted")]
-            if "predicted" in kinds
-            else []
-        )
+    if len(marker) > 1:
+        handles += [Line2D([], [], color=GREY, marker=m, ls="", label=name) for name, m in marker.items()]
+    kinds = set(points["memory"]) if cost == "peak_mib" else set()
+    if "measured" in kinds:
+        handles.append(Line2D([], [], color=GREY, marker="o", label="measured"))
+    if "predicted" in kinds:
+        handles.append(Line2D([], [], color=GREY, marker="o", mfc="none", ls="--", label="predicted"))
     _legend(figure, handles)
     left = f" The {PANELS} of {len(found)} panels with the most settings." if len(found) > PANELS else ""
     said = "Lines: the frontier, no other setting is better at less. Bars: standard deviation over seeds."
     return figure, f"{said} In what else the points differ, the table of settings says.{left}"
 
 
+def _unit(cost: str) -> float:
+    return 1e-6 if cost == "trainable" else 1.0
+
+
+def _draw_points(axis: plt.Axes, points: pd.DataFrame, cost: str, styles: tuple[Styles, Styles]) -> None:
+    """Draws the points of a panel and their frontier, measured and predicted ones apart where cost is a peak.
+
+    styles: colours by method, markers by quant.
+    """
+    color, marker = styles
+    scale = _unit(cost)
+    kinds = points["memory"].fillna("predicted") if cost == "peak_mib" else points["n"] * 0
+    for kind, part in grouped(points, kinds):
+        measured = kind != "predicted"
+        edge = frontier(part, cost)
+        along = [*edge[cost] * scale, points[cost].max() * scale]  # on to the right: dearer settings are below it
+        axis.step(
+            along,
+            [*edge["top1_mean"], edge["top1_mean"].max()],
+            where="post",
+            color=GREY,
+            lw=1.2,
+            ls="-" if measured else "--",
+            zorder=1,
+        )
+        for row in part.to_dict("records"):
+            axis.errorbar(
+                row[cost] * scale,
+                row["top1_mean"],
+                yerr=row["top1_std"] if row["n"] > 1 else None,
+                fmt=marker[row["quant"]],
+                ms=6,
+                color=color[row["method"]],
+                mfc=color[row["method"]] if measured else "none",
+                elinewidth=0.7,
+                alpha=0.9,
+                zorder=2,
+            )
+
+
+def _scale_costs(axis: plt.Axes, costs: list[float]) -> None:
+    """Makes the axis of costs logarithmic where they span much, and labels it in plain figures."""
+    low, high = min(costs), max(costs)
+    if low > 0 and high / low > 4:
+        axis.set_xscale("log")
+    elif low == 0 and high > 0:  # the linear probe trains nothing beside the head
+        axis.set_xscale("symlog", linthresh=min(value for value in costs if value > 0), linscale=0.5)
+    if axis.get_xscale() == "log":
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+    axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+
+
 def curves(found: list[tuple[str, list[tuple[str, pd.DataFrame]]]]) -> plt.Figure:
-    """Validation top-1 by epoch: [(panel's title, [(name, frame with epoch and val_top1)])]."""
+    """Returns validation top-1 by epoch of [(panel's title, [(name, frame with epoch and val_top1)])]."""
     figure, axes = _canvas(len(found))
     color = _styles(pd.Series([name for _, lines in found for name, _ in lines]), COLORS)
     dashes = {name: ("-", "--", ":", "-.")[place // len(COLORS) % 4] for place, name in enumerate(color)}
@@ -148,14 +165,15 @@ def curves(found: list[tuple[str, list[tuple[str, pd.DataFrame]]]]) -> plt.Figur
             )
         axis.set_title(title)
         axis.set(xlabel="epoch", ylabel="validation top-1 %")
-        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=6))
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=6))
     _legend(figure, [Line2D([], [], color=color[name], ls=dashes[name], label=name) for name in color])
     return figure
 
 
 def svg(figure: plt.Figure, name: str) -> str:
-    """The figure as an <svg> element that takes the colour of the text around it; `name` keeps its ids apart from
-    others'.
+    """Returns the figure as an <svg> element that takes the colour of the text around it.
+
+    name: keeps its ids apart from those of others.
     """
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
@@ -168,9 +186,10 @@ def svg(figure: plt.Figure, name: str) -> str:
 
 
 def save(rows: pd.DataFrame, path: Path, force: bool = False) -> None:
-    """Accuracy against peak memory as a file. Raises UserError for a format that matplotlib can't write, or no points.
+    """Writes accuracy against peak memory as a file.
 
-    A file that is no figure of ours is overwritten by `force` only.
+    A file that is no figure of ours is overwritten by `force` only. Raises UserError for a format that matplotlib can't
+    write, and where there are no points.
     """
     kind = path.suffix.removeprefix(".")
     if kind not in formats.MAKER:
@@ -192,7 +211,7 @@ def save(rows: pd.DataFrame, path: Path, force: bool = False) -> None:
     formats.save(path, data.getvalue(), "figure", force)
 
 
-def _styles(names: pd.Series, choices: str | tuple[str, ...]) -> dict[str, str]:
+def _styles(names: pd.Series, choices: str | tuple[str, ...]) -> Styles:
     return {name: choices[place % len(choices)] for place, name in enumerate(sorted(names.unique()))}
 
 

@@ -8,8 +8,9 @@ import os
 import stat
 import types
 import typing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import atomic_write
@@ -29,11 +30,17 @@ NOT_IDENTITY = (
 YOUNGER = {"dataset.cache": None, "dataset.layout": None, "method.segments": 1, "optim.head_lr": None}
 
 
+Status = Literal["ok", "oom", "failed", "interrupted"]  # the last also while the run is going on
+
+
 class Accuracy(TypedDict):
     val_top1: float | None  # %, of the best epoch; null without a validation split
     test_top1: float | None  # %
     test_top5: float | None  # %; null with fewer than 6 classes
     best_epoch: int | None  # 1 is the first
+
+
+NO_ACCURACY: Accuracy = {"val_top1": None, "test_top1": None, "test_top5": None, "best_epoch": None}
 
 
 class Parameters(TypedDict):
@@ -69,7 +76,7 @@ class Data(TypedDict):
 class Result(TypedDict):
     schema: int
     id: str  # 12 hex digits, see identity()
-    status: Literal["ok", "oom", "failed", "interrupted"]  # the last also while the run is going on
+    status: Status
     error: str | None  # one line
     config: dict[str, Any]  # resolved
     allocation: dict[str, Any] | None  # the quant settings that quant=auto chose; null where config has them
@@ -82,8 +89,68 @@ class Result(TypedDict):
     environment: dict[str, Any]
 
 
+@dataclass
+class RecordBuilder:
+    """What is known of a run so far, of which `result` makes its record, at any time."""
+
+    id: str
+    config: dict[str, Any]
+    parameters: Parameters
+    data: Data
+    weights: str
+    environment: dict[str, Any]
+    allocation: dict[str, Any] | None = None
+    accuracy: Accuracy = field(default_factory=lambda: NO_ACCURACY.copy())
+    memory: MemoryRecord | None = None
+    images_per_second: float | None = None
+    status: Status = "interrupted"  # as it stands if the process is killed
+    error: str | None = "the run did not end"
+
+    def validated(self, top1: float | None, epoch: int) -> None:
+        """Notes the validation accuracy, in %, of the best epoch so far."""
+        self.accuracy = {**self.accuracy, "val_top1": top1, "best_epoch": epoch}
+
+    def tested(self, top1: float | None, top5: float | None) -> None:
+        """Notes the test accuracy, in %."""
+        self.accuracy = {**self.accuracy, "test_top1": top1, "test_top5": top5}
+
+    def predicted(self, memory: dict[str, Any] | None) -> None:
+        """Notes the predicted memory of a step; None where it can't be predicted."""
+        self.memory = cast(MemoryRecord | None, memory)
+
+    def measured(self, memory: dict[str, Any]) -> None:
+        """Notes the measured memory of a step in place of the predicted one; full fine-tuning's stays predicted."""
+        full = {key: value for key, value in (self.memory or {}).items() if key.startswith("full_")}
+        self.memory = cast(MemoryRecord, memory | full)
+
+    def ended(self, status: Status, error: str | None = None) -> None:
+        """Notes how the run ended, and in a line why, if it is not ok."""
+        self.status, self.error = status, error
+
+    def result(self) -> Result:
+        """Returns the record, in the order in which result.json has its keys."""
+        return {
+            "schema": SCHEMA,
+            "id": self.id,
+            "status": self.status,
+            "error": self.error,
+            "config": self.config,
+            "allocation": self.allocation,
+            "accuracy": self.accuracy,
+            "parameters": self.parameters,
+            "memory": self.memory,
+            "throughput": {"train_images_per_second": self.images_per_second},
+            "data": self.data,
+            "weights": self.weights,
+            "environment": self.environment,
+        }
+
+
 def content(config: dict[str, Any], revision: str, weights: str) -> str:
-    """All that decides what a run computes, as JSON: its resolved config less NOT_IDENTITY, data, weights, schema."""
+    """Returns all that decides what a run computes, as JSON.
+
+    That is its resolved config less NOT_IDENTITY, its data, its weights and the schema.
+    """
     kept = json.loads(json.dumps(config))
     for key in NOT_IDENTITY:
         parent, _, name = key.rpartition(".")
@@ -96,7 +163,7 @@ def content(config: dict[str, Any], revision: str, weights: str) -> str:
 
 
 def identity(content: str) -> str:
-    """12 hex digits: the SHA-256 of a run's `content`."""
+    """Returns the first 12 hex digits of the SHA-256 of a run's `content`."""
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
@@ -105,7 +172,7 @@ def write_result(folder: Path, result: Result) -> None:
 
 
 def regular(path: Path | str, most: int = MOST) -> bytes:
-    """The bytes of a file.
+    """Returns the bytes of a file.
 
     Raises ValueError for what is none, such as a pipe or a device, unread, and for more than `most` bytes.
     """
@@ -119,9 +186,9 @@ def regular(path: Path | str, most: int = MOST) -> bytes:
 
 
 def load(path: Path | str) -> Result:
-    """The record in a file, with None for what an older one lacks.
+    """Returns the record in a file, with None for what an older one lacks.
 
-    Raises OSError for a file that can't be read and ValueError, in one line, for one that is no record: others'
+    Raises OSError for a file that can't be read. Raises ValueError, in one line, for one that is no record, as other
     programs rely on what Result says.
     """
     try:
@@ -138,7 +205,7 @@ def load(path: Path | str) -> Result:
 
 
 def _odd_value(result: dict[str, Any]) -> str | None:
-    """What no record holds: texts that can't be written, numbers that can't be reckoned with, endless nesting."""
+    """Returns in words where a record holds what none does: odd texts, odd numbers, endless nesting; None: nowhere."""
     left: list[tuple[Any, str, int]] = [(result, "", 0)]
     while left:
         value, where, depth = left.pop()
@@ -157,7 +224,7 @@ def _odd_value(result: dict[str, Any]) -> str | None:
 
 
 def _odd_type(value: Any, kind: Any, where: str) -> str | None:
-    """Where a value is not of a type of Result, in words; None where it is. A key that is missing is not looked for."""
+    """Returns in words where a value is not of a type of Result; None where it is. A key may be missing."""
     if typing.is_typeddict(kind):
         if not isinstance(value, dict):
             return f"{where}: {_short(value)}, expected its keys"
@@ -213,7 +280,7 @@ def _completed(result: dict[str, Any]) -> Result:
     for quant in (config["quant"], result["allocation"] or {}):
         if quant.get("blocks"):  # JSON has no integer keys
             quant["blocks"] = {int(number): settings for number, settings in _items(quant["blocks"])}
-    return {key: value for key, value in result.items() if key in Result.__annotations__}
+    return cast(Result, {key: value for key, value in result.items() if key in Result.__annotations__})
 
 
 def _items(blocks: Any) -> Any:
@@ -227,7 +294,7 @@ class NoResult(UserError):
 
 
 def read_result(folder: Path) -> Result:
-    """The record in a run's folder. Raises NoResult when there is none, UserError when it can't be read or is none."""
+    """Returns the record in a run's folder. Raises NoResult without one, UserError for one that can't be read."""
     path = Path(folder) / "result.json"
     try:
         return load(path)
@@ -238,7 +305,7 @@ def read_result(folder: Path) -> Result:
 
 
 def read_metrics(path: Path) -> list[tuple[int, float]]:
-    """(epoch, validation top-1 in %) of a metrics.jsonl; a last line that was cut short is skipped.
+    """Returns (epoch, validation top-1 in %) of a metrics.jsonl; a last line that was cut short is skipped.
 
     Raises OSError for a file that can't be read, ValueError for one that a run does not write.
     """
@@ -264,7 +331,7 @@ def read_metrics(path: Path) -> list[tuple[int, float]]:
 
 
 def finished(folder: Path, content: str) -> Result | None:
-    """The record of a run that is done: `content` is what it computes. None while it is not."""
+    """Returns the record of the run that `content` is of; None while it is not finished."""
     try:
         result = read_result(folder)
     except UserError:  # no record, or one that is damaged or of another schema: as if there were none
@@ -274,12 +341,12 @@ def finished(folder: Path, content: str) -> Result | None:
 
 
 def content_of(result: Result) -> str:
-    """The `content` of the run that a record is of."""
+    """Returns the `content` of the run that a record is of."""
     return content(result["config"], result["data"]["revision"], result["weights"])
 
 
 def differences(there: str, here: str) -> list[str]:
-    """What sets a run's `content` apart from another's, a text each: "optim.epochs=2, here 4", "other data"."""
+    """Returns what sets a run's `content` apart from another's: "optim.epochs=2, here 4", "other data"."""
     one, two = (_leaves(json.loads(text)) for text in (there, here))
     odd = [key for key in [*one, *(two.keys() - one.keys())] if one.get(key, "not set") != two.get(key, "not set")]
     named = {"data": "other data", "weights": "other pretrained weights"}

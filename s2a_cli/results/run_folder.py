@@ -29,9 +29,7 @@ RECORD, CONFIG, METRICS, TRACEBACK = "result.json", "config.yaml", "metrics.json
 TENSORS, STATE = "trainable.safetensors", "state.pt"
 LOG, JOBS = "log.txt", "slurm"  # of a sweep
 FILES = (RECORD, CONFIG, METRICS, TRACEBACK, TENSORS, STATE, LOG, "job.json", "memory_snapshot.pickle")
-LITTER = re.compile(
-    rf"\.({'|'.join(map(re.escape, FILES))})\.[a-z0-9_]{{8}}"
-)  # temporary files of `records.atomic_file`
+LITTER = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.[a-z0-9_]{{8}}")  # temporary files of `atomic_write`
 BEFORE_A_RECORD = (LOCK, LOG, JOBS, NEXT)  # what there may be of a run that was killed before it wrote its first file
 
 
@@ -69,7 +67,7 @@ def check_run_dir(path: Path) -> None:
 
 
 def _holds_record(path: Path) -> bool:
-    """Whether the file is a record, of whatever schema and however wrong its values are."""
+    """Returns whether the file is a record, of whatever schema and however wrong its values are."""
     try:
         found = json.loads(record.regular(path))
     except (OSError, ValueError, RecursionError):
@@ -95,11 +93,11 @@ class Busy(UserError):
 
 @contextlib.contextmanager
 def claimed(folder: Path, wait: float = 0) -> Iterator[None]:
-    """Keeps other processes from running what this folder is for. Freed by the system when the process is killed.
+    """Keeps other processes from running what this folder is for; the system frees it when the process is killed.
 
     Completes what a killed process has left half-moved, and removes its temporary files. Raises Busy when another
-    process has the folder, and still has it after `wait` seconds; UserError where it can't be locked, as on a read-only
-    disk.
+    process has the folder, and still has it after `wait` seconds. Raises UserError where it can't be locked, as on a
+    read-only disk.
     """
     held = FileLock(folder / LOCK)
     try:
@@ -128,7 +126,7 @@ def _remove_litter(folder: Path) -> None:
 
 
 def at_work(folder: Path) -> bool:
-    """Whether a process is at the run of this folder: whether it holds the lock.
+    """Returns whether a process is at the run of this folder: whether it holds the lock.
 
     Changes nothing, on a read-only disk either.
     """
@@ -148,7 +146,7 @@ def at_work(folder: Path) -> bool:
 
 
 def claim(folder: Path, content: str, force: bool, until: contextlib.ExitStack) -> Path | None:
-    """Has the folder of a run to itself and says, as `place` does, where in it the run is to be made."""
+    """Claims the folder of a run for this process, and returns where in it the run is to be made, see place."""
     usable(folder)
     try:
         until.enter_context(claimed(folder, wait=LOOKING))
@@ -160,11 +158,11 @@ def claim(folder: Path, content: str, force: bool, until: contextlib.ExitStack) 
 
 
 def place(folder: Path, content: str, force: bool) -> Path | None:
-    """Where in a folder that is claimed a run is to be made: the folder itself, or NEXT while a finished run stays in
-    it.
+    """Returns where a run is to be made: the folder, which is claimed, or NEXT in it while a finished run stays.
 
-    content: see records.content. None: the run is finished already, and not to be made once more by `force`. Raises
-    UserError for a folder that holds no run, and without `force` for one with something trained under another config.
+    content: see record.content. Returns None where the run is finished already, and not to be made once more by
+    `force`. Raises UserError for a folder that holds no run, and without `force` for one with something trained under
+    another config.
     """
     check_run_dir(folder)
     if (folder / NEXT).is_symlink():
@@ -206,7 +204,7 @@ def _another(folder: Path, found: record.Result, content: str, kind: str) -> str
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the folder holds a finished run, of whatever config."""
+    """Returns whether the folder holds a finished run, of whatever config."""
     try:
         return record.read_result(folder)["status"] == "ok"
     except UserError:
@@ -214,7 +212,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def pending(folder: Path, content: str) -> bool:
-    """Whether a replacement of the finished run in this folder was begun for `content`, and broken off."""
+    """Returns whether a replacement of the finished run in this folder was begun for `content`, and broken off."""
     if (folder / NEXT).is_symlink():
         return False
     try:
@@ -225,9 +223,10 @@ def pending(folder: Path, content: str) -> bool:
 
 
 def state(folder: Path, content: str) -> tuple[str, str | None]:
-    """new | done | failed | oom | interrupted | running: what a folder says of the run that `content` is of; and why
-    its record
-    can't be read, if there is one that can't."""
+    """Returns how far a folder is with the run that `content` is of, and why its record can't be read, if it can't.
+
+    That is new, done, failed, oom, interrupted or running.
+    """
     if not folder.is_dir():
         return "new", None
     with contextlib.ExitStack() as stack:
@@ -251,8 +250,9 @@ def state(folder: Path, content: str) -> tuple[str, str | None]:
 
 
 def settle(folder: Path) -> None:
-    """Moves a replacement that is whole into place, its record last: the same again where a process was killed in the
-    middle.
+    """Moves a replacement that is whole into place, its record last.
+
+    Goes on where a process was killed in the middle of it.
     """
     begun = folder / NEXT
     if begun.is_symlink() or not is_finished(begun):

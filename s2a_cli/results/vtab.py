@@ -25,7 +25,10 @@ GROUPS = {  # groups=NAME
 
 
 def parse_groups(text: str) -> dict[str, tuple[str, ...]]:
-    """`vtab`, `domainnet`, or `natural:pets,flowers102/other:dtd`."""
+    """Returns {group: its data sets} of `vtab`, `domainnet`, or `natural:pets,flowers102/other:dtd`.
+
+    Raises UserError for another text.
+    """
     if text in GROUPS:
         return GROUPS[text]
     parts = [part.partition(":") for part in text.split("/")]

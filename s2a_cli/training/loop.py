@@ -59,11 +59,11 @@ class Fit:
     """Trains a run, keeps the tensors of the epoch with the best validation accuracy, tests these once.
 
     board: a SummaryWriter, or None. Call it with the run's state, if there is one:
-    `Fit(...)(checkpoints.load_state(folder))`. Fills in `accuracy`, `throughput` and, on CUDA, `memory` of the result.
+    `Fit(...)(checkpoints.load_state(folder))`. Notes accuracy, speed and, on CUDA, memory in `known`.
     """
 
-    def __init__(self, run: Run, folder: Path, result: record.Result, board: Any = None):
-        self.run, self.folder, self.result, self.board = run, folder, result, board
+    def __init__(self, run: Run, folder: Path, known: record.RecordBuilder, board: Any = None):
+        self.run, self.folder, self.known, self.board = run, folder, known, board
         self.optim = run.config.optim
         self.step = Step(run.config, run.device, run.attached)
         self.optimizer = make_optimizer(self.optim, run.model, run.attached)
@@ -85,19 +85,19 @@ class Fit:
         ):
             while self.sofar.epoch <= self.optim.epochs:
                 self._epoch(progress, asked)
-        result, rates, meter = self.result, self.sofar.rates[WARMUP_STEPS:], self.meter
+        rates, meter = self.sofar.rates[WARMUP_STEPS:], self.meter
         if rates:
-            result["throughput"]["train_images_per_second"] = statistics.median(rates)
+            self.known.images_per_second = statistics.median(rates)
         if meter and meter.memory:
-            full = {k: v for k, v in (result["memory"] or {}).items() if k.startswith("full_")}
-            result["memory"] = meter.memory.as_dict() | full
+            measured = meter.memory.as_dict()
             if cache := self.run.cache:  # the forward passes that fill it count as well
-                result["memory"]["peak_mib"] = round(max(meter.memory.peak_mib, cache.peak_mib or 0.0), 2)
+                measured["peak_mib"] = round(max(meter.memory.peak_mib, cache.peak_mib or 0.0), 2)
+            self.known.measured(measured)
         if self.run.config.test:
             distributed.wait()  # the first one may still be writing
             checkpoints.load(self.folder, self.run.model, self.run.weights)
             scores = accuracy(self.run, self.run.loader("test"))
-            result["accuracy"].update(test_top1=scores["top1"], test_top5=scores["top5"])
+            self.known.tested(scores["top1"], scores["top5"])
 
     def _epoch(self, progress: Progress, asked: Callable[[], bool]) -> None:
         """Trains the rest of an epoch, validates, writes a line of metrics and saves a state.
@@ -130,7 +130,7 @@ class Fit:
             raise
         if (found := [scores["top1"], -scores["loss"]]) > at.best:
             at.best = found
-            self.result["accuracy"].update(val_top1=scores["top1"], best_epoch=epoch)
+            self.known.validated(scores["top1"], epoch)
             if distributed.is_first():
                 state = checkpoints.trainable_state(self.run.model)
                 checkpoints.save(self.folder, state, self.step.fitted, self.run.weights)
@@ -204,8 +204,8 @@ class Fit:
         if distributed.is_first():
             kept = {
                 "content": self.run.content,
-                "allocation": self.result["allocation"],
-                "accuracy": self.result["accuracy"],
+                "allocation": self.known.allocation,
+                "accuracy": self.known.accuracy,
                 "sofar": vars(self.sofar),
                 "model": checkpoints.trainable_state(self.run.model),
                 "calibration": self.step.calibration,
@@ -222,7 +222,7 @@ class Fit:
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             self.step.scaler.load_state_dict(state["scaler"])
-            self.result["accuracy"] = state["accuracy"]
+            self.known.accuracy = state["accuracy"]
             self.sofar = Sofar(**state["sofar"])
         except Exception as error:  # torch and Python raise kinds of their own for what is no such state
             raise checkpoints.damaged(self.folder / checkpoints.STATE, first_line(error)) from None

@@ -7,7 +7,7 @@ import sys
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -83,12 +83,12 @@ def _begin(run: Run, place: Path, anew: bool) -> dict[str, Any] | None:
 
 def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> record.Result:
     config = run.config
-    result = _blank(run)
+    known = _begun(run)
     if config.quant.budget_mib:
-        result["allocation"] = state["allocation"] if state else distributed.from_first(lambda: _allocate(run))
-        run.config = merge(config, {"quant": result["allocation"]})
+        known.allocation = state["allocation"] if state else distributed.from_first(lambda: _allocate(run))
+        run.config = merge(config, {"quant": known.allocation})
     write = record.write_result if distributed.is_first() else lambda folder, result: None
-    write(folder, result)
+    write(folder, known.result())
     try:
         with ExitStack() as stack:
             if distributed.is_first():
@@ -96,8 +96,9 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> record.Resul
             board = _tensorboard(folder, stack) if config.tensorboard and distributed.is_first() else None
             if distributed.is_first():
                 print(data.describe(run.splits))
-            result["memory"] = None if config.compile else forecast.predict(run)  # the compiler decides what it keeps
-            _foretell(result["memory"], run.device)
+            predicted = None if config.compile else forecast.predict(run)  # the compiler decides what it keeps
+            known.predicted(predicted)
+            _foretell(predicted, run.device)
             run.model.to(run.device)
             stack.enter_context(memory.snapshot(folder, run.device, config.profile == "memory"))
             if config.compile:
@@ -106,26 +107,26 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> record.Resul
                 run.cache = feature_cache.opened(run)
             if state:
                 print(f"going on in {folder}: epoch {state['sofar']['epoch']}, step {state['sofar']['step'] + 1}")
-            Fit(run, folder, result, board)(state)
-            judge(run, result["accuracy"]["test_top1"])
-        result["status"], result["error"] = "ok", None
+            Fit(run, folder, known, board)(state)
+            judge(run, known.accuracy["test_top1"])
+        known.ended("ok")
     except KeyboardInterrupt:  # torchrun ends all processes when one has ended
         elsewhere = distributed.announced()
-        result["status"], result["error"] = ("oom", elsewhere) if elsewhere else ("interrupted", "interrupted")
+        known.ended(*(("oom", elsewhere) if elsewhere else ("interrupted", "interrupted")))
     except OSError as error:
         if error.errno not in FULL:
-            _failed(folder, result, error)
+            _failed(folder, known, error)
             raise
-        result["error"] = f"{error.strerror} below {folder}: make room and start the same line again"
+        known.ended("interrupted", f"{error.strerror} below {folder}: make room and start the same line again")
     except Exception as error:
-        _failed(folder, result, error)
-        if result["status"] == "failed":
+        _failed(folder, known, error)
+        if known.status == "failed":
             raise
     finally:
-        write(folder, result)
-    if result["status"] == "ok" and distributed.is_first():
+        write(folder, known.result())
+    if known.status == "ok" and distributed.is_first():
         (folder / checkpoints.STATE).unlink(missing_ok=True)
-    return result
+    return known.result()
 
 
 def _foretell(predicted: dict[str, Any] | None, device: torch.device) -> None:
@@ -137,8 +138,8 @@ def _foretell(predicted: dict[str, Any] | None, device: torch.device) -> None:
             print(f"s2a: {warning}", file=sys.stderr)
 
 
-def _failed(folder: Path, result: record.Result, error: Exception) -> None:
-    """Notes in the result how a run failed, in this process or first in another.
+def _failed(folder: Path, known: record.RecordBuilder, error: Exception) -> None:
+    """Notes in the record how a run failed, in this process or first in another.
 
     Writes a traceback beside it, unless memory ran out.
     """
@@ -148,7 +149,7 @@ def _failed(folder: Path, result: record.Result, error: Exception) -> None:
         distributed.announce(said)
     elif elsewhere := distributed.announced():
         out_of_memory, said = True, elsewhere
-    result["status"], result["error"] = "oom" if out_of_memory else "failed", said
+    known.ended("oom" if out_of_memory else "failed", said)
     if not out_of_memory and distributed.is_first():
         files_module.atomic_write(folder / "traceback.txt", traceback.format_exc())
 
@@ -170,21 +171,14 @@ def _allocate(run: Run) -> dict[str, Any]:
     return plain(OmegaConf.structured(choice.quant))
 
 
-def _blank(run: Run) -> record.Result:
-    """Returns a result as it stands if the process is killed."""
+def _begun(run: Run) -> record.RecordBuilder:
+    """Returns what is known of a run before its first step."""
     splits = run.splits
-    return {
-        "schema": record.SCHEMA,
-        "id": run.identity,
-        "status": "interrupted",
-        "error": "the run did not end",
-        "config": plain(run.config, resolve=True),
-        "allocation": None,
-        "accuracy": {"val_top1": None, "test_top1": None, "test_top5": None, "best_epoch": None},
-        "parameters": run.backbone.count(),
-        "memory": None,
-        "throughput": {"train_images_per_second": None},
-        "data": {
+    return record.RecordBuilder(
+        id=run.identity,
+        config=plain(run.config, resolve=True),
+        parameters=cast(record.Parameters, run.backbone.count()),
+        data={
             "name": splits.name,
             "revision": splits.revision,
             "classes": list(splits.classes),
@@ -192,9 +186,9 @@ def _blank(run: Run) -> record.Result:
             "val": len(splits.val),
             "test": len(splits.test),
         },
-        "weights": run.weights,
-        "environment": environment_module.environment(str(run.device)) | {"processes": distributed.part()[1]},
-    }
+        weights=run.weights,
+        environment=environment_module.environment(str(run.device)) | {"processes": distributed.part()[1]},
+    )
 
 
 def _tensorboard(folder: Path, stack: ExitStack) -> Any:

@@ -11,7 +11,7 @@ import pytest
 
 from s2a_cli.cli.main import main
 from s2a_cli.common.errors import UserError
-from s2a_cli.results import html_report, plots, summary
+from s2a_cli.results import aggregate, html_report, plots, summary
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HEADLESS = [
@@ -124,7 +124,9 @@ def test_measured_and_predicted_have_frontiers_of_their_own(make_result):
         ("full", "measured-cuda", 90.0),
         ("linear", "measured-cuda", 40.0),
     ]
-    rows = summary.table(summary.frame([make_result(method=m, kind=k, peak=p, top1=60 + p / 10) for m, k, p in kinds]))
+    rows = summary.table(
+        aggregate.from_results([make_result(method=m, kind=k, peak=p, top1=60 + p / 10) for m, k, p in kinds])
+    )
     figure, _ = plots.pareto(rows, "peak_mib")
     lines = {line.get_linestyle() for line in figure.axes[0].lines}
     assert {"-", "--"} <= lines
@@ -142,7 +144,7 @@ def test_table_draws_a_file(runs, tmp_path, kind, capsys):
 
 def test_a_figure_of_nothing_or_of_another_kind(write_result, tmp_path):
     write_result("a")
-    rows = summary.table(summary.load([tmp_path / "runs"]))
+    rows = summary.table(aggregate.load([tmp_path / "runs"]))
     with pytest.raises(UserError, match="nothing to draw"):
         plots.save(rows, tmp_path / "a.svg")
     with pytest.raises(UserError, match="ends in .svg, .png or .pdf"):

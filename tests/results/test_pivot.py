@@ -9,15 +9,15 @@ import pytest
 from scipy.stats import ttest_rel
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.results import pivot, pivot_text, published, significance, summary
+from s2a_cli.results import aggregate, pivot, pivot_text, published, significance
 
 
 def shown(results, **options):
-    return pivot_text.show(summary.frame(results), options)
+    return pivot_text.show(aggregate.from_results(results), options)
 
 
 def grid_of(results, rows="method", cols="dataset", **options):
-    return pivot.make(summary.frame(results), rows.split(","), cols.split(",") if cols else [], **options)
+    return pivot.make(aggregate.from_results(results), rows.split(","), cols.split(",") if cols else [], **options)
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def test_cells_are_means_over_seeds_and_means_are_over_data_sets(three_seeds):
     grid = grid_of(three_seeds)
     cell = grid.cells.loc[("bias", "pets")]
     assert (round(cell["mean"], 3), round(cell["std"], 3), cell["n"]) == (90.567, 0.603, 3)
-    assert pivot.mean_of(grid, ("bias",), grid.means[0]) == pytest.approx(80.567, abs=1e-3)
-    text = pivot_text.sheet(grid)[0].text.set_index("method")
+    assert grid.mean_of(("bias",), grid.means[0]) == pytest.approx(80.567, abs=1e-3)
+    text = pivot_text.table(grid)[0].text.set_index("method")
     assert text.loc["linear", "pets"] == "88.57 ± 0.55" and text.loc["linear", "peak MiB ↓"] == "~100"
     assert text.loc["bias", "trainable M ↓"] == "0.051"
 
@@ -92,6 +92,15 @@ def test_reference_gives_mean_paired_differences(make_result):
         shown(runs, rows="quant", reference="nnoe")
 
 
+def test_a_row_without_a_pair_in_its_reference_says_so(make_result):
+    runs = [make_result(method="bias", quant="none", seed=seed, top1=80.0 + seed) for seed in range(3)]
+    oom = make_result(method="s2a", status="oom")
+    assert "81.00 (no pairs)" in shown([*runs, oom], rows="method", reference="s2a"), "the reference never finished"
+    other = make_result(backbone__name="vit_b", method="s2a")
+    text = shown([*runs, other], rows="backbone,method", reference="bias")
+    assert "90.00 (no pairs)" in text, "this backbone has no reference"
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -121,7 +130,7 @@ def test_seeds_that_differ_are_said_and_counted(make_result):
 def test_group_means_weigh_data_sets_and_groups(make_result):
     runs = [make_result(dataset=d, top1=t) for d, t in (("pets", 90.0), ("dtd", 60.0), ("svhn", 30.0))]
     grid = grid_of([*runs, make_result(dataset="extra", top1=1.0)], groups="photos:pets,dtd/digits:svhn")
-    found = {mean.title: pivot.mean_of(grid, ("s2a",), mean) for mean in grid.means}
+    found = {mean.title: grid.mean_of(("s2a",), mean) for mean in grid.means}
     assert found == {"photos": 75.0, "digits": 30.0, "mean of data sets": 60.0, "mean of groups": 52.5}
     assert any("extra" in note for note in grid.notes)
 
@@ -130,7 +139,7 @@ def test_a_part_of_the_data_sets_has_no_mean(make_result):
     runs = [make_result(dataset=d, method=m) for d in ("pets", "dtd") for m in ("bias", "s2a")][:-1]
     text = shown(runs, rows="method")
     assert "s2a lacks dtd" in text
-    assert pivot_text.sheet(grid_of(runs))[0].text.set_index("method").loc["s2a", ["dtd", "mean"]].tolist() == [
+    assert pivot_text.table(grid_of(runs))[0].text.set_index("method").loc["s2a", ["dtd", "mean"]].tolist() == [
         "–",
         "–",
     ]
@@ -169,10 +178,10 @@ def test_predicted_figures_are_never_shown_bare(make_result):
         for s in range(3)
     ]
     grid = grid_of(runs, value="peak")
-    assert pivot_text.sheet(grid)[0].text.set_index("method").loc["a"].tolist() == ["~90.0", "~90.0", "~90.0"]
-    sheet, notes = pivot_text.against_reference(grid, "b")
+    assert pivot_text.table(grid)[0].text.set_index("method").loc["a"].tolist() == ["~90.0", "~90.0", "~90.0"]
+    table, notes = pivot_text.against_reference(grid, "b")
     assert (
-        sheet.text.set_index("method").loc["a", "all pairs"] == "~90.0 (+10.0 ± 0.0, 6)"
+        table.text.set_index("method").loc["a", "all pairs"] == "~90.0 (+10.0 ± 0.0, 6)"
         and pivot_text.PREDICTED in notes
     )
 
@@ -181,9 +190,9 @@ def test_data_sets_in_rows_compete_along_the_row(make_result):
     runs = [
         make_result(dataset=d, method=m, top1=t) for d in ("pets", "dtd") for m, t in (("bias", 80.0), ("s2a", 90.0))
     ]
-    sheet = pivot_text.sheet(grid_of(runs, rows="dataset", cols="method"))[0]
-    assert list(sheet.text) == ["dataset", "bias", "s2a"] and list(sheet.text["dataset"]) == ["dtd", "pets", "mean"]
-    assert sheet.bold == {(0, "s2a"), (1, "s2a"), (2, "s2a")}
+    table = pivot_text.table(grid_of(runs, rows="dataset", cols="method"))[0]
+    assert list(table.text) == ["dataset", "bias", "s2a"] and list(table.text["dataset"]) == ["dtd", "pets", "mean"]
+    assert table.bold == {(0, "s2a"), (1, "s2a"), (2, "s2a")}
 
 
 @pytest.mark.parametrize(
@@ -207,12 +216,14 @@ def test_wrong_words(make_result, options, message):
 
 
 def test_runs_are_kept_by_key(make_result):
-    frame = summary.frame([make_result(dataset=d, optim__batch_size=b) for d in ("pets", "dtd") for b in (8, 16)])
-    assert len(pivot.keep(frame, {"dataset": "pets", "optim.batch_size": "8,16"})) == 2
+    frame = aggregate.from_results(
+        [make_result(dataset=d, optim__batch_size=b) for d in ("pets", "dtd") for b in (8, 16)]
+    )
+    assert len(aggregate.select(frame, {"dataset": "pets", "optim.batch_size": "8,16"})) == 2
     with pytest.raises(UserError, match=r"dataset=pet: no such run; there is dtd, pets \(did you mean 'pets'\?\)"):
-        pivot.keep(frame, {"dataset": "pet"})
+        aggregate.select(frame, {"dataset": "pet"})
     with pytest.raises(UserError, match=r"row=method: .*did you mean 'rows'"):
-        pivot.keep(frame, {"row": "method"}, ("rows", "cols"))
+        aggregate.select(frame, {"row": "method"}, ("rows", "cols"))
 
 
 def vit_b(make_result, images=1000, **changes):

@@ -13,8 +13,8 @@ import pytest
 from s2a_cli.cli.main import main
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import printable
+from s2a_cli.results import aggregate, run_folder, summary
 from s2a_cli.results import record as records
-from s2a_cli.results import run_folder, summary
 
 
 def written(folder, record):
@@ -122,6 +122,43 @@ def test_a_record_of_an_older_version_has_none_for_what_it_lacks(make_result, tm
     assert read["allocation"] is None and read["accuracy"]["test_top1"] == 90.0
 
 
+def begun(make_result):
+    """What is known of a run before its first step."""
+    made = make_result()
+    names = ("id", "config", "parameters", "data", "weights", "environment")
+    return records.RecordBuilder(**{name: made[name] for name in names})
+
+
+def test_the_record_of_a_run_that_is_killed_says_so(make_result, tmp_path):
+    result = begun(make_result).result()
+    assert list(result) == list(records.Result.__annotations__), "the order of the keys in result.json"
+    assert (result["status"], result["error"]) == ("interrupted", "the run did not end")
+    assert result["memory"] is None and set(result["accuracy"].values()) == {None}
+    records.write_result(tmp_path, result)
+    assert records.read_result(tmp_path) == result
+
+
+def test_a_record_is_built_of_what_becomes_known(make_result, tmp_path):
+    known, other, memory = begun(make_result), begun(make_result), make_result()["memory"]
+    known.predicted(memory)
+    before = known.result()
+    known.validated(70.0, 1)
+    known.validated(80.0, 2)
+    known.tested(75.0, None)
+    measured = memory | {"kind": "measured-cuda", "peak_mib": 123.0, "reserved_mib": 200.0}
+    known.measured(measured | {"full_finetune_peak_mib": None, "full_finetune_kind": None})
+    known.images_per_second = 33.0
+    known.ended("ok")
+    result = known.result()
+    assert result["accuracy"] == {"val_top1": 80.0, "test_top1": 75.0, "test_top5": None, "best_epoch": 2}
+    assert result["memory"] == measured, "full fine-tuning's peak stays the predicted one"
+    assert (result["status"], result["error"]) == ("ok", None)
+    assert before["accuracy"]["val_top1"] is None and before["memory"] == memory, "a record that was given stays"
+    assert other.result()["accuracy"]["val_top1"] is None, "builders share nothing"
+    records.write_result(tmp_path, result)
+    assert records.read_result(tmp_path) == result
+
+
 HOSTILE = "a$b$\n\x1b[31m=x"
 
 
@@ -152,11 +189,11 @@ def test_a_run_that_is_training_is_shown_as_running(write_result, tmp_path, caps
     folder = write_result("a", status="interrupted")
     write_result("b", status="interrupted", seed=1)
     with run_folder.claimed(folder):
-        rows = summary.table(summary.load([tmp_path / "runs"]))
+        rows = summary.table(aggregate.load([tmp_path / "runs"]))
         assert set(rows["status"][0].split(", ")) == {"1 interrupted", "1 running"}
         assert main(["report", str(tmp_path / "runs"), f"out={tmp_path / 'p.html'}"]) == 0
         assert "1 running" in (tmp_path / "p.html").read_text()
-    assert summary.table(summary.load([tmp_path / "runs"]))["status"].tolist() == ["2 interrupted"]
+    assert summary.table(aggregate.load([tmp_path / "runs"]))["status"].tolist() == ["2 interrupted"]
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "page.html", "figure.svg", "figure.pdf"])

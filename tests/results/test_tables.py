@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.results import summary
+from s2a_cli.common.text import natural
+from s2a_cli.results import aggregate, summary
 
 
 def rows_of(*results):
-    return summary.table(summary.frame(results))
+    return summary.table(aggregate.from_results(results))
 
 
 def test_seeds_share_a_row_and_other_runs_do_not(make_result):
@@ -61,7 +62,7 @@ def test_what_does_not_change_a_result_does_not_split_a_row(make_result, changes
         group, _, name = key.partition("__")
         (other["config"][group] if name else other["config"])[name or group] = value
     rows = rows_of(make_result(), other)
-    assert list(rows["n"]) == [2] and list(rows.columns[:5]) == [*summary.BASE, "n"]
+    assert list(rows["n"]) == [2] and list(rows.columns[:5]) == [*aggregate.BASE, "n"]
 
 
 def test_other_data_or_weights_are_another_row(make_result):
@@ -130,7 +131,7 @@ def test_only_failed_runs(make_result):
 def test_a_copy_of_a_run_is_not_another_run(write_result, tmp_path):
     write_result("a")
     write_result("b")
-    assert list(summary.table(summary.load([tmp_path / "runs", tmp_path]))["n"]) == [1]
+    assert list(summary.table(aggregate.load([tmp_path / "runs", tmp_path]))["n"]) == [1]
 
 
 def test_damaged_results_are_named_and_left_out(write_result, tmp_path, capsys):
@@ -144,7 +145,7 @@ def test_damaged_results_are_named_and_left_out(write_result, tmp_path, capsys):
     }.items():
         (tmp_path / "runs" / name).mkdir()
         (tmp_path / "runs" / name / "result.json").write_text(content)
-    assert len(summary.load([tmp_path])) == 1
+    assert len(aggregate.load([tmp_path])) == 1
     said = capsys.readouterr().err
     assert "5 of 6" in said and all(
         f"runs/{name}/result.json" in said for name in ("cut", "list", "old", "bare", "binary")
@@ -153,9 +154,9 @@ def test_damaged_results_are_named_and_left_out(write_result, tmp_path, capsys):
 
 def test_nothing_to_show_is_bad_input(tmp_path, capsys):
     with pytest.raises(UserError, match="no finished runs below"):
-        summary.load([tmp_path])
+        aggregate.load([tmp_path])
     with pytest.raises(UserError, match="no such folder"):
-        summary.load([tmp_path / "rnus"])
+        aggregate.load([tmp_path / "rnus"])
     with pytest.raises(UserError, match=r"format=latx: expected one of .* \(did you mean 'latex'\?\)"):
         summary.render(pd.DataFrame(), "latx")
 
@@ -172,19 +173,19 @@ def two_datasets(make_result):
 
 
 def test_pivot_of_methods_and_datasets(two_datasets):
-    wide = summary.pivot(two_datasets).set_index("method")
+    wide = summary.by_dataset(two_datasets).set_index("method")
     assert wide.loc["bias", ["dtd", "pets", "mean"]].tolist() == ["60.50 ± 0.71", "80.50 ± 0.71", "70.50"]
     assert wide.loc["s2a", ["dtd", "pets", "mean"]].tolist() == ["–", "80.50 ± 0.71", "–"], (
         "no mean over a part of them"
     )
-    assert summary.pivot(two_datasets[two_datasets["dataset"] == "dtd"]) is None
+    assert summary.by_dataset(two_datasets[two_datasets["dataset"] == "dtd"]) is None
 
 
 def test_pivot_keeps_settings_of_a_method_apart(make_result):
     runs = [make_result(dataset=d, optim__lr=lr) for d in ("pets", "dtd") for lr in (1e-3, 2e-3)]
-    wide = summary.pivot(rows_of(*runs))
+    wide = summary.by_dataset(rows_of(*runs))
     assert list(wide["optim.lr"]) == ["0.001", "0.002"]
-    one_each = summary.pivot(
+    one_each = summary.by_dataset(
         rows_of(make_result(dataset="pets", optim__lr=1e-3), make_result(dataset="dtd", optim__lr=2e-3))
     )
     assert len(one_each) == 1, "a learning rate chosen for each data set is still one method"
@@ -221,5 +222,12 @@ def test_thousands_of_results(make_result, tmp_path):
         folder.mkdir()
         run = make_result(dataset=f"d{index % 5}", seed=index // 5 % 4, optim__batch_size=1 + index // 20)
         (folder / "result.json").write_text(json.dumps(run))
-    rows = summary.table(summary.load([tmp_path]))
+    rows = summary.table(aggregate.load([tmp_path]))
     assert len(rows) == 500 and set(rows["n"]) == {4}
+
+
+def test_labels_have_one_order():
+    names = ["0.005", "0.0005", "0.05", "b16", "b8", "a"]
+    turned = ["a", "b8", "b16", "0.05", "0.0005", "0.005"]
+    expected = ["0.0005", "0.005", "0.05", "a", "b8", "b16"]
+    assert sorted(names, key=natural) == sorted(turned, key=natural) == expected
