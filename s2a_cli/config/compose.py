@@ -25,7 +25,7 @@ from s2a_cli.common.text import brief, first_line, nearest
 from s2a_cli.config.checks import check
 from s2a_cli.config.overrides import CONF, groups, read, refuse_explosions
 from s2a_cli.config.rules import Rule, show
-from s2a_cli.config.schema import STRUCTURES, MethodConfig, RunConfig, SweepConfig
+from s2a_cli.config.schema import OLDER_VALUES, STRUCTURES, MethodConfig, RunConfig, SweepConfig
 from s2a_cli.config.settings import (
     declared,
     default_of,
@@ -217,6 +217,10 @@ def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
     """Returns `loaded` as a resolved RunConfig. Raises UserError with all problems when there are any."""
     typed = OmegaConf.structured(RunConfig)
     found: Problems = {}
+    for key, values in OLDER_VALUES.items():
+        group, name = key.split(".")
+        if isinstance(loaded.get(group), DictConfig) and (now := values.get(str(loaded[group]._get_node(name)))):
+            loaded[group][name] = now
     name = _method_name(loaded)
     if name and all(one in STRUCTURES for one in name.split("+")):
         typed.method = OmegaConf.structured(method_schema(name))

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from s2a_cli.config.rules import NAME, PATH, number, numbers, one_of, pattern
 from s2a_cli.config.settings import setting
 
+OLDER_VALUES = {"dataset.cache": {"taps": "features"}}  # of version 0.1.0 -> as they are called now
 STRUCTURES: dict[str, type] = {}  # name -> the settings of a structure; s2a_cli.methods fills it when imported
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet
 
@@ -184,8 +185,8 @@ class DatasetConfig:
     hflip: float = setting(0.5, help="probability of a mirrored training image", rule=FROM_0_TO_1)
     cache: str | None = setting(
         None,
-        help="taps: keep on disk the features that linear and side read, once for each image and its mirror image",
-        rule=one_of("taps"),
+        help="features: keep on disk the features that linear and side read, once for each image and its mirror image",
+        rule=one_of("features"),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypedDict, cast
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import atomic_write
 from s2a_cli.common.text import first_line, printable
+from s2a_cli.config.schema import OLDER_VALUES
 
 SCHEMA = 1
 MOST = 16 << 20  # bytes of a record; the largest has a name for each of some ten thousand classes
@@ -159,6 +160,11 @@ def content(config: dict[str, Any], revision: str, weights: str) -> str:
         parent, name = key.split(".")
         if kept[parent].get(name, value) == value:
             kept[parent].pop(name, None)
+    for key, values in OLDER_VALUES.items():
+        parent, name = key.split(".")
+        for before, now in values.items():
+            if kept[parent].get(name) == now:
+                kept[parent][name] = before
     return json.dumps({"config": kept, "data": revision, "weights": weights, "schema": SCHEMA}, sort_keys=True)
 
 
@@ -270,6 +276,10 @@ def _completed(result: dict[str, Any]) -> Result:
             raise ValueError(f"{key}: {_short(name)}, expected a name")
     if not isinstance(config.get("seed", 0), int):
         raise ValueError(f"config.seed: {_short(config['seed'])}, expected an integer")
+    for key, values in OLDER_VALUES.items():
+        parent, name = key.split(".")
+        if config[parent].get(name) in values:
+            config[parent][name] = values[config[parent][name]]
     for key in ("id", "status", "weights"):
         result[key] = result[key]
     result["data"]["revision"] = result["data"]["revision"]

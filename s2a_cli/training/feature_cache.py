@@ -111,7 +111,7 @@ class Kept:
 
     def _refused(self, why: str) -> UserError:
         return UserError(
-            f"dataset.cache=taps: {self.path} {why}: it could hold anything; remove it, or point S2A_DATA elsewhere"
+            f"dataset.cache=features: {self.path} {why}: it could hold anything; remove it, or point S2A_DATA elsewhere"
         )
 
     def write(self, batches: Iterator[Sequence[Features]]) -> None:
@@ -124,8 +124,8 @@ class Kept:
             file.write(self.header)
             for views in batches:
                 rows = [
-                    torch.cat([t.cpu().flatten(1).contiguous().view(torch.uint8) for t in taps.tensors], 1)
-                    for taps in views
+                    torch.cat([t.cpu().flatten(1).contiguous().view(torch.uint8) for t in features.tensors], 1)
+                    for features in views
                 ]
                 file.write(torch.stack(rows, 1).numpy().tobytes())
             file.flush()
@@ -141,7 +141,7 @@ class Kept:
         Raises RunError where the file is not whole.
         """
         if not self.whole():
-            raise RunError(f"dataset.cache=taps: {self.path} was changed or removed since it was filled")
+            raise RunError(f"dataset.cache=features: {self.path} was changed or removed since it was filled")
         assert self._map is not None
         parts = torch.from_numpy(self._map[list(rows)]).split(self.sizes, 1)
         own = (part.clone(memory_format=torch.contiguous_format) for part in parts)  # aligned, unlike a view of a row
@@ -237,14 +237,16 @@ def opened(run: Run) -> Cache:
     loaded = data.build_transform(run.backbone.image, config.dataset, train=False)
     few = run.splits.train.subset(range(min(fill_size(config), len(run.splits.train))))
     images, _ = next(iter(data.loader(few, loaded, len(few), workers=0)))
-    taps, logits = read(images)  # also where nothing is to be filled: for the measured peak, and as a check
+    features, logits = read(images)  # also where nothing is to be filled: for the measured peak, and as a check
     with torch.no_grad():
-        if not _close(Features([step.logits(head, taps)]), Features([logits])):
-            raise UserError(f"dataset.cache=taps: the logits of {type(model).__name__} are not what its head returns")
+        if not _close(Features([step.logits(head, features)]), Features([logits])):
+            raise UserError(
+                f"dataset.cache=features: the logits of {type(model).__name__} are not what its head returns"
+            )
     folder = data.data_folder(config.dataset).parent / "taps"
-    kept = _files(run, folder, [(tuple(t.shape[1:]), t.dtype) for t in taps.tensors])
+    kept = _files(run, folder, [(tuple(t.shape[1:]), t.dtype) for t in features.tensors])
     train = kept["train"]
-    if train.whole() and not _close(train.batch(range(0, train.rows, 1 + train.mirrored)[: len(few)]), taps):
+    if train.whole() and not _close(train.batch(range(0, train.rows, 1 + train.mirrored)[: len(few)]), features):
         for one in kept.values():  # other figures than those of this model
             one.discard()
     missing = {split: one for split, one in kept.items() if not one.whole()}
@@ -252,7 +254,7 @@ def opened(run: Run) -> Cache:
     if missing:
         need = sum(one.bytes for one in missing.values())
         print(
-            f"dataset.cache=taps: {size} for {sum(one.rows for one in kept.values())} images and mirror images in"
+            f"dataset.cache=features: {size} for {sum(one.rows for one in kept.values())} images and mirror images in"
             f" {folder}",
             flush=True,
         )
@@ -260,7 +262,7 @@ def opened(run: Run) -> Cache:
         for split, one in missing.items():
             _fill(run, split, one, read)
     else:
-        print(f"dataset.cache=taps: {size}, there already, in {folder}", flush=True)
+        print(f"dataset.cache=features: {size}, there already, in {folder}", flush=True)
     peak = None
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / MIB
@@ -309,7 +311,7 @@ def _room(folder: Path, need: int) -> None:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if (free := shutil.disk_usage(there).free) < need:
         raise RunError(
-            f"dataset.cache=taps: needs {need / MIB:,.0f} MiB in {folder}, where {free / MIB:,.0f} MiB are free;"
+            f"dataset.cache=features: needs {need / MIB:,.0f} MiB in {folder}, where {free / MIB:,.0f} MiB are free;"
             " make room, point S2A_DATA to another disk, or set dataset.cache=null"
         )
 
@@ -325,7 +327,7 @@ def _fill(run: Run, split: str, kept: Kept, read: Callable[[Tensor], tuple[Featu
         loader = data.loader(
             images, transform, fill_size(config), workers=config.workers, pin_memory=run.device.type == "cuda"
         )
-        with Progress(f"dataset.cache=taps, {split}", len(images), " images") as progress, stopping() as asked:
+        with Progress(f"dataset.cache=features, {split}", len(images), " images") as progress, stopping() as asked:
 
             def batches() -> Iterator[list[Features]]:
                 for batch, _ in guarded(loader, asked):
@@ -338,7 +340,7 @@ def _fill(run: Run, split: str, kept: Kept, read: Callable[[Tensor], tuple[Featu
                 kept.write(batches())
             except OSError as error:
                 raise RunError(
-                    f"dataset.cache=taps: {kept.path} can't be written ({error.strerror}): it takes"
+                    f"dataset.cache=features: {kept.path} can't be written ({error.strerror}): it takes"
                     f" {kept.bytes / MIB:,.0f} MiB; make room, point S2A_DATA to another disk, or set"
                     " dataset.cache=null"
                 ) from None

@@ -39,7 +39,7 @@ class Run:
     weights: str  # fingerprint of the pretrained tensors
     device: torch.device
     content: str  # see record.content
-    cache: Cache | None = None  # with dataset.cache=taps, once it is open
+    cache: Cache | None = None  # with dataset.cache=features, once it is open
 
     @property
     def identity(self) -> str:
@@ -95,7 +95,7 @@ def prepare(config: DictConfig) -> Run:
         check_steady(attached)
         if processes > 1:
             raise UserError(
-                "dataset.cache=taps trains in one process: what is left to train is small; start without torchrun"
+                "dataset.cache=features trains in one process: what is left to train is small; start without torchrun"
             )
     if (least := min(config.optim.batch_size, len(splits.train))) < processes:
         raise UserError(
@@ -202,11 +202,11 @@ def check_steady(attached: Attachment) -> None:
         whole = torch.allclose(head.eval()(tested), logits, rtol=1e-3, atol=1e-4)
     if not whole:
         raise UserError(
-            f"dataset.cache=taps: the logits of {type(model).__name__} are more than the mean of its classifier's"
+            f"dataset.cache=features: the logits of {type(model).__name__} are more than the mean of its classifier's"
             " layers"
         )
     if not steady:
         raise UserError(
-            f"dataset.cache=taps: {type(model).__name__} is another in training than in evaluation, with dropout or"
+            f"dataset.cache=features: {type(model).__name__} is another in training than in evaluation, with dropout or"
             " dropped paths; switch them off, such as with backbone.kwargs.drop_path_rate=0"
         )

@@ -37,7 +37,7 @@ WORDS = [
     ),
     *("optim.epochs=3", "optim.batch_size=20", "save_steps=1"),
 ]
-CACHED = [*WORDS, "method=side", "dataset.cache=taps", "dataset.scale=null"]
+CACHED = [*WORDS, "method=side", "dataset.cache=features", "dataset.scale=null"]
 
 
 class Life:

@@ -1,4 +1,4 @@
-"""dataset.cache=taps: a run on kept taps is the run without them, and the files are whole or not there."""
+"""dataset.cache=features: a run on kept taps is the run without them, and the files are whole or not there."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from PIL import Image
 from s2a_cli import data
 from s2a_cli.common.errors import RunError, UserError
 from s2a_cli.config.compose import compose, recompose
+from s2a_cli.config.settings import plain
 from s2a_cli.methods.parts.feature_head import Features
 from s2a_cli.results import record
 from s2a_cli.training import checkpoints, feature_cache, forecast, loop, trainer
@@ -28,7 +29,7 @@ QUICK = [
     *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=side", "device=cpu", "workers=0"),
     *("optim.epochs=2", "optim.batch_size=16", "dataset.scale=null"),
 ]
-TAPS = "dataset.cache=taps"
+CACHE = "dataset.cache=features"
 
 
 @pytest.fixture(autouse=True)
@@ -87,10 +88,10 @@ def agree(one, two):
 )
 def test_a_run_on_kept_taps_is_the_run_without(tmp_path, words):
     train(tmp_path / "without", *words)
-    train(tmp_path / "with", *words, TAPS)
+    train(tmp_path / "with", *words, CACHE)
     agree(outcome(tmp_path / "with"), outcome(tmp_path / "without"))
     result = record.read_result(tmp_path / "with")
-    for cached in (TAPS, "dataset.cache=null"):  # the saved tensors are those of the whole model
+    for cached in (CACHE, "dataset.cache=null"):  # the saved tensors are those of the whole model
         scores = evaluation_module.evaluate(recompose(result["config"], [cached]), tmp_path / "with")
         assert scores["top1"] == result["accuracy"]["test_top1"]
 
@@ -110,11 +111,11 @@ def test_an_image_is_mirrored_when_its_transform_would_mirror_it():
 
 
 def test_runs_share_what_is_the_same_for_them(tmp_path, own_folder, filled, capsys):
-    train(tmp_path / "1", TAPS)
+    train(tmp_path / "1", CACHE)
     assert len(filled) == 3 and {path.name for path in own_folder.glob("*.taps")} == set(filled)
-    train(tmp_path / "2", TAPS, "seed=1", "method.width=3", "optim.batch_size=9", "method.lr=0.1")
+    train(tmp_path / "2", CACHE, "seed=1", "method.width=3", "optim.batch_size=9", "method.lr=0.1")
     assert len(filled) == 3 and "there already" in capsys.readouterr().out
-    train(tmp_path / "3", TAPS, "dataset.hflip=0.5")  # validation and test images stay as they are
+    train(tmp_path / "3", CACHE, "dataset.hflip=0.5")  # validation and test images stay as they are
     assert len(filled) == 4 and filled[-1].startswith("train-")
 
 
@@ -124,7 +125,7 @@ def test_runs_that_read_something_else_have_other_files(tmp_path):
         return {
             kept.path.name
             for kept in feature_cache._files(
-                run_module.prepare(compose([*QUICK, TAPS, *words])), tmp_path, fields
+                run_module.prepare(compose([*QUICK, CACHE, *words])), tmp_path, fields
             ).values()
         }
 
@@ -160,31 +161,31 @@ def rows_turned(content):
     ids=["cut", "header", "empty", "turned", "turned test"],
 )
 def test_a_damaged_file_is_filled_anew(tmp_path, own_folder, filled, damage, split):
-    train(tmp_path / "1", TAPS)
+    train(tmp_path / "1", CACHE)
     path = next(own_folder.glob(f"{split}-*.taps"))
     good = path.read_bytes()
     path.write_bytes(damage(good))
-    train(tmp_path / "2", TAPS)
+    train(tmp_path / "2", CACHE)
     assert len(filled) == 4 and path.read_bytes() == good
     assert outcome(tmp_path / "1")[:2] == outcome(tmp_path / "2")[:2]
 
 
 def test_a_file_is_private_and_none_of_another_user_or_kind_is_read(tmp_path, own_folder, monkeypatch):
-    train(tmp_path / "1", TAPS)
+    train(tmp_path / "1", CACHE)
     path = next(own_folder.glob("train-*.taps"))
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in own_folder.glob("*.taps"))
     with monkeypatch.context() as patch:
         patch.setattr(feature_cache, "_me", lambda folder: path.stat().st_uid + 1)
         with pytest.raises(UserError, match="train-.*.taps belongs to another user: it could hold anything; remove it"):
-            train(tmp_path / "2", TAPS)
+            train(tmp_path / "2", CACHE)
     good = path.rename(tmp_path / "moved")
     path.symlink_to(good)
     with pytest.raises(UserError, match="is no regular file"):
-        train(tmp_path / "3", TAPS)
+        train(tmp_path / "3", CACHE)
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(UserError, match="is no regular file"):
-        train(tmp_path / "4", TAPS)
+        train(tmp_path / "4", CACHE)
 
 
 def test_the_file_that_was_checked_is_the_one_that_is_read(tmp_path):
@@ -200,7 +201,7 @@ def test_the_file_that_was_checked_is_the_one_that_is_read(tmp_path):
 
 
 def test_a_file_of_other_values_is_filled_anew(tmp_path, own_folder, filled):
-    train(tmp_path / "1", TAPS)
+    train(tmp_path / "1", CACHE)
     path = next(own_folder.glob("train-*.taps"))
     good = path.read_bytes()
     content = good[: feature_cache.HEADER] + bytes(len(good) - feature_cache.HEADER - 32)
@@ -209,7 +210,7 @@ def test_a_file_of_other_values_is_filled_anew(tmp_path, own_folder, filled):
         checksum = feature_cache._checksum(file, len(content))
         file.seek(0, 2)
         file.write(checksum)
-    train(tmp_path / "2", TAPS)
+    train(tmp_path / "2", CACHE)
     assert len(filled) == 6 and path.read_bytes() == good
 
 
@@ -225,14 +226,14 @@ def test_a_filling_that_breaks_off_leaves_nothing(tmp_path, own_folder, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(feature_cache.Progress, "add", breaks)
         if isinstance(error, OSError):
-            with pytest.raises(RunError, match="dataset.cache=taps: .*No space left.*make room"):
-                train(tmp_path / "run", TAPS)
+            with pytest.raises(RunError, match="dataset.cache=features: .*No space left.*make room"):
+                train(tmp_path / "run", CACHE)
         else:
-            assert train(tmp_path / "run", TAPS)["status"] == "interrupted"
+            assert train(tmp_path / "run", CACHE)["status"] == "interrupted"
     assert [path.suffix for path in own_folder.iterdir()] == [".lock"]
     litter = own_folder / next(own_folder.iterdir()).name.replace(".lock", ".abcdefgh")
     litter.write_bytes(b"half, of a process that was killed")
-    assert train(tmp_path / "run", TAPS)["status"] == "ok" and not litter.exists()
+    assert train(tmp_path / "run", CACHE)["status"] == "ok" and not litter.exists()
 
 
 def test_a_disk_without_the_room_is_refused_before_anything_is_written(tmp_path, own_folder, monkeypatch):
@@ -240,12 +241,12 @@ def test_a_disk_without_the_room_is_refused_before_anything_is_written(tmp_path,
         feature_cache.shutil, "disk_usage", lambda path: feature_cache.shutil._ntuple_diskusage(1, 1, 0)
     )
     with pytest.raises(RunError, match=r"needs \d+ MiB in .*taps, where 0 MiB are free"):
-        train(tmp_path / "run", TAPS)
+        train(tmp_path / "run", CACHE)
     assert not own_folder.exists()
 
 
 def test_a_broken_run_goes_on(tmp_path, monkeypatch):
-    train(tmp_path / "whole", TAPS, "dataset.hflip=0.5")
+    train(tmp_path / "whole", CACHE, "dataset.hflip=0.5")
     one, count = loop.Fit._train, [0]
 
     def breaks(self, *args):
@@ -256,8 +257,8 @@ def test_a_broken_run_goes_on(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Fit, "_train", breaks)
-        assert train(tmp_path / "broken", TAPS, "dataset.hflip=0.5", "save_steps=1")["status"] == "interrupted"
-    train(tmp_path / "broken", TAPS, "dataset.hflip=0.5", "save_steps=1")
+        assert train(tmp_path / "broken", CACHE, "dataset.hflip=0.5", "save_steps=1")["status"] == "interrupted"
+    train(tmp_path / "broken", CACHE, "dataset.hflip=0.5", "save_steps=1")
     assert (tmp_path / "broken" / checkpoints.FILE).read_bytes() == (tmp_path / "whole" / checkpoints.FILE).read_bytes()
     assert outcome(tmp_path / "broken")[:2] == outcome(tmp_path / "whole")[:2]
 
@@ -267,13 +268,13 @@ def test_a_broken_run_goes_on(tmp_path, monkeypatch):
     [
         (
             ["dataset.scale=[0.8,1]"],
-            "dataset.cache=taps needs dataset.scale=null: each random crop would need another forward pass",
+            "dataset.cache=features needs dataset.scale=null: each random crop would need another forward pass",
         ),
         (["optim.mixup=0.2"], "needs optim.mixup=0.0: each mixed image"),
         (["optim.cutmix=1.0"], "needs optim.cutmix=0.0: each mixed image"),
         (["compile=true", "quant=none"], "needs compile=false"),
         (["quant=auto", "quant.budget_mib=100"], "needs quant.budget_mib=null"),
-        (["dataset.cache=tap"], "expected one of taps, or null"),
+        (["dataset.cache=tap"], "expected one of features, or null"),
         (["method=bias"], "method=bias changes what the backbone computes.*accepted are linear and side"),
         (["method=s2a"], "method=s2a changes"),
         (
@@ -285,14 +286,14 @@ def test_a_broken_run_goes_on(tmp_path, monkeypatch):
 )
 def test_what_does_not_fit_is_refused_in_one_line(words, message):
     with pytest.raises(UserError, match=message) as caught:
-        run_module.prepare(compose([*QUICK, TAPS, *words]))
+        run_module.prepare(compose([*QUICK, CACHE, *words]))
     assert "\n" not in str(caught.value)
 
 
 def test_without_a_cache_a_run_has_the_identity_that_it_always_had():
     config = trainer.OmegaConf.to_container(compose(QUICK))
     before = {**config, "dataset": {key: value for key, value in config["dataset"].items() if key != "cache"}}
-    kept = {**config, "dataset": config["dataset"] | {"cache": "taps"}}
+    kept = {**config, "dataset": config["dataset"] | {"cache": "features"}}
     assert record.content(before, "r", "w") == record.content(config, "r", "w") != record.content(kept, "r", "w")
 
 
@@ -301,16 +302,16 @@ def test_the_predicted_peak_is_that_of_filling_or_of_the_step():
         config = compose([*QUICK, *words])
         return forecast.predicted_peak(config, 10, 1000)
 
-    assert peak(TAPS) < peak()
-    assert peak(TAPS) == peak(TAPS, "optim.batch_size=20"), "that of filling, with few images at a time"
-    large = peak(TAPS, "optim.batch_size=1000")
-    assert peak(TAPS, "optim.micro_batch=4") < peak(TAPS) < large < peak("optim.batch_size=1000")
+    assert peak(CACHE) < peak()
+    assert peak(CACHE) == peak(CACHE, "optim.batch_size=20"), "that of filling, with few images at a time"
+    large = peak(CACHE, "optim.batch_size=1000")
+    assert peak(CACHE, "optim.micro_batch=4") < peak(CACHE) < large < peak("optim.batch_size=1000")
 
 
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(trainer.distributed, "part", lambda: (0, 2))
     with pytest.raises(UserError, match="trains in one process"):
-        run_module.prepare(compose([*QUICK, TAPS]))
+        run_module.prepare(compose([*QUICK, CACHE]))
 
 
 def test_taps_keep_their_dtypes():
@@ -337,7 +338,7 @@ def test_a_file_gives_back_what_was_written(tmp_path):
 
 @pytest.mark.slow
 def test_runs_that_start_together_fill_once(tmp_path, own_folder):
-    words = [*QUICK, TAPS, "optim.epochs=1"]
+    words = [*QUICK, CACHE, "optim.epochs=1"]
     command = [sys.executable, "-m", "s2a_cli", "train", *words]
     runs = [
         subprocess.Popen([*command, f"seed={n}", f"run_dir={tmp_path / str(n)}"], stderr=subprocess.PIPE)
@@ -346,3 +347,13 @@ def test_runs_that_start_together_fill_once(tmp_path, own_folder):
     for process in runs:
         assert process.wait(timeout=120) == 0, process.stderr.read()
     assert len(list(own_folder.glob("*.taps"))) == 3 and not list(own_folder.glob(".*.????????"))
+
+
+def test_the_setting_by_its_name_of_version_0_1_0_is_the_same_run(tmp_path):
+    words = ["method=side", "dataset.scale=null"]
+    older, now = (compose([*words, f"dataset.cache={name}"]) for name in ("taps", "features"))
+    assert older == now and older.dataset.cache == "features"
+    config = plain(older, resolve=True)
+    content = record.content(config, "data", "weights")
+    assert content == record.content(config | {"dataset": config["dataset"] | {"cache": "taps"}}, "data", "weights")
+    assert '"cache": "taps"' in content  # so that a run has the id that it had
