@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from s2a_cli.activations.ops.registry import handlers_of
 from s2a_cli.activations.piece_sizes import MOST, piece_sizes
 from s2a_cli.activations.random_numbers import Draws, parts, random_state, set_random_state
 from s2a_cli.activations.recompute import Recompute, Replay, in_pieces, input_bytes, splits
@@ -60,7 +61,7 @@ class BlockRunner:
 
     def __init__(self, mode: ActivationMode, index: int, module: nn.Module, config: QuantConfig):
         self.mode, self.index, self.module = mode, index, module
-        self.config, self.handlers = config, mode.handlers_of(config)  # those of this block
+        self.config, self.handlers = config, handlers_of(config)  # those of this block
         self.has_mlp = bool(mlps(module))
         self._probes: dict[tuple, Probe] = {}
         self._users = 0  # threads that are within the mode

@@ -1,15 +1,10 @@
 """The one place where operators are intercepted: a TorchFunctionMode with a table {function: handler}.
 
-A handler is called as handler(op, stock, *args, **kwargs), where `op` is the context of the call (context.py) and
-`stock` the function that was called. It returns what `stock` would, bit for bit (to rounding where a CUDA kernel makes
-output and codes in one pass), and keeps less for the backward pass; or NotImplemented for arguments that it does not
-cover, and the call is stock's.
+What a handler is and how one is registered is in ops/registry.py.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,15 +17,13 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from s2a_cli.activations.checkpointing import BlockRunner, runners_of
 from s2a_cli.activations.context import OpContext
-from s2a_cli.activations.ops import attention, dropout, linear_conv, matmul, norm, pointwise, pooling, reductions
+from s2a_cli.activations.ops.registry import Handler, handlers_of
 from s2a_cli.activations.quant.calibration import Calibration
 from s2a_cli.activations.random_numbers import Draws
 from s2a_cli.activations.recompute import unread_linear
 from s2a_cli.activations.sites import Sites, follow
 from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
 from s2a_cli.config.schema import QuantConfig
-
-FAMILIES = (pointwise, norm, attention, matmul, reductions, pooling, linear_conv, dropout)
 
 
 class Thread(threading.local):
@@ -41,7 +34,7 @@ class Thread(threading.local):
     on = False  # whether operators reach the mode: PyTorch takes it off while it handles one
     grad = False  # whether gradients were on when the forward pass, or the block, began
     config: QuantConfig  # of the block that runs
-    handlers: ClassVar[dict[Callable, Callable]] = {}  # likewise; none in a thread that autograd handed the mode on to
+    handlers: ClassVar[dict[Callable, Handler]] = {}  # likewise; none in a thread that autograd handed the mode on to
     linears = 0  # calls of F.linear so far
     unread = 0  # the number of the one whose output nothing reads; or 0
     draws: Draws | None = None  # the random numbers of the piece that runs
@@ -59,20 +52,10 @@ class ActivationMode(TorchFunctionMode):
 
     def __init__(self, config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> None:
         super().__init__()
-        self.config, self.handlers = config, self.handlers_of(config)
+        self.config, self.handlers = config, handlers_of(config)
         self.calibration, self.sites = Calibration(config), Sites()
         self.runners = runners_of(self, blocks)
         self.thread = Thread()
-
-    @staticmethod
-    def handlers_of(config: QuantConfig) -> dict[Callable, Callable]:
-        """The handlers of the operator families with a bit-width, and those that are exact and need none (None)."""
-        found: dict[Callable, Callable] = {}
-        for family in FAMILIES:
-            for bits, handlers in family.HANDLERS.items():
-                if config.lossless if bits is None else getattr(config, bits) is not None:
-                    found.update(handlers)
-        return found
 
     def __torch_function__(
         self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
@@ -91,9 +74,9 @@ class ActivationMode(TorchFunctionMode):
                 return func(*args, **kwargs)
             op = OpContext(thread.config, self.calibration, self.sites.call(func.__name__))
             refuse_checkpointing(thread.grad)
-            if not torch.is_grad_enabled() or not kwargs.keys() <= _parameters(handler):
+            if not torch.is_grad_enabled() or not kwargs.keys() <= handler.keywords:
                 return func(*args, **kwargs)
-            out = handler(op, func, *args, **kwargs)
+            out = handler.run(op, func, *args, **kwargs)
             return func(*args, **kwargs) if out is NotImplemented else out
         finally:
             thread.on = on
@@ -165,9 +148,3 @@ class ActivationMode(TorchFunctionMode):
             yield
         finally:
             state.update(before)
-
-
-@functools.cache
-def _parameters(handler: Callable) -> frozenset[str]:
-    """The keywords that a handler takes: with others, such as out=, the call is stock's."""
-    return getattr(handler, "keywords", None) or frozenset(inspect.signature(handler).parameters)

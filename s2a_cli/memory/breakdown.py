@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from s2a_cli.memory.families import PRIORITY, family, keeps_result
+from s2a_cli.memory.families import FAMILIES, family, keeps_result
 from s2a_cli.memory.result import Memory
 from s2a_cli.memory.watch import USES
 
@@ -107,4 +107,4 @@ def _family(allocation: Allocation) -> str:
     if allocation.use != "kept":
         return made
     found = [*allocation.readers, *([made] if keeps_result(allocation.operator) else [])]
-    return min(found, key=PRIORITY.index, default=made)
+    return min(found, key=FAMILIES.index, default=made)

@@ -1,0 +1,7 @@
+"""Operator families, one a file: importing the package imports every file in it, and each registers its handlers."""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)

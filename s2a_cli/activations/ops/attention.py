@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations.ops.autograd import covers, first_order
+from s2a_cli.activations.ops.registry import handles
 from s2a_cli.activations.quant.grouped import Grouped, keep, slices, written
 from s2a_cli.activations.quant.packing import byte_table, inverse, rows
 from s2a_cli.activations.quant.primitives import decode_groups, decode_rows, encode_groups, operator, working_type
@@ -133,6 +134,7 @@ class Unfused(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
+@handles(F.scaled_dot_product_attention, bits=("attention", "softmax"))
 def scaled_dot_product_attention(
     op, stock, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
@@ -161,6 +163,7 @@ def _fake_softmax(grad, codes, scales, levels, group, bits):
 @operator(
     "softmax_backward(Tensor grad, Tensor codes, Tensor scales, Tensor levels, int group, int bits) -> Tensor",
     _fake_softmax,
+    family="softmax",
 )
 def softmax_backward(grad: Tensor, codes: Tensor, scales: Tensor, levels: Tensor, group: int, bits: int) -> Tensor:
     out = grad.new_empty(grad.shape)
@@ -216,6 +219,7 @@ def codes_of_softmax(p: Tensor) -> tuple[Grouped, Tensor, Tensor] | None:
     return node.grouped, *shared
 
 
+@handles(F.softmax, torch.softmax, Tensor.softmax, bits="softmax", keywords=("input", "dim", "_stacklevel", "dtype"))
 def softmax(op, stock, input, dim=None, *args, **kwargs):
     if not covers(input) or dim is None or input.dim() == 0 or input.numel() == 0:
         return NotImplemented
@@ -226,9 +230,3 @@ def softmax(op, stock, input, dim=None, *args, **kwargs):
 
     order = tuple(i for i in places if i != places[dim])
     return Softmax.apply(input, run, (*order, places[dim]), op)
-
-
-softmax.keywords = frozenset(("input", "dim", "_stacklevel", "dtype"))
-SOFTMAX = dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), softmax)
-FUSED = {F.scaled_dot_product_attention: scaled_dot_product_attention}
-HANDLERS = {"attention": FUSED, "softmax": SOFTMAX | FUSED}

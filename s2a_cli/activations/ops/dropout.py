@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations.ops.autograd import covers, first_order
+from s2a_cli.activations.ops.registry import handles
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.packing import inverse, memory_order
 from s2a_cli.activations.quant.primitives import encode_interval, multiply_levels
@@ -38,10 +39,8 @@ class Dropout(torch.autograd.Function):
         return multiply_levels(grad.permute(ctx.order), codes, ctx.table.levels, 1).permute(inverse(ctx.order)), None
 
 
+@handles(F.dropout, bits=None)
 def dropout(op, stock, input, p=0.5, training=True, inplace=False):
     if not covers(input) or not training or inplace or not 0 < p < 1:
         return NotImplemented
     return Dropout.apply(input, p)
-
-
-HANDLERS = {None: {F.dropout: dropout}}

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations.ops.autograd import alone, first_order
+from s2a_cli.activations.ops.registry import handles
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.grouped import keep, slices
 from s2a_cli.activations.quant.packing import byte_table
@@ -140,6 +141,7 @@ def _fake_weight_gradient(grad, codes, scales, table, width, group, bits, channe
     "weight_gradient(Tensor grad, Tensor codes, Tensor scales, Tensor levels, int width, int group, int bits, "
     "Tensor? channels=None) -> Tensor",
     _fake_weight_gradient,
+    family="linear",
 )
 def weight_gradient(
     grad: Tensor,
@@ -161,6 +163,7 @@ def weight_gradient(
     return total.to(grad.dtype)
 
 
+@handles(F.conv1d, F.conv2d, F.conv3d, bits=None)
 def convolution(op, stock, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     geometry = _geometry(weight, stride, padding, dilation, groups)
     if geometry is None or input.dim() != weight.dim():
@@ -176,6 +179,7 @@ def convolution(op, stock, input, weight, bias=None, stride=1, padding=0, dilati
     return FrozenConv.apply(input, bias, lambda x, bias: run(x, weight, bias), weight, geometry, False)
 
 
+@handles(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, bits=None)
 def transposed_convolution(
     op, stock, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
 ):
@@ -189,18 +193,10 @@ def transposed_convolution(
     return FrozenConv.apply(input, bias, run, weight, _geometry(weight, stride, padding, dilation, groups), True)
 
 
+@handles(F.linear, bits=None)
 def linear(op, stock, input, weight, bias=None):
     if not weight.requires_grad:
         return NotImplemented
     if op.config.linear is not None and input.dim() > 1:
         return CodedLinear.apply(input, weight, bias, stock, op)
     return stock(alone(input), weight, bias)
-
-
-HANDLERS = {
-    None: {
-        F.linear: linear,
-        **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), convolution),
-        **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), transposed_convolution),
-    }
-}

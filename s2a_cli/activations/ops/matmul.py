@@ -18,6 +18,7 @@ from torch import Tensor
 
 from s2a_cli.activations.ops.attention import codes_of_softmax
 from s2a_cli.activations.ops.autograd import alone, covers, first_order
+from s2a_cli.activations.ops.registry import handles
 from s2a_cli.activations.quant.grouped import Grouped, keep, slices
 
 if TYPE_CHECKING:
@@ -52,12 +53,14 @@ def _keep_matrix(x: Tensor, op: OpContext) -> tuple[Grouped, Tensor, Tensor]:
     return codes_of_softmax(x) or _keep(x, op)
 
 
+@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, bits="attention")
 def matmul(op, stock, input, other):
     if not (covers(input) and covers(other)) or input.dim() < 3 or input.shape[:-2] != other.shape[:-2]:
         return NotImplemented
     return MatMul.apply(input, other, stock, op)
 
 
+@handles(torch.bmm, Tensor.bmm, bits="attention")
 def bmm(op, stock, input, mat2):
     return matmul(op, stock, input, mat2)
 
@@ -89,6 +92,7 @@ class Gate(torch.autograd.Function):
         return dx, dgate, None, None
 
 
+@handles(torch.mul, Tensor.mul, Tensor.__mul__, bits="attention")
 def multiply(op, stock, input, other):
     if input is other and covers(input) and not input.is_leaf and input.dim() > 0:
         return Power.apply(input, lambda x: stock(x, x), 2, op)
@@ -130,6 +134,7 @@ class Divide(torch.autograd.Function):
         return dx, total, None, None, None
 
 
+@handles(torch.div, torch.true_divide, Tensor.div, Tensor.true_divide, Tensor.__truediv__, bits="attention")
 def divide(op, stock, input, other, inplace=False):
     if not isinstance(other, Tensor) or not covers(other) or other.is_leaf or not input.is_floating_point():
         return NotImplemented
@@ -139,6 +144,7 @@ def divide(op, stock, input, other, inplace=False):
     return Divide.apply(input, other, stock, inplace, op)
 
 
+@handles(Tensor.div_, Tensor.true_divide_, Tensor.__itruediv__, bits="attention")
 def divide_(op, stock, input, other):
     return divide(op, stock, input, other, inplace=True)
 
@@ -163,6 +169,7 @@ class Power(torch.autograd.Function):
         return dx, None, None, None
 
 
+@handles(torch.pow, Tensor.pow, Tensor.__pow__, bits="attention")
 def power(op, stock, input, exponent):
     whole = isinstance(exponent, int | float) and exponent >= 2 and exponent == int(exponent)
     if (
@@ -177,20 +184,8 @@ def power(op, stock, input, exponent):
     return Power.apply(input, lambda x: stock(x, exponent), int(exponent), op)
 
 
+@handles(torch.square, Tensor.square, bits="attention")
 def square(op, stock, input):
     if not covers(input) or input.is_leaf or input.dim() == 0 or input.numel() == 0:
         return NotImplemented
     return Power.apply(input, stock, 2, op)
-
-
-HANDLERS = {
-    "attention": {
-        **dict.fromkeys((torch.div, torch.true_divide, Tensor.div, Tensor.true_divide, Tensor.__truediv__), divide),
-        **dict.fromkeys((Tensor.div_, Tensor.true_divide_, Tensor.__itruediv__), divide_),
-        **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), power),
-        **dict.fromkeys((torch.square, Tensor.square), square),
-        **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), matmul),
-        **dict.fromkeys((torch.bmm, Tensor.bmm), bmm),
-        **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__), multiply),
-    }
-}

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from s2a_cli.activations.ops.autograd import first_order
+from s2a_cli.activations.ops.registry import handles
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.packing import byte_table, groups_of, packed_size, rows
 from s2a_cli.activations.quant.primitives import SCALE, decode_rows, draws, encode_rows, operator, working_type
@@ -41,6 +42,7 @@ def _fake_encode(x, width, eps, centre, bins, group, bits, chances=None, seed=0,
     "encode_norm(Tensor x, int width, float eps, bool centre, Tensor bins, int group, int bits, "
     "Tensor? chances=None, int seed=0, Tensor? channels=None) -> (Tensor, Tensor, Tensor)",
     _fake_encode,
+    family="normalisation",
 )
 def encode_norm(
     x: Tensor,
@@ -91,6 +93,7 @@ def _fake_backward(
     "int width, int channels, int count, bool centre, int group, int bits, Tensor? calibrated=None) "
     "-> (Tensor, Tensor, Tensor)",
     _fake_backward,
+    family="normalisation",
 )
 def norm_backward(
     grad: Tensor,
@@ -186,6 +189,7 @@ def _trains(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
+@handles(F.layer_norm, bits="norm")
 def layer_norm(op, stock, input, normalized_shape, weight=None, bias=None, eps=1e-5):
     if not _trains(input, weight, bias) or (weight is None and bias is not None):
         return NotImplemented
@@ -197,6 +201,7 @@ def layer_norm(op, stock, input, normalized_shape, weight=None, bias=None, eps=1
     return Normalise.apply(input, weight, bias, run, width, width, eps, True, op)
 
 
+@handles(F.rms_norm, bits="norm")
 def rms_norm(op, stock, input, normalized_shape, weight=None, eps=None):
     if not _trains(input, weight):
         return NotImplemented
@@ -220,6 +225,7 @@ def default_rms_eps(dtype: torch.dtype) -> float:
         return min(own, computed, key=lambda eps: abs(float(F.rms_norm(x, (1,))) - float(F.rms_norm(x, (1,), eps=eps))))
 
 
+@handles(F.group_norm, bits="norm")
 def group_norm(op, stock, input, num_groups, weight=None, bias=None, eps=1e-5):
     if not _trains(input, weight, bias) or (weight is None and bias is not None) or input.numel() == 0:
         return NotImplemented
@@ -255,6 +261,7 @@ class FrozenBatchNorm(torch.autograd.Function):
         return dx, dbias, None, None, None, None
 
 
+@handles(F.batch_norm, bits=None)
 def batch_norm(
     op, stock, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
@@ -265,9 +272,3 @@ def batch_norm(
         return stock(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
     return FrozenBatchNorm.apply(input, bias, run, running_var, weight, eps)
-
-
-HANDLERS = {
-    "norm": {F.layer_norm: layer_norm, F.group_norm: group_norm, F.rms_norm: rms_norm},
-    None: {F.batch_norm: batch_norm},
-}

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations.ops.autograd import covers, first_order
+from s2a_cli.activations.ops.registry import handles
 from s2a_cli.activations.quant.packing import chunk, pack_into, packed_size, unpack
 from s2a_cli.activations.quant.primitives import operator
 
@@ -73,6 +74,7 @@ def _fake_pool(x, kernel, stride, padding, dilation, ceil_mode):
     "max_pool2d(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode) "
     "-> (Tensor, Tensor)",
     _fake_pool,
+    family="pooling",
 )
 def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode):
     """What stock pooling returns, and the packed index within its window of each output, in logical order."""
@@ -96,6 +98,7 @@ def _fake_pool_backward(grad, packed, size, kernel, stride, padding, dilation, c
     "max_pool2d_backward(Tensor grad, Tensor packed, SymInt[] size, int[] kernel, int[] stride, int[] padding, "
     "int[] dilation, bool ceil_mode) -> Tensor",
     _fake_pool_backward,
+    family="pooling",
 )
 def max_pool2d_backward(grad, packed, size, kernel, stride, padding, dilation, ceil_mode):
     dx = _fake_pool_backward(grad, packed, size, kernel, stride, padding, dilation, ceil_mode)
@@ -162,16 +165,16 @@ class AveragePool(torch.autograd.Function):
         return torch.ops.aten.avg_pool2d_backward(grad, stand_in, *ctx.geometry), None, None
 
 
-def _handle_max(
-    op, stock, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
-):
+@handles(F.max_pool2d, torch.max_pool2d, bits=None)
+def max_pool(op, stock, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     kernel = _pair(kernel_size)
     if not covers(input) or return_indices or input.dim() != 4 or math.prod(kernel) > 256:
         return NotImplemented
     return MaxPool.apply(input, kernel, _pair(stride or kernel), _pair(padding), _pair(dilation), ceil_mode)
 
 
-def _handle_average(
+@handles(F.avg_pool2d, bits=None)
+def average_pool(
     op,
     stock,
     input,
@@ -199,23 +202,15 @@ def _handle_average(
     return AveragePool.apply(input, run, geometry)
 
 
-def _handle_adaptive(op, stock, input, output_size):
+@handles(F.adaptive_avg_pool2d, bits=None)
+def adaptive_average_pool(op, stock, input, output_size):
     if not covers(input) or input.dim() != 4 or input.numel() == 0:
         return NotImplemented
     return ByShape.apply(input, lambda x: stock(x, output_size))
 
 
-def _handle_pad(op, stock, input, pad, mode="constant", value=None):
+@handles(F.pad, bits=None)
+def pad(op, stock, input, pad, mode="constant", value=None):
     if not covers(input) or mode not in ("reflect", "replicate") or input.dim() != 4 or input.numel() == 0:
         return NotImplemented
     return ByShape.apply(input, lambda x: stock(x, pad, mode))
-
-
-HANDLERS = {
-    None: {
-        **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _handle_max),
-        F.avg_pool2d: _handle_average,
-        F.adaptive_avg_pool2d: _handle_adaptive,
-        F.pad: _handle_pad,
-    }
-}

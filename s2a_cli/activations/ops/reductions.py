@@ -19,6 +19,7 @@ from torch import Tensor
 
 from s2a_cli.activations.ops.autograd import covers, first_order
 from s2a_cli.activations.ops.norm import encode_norm, norm_backward
+from s2a_cli.activations.ops.registry import handles
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.grouped import keep, slices
 from s2a_cli.activations.quant.packing import chunk, pack_into, packed_size
@@ -68,12 +69,14 @@ def _length(op: OpContext, x: Tensor, order: object, dim, keepdim: bool, run: Ca
     return Length.apply(x, run, _dims(x, dim), keepdim, op)
 
 
+@handles(torch.norm, Tensor.norm, bits="norm")
 def norm(op, stock, input, p="fro", dim=None, keepdim=False, out=None, dtype=None):
     if out is not None or dtype is not None:
         return NotImplemented
     return _length(op, input, p, dim, keepdim, lambda x: stock(x, p, dim, keepdim))
 
 
+@handles(torch.linalg.vector_norm, bits="norm")
 def vector_norm(op, stock, x, ord=2, dim=None, keepdim=False):
     return _length(op, x, ord, dim, keepdim, lambda x: stock(x, ord, dim, keepdim))
 
@@ -101,6 +104,7 @@ class Direction(torch.autograd.Function):
         return dx.mul_(width**-0.5).movedim(-1, ctx.dim), None, None, None, None
 
 
+@handles(F.normalize, bits="norm")
 def normalize(op, stock, input, p=2.0, dim=1, eps=1e-12, out=None):
     if (
         not covers(input)
@@ -118,7 +122,7 @@ def _fake_equal(x, y):
     return x.new_empty(packed_size(x.numel(), 1), dtype=torch.uint8)
 
 
-@operator("encode_equal(Tensor x, Tensor y) -> Tensor", _fake_equal)
+@operator("encode_equal(Tensor x, Tensor y) -> Tensor", _fake_equal, family="codes")
 def encode_equal(x: Tensor, y: Tensor) -> Tensor:
     """1 bit an element, in logical order: x == y, where y [B or 1, ...] broadcasts to x [B, ...]."""
     packed, each = _fake_equal(x, y), x[0].numel()
@@ -157,17 +161,8 @@ def _restored(x: Tensor, dims: Dims, keepdim: bool) -> Tensor:
     return x
 
 
+@handles(torch.amax, Tensor.amax, torch.amin, Tensor.amin, bits=None)
 def extreme(op, stock, input, dim=(), keepdim=False):
     if not covers(input) or input.dim() < 2 or input.numel() == 0:
         return NotImplemented
     return Extreme.apply(input, lambda x: stock(x, dim, keepdim), _dims(input, dim), keepdim)
-
-
-HANDLERS = {
-    "norm": {
-        **dict.fromkeys((torch.norm, Tensor.norm), norm),
-        torch.linalg.vector_norm: vector_norm,
-        F.normalize: normalize,
-    },
-    None: dict.fromkeys((torch.amax, Tensor.amax, torch.amin, Tensor.amin), extreme),
-}

@@ -38,6 +38,7 @@ from s2a_cli.activations.quant.packing import (
 _LIBRARY = torch.library.Library("s2a", "DEF")
 SCALE = torch.bfloat16  # of groups: the range of float32, so that nothing overflows
 PLAIN: dict[str, Callable] = {}  # {name of an operator: its plain implementation}
+FAMILIES: dict[str, str] = {}  # {name of an operator: the family that memory breakdowns list it by}
 ACTIVATIONS = {
     "gelu": torch.ops.aten.gelu,
     "gelu_tanh": functools.partial(torch.ops.aten.gelu, approximate="tanh"),
@@ -46,12 +47,16 @@ ACTIVATIONS = {
 }
 
 
-def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Registers the decorated function as `s2a::<schema>`, returns the operator; `fake` gives the outputs' shapes."""
+def operator(schema: str, fake: Callable, *, family: str) -> Callable[[Callable], Callable]:
+    """Registers the decorated function as the custom operator `s2a::<schema>`, and returns that operator.
+
+    fake: gives outputs of the right shapes and dtypes from inputs without data. family: what memory breakdowns list the
+    operator by, one of memory.families.FAMILIES.
+    """
 
     def register(implementation: Callable) -> Callable:
         name = schema.split("(")[0]
-        PLAIN[name] = implementation
+        PLAIN[name], FAMILIES[name] = implementation, family
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"s2a::{name}", fake, lib=_LIBRARY)
@@ -107,6 +112,7 @@ def _fake_encode_levels(x, bins, low, high, bits, chances=None, seed=0):
 @operator(
     "encode_levels(Tensor x, Tensor bins, float low, float high, int bits, Tensor? chances=None, int seed=0) -> Tensor",
     _fake_encode_levels,
+    family="activation",
 )
 def encode_levels(
     x: Tensor, bins: Tensor, low: float, high: float, bits: int, chances: Tensor | None = None, seed: int = 0
@@ -123,7 +129,9 @@ def _fake_activate(x, function, bins, low, high, bits):
 
 
 @operator(
-    "activate(Tensor x, str function, Tensor bins, float low, float high, int bits) -> (Tensor, Tensor)", _fake_activate
+    "activate(Tensor x, str function, Tensor bins, float low, float high, int bits) -> (Tensor, Tensor)",
+    _fake_activate,
+    family="activation",
 )
 def activate(x: Tensor, function: str, bins: Tensor, low: float, high: float, bits: int) -> tuple[Tensor, Tensor]:
     """The function of ACTIVATIONS by that name, and the codes of x as it lies in memory."""
@@ -134,7 +142,7 @@ def _fake_interval(x, low, high):
     return _fake_codes(x, 1)
 
 
-@operator("encode_interval(Tensor x, float low, float high) -> Tensor", _fake_interval)
+@operator("encode_interval(Tensor x, float low, float high) -> Tensor", _fake_interval, family="activation")
 def encode_interval(x: Tensor, low: float, high: float) -> Tensor:
     packed = x.new_empty(packed_size(x.numel(), 1), dtype=torch.uint8)
     for start, piece in elements(x):
@@ -149,7 +157,9 @@ def _fake_multiply(grad, codes, levels, bits):
     return grad.new_empty(grad.shape)
 
 
-@operator("multiply_levels(Tensor grad, Tensor codes, Tensor levels, int bits) -> Tensor", _fake_multiply)
+@operator(
+    "multiply_levels(Tensor grad, Tensor codes, Tensor levels, int bits) -> Tensor", _fake_multiply, family="activation"
+)
 def multiply_levels(grad: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Tensor:
     out = grad.new_empty(grad.shape)
     flat = out.view(-1)
@@ -226,6 +236,7 @@ def _fake_encode_groups(x, bins, low, group, bits, chances=None, seed=0, channel
     "encode_groups(Tensor x, Tensor bins, float low, int group, int bits, Tensor? chances=None, int seed=0, "
     "Tensor? channels=None) -> (Tensor, Tensor)",
     _fake_encode_groups,
+    family="codes",
 )
 def encode_groups(
     x: Tensor,
@@ -258,6 +269,7 @@ def _fake_decode_groups(codes, scales, levels, width, group, bits, start, stop, 
     "decode_groups(Tensor codes, Tensor scales, Tensor levels, int width, int group, int bits, "
     "int start, int stop, ScalarType dtype, Tensor? channels=None) -> Tensor",
     _fake_decode_groups,
+    family="codes",
 )
 def decode_groups(
     codes: Tensor,
@@ -291,7 +303,7 @@ def _fake_decode_int8(codes, scales, dtype):
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
-@operator("decode_int8(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor", _fake_decode_int8)
+@operator("decode_int8(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor", _fake_decode_int8, family="codes")
 def decode_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """codes (int8 [rows, width]) times scales ([rows, groups], of equal size)."""
     values = codes.to(dtype).unflatten(1, (scales.shape[1], -1))  # exact: a code has 8 bits
