@@ -36,7 +36,7 @@ BY_DEVICE = {
         block=1 << 25, wide=1 << 21, mlp=1 << 22, recomputed=1 << 22, forward=1 << 21, decoded=1 << 24, pooled=1 << 23
     ),
 }
-MOST = 8  # pieces of a batch
+MOST_CHUNKS = 8  # of a batch
 _planned: str | None = None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,10 +24,6 @@ class Sites(threading.local):
     """Where the forward pass of this thread is."""
 
     def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        """A forward pass starts: nothing has been called, and no module runs."""
         self._running: list[tuple[nn.Module, str]] = []
         self._root: nn.Module | None = None  # the module that names are relative to; None: the outermost that runs
         self._prefix = ""
@@ -52,11 +48,18 @@ class Sites(threading.local):
         count = self._calls[name, "forward"]
         return name if count == 1 else f"{name}@{count}"
 
+    def outermost(self) -> AbstractContextManager[None]:
+        """Begins a forward pass, or a recomputation: nothing has been called within, and no module runs."""
+        return self._within(None, "")
+
+    def inside(self, module: nn.Module, name: str) -> AbstractContextManager[None]:
+        """Makes calls within belong to this module, here known as `name`, and be counted from its first."""
+        return self._within(module, name)
+
     @contextmanager
-    def inside(self, module: nn.Module, name: str) -> Iterator[None]:
-        """Calls within belong to this module, here known as `name`, and are counted from its first."""
+    def _within(self, root: nn.Module | None, prefix: str) -> Iterator[None]:
         before = self._running, self._root, self._prefix, self._calls
-        self._running, self._root, self._prefix, self._calls = [], module, name, Counter()
+        self._running, self._root, self._prefix, self._calls = [], root, prefix, Counter()
         try:
             yield
         finally:
