@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations.ops.autograd import first_order
-from s2a_cli.activations.quant.grouped import Grouped, keep, written
-from s2a_cli.activations.quant.packing import grouped_size
+from s2a_cli.activations.quant.groupwise import GroupwiseLayout, keep_quantized, write_chunk
+from s2a_cli.activations.quant.packing import groupwise_size
 from s2a_cli.activations.random_numbers import SampleDraws, batch_chunks, random_state, set_random_state
 from s2a_cli.config.schema import QuantConfig
 
@@ -136,13 +136,13 @@ def _stored(x: Tensor, call: Call, index: int) -> tuple:
         return None, x.to(torch.bfloat16)
     site = f"{call.name}:input" if index == 0 else f"{call.name}:input.{index + 1}"
     channels = functools.partial(calibration.channels, site)
-    return keep(x, config.input, config.group, seed=calibration.seed(), calibrated=channels)
+    return keep_quantized(x, config.input, config.group, seed=calibration.seed(), calibrated=channels)
 
 
-def _read(layout: Grouped | None, stored: list[Tensor], dtype: torch.dtype, chunk: slice) -> Tensor:
+def _read(layout: GroupwiseLayout | None, stored: list[Tensor], dtype: torch.dtype, chunk: slice) -> Tensor:
     """Returns the samples of a batch chunk from what is kept."""
     if layout is not None:
-        return layout.decode(*stored, dtype, chunk.start, chunk.stop)
+        return layout.dequantize(*stored, dtype, chunk.start, chunk.stop)
     x = stored[0]
     return (x[chunk] if chunk.stop - chunk.start < len(x) else x).to(dtype).detach()
 
@@ -158,7 +158,7 @@ def input_bytes(x: Tensor, config: QuantConfig) -> int:
     return (
         2 * x.numel()
         if config.input == 16
-        else grouped_size(x.numel() // x.shape[-1], x.shape[-1], config.group, config.input)
+        else groupwise_size(x.numel() // x.shape[-1], x.shape[-1], config.group, config.input)
     )
 
 
@@ -192,7 +192,7 @@ def _write(whole: list[Tensor | None], results: list, chunk: slice, samples: int
     whole += [None] * (len(results) - len(whole))
     for index, result in enumerate(results):
         if result is not None:
-            whole[index] = written(whole[index], result, chunk, samples)
+            whole[index] = write_chunk(whole[index], result, chunk, samples)
     results.clear()
 
 

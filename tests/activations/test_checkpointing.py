@@ -10,7 +10,7 @@ from torch import nn
 from s2a_cli import backbones
 from s2a_cli.activations import STOCK, remember
 from s2a_cli.activations.probe import leaves
-from s2a_cli.activations.quant.packing import grouped_size
+from s2a_cli.activations.quant.packing import groupwise_size
 from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import BackboneConfig, QuantConfig
 from s2a_cli.memory import saved_bytes
@@ -142,7 +142,7 @@ def test_a_coded_input_gives_nearly_the_gradient(bits, at_least):
 
 @pytest.mark.parametrize(
     "bits, kept",
-    [(None, 8 * 17 * 32), (16, 2 * 17 * 32), (8, grouped_size(17, 32, 64, 8)), (4, grouped_size(17, 32, 64, 4))],
+    [(None, 8 * 17 * 32), (16, 2 * 17 * 32), (8, groupwise_size(17, 32, 64, 8)), (4, groupwise_size(17, 32, 64, 4))],
 )
 def test_kept_bytes_are_those_of_the_inputs(bits, kept):
     found = made("vit", "bias")

@@ -15,9 +15,16 @@ import torch
 
 from s2a_cli.activations.quant.primitives import PLAIN
 
-OPERATORS = ("activate", "encode_levels", "encode_interval", "multiply_levels")
-OPERATORS += ("encode_groups", "decode_groups", "encode_norm", "norm_backward", "softmax_backward", "weight_gradient")
-OPERATORS += ("max_pool2d", "max_pool2d_backward", "decode_int8")
+OPERATORS = ("activate", "quantize_elementwise", "pack_interval", "multiply_dequantized")
+OPERATORS += (
+    "quantize_groupwise",
+    "dequantize_groupwise",
+    "quantize_normalized",
+    "norm_backward",
+    "softmax_backward",
+    "weight_gradient",
+)
+OPERATORS += ("max_pool2d", "max_pool2d_backward", "dequantize_int8")
 _LIBRARY = torch.library.Library("s2a", "IMPL", "CUDA")
 
 

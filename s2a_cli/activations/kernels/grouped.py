@@ -42,11 +42,11 @@ def inverse(scale):
 
 
 @triton.jit
-def _encode_rows(
+def _quantize_rows(
     x,
     packed,
     scales,
-    bins,
+    bin_codes,
     first,
     rest,
     step,
@@ -57,7 +57,7 @@ def _encode_rows(
     BINS: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """As operators.encode_rows, of float32 x [ROWS, COLS], which is 0 beyond WIDTH."""
+    """As operators.quantize_rows, of float32 x [ROWS, COLS], which is 0 beyond WIDTH."""
     ROWS: tl.constexpr = x.shape[0]
     COLS: tl.constexpr = x.shape[1]
     STRIDE: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
@@ -66,14 +66,14 @@ def _encode_rows(
     where, held = place(scales, first, STRIDE, rest // WIDTH * STRIDE, ROWS, COLS // GROUP)
     tl.store(where, scale.to(tl.bfloat16), held)
     x = tl.reshape(x * inverse(scale)[:, :, None], [ROWS, COLS])
-    store_codes(packed, assign(x, bins, step, shift, BINS), first, rest, WIDTH, BITS, True)
+    store_codes(packed, assign(x, bin_codes, step, shift, BINS), first, rest, WIDTH, BITS, True)
 
 
 @triton.jit
-def _decode_rows(
+def _dequantize_rows(
     packed,
     scales,
-    levels,
+    entries,
     channels,
     first,
     rest,
@@ -84,12 +84,12 @@ def _decode_rows(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """As operators.decode_rows: float32 [ROWS, COLS]."""
+    """As operators.dequantize_rows: float32 [ROWS, COLS]."""
     STRIDE: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
     codes = load_codes(packed, first, rest, WIDTH, BITS, True, ROWS, COLS)
     where, held = place(scales, first, STRIDE, rest // WIDTH * STRIDE, ROWS, COLS // GROUP)
     scale = tl.load(where, held, other=0).to(tl.float32)
-    values = tl.reshape(tl.load(levels + codes).to(tl.float32), [ROWS, COLS // GROUP, GROUP])
+    values = tl.reshape(tl.load(entries + codes).to(tl.float32), [ROWS, COLS // GROUP, GROUP])
     values = tl.reshape(values * scale[:, :, None], [ROWS, COLS])
     if CALIBRATED:
         values = _row(channels, 0, WIDTH, ROWS, COLS, 0) + values * _row(channels, 1, WIDTH, ROWS, COLS, 0)
@@ -102,7 +102,7 @@ def encode(
     packed,
     scales,
     rstd,
-    bins,
+    bin_codes,
     channels,
     rows,
     eps,
@@ -148,7 +148,7 @@ def encode(
             tl.store(where, factor, held)
         if CALIBRATED:
             values = (values - _row(channels, 0, WIDTH, ROWS, COLS, 0)) * _row(channels, 2, WIDTH, ROWS, COLS, 0)
-        _encode_rows(values, packed, scales, bins, first, rest, step, shift, SIGNED, WIDTH, GROUP, BINS, BITS)
+        _quantize_rows(values, packed, scales, bin_codes, first, rest, step, shift, SIGNED, WIDTH, GROUP, BINS, BITS)
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def decode(
     out,
     packed,
     scales,
-    levels,
+    entries,
     channels,
     rows,
     start,
@@ -174,7 +174,9 @@ def decode(
         own = (tl.program_id(0).to(tl.int64) * EACH + tile) * ROWS
         first = own + start
         rest = (rows - first) * WIDTH
-        values = _decode_rows(packed, scales, levels, channels, first, rest, CALIBRATED, WIDTH, GROUP, BITS, ROWS, COLS)
+        values = _dequantize_rows(
+            packed, scales, entries, channels, first, rest, CALIBRATED, WIDTH, GROUP, BITS, ROWS, COLS
+        )
         where, valid = place(out, own, WIDTH, (stop - first) * WIDTH, ROWS, COLS)
         tl.store(where, values.to(out.dtype.element_ty), valid)
 
@@ -187,7 +189,7 @@ def norm_backward(
     packed,
     scales,
     rstd,
-    levels,
+    entries,
     weight,
     channels,
     rows,
@@ -208,7 +210,7 @@ def norm_backward(
         rest = (rows - first) * WIDTH
         where, valid = place(grad, first, WIDTH, rest, ROWS, COLS)
         g = tl.load(where, valid, other=0).to(tl.float32)
-        x = _decode_rows(packed, scales, levels, channels, first, rest, CALIBRATED, WIDTH, GROUP, BITS, ROWS, COLS)
+        x = _dequantize_rows(packed, scales, entries, channels, first, rest, CALIBRATED, WIDTH, GROUP, BITS, ROWS, COLS)
         dweight += g * x
         dbias += g
         if WEIGHTED:

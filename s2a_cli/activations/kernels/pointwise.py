@@ -41,7 +41,7 @@ def encode(
     x,
     y,
     packed,
-    bins,
+    bin_codes,
     total,
     step,
     shift,
@@ -59,7 +59,7 @@ def encode(
     if FUNCTION is not None:
         where, valid = place(y, first, BLOCK, rest, 1, BLOCK)
         tl.store(where, activation(values, FUNCTION).to(y.dtype.element_ty), valid)
-    codes = tl.where(valid, assign(values, bins, step, shift, BINS), 0)
+    codes = tl.where(valid, assign(values, bin_codes, step, shift, BINS), 0)
     store_codes(packed, codes, first, rest, BLOCK, BITS, EVEN)
 
 
@@ -77,12 +77,12 @@ def interval(x, packed, total, low, high, BOUNDED: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def multiply(grad, out, packed, levels, total, BITS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+def multiply(grad, out, packed, entries, total, BITS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
     """out = grad * levels[code]."""
     first = tl.program_id(0).to(tl.int64)
     rest = total - first * BLOCK
     where, valid = place(grad, first, BLOCK, rest, 1, BLOCK)
-    factor = tl.load(levels + load_codes(packed, first, rest, BLOCK, BITS, EVEN, 1, BLOCK)).to(tl.float32)
+    factor = tl.load(entries + load_codes(packed, first, rest, BLOCK, BITS, EVEN, 1, BLOCK)).to(tl.float32)
     product = tl.load(where, valid, other=0).to(tl.float32) * factor
     where, valid = place(out, first, BLOCK, rest, 1, BLOCK)
     tl.store(where, product.to(out.dtype.element_ty), valid)

@@ -12,7 +12,7 @@ def encode(
     x,
     packed,
     scales,
-    bins,
+    bin_codes,
     rows,
     step,
     shift,
@@ -45,7 +45,7 @@ def encode(
     valid = (index < ROWS * WIDTH) & (index < rest)
     values = tl.load(x + first * WIDTH + index, valid, other=0).to(tl.float32)
     own = tl.minimum(row * GROUPS + (index - row * WIDTH) // GROUP, ROWS * GROUPS - 1)
-    codes = tl.where(valid, assign(values * tl.gather(factor, own, 0), bins, step, shift, BINS), 0)
+    codes = tl.where(valid, assign(values * tl.gather(factor, own, 0), bin_codes, step, shift, BINS), 0)
     store_codes(packed, codes[None, :], tl.program_id(0).to(tl.int64), rest, ROWS * WIDTH, BITS, False)
 
 
@@ -54,7 +54,7 @@ def decode(
     out,
     packed,
     scales,
-    levels,
+    entries,
     channels,
     total,
     start,
@@ -77,7 +77,7 @@ def decode(
     held = (index >= start) & (index < stop)
     codes = tl.reshape(load_codes(packed, tile, total - first, BLOCK, BITS, False, 1, BLOCK), [BLOCK])
     scale = tl.load(scales + row * STRIDE + (down * STRIDE + col // GROUP), held, other=0).to(tl.float32)
-    values = tl.load(levels + codes).to(tl.float32) * scale
+    values = tl.load(entries + codes).to(tl.float32) * scale
     if CALIBRATED:
         values = tl.load(channels + col) + values * tl.load(channels + WIDTH + col)
     tl.store(out + (first - start) + tl.arange(0, BLOCK), values.to(out.dtype.element_ty), held)
@@ -102,7 +102,7 @@ def softmax_backward(
     out,
     packed,
     scales,
-    levels,
+    entries,
     rows,
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
@@ -119,7 +119,7 @@ def softmax_backward(
     row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
     codes = load_codes_at(packed, first * WIDTH, row * WIDTH + col, valid, rows * WIDTH, BITS)
     scale = tl.load(scales + first * STRIDE + (row * STRIDE + col // GROUP), valid, other=0).to(tl.float32)
-    p = tl.load(levels + codes).to(tl.float32) * scale  # 0 where the scale is
+    p = tl.load(entries + codes).to(tl.float32) * scale  # 0 where the scale is
     p *= 1.0 / tl.maximum(tl.sum(p, 1, keep_dims=True), 1.1754943508222875e-38)
     dz = p * (g - tl.sum(g * p, 1, keep_dims=True))
     where, valid = place(out, first, WIDTH, rest, ROWS, COLS)

@@ -131,7 +131,7 @@ def load_codes_at(packed, first, index, held, total, BITS: tl.constexpr):
 
 
 @triton.jit
-def assign(x, bins, step, shift, BINS: tl.constexpr):
+def assign(x, bin_codes, step, shift, BINS: tl.constexpr):
     """Codes (int32) of float32 x, as operators.assign: the bins lie in the L1 cache, 4 or 16 KiB."""
     index = tl.minimum(tl.maximum(x * step + shift, 0.0), BINS - 1.0).to(tl.int32) & (BINS - 1)  # NaN: any
-    return tl.load(bins + index).to(tl.int32)
+    return tl.load(bin_codes + index).to(tl.int32)

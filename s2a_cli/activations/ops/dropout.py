@@ -15,7 +15,7 @@ from s2a_cli.activations.ops.autograd import covers, first_order
 from s2a_cli.activations.ops.registry import handles
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.packing import inverse, memory_order
-from s2a_cli.activations.quant.primitives import encode_interval, multiply_levels
+from s2a_cli.activations.quant.primitives import multiply_dequantized, pack_interval
 
 
 class Dropout(torch.autograd.Function):
@@ -28,15 +28,17 @@ class Dropout(torch.autograd.Function):
         else:
             noise = torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
             out = x * noise
-        ctx.order, ctx.table = memory_order(noise), codebooks.mask(p, x)
-        ctx.save_for_backward(encode_interval(noise.permute(ctx.order), 0.0, math.inf))
+        ctx.order, ctx.codebook = memory_order(noise), codebooks.mask(p, x)
+        ctx.save_for_backward(pack_interval(noise.permute(ctx.order), 0.0, math.inf))
         return out
 
     @staticmethod
     @first_order
     def backward(ctx, grad: Tensor):
-        (codes,) = ctx.saved_tensors
-        return multiply_levels(grad.permute(ctx.order), codes, ctx.table.levels, 1).permute(inverse(ctx.order)), None
+        (packed,) = ctx.saved_tensors
+        return multiply_dequantized(grad.permute(ctx.order), packed, ctx.codebook.entries, 1).permute(
+            inverse(ctx.order)
+        ), None
 
 
 @handles(F.dropout, bits=None)

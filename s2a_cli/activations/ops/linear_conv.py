@@ -19,9 +19,9 @@ from torch import Tensor
 from s2a_cli.activations.ops.autograd import alone, first_order
 from s2a_cli.activations.ops.registry import handles
 from s2a_cli.activations.quant import codebooks
-from s2a_cli.activations.quant.grouped import keep, slices
+from s2a_cli.activations.quant.groupwise import decoded_chunks, keep_quantized
 from s2a_cli.activations.quant.packing import byte_table
-from s2a_cli.activations.quant.primitives import decode_rows, encode_groups, operator, row_ranges, working_type
+from s2a_cli.activations.quant.primitives import dequantize_rows, operator, quantize_groupwise, row_ranges, working_type
 
 if TYPE_CHECKING:
     from s2a_cli.activations.context import OpContext
@@ -89,7 +89,7 @@ class CodedConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, geometry: tuple, op: OpContext):
-        ctx.grouped, *kept = keep(x, op.config.linear, op.config.group, True, op.calibration.seed())
+        ctx.layout, *kept = keep_quantized(x, op.config.linear, op.config.group, True, op.calibration.seed())
         ctx.geometry = geometry
         ctx.save_for_backward(weight, *kept)
         return run(x, weight, bias)
@@ -99,13 +99,13 @@ class CodedConv(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         weight, *kept = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        dx = input_gradient(grad, weight, ctx.grouped.shape[2:], *ctx.geometry) if ctx.needs_input_grad[0] else None
+        dx = input_gradient(grad, weight, ctx.layout.shape[2:], *ctx.geometry) if ctx.needs_input_grad[0] else None
         cast = weight.to(grad.dtype)
         dweight = torch.zeros_like(weight)
-        for part in slices(grad, math.prod(ctx.grouped.shape[1:])):
-            x = ctx.grouped.decode(*kept, grad.dtype, part.start, part.stop)
+        for chunk in decoded_chunks(grad, math.prod(ctx.layout.shape[1:])):
+            x = ctx.layout.dequantize(*kept, grad.dtype, chunk.start, chunk.stop)
             arguments = stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False]
-            dweight += torch.ops.aten.convolution_backward(grad[part], x, cast, None, *arguments)[1]
+            dweight += torch.ops.aten.convolution_backward(grad[chunk], x, cast, None, *arguments)[1]
         dbias = grad.sum((0, *range(2, grad.dim()))) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None, None, None
 
@@ -115,50 +115,52 @@ class CodedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, op: OpContext):
-        bits, group, seed = op.config.linear, op.config.group, op.calibration.seed()
-        table = codebooks.signed(bits, min(group, x.shape[-1]), x, seed is not None)
+        bits, group_size, seed = op.config.linear, op.config.group, op.calibration.seed()
+        codebook = codebooks.signed(bits, min(group_size, x.shape[-1]), x, seed is not None)
         channels = op.calibration.channels(op.site, x)
-        ctx.levels, ctx.layout, ctx.channels = table.levels, (x.shape[-1], group, bits), channels
-        kept = encode_groups(x, table.bins, table.low, group, bits, table.chances, seed or 0, channels)
+        ctx.entries, ctx.layout, ctx.channels = codebook.entries, (x.shape[-1], group_size, bits), channels
+        kept = quantize_groupwise(
+            x, codebook.bin_codes, codebook.low, group_size, bits, codebook.chances, seed or 0, channels
+        )
         ctx.save_for_backward(weight, *kept)
         return run(x, weight, bias).detach()  # no view, which could not be changed in place
 
     @staticmethod
     @first_order
     def backward(ctx, grad: Tensor):
-        weight, codes, scales = ctx.saved_tensors
+        weight, packed, scales = ctx.saved_tensors
         dx = grad.matmul(weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-        dweight = weight_gradient(grad, codes, scales, ctx.levels, *ctx.layout, ctx.channels)
+        dweight = weight_gradient(grad, packed, scales, ctx.entries, *ctx.layout, ctx.channels)
         dbias = grad.sum(tuple(range(grad.dim() - 1))) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None, None
 
 
-def _fake_weight_gradient(grad, codes, scales, table, width, group, bits, channels=None):
+def _fake_weight_gradient(grad, packed, scales, entries, width, group_size, bits, channels=None):
     return grad.new_empty(grad.shape[-1], width)
 
 
 @operator(
-    "weight_gradient(Tensor grad, Tensor codes, Tensor scales, Tensor levels, int width, int group, int bits, "
+    "weight_gradient(Tensor grad, Tensor packed, Tensor scales, Tensor entries, int width, int group_size, int bits, "
     "Tensor? channels=None) -> Tensor",
     _fake_weight_gradient,
     family="linear",
 )
 def weight_gradient(
     grad: Tensor,
-    codes: Tensor,
+    packed: Tensor,
     scales: Tensor,
-    table: Tensor,
+    entries: Tensor,
     width: int,
-    group: int,
+    group_size: int,
     bits: int,
     channels: Tensor | None = None,
 ) -> Tensor:
     """grad^T x for a linear layer's weight [out, in], from grad [..., out] and the coded input [..., in]."""
     total = grad.new_zeros(grad.shape[-1], width, dtype=working_type(grad.dtype))
-    decoded = byte_table(table.to(total.dtype), bits)
+    table = byte_table(entries.to(total.dtype), bits)
     flat = grad.reshape(-1, grad.shape[-1])
     for start, stop in row_ranges(0, len(flat), width, grad.device):
-        x = decode_rows(codes, scales, decoded, start, stop, width, group, bits, channels)
+        x = dequantize_rows(packed, scales, table, start, stop, width, group_size, bits, channels)
         total += flat[start:stop].mT @ x.to(grad.dtype)
     return total.to(grad.dtype)
 

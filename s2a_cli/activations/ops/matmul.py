@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from s2a_cli.activations.ops.attention import codes_of_softmax
+from s2a_cli.activations.ops.attention import quantized_softmax
 from s2a_cli.activations.ops.autograd import alone, covers, first_order
 from s2a_cli.activations.ops.registry import handles
-from s2a_cli.activations.quant.grouped import Grouped, keep, slices
+from s2a_cli.activations.quant.groupwise import GroupwiseLayout, decoded_chunks, keep_quantized
 
 if TYPE_CHECKING:
     from s2a_cli.activations.context import OpContext
@@ -39,18 +39,20 @@ class MatMul(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         left, right = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
         da, db = grad.new_empty(ctx.left.shape), grad.new_empty(ctx.right.shape)
-        for part in slices(grad, max(math.prod(t.shape[1:]) for t in (da, db, grad))):
-            torch.matmul(grad[part], ctx.right.decode(*right, grad.dtype, part.start, part.stop).mT, out=da[part])
-            torch.matmul(ctx.left.decode(*left, grad.dtype, part.start, part.stop).mT, grad[part], out=db[part])
+        for chunk in decoded_chunks(grad, max(math.prod(t.shape[1:]) for t in (da, db, grad))):
+            torch.matmul(
+                grad[chunk], ctx.right.dequantize(*right, grad.dtype, chunk.start, chunk.stop).mT, out=da[chunk]
+            )
+            torch.matmul(ctx.left.dequantize(*left, grad.dtype, chunk.start, chunk.stop).mT, grad[chunk], out=db[chunk])
         return da, db, None, None
 
 
-def _keep(x: Tensor, op: OpContext, flat: bool = False) -> tuple[Grouped, Tensor, Tensor]:
-    return keep(x, op.config.attention, op.config.group, flat, op.calibration.seed())
+def _keep(x: Tensor, op: OpContext, flat: bool = False) -> tuple[GroupwiseLayout, Tensor, Tensor]:
+    return keep_quantized(x, op.config.attention, op.config.group, flat, op.calibration.seed())
 
 
-def _keep_matrix(x: Tensor, op: OpContext) -> tuple[Grouped, Tensor, Tensor]:
-    return codes_of_softmax(x) or _keep(x, op)
+def _keep_matrix(x: Tensor, op: OpContext) -> tuple[GroupwiseLayout, Tensor, Tensor]:
+    return quantized_softmax(x) or _keep(x, op)
 
 
 @handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, bits="attention")
@@ -84,11 +86,11 @@ class Gate(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         kept, gate_kept = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
         dx, dgate = torch.empty_like(grad), grad.new_empty(ctx.size)
-        for part in slices(grad):
-            g, span = grad[part], (part.start, part.stop)
-            gate = ctx.gate.decode(*gate_kept, grad.dtype, *span) if ctx.gate else gate_kept[0][part]
-            torch.mul(g, gate, out=dx[part])
-            dgate[part] = (g * ctx.x.decode(*kept, grad.dtype, *span)).sum_to_size(dgate[part].shape)
+        for chunk in decoded_chunks(grad):
+            g, span = grad[chunk], (chunk.start, chunk.stop)
+            gate = ctx.gate.dequantize(*gate_kept, grad.dtype, *span) if ctx.gate else gate_kept[0][chunk]
+            torch.mul(g, gate, out=dx[chunk])
+            dgate[chunk] = (g * ctx.x.dequantize(*kept, grad.dtype, *span)).sum_to_size(dgate[chunk].shape)
         return dx, dgate, None, None
 
 
@@ -125,12 +127,12 @@ class Divide(torch.autograd.Function):
         divisor, *kept = ctx.saved_tensors
         dx = torch.empty_like(grad) if ctx.needs_input_grad[0] else None
         total = grad.new_empty(ctx.size)
-        for part in slices(grad):
-            quotient = grad[part] / divisor[part]
-            y = ctx.y.decode(*kept, grad.dtype, part.start, part.stop)
-            total[part] = (quotient * y).sum_to_size(total[part].shape).neg_()
+        for chunk in decoded_chunks(grad):
+            quotient = grad[chunk] / divisor[chunk]
+            y = ctx.y.dequantize(*kept, grad.dtype, chunk.start, chunk.stop)
+            total[chunk] = (quotient * y).sum_to_size(total[chunk].shape).neg_()
             if dx is not None:
-                dx[part] = quotient
+                dx[chunk] = quotient
         return dx, total, None, None, None
 
 
@@ -163,9 +165,9 @@ class Power(torch.autograd.Function):
     @first_order
     def backward(ctx, grad: Tensor):
         dx = torch.empty_like(grad)
-        for part in slices(grad):
-            x = ctx.x.decode(*ctx.saved_tensors, grad.dtype, part.start, part.stop)
-            torch.mul(x.pow_(ctx.exponent - 1).mul_(ctx.exponent), grad[part], out=dx[part])
+        for chunk in decoded_chunks(grad):
+            x = ctx.x.dequantize(*ctx.saved_tensors, grad.dtype, chunk.start, chunk.stop)
+            torch.mul(x.pow_(ctx.exponent - 1).mul_(ctx.exponent), grad[chunk], out=dx[chunk])
         return dx, None, None, None
 
 

@@ -19,7 +19,7 @@ from s2a_cli.activations.ops.autograd import covers, first_order
 from s2a_cli.activations.ops.registry import register
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.packing import inverse, memory_order
-from s2a_cli.activations.quant.primitives import activate, encode_interval, encode_levels, multiply_levels
+from s2a_cli.activations.quant.primitives import activate, multiply_dequantized, pack_interval, quantize_elementwise
 
 if TYPE_CHECKING:
     from s2a_cli.activations.context import OpContext
@@ -33,10 +33,16 @@ class Elementwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, codes: Tensor, table: codebooks.Table, order: tuple[int, ...], run: Callable, inplace: bool
+        ctx,
+        x: Tensor,
+        packed: Tensor,
+        codebook: codebooks.Codebook,
+        order: tuple[int, ...],
+        run: Callable,
+        inplace: bool,
     ):
-        ctx.save_for_backward(codes)
-        ctx.levels, ctx.bits, ctx.order = table.levels, table.bits, order
+        ctx.save_for_backward(packed)
+        ctx.entries, ctx.bits, ctx.order = codebook.entries, codebook.bits, order
         out = run(x)
         if inplace:
             ctx.mark_dirty(x)
@@ -45,13 +51,13 @@ class Elementwise(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, grad: Tensor):
-        (codes,) = ctx.saved_tensors
-        product = multiply_levels(grad.permute(ctx.order), codes, ctx.levels, ctx.bits)
+        (packed,) = ctx.saved_tensors
+        product = multiply_dequantized(grad.permute(ctx.order), packed, ctx.entries, ctx.bits)
         return product.permute(inverse(ctx.order)), None, None, None, None, None
 
 
 Encoded = tuple[
-    Tensor | None, Tensor, codebooks.Table
+    Tensor | None, Tensor, codebooks.Codebook
 ]  # the function's output where it was made along the way, codes, table
 Functions = tuple[Callable, ...]
 ONE_PASS = {  # functions that s2a::activate knows
@@ -76,12 +82,18 @@ def keep_codes(function: Callable, *names: str, also: Functions = (), inplace: F
     """
 
     def encode(op: OpContext, x: Tensor, parameters: dict, inplace: bool) -> Encoded:
-        table = op.calibration.pointwise(op.site, function, parameters, op.config.pointwise, x)
+        codebook = op.calibration.pointwise(op.site, function, parameters, op.config.pointwise, x)
         seed, known = op.calibration.seed(), ONE_PASS.get((function, parameters.get("approximate", "none")))
         if known and in_one_pass(x) and seed is None and not inplace:
-            return *activate(x, known, table.bins, table.low, table.high, table.bits), table
+            return *activate(x, known, codebook.bin_codes, codebook.low, codebook.high, codebook.bits), codebook
         laid = x.permute(memory_order(x))
-        return None, encode_levels(laid, table.bins, table.low, table.high, table.bits, table.chances, seed or 0), table
+        return (
+            None,
+            quantize_elementwise(
+                laid, codebook.bin_codes, codebook.low, codebook.high, codebook.bits, codebook.chances, seed or 0
+            ),
+            codebook,
+        )
 
     _register(encode, (function, *also), inplace, names, "pointwise")
 
@@ -94,7 +106,7 @@ def keep_side(slopes: Callable, functions: Functions, *names: str, inplace: Func
 
     def encode(op: OpContext, x: Tensor, parameters: dict, inplace: bool) -> Encoded:
         low, high, outside, inside = slopes(**parameters)
-        return None, encode_interval(x.permute(memory_order(x)), low, high), codebooks.slopes(outside, inside, x)
+        return None, pack_interval(x.permute(memory_order(x)), low, high), codebooks.slopes(outside, inside, x)
 
     _register(encode, functions, inplace, names, None)
 
@@ -117,12 +129,12 @@ def _handler(encode: Callable, names: tuple[str, ...], inplace: bool) -> Callabl
             return NotImplemented
         parameters = dict(zip(names, args), **kwargs)
         changes_input = parameters.pop("inplace", inplace)
-        out, codes, table = encode(op, input.detach(), parameters, changes_input)
+        out, packed, codebook = encode(op, input.detach(), parameters, changes_input)
 
         def run(x: Tensor) -> Tensor:
             return stock(x, *args, **kwargs) if out is None else out
 
-        return Elementwise.apply(input, codes, table, memory_order(input), run, changes_input)
+        return Elementwise.apply(input, packed, codebook, memory_order(input), run, changes_input)
 
     return handler
 

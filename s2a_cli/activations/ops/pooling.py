@@ -16,7 +16,8 @@ from torch import Tensor
 
 from s2a_cli.activations.ops.autograd import covers, first_order
 from s2a_cli.activations.ops.registry import handles
-from s2a_cli.activations.quant.packing import chunk, pack_into, packed_size, unpack
+from s2a_cli.activations.piece_sizes import piece_sizes
+from s2a_cli.activations.quant.packing import pack_into, packed_size, unpack
 from s2a_cli.activations.quant.primitives import operator
 
 _pool_with_indices = torch.ops.aten.max_pool2d_with_indices
@@ -46,7 +47,7 @@ def _format(x: Tensor) -> torch.memory_format:
 
 def _samples(x: Tensor, each: int) -> list[tuple[int, int]]:
     """Ranges of samples with about a chunk of outputs, `each` a sample; all begin at a multiple of 8 outputs."""
-    step = max(1, chunk(x.device) // each)
+    step = max(1, piece_sizes(x.device).temporary // each)
     step = step if each % 8 == 0 else -(-step // 8) * 8
     return [(start, min(start + step, len(x))) for start in range(0, len(x), step)]
 
@@ -111,10 +112,10 @@ def max_pool2d_backward(grad, packed, size, kernel, stride, padding, dilation, c
             .view(stop - start, *grad.shape[1:])
         )
         index = (row + code // kernel[1] * dilation[0]) * size[3] + column + code % kernel[1] * dilation[1]
-        piece = dx[start:stop]
+        span = dx[start:stop]
         arguments = kernel, stride, padding, dilation, ceil_mode, index.long()
-        piece.copy_(
-            torch.ops.aten.max_pool2d_with_indices_backward(grad[start:stop], torch.empty_like(piece), *arguments)
+        span.copy_(
+            torch.ops.aten.max_pool2d_with_indices_backward(grad[start:stop], torch.empty_like(span), *arguments)
         )
     return dx
 

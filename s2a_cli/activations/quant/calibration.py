@@ -41,7 +41,7 @@ ROWS = 1 << 18  # elements that the shifts and factors are made of
 LEAST = 0.1  # of the median factor: a channel that was constant may change later
 ODD = 25.0  # times the usual square deviation: a sample beyond is left out
 
-Fitted = codebooks.Table | Tensor
+Fitted = codebooks.Codebook | Tensor
 
 
 @dataclass
@@ -87,30 +87,30 @@ class Calibration:
 
     def pointwise(
         self, site: str, function: Callable[..., Tensor], parameters: dict, bits: int, x: Tensor
-    ) -> codebooks.Table:
+    ) -> codebooks.Codebook:
         """The table of `function` for inputs like x."""
         said = "".join(f" {name}={value}" for name, value in sorted(parameters.items()))
         key = f"{site}/{function.__name__}{said}/{bits}"
         if (ready := self._is_ready(key, x)) is not None:
             return ready
         slope = functools.partial(function, **parameters)
-        make = functools.partial(codebooks.derivative_table, slope, bits, stochastic=self.is_stochastic)
+        make = functools.partial(codebooks.derivative_codebook, slope, bits, stochastic=self.is_stochastic)
         found = self._look(key, x, lambda: _histogram(x), make)
         return found or self._stand_in(key, codebooks.pointwise(function, parameters, bits, x, self.is_stochastic), x)
 
-    def unit(self, site: str, p: Tensor, bits: int) -> codebooks.Table:
+    def unit(self, site: str, p: Tensor, bits: int) -> codebooks.Codebook:
         """The table of softmax maps like p [..., keys]."""
-        key, group = f"{site}/map/{bits}", self.config.group
+        key, group_size = f"{site}/map/{bits}", self.config.group
         if (ready := self._is_ready(key, p)) is not None:
             return ready
-        make = functools.partial(codebooks.unit_table, bits, stochastic=self.is_stochastic)
-        return self._look(key, p, lambda: _shares(p, group), make) or self._stand_in(
+        make = functools.partial(codebooks.unit_codebook, bits, stochastic=self.is_stochastic)
+        return self._look(key, p, lambda: _shares(p, group_size), make) or self._stand_in(
             key, codebooks.unit(bits, p, self.is_stochastic), p
         )
 
     def _look(
-        self, key: str, x: Tensor, find: Callable[[], Tensor], make: Callable[..., codebooks.Table]
-    ) -> codebooks.Table | None:
+        self, key: str, x: Tensor, find: Callable[[], Tensor], make: Callable[..., codebooks.Codebook]
+    ) -> codebooks.Codebook | None:
         """The table of a layer, from its histograms up to now or from the levels that they gave; None: a fixed one
         serves.
         """
@@ -122,13 +122,13 @@ class Calibration:
                 found = find().cpu()
                 layer.seen = found if layer.seen is None else layer.seen + found
                 layer.looks, layer.last = layer.looks + 1, self._passes
-                layer.fitted = make(histogram=layer.seen).levels
+                layer.fitted = make(histogram=layer.seen).entries
                 layer.seen = layer.seen if layer.looks < len(LOOKS) else None
         if layer.fitted is None:
             return None
         with _on_the_host():
-            table = make(levels=layer.fitted)
-        self._ready[key] = table.to(x.device, copy=True)
+            codebook = make(entries=layer.fitted)
+        self._ready[key] = codebook.to(x.device, copy=True)
         return self._ready[key]
 
     def channels(self, site: str, x: Tensor, change: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor | None:
@@ -176,7 +176,7 @@ class Calibration:
         if layer is not None and layer.due(self._passes) and not self._is_paused and not is_hollow(x):
             return None
         ready = (self._traced if is_hollow(x) else self._ready).get(key)
-        tensor = ready.levels if isinstance(ready, codebooks.Table) else ready
+        tensor = ready.entries if isinstance(ready, codebooks.Codebook) else ready
         fits = (
             tensor is not None
             and tensor.device == x.device
@@ -184,11 +184,11 @@ class Calibration:
         )
         return ready if fits else None
 
-    def _stand_in(self, key: str, table: codebooks.Table, x: Tensor) -> codebooks.Table:
+    def _stand_in(self, key: str, codebook: codebooks.Codebook, x: Tensor) -> codebooks.Codebook:
         """A fixed table; for inputs without data in a tensor of the layer's own, as a fitted one would be."""
         if is_hollow(x) and self.config.calibrate and not self._is_paused:
-            self._traced[key] = table = table.hollow(x)
-        return table
+            self._traced[key] = codebook = codebook.hollow(x)
+        return codebook
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -229,11 +229,11 @@ def _histogram(x: Tensor) -> Tensor:
     return torch.histc(sample.cpu(), codebooks.POINTWISE_BINS, -codebooks.RANGE, codebooks.RANGE)
 
 
-def _shares(p: Tensor, group: int) -> Tensor:
+def _shares(p: Tensor, group_size: int) -> Tensor:
     """The bins of a unit table, by the square of the scale of what lies in them, for a sample of p [..., keys]."""
     rows = _rows(p)[0].cpu()
-    group = min(group, rows.shape[1])
-    shares = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group)).view(len(rows), -1, group)
+    group_size = min(group_size, rows.shape[1])
+    shares = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group_size)).view(len(rows), -1, group_size)
     scale = shares.amax(-1, keepdim=True)
     bins = (shares / scale).nan_to_num_(0, 0, 0).mul_(codebooks.GROUP_BINS).int().clamp_(0, codebooks.GROUP_BINS - 1)
     weight = scale.nan_to_num_(0, 0, 0).square_().expand_as(shares)

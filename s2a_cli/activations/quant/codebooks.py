@@ -28,12 +28,12 @@ RANGE = 16.0  # pointwise inputs beyond +-RANGE share the outermost bins: f' is 
 POINTWISE_BINS = 1 << 14
 GROUP_BINS = 1 << 12
 FLOOR = 0.01  # weight of the fixed distribution beside a histogram
-_FAKES: WeakKeyDictionary[FakeTensorMode, dict[tuple, Table]] = WeakKeyDictionary()  # tables of a trace
+_FAKES: WeakKeyDictionary[FakeTensorMode, dict[tuple, Codebook]] = WeakKeyDictionary()  # tables of a trace
 _POINTS = 512  # distinct values the dynamic programme sees
 
 
 @dataclass(frozen=True)
-class Table:
+class Codebook:
     """`code = bins[floor((x - low) / (high - low) * len(bins))]`, clamped, stands for `levels[code]`.
 
     With `chances` (stochastic rounding) the code is one higher where a uniform int16 is below that of the bin.
@@ -42,65 +42,65 @@ class Table:
     bits: int
     low: float
     high: float
-    bins: Tensor  # uint8 [power of two]
-    levels: Tensor  # float32 (or, for slopes, float64) [2**bits], ascending
+    bin_codes: Tensor  # uint8 [power of two]
+    entries: Tensor  # float32 (or, for slopes, float64) [2**bits], ascending
     chances: Tensor | None = None  # int16, one a bin
 
-    def to(self, device: torch.device, copy: bool = False) -> Table:
+    def to(self, device: torch.device, copy: bool = False) -> Codebook:
         return self._each(lambda t: t.to(device, copy=copy))
 
-    def hollow(self, like: Tensor) -> Table:
+    def hollow(self, like: Tensor) -> Codebook:
         """The shapes of this table, for a prediction or a trace."""
         return self._each(lambda t: like.new_empty(t.shape, dtype=t.dtype))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Table:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Codebook:
         chances = None if self.chances is None else change(self.chances)
-        return replace(self, bins=change(self.bins), levels=change(self.levels), chances=chances)
+        return replace(self, bin_codes=change(self.bin_codes), entries=change(self.entries), chances=chances)
 
 
 def fit(
-    values: Tensor, weights: Tensor, bits: int, low: float, high: float, stochastic: bool, levels: Tensor | None = None
-) -> Table:
+    values: Tensor, weights: Tensor, bits: int, low: float, high: float, stochastic: bool, entries: Tensor | None = None
+) -> Codebook:
     """The table of bins between low and high with these values and weights, float64 [bins]; with `levels`, of those."""
-    if levels is None:
-        levels = spanning_levels(values, weights, bits) if stochastic else optimal_levels(values, weights, bits)
-    levels = levels.double()
+    if entries is None:
+        entries = spanning_entries(values, weights, bits) if stochastic else optimal_entries(values, weights, bits)
+    entries = entries.double()
     if not stochastic:
-        return Table(bits, low, high, nearest(values, levels), levels.float())
-    below = torch.bucketize(values, levels[1:-1], right=True)
-    chance = (values - levels[below]) / (levels[below + 1] - levels[below]).clamp_min(1e-300)
+        return Codebook(bits, low, high, nearest(values, entries), entries.float())
+    below = torch.bucketize(values, entries[1:-1], right=True)
+    chance = (values - entries[below]) / (entries[below + 1] - entries[below]).clamp_min(1e-300)
     chances = (chance * 2**16 - 2**15).round_().clamp_(-(2**15), 2**15 - 1).to(torch.int16)
-    return Table(bits, low, high, below.to(torch.uint8), levels.float(), chances)
+    return Codebook(bits, low, high, below.to(torch.uint8), entries.float(), chances)
 
 
-def nearest(values: Tensor, levels: Tensor) -> Tensor:
+def nearest(values: Tensor, entries: Tensor) -> Tensor:
     """The code (uint8) of the level nearest to each value."""
-    borders = ((levels[1:] + levels[:-1]) / 2).numpy()
+    borders = ((entries[1:] + entries[:-1]) / 2).numpy()
     return torch.from_numpy(np.searchsorted(borders, values.numpy()).astype(np.uint8))
 
 
-def optimal_levels(values: Tensor, weights: Tensor, bits: int) -> Tensor:
+def optimal_entries(values: Tensor, weights: Tensor, bits: int) -> Tensor:
     """The 2**bits levels, float64 ascending, nearest to `values` in the mean square with these weights, float64 [n].
 
     Each level is the weighted mean of the values nearest to it.
     """
     points, mass = _condense(values, weights)
     borders = torch.tensor(_path(_spread(points, mass), min(2**bits, points.numel())))
-    levels = _means(torch.bucketize(torch.arange(points.numel()), borders, right=True), points, mass, 2**bits)
+    entries = _means(torch.bucketize(torch.arange(points.numel()), borders, right=True), points, mass, 2**bits)
     for _ in range(4):  # Lloyd's steps on the values themselves undo the condensing; each keeps or lowers the error
-        levels = _means(nearest(values, levels), values, weights, 2**bits)
-    return levels
+        entries = _means(nearest(values, entries), values, weights, 2**bits)
+    return entries
 
 
-def spanning_levels(values: Tensor, weights: Tensor, bits: int) -> Tensor:
+def spanning_entries(values: Tensor, weights: Tensor, bits: int) -> Tensor:
     """The 2**bits levels, from the least value to the largest, with the least variance of stochastic rounding."""
     points, mass = _condense(values, weights)
     points[0], points[-1] = values.min(), values.max()
     steps = min(2**bits, points.numel()) - 1
     if steps < 1:  # a constant
         return points.expand(2**bits).clone()
-    levels = points[[0, *_path(_variance(points, mass), steps), -1]]
-    return torch.cat([levels, levels[-1:].expand(2**bits - len(levels))])
+    entries = points[[0, *_path(_variance(points, mass), steps), -1]]
+    return torch.cat([entries, entries[-1:].expand(2**bits - len(entries))])
 
 
 def _condense(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,14 +170,14 @@ def pointwise_weights(x: Tensor) -> Tensor:
     return torch.exp(-(((x + 1) / 1.4) ** 2) / 2) + 1e-3 * torch.exp(-((x / 4) ** 2) / 2)
 
 
-def derivative_table(
+def derivative_codebook(
     function: Callable[[Tensor], Tensor],
     bits: int,
     weights: Callable[[Tensor], Tensor] = pointwise_weights,
     stochastic: bool = False,
     histogram: Tensor | None = None,
-    levels: Tensor | None = None,
-) -> Table:
+    entries: Tensor | None = None,
+) -> Codebook:
     """Levels of the derivative of an elementwise `function`, which is called once, on float64 inputs.
 
     weights: density of the inputs at the centres of the bins, up to a factor. histogram: of inputs, over the bins,
@@ -186,7 +186,7 @@ def derivative_table(
     edges = torch.linspace(-RANGE, RANGE, POINTWISE_BINS + 1, dtype=torch.float64)
     values = function(edges).diff() / edges.diff()  # the mean of f' over each bin
     density = _mixed(weights((edges[1:] + edges[:-1]) / 2), histogram)
-    return fit(values, density, bits, -RANGE, RANGE, stochastic, levels)
+    return fit(values, density, bits, -RANGE, RANGE, stochastic, entries)
 
 
 def _mixed(density: Tensor, histogram: Tensor | None) -> Tensor:
@@ -197,14 +197,14 @@ def _mixed(density: Tensor, histogram: Tensor | None) -> Tensor:
     return histogram.double() / total + FLOOR * density / density.sum()
 
 
-def uniform_levels(function: Callable[[Tensor], Tensor], bits: int) -> Tensor:
+def uniform_entries(function: Callable[[Tensor], Tensor], bits: int) -> Tensor:
     """The uniform grid on f' from its least value to its largest, to compare with."""
     edges = torch.linspace(-RANGE, RANGE, POINTWISE_BINS + 1, dtype=torch.float64)
     values = function(edges).diff() / edges.diff()
     return torch.linspace(float(values.min()), float(values.max()), 2**bits, dtype=torch.float64)
 
 
-def signed_table(bits: int, group: int, stochastic: bool = False) -> Table:
+def signed_codebook(bits: int, group_size: int, stochastic: bool = False) -> Codebook:
     """Levels for a value divided by the one of the largest magnitude in its group, sign included.
 
     Two levels are fixed at 0 and 1: where one channel is a hundred times larger than its group (residual streams of
@@ -215,7 +215,7 @@ def signed_table(bits: int, group: int, stochastic: bool = False) -> Table:
     u = _centres(-1)
     largest = torch.linspace(0.02, 8, 400, dtype=torch.float64)[:, None]
     inside = torch.erf(largest / math.sqrt(2))
-    density = torch.exp(group * torch.log(inside) - largest**2 / 2 + 3 * torch.log(largest)) / inside**2
+    density = torch.exp(group_size * torch.log(inside) - largest**2 / 2 + 3 * torch.log(largest)) / inside**2
     normal = (density * torch.exp(-((largest * u) ** 2) / 2)).sum(0)
     peak = torch.exp(-u.abs() / 0.1)
     weights = normal / normal.sum() + peak / peak.sum()
@@ -223,26 +223,26 @@ def signed_table(bits: int, group: int, stochastic: bool = False) -> Table:
     return fit(u, weights, bits, -1.0, 1.0, stochastic)
 
 
-def unit_table(
-    bits: int, stochastic: bool = False, histogram: Tensor | None = None, levels: Tensor | None = None
-) -> Table:
+def unit_codebook(
+    bits: int, stochastic: bool = False, histogram: Tensor | None = None, entries: Tensor | None = None
+) -> Codebook:
     """Levels for a value in [0, 1], a probability divided by the largest in its group: a density of 1 / (u + 1e-4).
 
     Most of a map is next to nothing, and its sum counts: levels made for larger values would round it with a bias.
     """
     u = _centres(0)
-    return fit(u, _mixed(1 / (u + 1e-4), histogram), bits, 0.0, 1.0, stochastic, levels)
+    return fit(u, _mixed(1 / (u + 1e-4), histogram), bits, 0.0, 1.0, stochastic, entries)
 
 
-def slopes_table(outside: float, inside: float, dtype: torch.dtype) -> Table:
+def slopes_codebook(outside: float, inside: float, dtype: torch.dtype) -> Codebook:
     """The two slopes of a function of straight pieces; its codes come from comparisons, not bins."""
-    return Table(1, 0.0, 0.0, torch.empty(0, dtype=torch.uint8), torch.tensor([outside, inside], dtype=dtype))
+    return Codebook(1, 0.0, 0.0, torch.empty(0, dtype=torch.uint8), torch.tensor([outside, inside], dtype=dtype))
 
 
-def mask_table(p: float, dtype: torch.dtype) -> Table:
+def mask_codebook(p: float, dtype: torch.dtype) -> Codebook:
     """0 and 1 / (1 - p), rounded as stock dropout rounds its noise."""
     kept = torch.tensor([0.0, 1.0], dtype=dtype).div_(1 - p)
-    return Table(1, 0.0, 0.0, torch.empty(0, dtype=torch.uint8), kept if dtype == torch.float64 else kept.float())
+    return Codebook(1, 0.0, 0.0, torch.empty(0, dtype=torch.uint8), kept if dtype == torch.float64 else kept.float())
 
 
 def _centres(low: float) -> Tensor:
@@ -255,48 +255,48 @@ def _centres(low: float) -> Tensor:
 
 def pointwise(
     function: Callable[..., Tensor], parameters: dict, bits: int, like: Tensor, stochastic: bool = False
-) -> Table:
+) -> Codebook:
     """The fixed table of an elementwise function with these keyword arguments, where `like` is."""
     return placed(_pointwise, (function, tuple(sorted(parameters.items())), bits, stochastic), like)
 
 
-def slopes(outside: float, inside: float, like: Tensor) -> Table:
+def slopes(outside: float, inside: float, like: Tensor) -> Codebook:
     """The table of a function with these two slopes, where `like` is."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return placed(slopes_table, (outside, inside, dtype), like)
+    return placed(slopes_codebook, (outside, inside, dtype), like)
 
 
-def mask(p: float, like: Tensor) -> Table:
+def mask(p: float, like: Tensor) -> Codebook:
     """The table of a dropout mask, where `like` is."""
-    return placed(mask_table, (p, like.dtype), like)
+    return placed(mask_codebook, (p, like.dtype), like)
 
 
-def signed(bits: int, group: int, like: Tensor, stochastic: bool = False) -> Table:
+def signed(bits: int, group_size: int, like: Tensor, stochastic: bool = False) -> Codebook:
     """The table of normalised values in groups that share a scale, where `like` is."""
-    return placed(signed_table, (bits, group, stochastic), like)
+    return placed(signed_codebook, (bits, group_size, stochastic), like)
 
 
-def unit(bits: int, like: Tensor, stochastic: bool = False) -> Table:
+def unit(bits: int, like: Tensor, stochastic: bool = False) -> Codebook:
     """The table of softmax maps, where `like` is."""
-    return placed(unit_table, (bits, stochastic), like)
+    return placed(unit_codebook, (bits, stochastic), like)
 
 
-def _pointwise(function: Callable[..., Tensor], parameters: tuple, bits: int, stochastic: bool) -> Table:
-    return derivative_table(functools.partial(function, **dict(parameters)), bits, stochastic=stochastic)
+def _pointwise(function: Callable[..., Tensor], parameters: tuple, bits: int, stochastic: bool) -> Codebook:
+    return derivative_codebook(functools.partial(function, **dict(parameters)), bits, stochastic=stochastic)
 
 
 @functools.cache
-def _made(make: Callable[..., Table], arguments: tuple) -> Table:
+def _made(make: Callable[..., Codebook], arguments: tuple) -> Codebook:
     with torch.no_grad(), _disable_current_modes():  # real, whatever is being traced
         return make(*arguments)
 
 
 @functools.cache
-def _on(make: Callable[..., Table], arguments: tuple, device: torch.device) -> Table:
+def _on(make: Callable[..., Codebook], arguments: tuple, device: torch.device) -> Codebook:
     return _made(make, arguments).to(device)
 
 
-def placed(make: Callable[..., Table], arguments: tuple, like: Tensor) -> Table:
+def placed(make: Callable[..., Codebook], arguments: tuple, like: Tensor) -> Codebook:
     """make(*arguments), made once, where `like` is."""
     if not isinstance(like, FakeTensor):
         return _on(make, arguments, like.device)

@@ -3,7 +3,7 @@
 Bytes kept for n elements of b bits:
 
     packed_size(n, b) = sum over the planes p of b of ceil(n * p / 8)  (1, 2, 4, 8 bits are one plane: ceil(n * b / 8))
-    grouped_size      = packed_size(n, b) + 2 * rows * ceil(width / group)  (a bfloat16 scale for each group of a row)
+    groupwise_size      = packed_size(n, b) + 2 * rows * ceil(width / group)  (a bfloat16 scale for each group of a row)
 
 A plane holds 1, 2, 4 or 8 bits of each code, so that a byte holds whole codes: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
 7 = 4 + 2 + 1 bits. Element i of a plane of p bits lies in byte i * p // 8, lowest bits first.
@@ -17,8 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18  # elements a temporary may have: large enough to hide the overhead of a call, small enough for a cache
-LAUNCH = 16  # times as many where each call is the launch of a kernel
+from s2a_cli.activations.piece_sizes import piece_sizes
+
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes
 _WIDE = {**_INTEGER, 16: torch.complex128}  # element types to copy that many bytes at once
@@ -29,14 +29,14 @@ def packed_size(count: int, bits: int) -> int:
     return sum((count * plane + 7) // 8 for plane in PLANES[bits])
 
 
-def grouped_size(rows: int, width: int, group: int, bits: int) -> int:
+def groupwise_size(rows: int, width: int, group_size: int, bits: int) -> int:
     """Bytes of the codes and scales of `rows` rows of `width` elements, `group` elements a scale."""
-    return packed_size(rows * width, bits) + 2 * rows * groups_of(width, group)
+    return packed_size(rows * width, bits) + 2 * rows * groups_per_row(width, group_size)
 
 
-def groups_of(width: int, group: int) -> int:
+def groups_per_row(width: int, group_size: int) -> int:
     """Scales a row of `width` elements has; the last group may be short."""
-    return (width + group - 1) // group
+    return (width + group_size - 1) // group_size
 
 
 def pack_into(packed: Tensor, start: int, codes: Tensor, bits: int, count: int) -> None:
@@ -79,11 +79,11 @@ def unpack(packed: Tensor, start: int, stop: int, bits: int, count: int) -> Tens
     return codes
 
 
-def byte_table(levels: Tensor, bits: int) -> Tensor:
+def byte_table(entries: Tensor, bits: int) -> Tensor:
     """What a packed byte stands for: [256, codes a byte]; where codes span planes, `levels` as [2**bits, 1]."""
     if len(PLANES[bits]) > 1:
-        return levels.unsqueeze(1)
-    return levels[_digits(bits, levels.device).int()]
+        return entries.unsqueeze(1)
+    return entries[_digits(bits, entries.device).int()]
 
 
 def lookup(packed: Tensor, start: int, stop: int, table: Tensor, bits: int, count: int) -> Tensor:
@@ -107,15 +107,10 @@ def _digits(plane: int, device: torch.device) -> Tensor:
     return ((torch.arange(256, device=device)[:, None] >> shifts) & (2**plane - 1)).to(torch.uint8)
 
 
-def chunk(device: torch.device) -> int:
-    """Elements a temporary may have on this device."""
-    return CHUNK if device.type == "cpu" else CHUNK * LAUNCH
-
-
 def elements(x: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Contiguous 1-d pieces of `x` in logical order, each with the index of its first element (a multiple of 8)."""
-    for start, piece in rows(x.unsqueeze(-1), 1):
-        yield start, piece.view(-1)
+    for start, span in rows(x.unsqueeze(-1), 1):
+        yield start, span.view(-1)
 
 
 def rows(x: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
@@ -128,16 +123,16 @@ def rows(x: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
         return
     slice_rows = x[0].numel() // width
     if x.is_contiguous() or slice_rows % 8:
-        step = max(8, chunk(x.device) // width // 8 * 8)
-        pieces = x.reshape(-1, width).split(step)
+        step = max(8, piece_sizes(x.device).temporary // width // 8 * 8)
+        spans = x.reshape(-1, width).split(step)
     else:
-        step = max(1, chunk(x.device) // x[0].numel())
-        pieces = (piece.reshape(-1, width) for piece in x.split(step))
+        step = max(1, piece_sizes(x.device).temporary // x[0].numel())
+        spans = (span.reshape(-1, width) for span in x.split(step))
         step *= slice_rows
-    for index, piece in enumerate(pieces):
+    for index, span in enumerate(spans):
         yield (
             index * step,
-            piece.contiguous(),
+            span.contiguous(),
         )  # a slice may be a view all the same: [1, heads, N, d] of [1, N, heads, d]
 
 

@@ -12,48 +12,57 @@ from torch import Tensor
 from s2a_cli.activations.piece_sizes import piece_sizes
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.packing import inverse, memory_order
-from s2a_cli.activations.quant.primitives import decode_groups, encode_groups
+from s2a_cli.activations.quant.primitives import dequantize_groupwise, quantize_groupwise
 
 
 @dataclass(frozen=True)
-class Grouped:
+class GroupwiseLayout:
     """How to read codes and scales as a tensor of this shape; they are the rows, of `width`, of x.permute(order)."""
 
-    table: codebooks.Table
+    codebook: codebooks.Codebook
     shape: tuple[int, ...]
     order: tuple[int, ...]
     width: int
-    group: int
+    group_size: int
     channels: Tensor | None = (
         None  # the shift and factor of each place of a row: [3, width], see operators.with_inverse
     )
 
-    def decode(
-        self, codes: Tensor, scales: Tensor, dtype: torch.dtype, start: int = 0, stop: int | None = None
+    def dequantize(
+        self, packed: Tensor, scales: Tensor, dtype: torch.dtype, start: int = 0, stop: int | None = None
     ) -> Tensor:
         """The samples start:stop, all by default."""
         samples, stop = self.shape[0], self.shape[0] if stop is None else stop
         rows = scales.shape[0]
         if rows % samples:  # samples do not end where rows do
-            return self._read(codes, scales, dtype, 0, rows, samples)[start:stop]
+            return self._read(packed, scales, dtype, 0, rows, samples)[start:stop]
         rows //= samples
-        return self._read(codes, scales, dtype, start * rows, stop * rows, stop - start)
+        return self._read(packed, scales, dtype, start * rows, stop * rows, stop - start)
 
-    def _read(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, start: int, stop: int, samples: int) -> Tensor:
-        values = decode_groups(
-            codes, scales, self.table.levels, self.width, self.group, self.table.bits, start, stop, dtype, self.channels
+    def _read(self, packed: Tensor, scales: Tensor, dtype: torch.dtype, start: int, stop: int, samples: int) -> Tensor:
+        values = dequantize_groupwise(
+            packed,
+            scales,
+            self.codebook.entries,
+            self.width,
+            self.group_size,
+            self.codebook.bits,
+            start,
+            stop,
+            dtype,
+            self.channels,
         )
         return values.view([samples, *(self.shape[d] for d in self.order[1:])]).permute(inverse(self.order))
 
 
-def keep(
+def keep_quantized(
     x: Tensor,
     bits: int,
-    group: int,
+    group_size: int,
     flat: bool = False,
     seed: int | None = None,
     calibrated: Callable[[Tensor], Tensor | None] = lambda rows: None,
-) -> tuple[Grouped, Tensor, Tensor]:
+) -> tuple[GroupwiseLayout, Tensor, Tensor]:
     """Codes and scales of x [samples, ..., width], which has no gradient of its own.
 
     Groups lie along the last dimension; with `flat`, across dimensions as x lies in memory, where they fit.
@@ -65,15 +74,17 @@ def keep(
     if order[0] != 0:
         order = tuple(range(x.dim()))
     laid = x.permute(order)
-    if flat and laid.is_contiguous() and x.numel() % group == 0:
-        laid = laid.view(-1, group)
+    if flat and laid.is_contiguous() and x.numel() % group_size == 0:
+        laid = laid.view(-1, group_size)
     width, channels = laid.shape[-1], calibrated(laid)
-    table = codebooks.signed(bits, min(group, width), x, seed is not None)
-    codes, scales = encode_groups(laid, table.bins, table.low, group, bits, table.chances, seed or 0, channels)
-    return Grouped(table, tuple(x.shape), order, width, group, channels), codes, scales
+    codebook = codebooks.signed(bits, min(group_size, width), x, seed is not None)
+    packed, scales = quantize_groupwise(
+        laid, codebook.bin_codes, codebook.low, group_size, bits, codebook.chances, seed or 0, channels
+    )
+    return GroupwiseLayout(codebook, tuple(x.shape), order, width, group_size, channels), packed, scales
 
 
-def slices(x: Tensor, elements: int | None = None) -> Iterator[slice]:
+def decoded_chunks(x: Tensor, elements: int | None = None) -> Iterator[slice]:
     """Slices of the samples of x that are decoded at a time, of about the same size.
 
     `elements` a sample; None: as x has.
@@ -85,7 +96,7 @@ def slices(x: Tensor, elements: int | None = None) -> Iterator[slice]:
         yield slice(start, min(start + step, samples))
 
 
-def written(whole: Tensor | None, piece: Tensor, part: slice, samples: int) -> Tensor:
+def write_chunk(whole: Tensor | None, piece: Tensor, part: slice, samples: int) -> Tensor:
     """`piece` as the samples `part` of `whole`, which is made, laid out like the piece, where it is None."""
     if part.stop - part.start == samples:
         return piece
