@@ -220,7 +220,8 @@ class Call:
         others = [x for x in tensors if first is not None and not any(x is state for state in split)]
         self.inputs = [*split, *(x for x in others if x.requires_grad)]
         self.states = len(split)
-        self.is_whole = any(x.requires_grad or (len(x) > 1 and len(first) % len(x) == 0) for x in others)
+        samples = 0 if first is None else len(first)
+        self.is_whole = any(x.requires_grad or (len(x) > 1 and samples % len(x) == 0) for x in others)
         numbers = {id(x): number for number, x in enumerate(self.inputs)}
         self._places = {i: numbers[id(x)] for i, x in enumerate(given) if id(x) in numbers}
         self._given = [None if i in self._places else x for i, x in enumerate(given)]

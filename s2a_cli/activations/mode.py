@@ -1,4 +1,4 @@
-"""The one place where operators are intercepted: a TorchFunctionMode with a table {function: handler}.
+"""Intercepts operators, in this one place: a TorchFunctionMode with a table {function: handler}.
 
 What a handler is and how one is registered is in ops/registry.py. What holds where an operator is called (the settings
 of its block, the random numbers of a batch chunk) is in a stack of frames a thread, which only this file changes.
@@ -37,7 +37,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class Frame:
-    """What holds for the operators that a forward pass, or a block in it, calls."""
+    """Holds the settings for the operators that a forward pass, or a block in it, calls."""
 
     config: QuantConfig
     handlers: dict[Callable, Handler]
@@ -48,7 +48,7 @@ class Frame:
 
 
 class ThreadState(threading.local):
-    """Where a mode is in one thread."""
+    """Holds where a mode is in one thread."""
 
     def __init__(self) -> None:
         self.frames: list[Frame | None] = []  # the innermost last; None: PyTorch has taken the mode off
@@ -59,7 +59,7 @@ _entered = threading.local()  # .mode: the one that this thread has entered
 
 
 class ActivationMode(TorchFunctionMode):
-    """Within it, forward passes keep low-bit codes; see `s2a_cli.activations.remember`. Made once, entered every step.
+    """Makes forward passes within it keep low-bit codes; made once, entered every step.
 
     It is of the thread that enters it, as torch.no_grad is. Entering it again within itself changes nothing; raises
     RuntimeError within another one.
@@ -74,7 +74,7 @@ class ActivationMode(TorchFunctionMode):
 
     @property
     def frame(self) -> Frame | None:
-        """What holds in this thread now; None where operators do not reach the mode."""
+        """Returns what holds in this thread now; None where operators do not reach the mode."""
         return self._thread.frames[-1] if self._thread.frames else None
 
     def __torch_function__(
@@ -127,7 +127,7 @@ class ActivationMode(TorchFunctionMode):
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Is the mode for what is computed again in a backward pass, which may run within the mode or after it."""
+        """Makes the mode hold for what is computed again in a backward pass, within the mode or after it."""
         if self.frame is not None:
             yield
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ def mlps(block: nn.Module) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class Probe:
-    """What the graph of a sample shows of a block."""
+    """Holds what the graph of a sample shows of a block."""
 
     trained: list[Tensor]  # the trained tensors that its output depends on, wherever they live
     kept: float  # bytes for the backward pass, of one sample
@@ -91,7 +91,8 @@ def probe(call: Call, inputs: list[Tensor]) -> Probe:
 
 def leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
     """Returns the tensors without a history whose gradients a backward pass from these would find, in a fixed order."""
-    found, seen, todo = [], set(), [y.grad_fn for y in outputs]
+    found, seen = [], set()
+    todo: list[Any] = [y.grad_fn for y in outputs]
     while todo:
         node = todo.pop()
         if node is None or node in seen:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class SampleDraws:
-    """Random numbers of a block that runs in chunks: one a sample are drawn for the whole batch, as without chunks."""
+    """Draws random numbers for a block that runs in chunks: one a sample for the whole batch, as without chunks."""
 
     def __init__(self, samples: int):
         self.samples, self.chunk = samples, slice(0)
@@ -22,7 +22,7 @@ class SampleDraws:
         self.chunk, self._next = chunk, 0
 
     def bernoulli_(self, input: Tensor, p: Any = 0.5, **kwargs: Any) -> Tensor:
-        """Is Tensor.bernoulli_, as stochastic depth calls it on [B, 1, ...]."""
+        """Does what Tensor.bernoulli_ does, as stochastic depth calls it on [B, 1, ...]."""
         samples = self.chunk.stop - self.chunk.start
         if isinstance(p, Tensor) or not input.dim() or not samples == len(input) == input.numel():
             return input.bernoulli_(p, **kwargs)

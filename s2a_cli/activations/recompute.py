@@ -1,4 +1,4 @@
-"""A block whose inputs alone are kept, and which runs again in the backward pass."""
+"""Keeps only the inputs of a block, and runs it again in the backward pass."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Recomputation:
 
 
 class Recompute(torch.autograd.Function):
-    """outputs = block(inputs), `size` samples at a time.
+    """Computes outputs = block(inputs), `size` samples at a time.
 
     Of the inputs the first `recomputation.call.states` hold samples, and are kept in config.input bits. Others, which
     there are only where the batch is whole, are kept as they are.
@@ -103,11 +103,9 @@ def _gradients(
     """Returns the gradients of the inputs (None for those that need none), and of what trains."""
     pairs = [(y, grad) for y, grad in zip(run(inputs), grads) if y.requires_grad]
     wanted = [*(x for x in inputs if x.requires_grad), *trained]
-    new = (
-        list(torch.autograd.grad([y for y, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True))
-        if pairs
-        else [None] * len(wanted)
-    )
+    new: list[Tensor | None] = [None] * len(wanted)
+    if pairs:
+        new = list(torch.autograd.grad([y for y, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True))
     return [new.pop(0) if x.requires_grad else None for x in inputs], new
 
 
@@ -142,8 +140,9 @@ def _stored(x: Tensor, call: Call, index: int) -> tuple:
 def _read(layout: GroupwiseLayout | None, stored: list[Tensor], dtype: torch.dtype, chunk: slice) -> Tensor:
     """Returns the samples of a batch chunk from what is kept."""
     if layout is not None:
-        return layout.dequantize(*stored, dtype, chunk.start, chunk.stop)
-    x = stored[0]
+        packed, scales = stored
+        return layout.dequantize(packed, scales, dtype, chunk.start, chunk.stop)
+    (x,) = stored
     return (x[chunk] if chunk.stop - chunk.start < len(x) else x).to(dtype).detach()
 
 
@@ -197,7 +196,10 @@ def _write(whole: list[Tensor | None], results: list, chunk: slice, samples: int
 
 
 class UnreadLinear(torch.autograd.Function):
-    """A frozen linear layer in a recomputation, whose output has the right shape and dtype and nothing in it."""
+    """Stands in for a frozen linear layer in a recomputation.
+
+    Its output has the right shape and dtype and nothing in it.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -215,7 +217,7 @@ class UnreadLinear(torch.autograd.Function):
 
 
 def unread_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Is F.linear whose output nothing reads; with a weight that trains it is F.linear itself."""
+    """Does what F.linear does where nothing reads its output; with a weight that trains it is F.linear itself."""
     if weight.requires_grad:
         return F.linear(input, weight, bias)
     kind = input.device.type

@@ -1,8 +1,8 @@
-"""Names for the calls of operators: the module that makes the call, the operator, and which of its calls there it is.
+"""Names the calls of operators: the module that makes the call, the operator, and which of its calls there it is.
 
-A name stays the same in every step, piece of a batch and recomputation, and whatever else of the model is trained:
-calls are counted whether or not they are coded. Modules are followed by PyTorch's global forward hooks, which are
-registered while a memory is active in any thread.
+A name stays the same in every step, batch chunk and recomputation, and whatever else of the model is trained: calls are
+counted whether or not they are coded. Modules are followed by PyTorch's global forward hooks, which are registered
+while a memory is active in any thread.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _names: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, str]] = WeakKe
 
 
 class Sites(threading.local):
-    """Where the forward pass of this thread is."""
+    """Holds where the forward pass of this thread is."""
 
     def __init__(self) -> None:
         self._running: list[tuple[nn.Module, str]] = []
@@ -31,18 +31,21 @@ class Sites(threading.local):
 
     @property
     def module(self) -> str:
-        """The name of the module that runs."""
+        """Returns the name of the module that runs."""
         return self._running[-1][1] if self._running else self._prefix
 
     def call(self, name: str) -> str:
-        """The name of this call of the operator of that name."""
+        """Returns the name of this call of the operator of that name."""
         module = self.module
         self._calls[module, name] += 1
         count = self._calls[module, name]
         return f"{module}:{name}" if count == 1 else f"{module}:{name}.{count}"
 
     def entry(self, otherwise: str) -> str:
-        """The name of the module that runs, told apart where it runs several times; `otherwise` where it has none."""
+        """Returns the name of the module that runs, told apart where it runs several times.
+
+        otherwise: the name where it has none.
+        """
         name = self.module or otherwise
         self._calls[name, "forward"] += 1
         count = self._calls[name, "forward"]
@@ -76,7 +79,7 @@ class Sites(threading.local):
 
 
 def _name(root: nn.Module, module: nn.Module) -> str:
-    """The name of a module within a root; of one that the root does not hold, its class's."""
+    """Returns the name of a module within a root; of one that the root does not hold, its class's."""
     known = _names.get(root)
     if known is None or module not in known:
         known = _names[root] = WeakKeyDictionary((m, name) for name, m in root.named_modules())
@@ -93,7 +96,7 @@ _lock, _users, _handles = threading.Lock(), 0, []
 
 @contextmanager
 def follow(sites: Sites) -> Iterator[None]:
-    """The modules that this thread runs within are told to `sites`."""
+    """Tells `sites` about the modules that this thread runs within."""
     global _users
     with _lock:
         _users += 1

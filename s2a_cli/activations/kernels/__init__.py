@@ -1,8 +1,8 @@
-"""Triton kernels for CUDA: second implementations of operators `s2a::*`, each one pass over memory.
+"""Registers Triton kernels for CUDA: second implementations of operators `s2a::*`, each one pass over memory.
 
-The plain PyTorch ones stay in place for every other device, for arguments that a kernel does not cover (the kernels'
-docstrings say which), and where Triton is missing or cannot build a kernel on this machine, which is said once.
-`available` says which.
+The PyTorch ones stay in place for every other device, for arguments that a kernel does not cover (launch.py says
+which), and where Triton is missing or cannot build a kernel on this machine, which is said once. `available` says which
+run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LIBRARY = torch.library.Library("s2a", "IMPL", "CUDA")
 
 
 def available() -> str:
-    """What runs on a CUDA device here, for a record: "triton 3.9.0", or "plain" and why."""
+    """Returns what runs on a CUDA device here, for a record: "triton 3.9.0", or "plain" and why."""
     return _launchers()[0] if torch.cuda.is_available() else "plain"
 
 
@@ -39,9 +39,9 @@ _warned = False
 
 
 def _launchers() -> Launchers:
-    """What runs, in words, and the kernels by operator.
+    """Returns what runs, in words, and the kernels by operator.
 
-    Tried again after a failure that may pass, such as too little memory.
+    Tries again after a failure that may pass, such as too little memory.
     """
     global _known, _warned
     if _known is not None:

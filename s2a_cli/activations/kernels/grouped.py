@@ -1,8 +1,12 @@
-"""Kernels of rows that are coded with a scale a group: ROWS rows of WIDTH elements, a multiple of 8, at a time.
+"""Kernels of rows with a scale a group: a tile holds ROWS rows of WIDTH elements, a multiple of 8.
 
-A row of up to 1024 elements is one warp's, so that nothing goes through shared memory but packed codes. Tables are read
-where the elements lie, in the shape of the tile: another shape would move all codes between threads.
+A row of up to 1024 elements is one warp's, so that nothing goes through shared memory but packed codes. Codebooks are
+read where the elements lie, in the shape of the tile: another shape would move all codes between threads.
 """
+
+# A type checker knows neither constexpr arguments nor what stands for a tensor within a kernel.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportRedeclaration=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 
 import triton
 import triton.language as tl
@@ -12,21 +16,21 @@ from s2a_cli.activations.kernels.tiles import assign, load_codes, place, recipro
 
 @triton.jit
 def _row(pointer, row: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, other: tl.constexpr):
-    """A row of a tensor [n, WIDTH] as float32, ROWS times: [ROWS, COLS]."""
+    """Returns a row of a tensor [n, WIDTH] as float32, ROWS times: [ROWS, COLS]."""
     col = tl.broadcast_to(tl.arange(0, COLS)[None, :], [ROWS, COLS])
     return tl.load(pointer + row * WIDTH + col, col < WIDTH, other=other).to(tl.float32)
 
 
 @triton.jit
 def bfloat16(x):
-    """float32 rounded to what bfloat16 holds, ties to even: on integers, so on every device."""
+    """Rounds float32 to what bfloat16 holds, ties to even: on integers, so on every device."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def largest(x, SIGNED: tl.constexpr):
-    """The largest of x [., ., GROUP] in each group; SIGNED: in magnitude, and of two alike the negative one."""
+    """Returns the largest of x [., ., GROUP] in each group; SIGNED: in magnitude, and of two alike the negative one."""
     if SIGNED:  # a magnitude before its sign is ordered as an integer
         bits = x.to(tl.uint32, bitcast=True)
         most = tl.max((bits << 1) | (bits >> 31), 2)
@@ -36,7 +40,7 @@ def largest(x, SIGNED: tl.constexpr):
 
 @triton.jit
 def inverse(scale):
-    """1 / scale, and 0 where that is not finite."""
+    """Returns 1 / scale, and 0 where that is not finite."""
     factor = reciprocal(scale)
     return tl.where(tl.abs(factor) < float("inf"), factor, 0.0)
 
@@ -57,7 +61,7 @@ def _quantize_rows(
     BINS: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """As operators.quantize_rows, of float32 x [ROWS, COLS], which is 0 beyond WIDTH."""
+    """Does what primitives.quantize_rows does, to float32 x [ROWS, COLS], which is 0 beyond WIDTH."""
     ROWS: tl.constexpr = x.shape[0]
     COLS: tl.constexpr = x.shape[1]
     STRIDE: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
@@ -84,7 +88,7 @@ def _dequantize_rows(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """As operators.dequantize_rows: float32 [ROWS, COLS]."""
+    """Returns what primitives.dequantize_rows does: float32 [ROWS, COLS]."""
     STRIDE: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
     codes = load_codes(packed, first, rest, WIDTH, BITS, True, ROWS, COLS)
     where, held = place(scales, first, STRIDE, rest // WIDTH * STRIDE, ROWS, COLS // GROUP)
@@ -125,7 +129,7 @@ def encode(
     COLS: tl.constexpr,
     EACH: tl.constexpr,
 ):
-    """Codes and scales of x; with NORM ("layer" or "rms") of x normalised, and rstd. A program makes EACH tiles.
+    """Quantizes x, or with NORM ("layer" or "rms") x normalised, and then stores rstd. A program makes EACH tiles.
 
     STRIDED: row r is at (r % inner) * near + (r // inner % middle) * far + r // (inner * middle) * outer.
     """
@@ -169,7 +173,7 @@ def decode(
     COLS: tl.constexpr,
     EACH: tl.constexpr,
 ):
-    """The rows start:stop of `rows`."""
+    """Dequantizes the rows start:stop of `rows`."""
     for tile in range(EACH):
         own = (tl.program_id(0).to(tl.int64) * EACH + tile) * ROWS
         first = own + start
@@ -202,7 +206,10 @@ def norm_backward(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Gradients of x and, summed over the rows of each program, of weight and bias: sums [2, programs, WIDTH]."""
+    """Stores the gradient of x and, summed over the rows of each program, those of weight and bias.
+
+    sums: [2, programs, WIDTH].
+    """
     dweight = tl.zeros([ROWS, COLS], tl.float32)
     dbias = tl.zeros([ROWS, COLS], tl.float32)
     for tile in range(tl.program_id(0).to(tl.int64), tl.cdiv(rows, ROWS), tl.num_programs(0)):

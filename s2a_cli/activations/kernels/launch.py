@@ -1,8 +1,15 @@
-"""What calls the kernels: the same arguments and results as the plain operators of these names."""
+"""Launches the kernels, with the arguments and results of the PyTorch operators of the same names.
+
+Each function falls back to PyTorch for what its docstring lists, all of them for float64 and empty tensors.
+"""
+
+# A type checker takes what a kernel is launched with for the arguments of a plain call.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -32,7 +39,7 @@ def probe() -> None:
 
 
 def _flat(total: int) -> tuple[tuple[int], dict]:
-    """The grid and the last arguments of an elementwise kernel."""
+    """Returns the grid and the last arguments of an elementwise kernel."""
     return (triton.cdiv(total, BLOCK),), {"BLOCK": BLOCK, "EVEN": total % BLOCK == 0, **OPTIONS}
 
 
@@ -41,7 +48,7 @@ def _packed(x: Tensor, bits: int) -> Tensor:
 
 
 def activate(x: Tensor, function: str, bin_codes: Tensor, low: float, high: float, bits: int) -> tuple[Tensor, Tensor]:
-    """Plain: float64."""
+    """Falls back to PyTorch for float64."""
     if x.dtype not in FLOATS or x.numel() == 0:
         return PLAIN["activate"](x, function, bin_codes, low, high, bits)
     order = memory_order(x)
@@ -52,7 +59,7 @@ def activate(x: Tensor, function: str, bin_codes: Tensor, low: float, high: floa
 def quantize_elementwise(
     x: Tensor, bin_codes: Tensor, low: float, high: float, bits: int, chances: Tensor | None = None, seed: int = 0
 ) -> Tensor:
-    """Plain: float64, stochastic rounding."""
+    """Falls back to PyTorch for float64 and stochastic rounding."""
     if x.dtype not in FLOATS or x.numel() == 0 or chances is not None:
         return PLAIN["quantize_elementwise"](x, bin_codes, low, high, bits, chances, seed)
     x = x.contiguous()
@@ -71,7 +78,7 @@ def _encode(
 
 
 def pack_interval(x: Tensor, low: float, high: float) -> Tensor:
-    """Plain: float64."""
+    """Falls back to PyTorch for float64."""
     if x.dtype not in FLOATS or x.numel() == 0:
         return PLAIN["pack_interval"](x, low, high)
     packed, (grid, layout) = _packed(x, 1), _flat(x.numel())
@@ -81,7 +88,7 @@ def pack_interval(x: Tensor, low: float, high: float) -> Tensor:
 
 
 def multiply_dequantized(grad: Tensor, packed: Tensor, entries: Tensor, bits: int) -> Tensor:
-    """Plain: float64."""
+    """Falls back to PyTorch for float64."""
     if grad.dtype not in FLOATS or grad.numel() == 0:
         return PLAIN["multiply_dequantized"](grad, packed, entries, bits)
     out, (grid, layout) = grad.new_empty(grad.shape), _flat(grad.numel())
@@ -90,7 +97,10 @@ def multiply_dequantized(grad: Tensor, packed: Tensor, entries: Tensor, bits: in
 
 
 def _tiles(width: int, group_size: int, warp: int = TILE, warps: int = 1) -> dict | None:
-    """The last arguments of a kernel on rows of `width`, `warp` elements a warp; None where it does not cover them."""
+    """Returns the last arguments of a kernel on rows of `width`; None where it does not cover them.
+
+    warp: elements a warp.
+    """
     cols = triton.next_power_of_2(width)
     group_size = cols if group_size >= width else group_size
     if width % 8 or cols > WIDEST or group_size != triton.next_power_of_2(group_size):
@@ -107,7 +117,7 @@ def _tiles(width: int, group_size: int, warp: int = TILE, warps: int = 1) -> dic
 
 
 def _ragged(width: int, group_size: int) -> dict | None:
-    """The last arguments of a kernel on rows of any `width`; None where it does not cover them."""
+    """Returns the last arguments of a kernel on rows of any `width`; None where it does not cover them."""
     cols = triton.next_power_of_2(width)
     group_size = cols if group_size >= width else group_size
     if cols > WIDEST // 4 or group_size != triton.next_power_of_2(group_size):
@@ -124,8 +134,9 @@ def _ragged(width: int, group_size: int) -> dict | None:
 
 
 def _layout(x: Tensor) -> tuple[int, ...] | None:
-    """Where the rows of x begin, as `grouped.encode` has it: inner, middle, near, far, outer; None where it can't
-    say.
+    """Returns where the rows of x begin, as `grouped.encode` takes it: inner, middle, near, far, outer.
+
+    None where these five numbers cannot say it.
     """
     dims = []  # (size, stride) of the leading dimensions, the last first, those that lie one after the other as one
     for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1])):
@@ -143,7 +154,7 @@ def _layout(x: Tensor) -> tuple[int, ...] | None:
 
 
 def _shortest(width: int, group_size: int, channels: Tensor | None) -> int:
-    """The width that contiguous rows may be read as: that of a group, where groups are all alike."""
+    """Returns the width that contiguous rows may be read as: that of a group, where groups are all alike."""
     return group_size if channels is None and width % group_size == 0 else width
 
 
@@ -157,22 +168,24 @@ def quantize_groupwise(
     seed: int = 0,
     channels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Plain: float64, stochastic rounding, groups of no power of two, rows of over 8192 elements (or 2048 and no
-    multiple of 8).
+    """Falls back to PyTorch for float64, stochastic rounding, group sizes that are no power of two, and long rows.
+
+    Long are rows of over 8192 elements, or of over 2048 and no multiple of 8.
     """
     width, total = x.shape[-1], math.prod(x.shape[:-1])
     tiles = _tiles(_shortest(width, group_size, channels) if x.is_contiguous() else width, group_size)
-    pieces = _ragged(width, group_size) if tiles is None and channels is None and hasattr(tl, "gather") else None
-    if x.dtype not in FLOATS or x.numel() == 0 or chances is not None or tiles is pieces is None:
+    whole = _ragged(width, group_size) if tiles is None and channels is None and hasattr(tl, "gather") else None
+    if x.dtype not in FLOATS or x.numel() == 0 or chances is not None or tiles is whole is None:
         return PLAIN["quantize_groupwise"](x, bin_codes, low, group_size, bits, chances, seed, channels)
     scales = x.new_empty((total, groups_per_row(width, group_size)), dtype=SCALE)
-    if tiles is not None:
+    if whole is None:
+        assert tiles is not None
         return _quantize_rows(x, scales, scales, None, bin_codes, low, 0.0, bits, channels, tiles), scales
     packed, step = _packed(x, bits), bin_codes.numel() / (1.0 - low)
-    flat = triton.next_power_of_2(pieces["ROWS"] * width)
+    flat = triton.next_power_of_2(whole["ROWS"] * width)
     layout = low < 0, bin_codes.numel()
-    ragged.encode[triton.cdiv(total, pieces["ROWS"]),](
-        x.contiguous(), packed, scales, bin_codes, total, step, -low * step, *layout, BITS=bits, FLAT=flat, **pieces
+    ragged.encode[triton.cdiv(total, whole["ROWS"]),](
+        x.contiguous(), packed, scales, bin_codes, total, step, -low * step, *layout, BITS=bits, FLAT=flat, **whole
     )
     return packed, scales
 
@@ -189,8 +202,9 @@ def quantize_normalized(
     seed: int = 0,
     channels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain: float64, stochastic rounding, rows of over 8192 elements or no multiple of 8, groups of no power of
-    two.
+    """Falls back to PyTorch for float64, stochastic rounding, group sizes that are no power of two, and some rows.
+
+    These are rows of over 8192 elements, or of no multiple of 8.
     """
     tiles = _tiles(width, group_size)
     x = x if x.shape[-1] == width else x.contiguous().view(-1, width)
@@ -255,7 +269,7 @@ def dequantize_groupwise(
     dtype: torch.dtype,
     channels: Tensor | None = None,
 ) -> Tensor:
-    """Plain: float64."""
+    """Falls back to PyTorch for float64."""
     out = scales.new_empty((stop - start, width), dtype=dtype)
     if dtype not in FLOATS or out.numel() == 0:
         return PLAIN["dequantize_groupwise"](
@@ -303,7 +317,7 @@ def norm_backward(
     bits: int,
     calibrated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain: as quantize_normalized, and where a channel is more than one element of a row (GroupNorm)."""
+    """Falls back to PyTorch as quantize_normalized does, and for a channel of several elements of a row (GroupNorm)."""
     tiles = _tiles(width, group_size, TILE // 2, 4)  # sums by channel are registers, too
     if grad.dtype not in FLOATS or grad.numel() == 0 or not width == channels == count or tiles is None:
         layout = width, channels, count, centre, group_size, bits, calibrated
@@ -336,7 +350,7 @@ def norm_backward(
 def softmax_backward(
     grad: Tensor, packed: Tensor, scales: Tensor, entries: Tensor, group_size: int, bits: int
 ) -> Tensor:
-    """Plain: float64, groups of no power of two, rows of over 2048 elements."""
+    """Falls back to PyTorch for float64, group sizes that are no power of two, and rows of over 2048 elements."""
     width, out = grad.shape[-1], grad.new_empty(grad.shape)
     tiles = _ragged(width, group_size)
     if grad.dtype not in FLOATS or grad.numel() == 0 or tiles is None:
@@ -358,12 +372,15 @@ def weight_gradient(
     bits: int,
     channels: Tensor | None = None,
 ) -> Tensor:
-    """Plain: float64. Rows are decoded by a kernel and multiplied by the library's: a fused one would decode them again
-    for each
-    tile of the result's rows, 24 times for 3072 of them, at more instructions than the product itself has."""
+    """Falls back to PyTorch for float64.
+
+    Rows are dequantized by a kernel and multiplied by the library's matmul. A fused kernel would dequantize them again
+    for each tile of the result's rows: 24 times for 3072 of them, with more instructions than the matmul itself has.
+    """
     if grad.dtype not in FLOATS or grad.numel() == 0:
         return PLAIN["weight_gradient"](grad, packed, scales, entries, width, group_size, bits, channels)
-    flat, total = grad.reshape(-1, grad.shape[-1]), None
+    flat = grad.reshape(-1, grad.shape[-1])
+    total: Any = None
     for start, stop in row_ranges(0, len(flat), width, grad.device):
         x = dequantize_groupwise(packed, scales, entries, width, group_size, bits, start, stop, grad.dtype, channels)
         part = flat[start:stop].mT @ x
@@ -372,7 +389,7 @@ def weight_gradient(
 
 
 def dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Plain: float64."""
+    """Falls back to PyTorch for float64."""
     if dtype not in FLOATS or codes.numel() == 0:
         return PLAIN["dequantize_int8"](codes, scales, dtype)
     out, total = codes.new_empty(codes.shape, dtype=dtype), codes.numel()

@@ -1,5 +1,9 @@
 """Kernels of rows of any width, such as softmax maps of 197 or 49 keys: a row's codes may begin within a byte."""
 
+# A type checker knows neither constexpr arguments nor what stands for a tensor within a kernel.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportRedeclaration=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+
 import triton
 import triton.language as tl
 
@@ -25,7 +29,7 @@ def encode(
     COLS: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    """Codes and scales of x.
+    """Quantizes x.
 
     ROWS is a multiple of 8, so that a program's codes are whole bytes; FLAT >= ROWS * WIDTH.
     """
@@ -65,7 +69,7 @@ def decode(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The elements start:stop of `total`."""
+    """Dequantizes the elements start:stop of `total`."""
     STRIDE: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
     tile = start // BLOCK + tl.program_id(0)
     first = tile * BLOCK
@@ -85,7 +89,7 @@ def decode(
 
 @triton.jit
 def decode_int8(out, codes, scales, total, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """out = codes * scales, GROUP elements a scale."""
+    """Stores codes * scales, GROUP elements a scale."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     index = tl.arange(0, BLOCK)
     held = index < total - first
@@ -110,7 +114,7 @@ def softmax_backward(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """out = p (grad - sum grad p), where p are the decoded rows, each divided by its sum."""
+    """Stores p (grad - sum grad p), where p are the dequantized rows, each divided by its sum."""
     STRIDE: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
     first = tl.program_id(0).to(tl.int64) * ROWS
     rest = (rows - first) * WIDTH

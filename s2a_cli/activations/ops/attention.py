@@ -1,13 +1,13 @@
 """Attention: fused attention keeps codes of q, k and v; a softmax keeps codes of its map.
 
-- scaled_dot_product_attention: backward decodes a few samples at a time and runs the stock attention on them again.
-  A float mask gets its gradient; one with a part for each sample that needs one is coded, others are kept. Not covered,
-  so stock: dropout_p > 0, inputs without a batch dimension, and q, k, v of unequal batch.
-- the same with `softmax` bits and no `attention` bits, as the S2A paper has it: unfused, q, k and v kept as they are
-and
-  the map as codes. Alone among all operators its output is not stock's to the bit, but to rounding. It runs a few
-  samples at a time, so that the map never exists whole. Not covered: also a mask with a gradient, grouped queries.
-- softmax over a dimension: dz = p (g - sum g p), with scales along that dimension, and p decoded so that it sums to 1.
+- scaled_dot_product_attention: backward dequantizes a few samples at a time and runs PyTorch's attention on them again.
+  A float mask gets its gradient. One that has rows for each sample and needs a gradient is quantized, others are kept.
+  Falls back to PyTorch for dropout_p > 0, inputs without a batch dimension, and q, k, v of unequal batch.
+- the same with `softmax` bits and no `attention` bits, as the S2A paper has it: unfused, with q, k and v kept as they
+  are and the map as codes. Alone among all operators its output equals PyTorch's to rounding, not to the bit. It runs a
+  few samples at a time, so that the map never exists whole. Falls back for a mask with a gradient and grouped queries.
+- softmax over a dimension: dz = p (g - sum g p), with scales along that dimension. Dequantized rows of p are divided by
+  their sum.
 
 Bytes kept: groupwise_size(rows, width, group, bits) for each of q, k, v (width: of a head) and for p (width: keys).
 """
@@ -15,7 +15,8 @@ Bytes kept: groupwise_size(rows, width, group, bits) for each of q, k, v (width:
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +39,11 @@ if TYPE_CHECKING:
 
 
 class Attention(torch.autograd.Function):
-    """out = run(q, k, v, mask): q [B, ..., N, d], k and v [B, ..., M, d]."""
+    """Computes out = run(q, k, v, mask) of q [B, ..., N, d], k and v [B, ..., M, d], and keeps codes of q, k and v."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, run, op: OpContext):
-        bits, group_size = op.config.attention, op.config.group
+        bits, group_size = op.bits("attention"), op.config.group
         # A mask that depends on each sample is an activation like the others, as large as the map itself.
         coded = [q, k, v, mask] if ctx.needs_input_grad[3] and _is_own(mask, q) else [q, k, v]
         kept = [keep_quantized(x, bits, group_size, seed=op.calibration.seed()) for x in coded]
@@ -56,18 +57,16 @@ class Attention(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         mask, *kept = ctx.saved_tensors
         needs_mask = ctx.needs_input_grad[3]
-        totals: list[Tensor | None] = [None] * len(ctx.layouts)
-        shape = ctx.layouts[3].shape if len(ctx.layouts) > 3 else () if mask is None else mask.shape
-        if needs_mask and len(totals) == 3:
+        totals: list[Any] = [None] * len(ctx.layouts)  # tensors, where there is a gradient
+        shape: Any = ctx.layouts[3].shape if len(ctx.layouts) > 3 else () if mask is None else mask.shape
+        if mask is not None and needs_mask:  # it is kept as it is
             totals.append(torch.zeros_like(mask))
         head = math.prod(grad.shape[1:])
-        if needs_mask:  # such a mask makes stock attention write out its map
+        if needs_mask:  # such a mask makes PyTorch's attention write out its map
             head = max(head, grad.shape[-2] * shape[-1] * (head // (grad.shape[-2] * grad.shape[-1])))
         for chunk in decoded_chunks(grad, head):
-            inputs = [
-                g.dequantize(*kept[2 * i : 2 * i + 2], grad.dtype, chunk.start, chunk.stop)
-                for i, g in enumerate(ctx.layouts)
-            ]
+            span = grad.dtype, chunk.start, chunk.stop
+            inputs = [layout.dequantize(*kept[2 * i : 2 * i + 2], *span) for i, layout in enumerate(ctx.layouts)]
             if len(inputs) == 3:
                 inputs.append(mask[chunk] if mask is not None and _is_own(mask, grad) else mask)
             found = _gradients(ctx.run, inputs, ctx.needs_input_grad[:4], grad[chunk])
@@ -82,12 +81,12 @@ class Attention(torch.autograd.Function):
 
 
 def _is_own(mask: Tensor, like: Tensor) -> bool:
-    """Whether a mask has a part for each sample."""
+    """Returns whether a mask has rows for each sample."""
     return mask.dim() == like.dim() and mask.shape[0] > 1
 
 
-def _gradients(run, inputs: list[Tensor | None], needed: tuple[bool, ...], grad: Tensor) -> list[Tensor | None]:
-    """Gradients of run(*inputs) for the inputs that are needed."""
+def _gradients(run: Callable, inputs: list, needed: tuple[bool, ...], grad: Tensor) -> list[Tensor | None]:
+    """Returns the gradients of run(*inputs) for the inputs that need one, None for others."""
     with torch.enable_grad(), torch._C.DisableTorchFunction():
         inputs = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needed)]
         if inputs[3] is not None and inputs[3].is_floating_point():
@@ -98,11 +97,11 @@ def _gradients(run, inputs: list[Tensor | None], needed: tuple[bool, ...], grad:
 
 
 class Unfused(torch.autograd.Function):
-    """softmax(q k^T scale + mask) v, with q, k and v kept as they are and the map as codes, a few samples at a time."""
+    """Computes softmax(q k^T scale + mask) v a few samples at a time, and keeps q, k, v and codes of the map."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, scale: float, op: OpContext):
-        ctx.scale, ctx.bits, ctx.group_size = scale, op.config.softmax, op.config.group
+        ctx.scale, ctx.bits, ctx.group_size = scale, op.bits("softmax"), op.config.group
         site, kept, out = op.site, [], None
         ctx.chunks = list(decoded_chunks(q, math.prod(q.shape[1:-1]) * k.shape[-2]))
         for chunk in ctx.chunks:
@@ -198,13 +197,13 @@ def _sum_to_one(p: Tensor) -> None:
 
 
 class Softmax(torch.autograd.Function):
-    """p = run(z), along a dimension, which is the last one of z.permute(order)."""
+    """Computes p = run(z), along a dimension, which is the last one of z.permute(order), and keeps codes of p."""
 
     @staticmethod
     def forward(ctx, z: Tensor, run, order: tuple[int, ...], op: OpContext):
         p = run(z)
         laid = p.permute(order)
-        bits, group_size, seed = op.config.softmax, op.config.group, op.calibration.seed()
+        bits, group_size, seed = op.bits("softmax"), op.config.group, op.calibration.seed()
         codebook = op.calibration.unit(op.site, laid, bits)
         kept = quantize_groupwise(laid, codebook.bin_codes, codebook.low, group_size, bits, codebook.chances, seed or 0)
         ctx.save_for_backward(*kept)
@@ -224,8 +223,8 @@ class Softmax(torch.autograd.Function):
 
 
 def quantized_softmax(p: Tensor) -> tuple[GroupwiseLayout, Tensor, Tensor] | None:
-    """What is kept already of `p`, if it is an unchanged output of a coded softmax that nobody asked for before."""
-    node = p.grad_fn
+    """Returns what is kept of `p`, if it is an unchanged output of a quantized softmax that nobody asked for before."""
+    node: Any = p.grad_fn
     if type(node) is not Softmax._backward_cls or node.version != p._version or node.shared is None:
         return None
     shared, node.shared = node.shared, None  # once: autograd alone decides how long they live

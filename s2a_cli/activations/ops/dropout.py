@@ -1,6 +1,6 @@
-"""Dropout keeps its mask in one bit an element; forward and gradient are stock PyTorch's, from the same random numbers.
+"""Dropout keeps its mask in one bit an element; forward and gradient are PyTorch's, from the same random numbers.
 
-Not covered, so stock: in-place dropout, p of 0 or 1, and dropout of whole channels (its noise is small).
+Falls back to PyTorch for in-place dropout, p of 0 or 1, and dropout of whole channels (its noise is small).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from s2a_cli.activations.quant.primitives import multiply_dequantized, pack_inte
 
 
 class Dropout(torch.autograd.Function):
-    """y = dropout(x, p); dx = grad * noise, of which the mask is kept."""
+    """Computes y = dropout(x, p) and keeps the mask of the noise; dx = grad * noise."""
 
     @staticmethod
     def forward(ctx, x: Tensor, p: float):

@@ -1,9 +1,9 @@
-"""Layers with weights: a frozen convolution keeps only its weight; coded inputs of trainable layers are opt-in.
+"""Layers with weights: a frozen convolution keeps only its weight; quantized inputs of trainable layers are opt-in.
 
-- conv1d, conv2d, conv3d, and the transposed ones, with a frozen weight: nothing but the reference to the weight; exact.
-  `padding="same"` is covered where it is symmetric, else stock.
-- linear, conv1d and conv2d with a weight that trains: with `linear` bits the input is coded, else stock.
-- linear: stock keeps the whole storage behind a small view (the class token of a sequence): such a view is cloned.
+- conv1d, conv2d, conv3d, and the transposed ones, with a frozen weight: keep nothing but the reference to the weight,
+  and are exact. Fall back to PyTorch for `padding="same"` that is not symmetric.
+- linear, conv1d and conv2d with a weight that trains: quantize their input with `linear` bits, else are PyTorch's.
+- linear: PyTorch keeps the whole storage behind a small view (the class token of a sequence): such a view is cloned.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ _TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3
 
 
 class FrozenConv(torch.autograd.Function):
-    """y = run(x, bias), a convolution or a transposed one. dx is the other kind of grad: stock's kernel and bits."""
+    """Computes y = run(x, bias), a convolution or a transposed one.
+
+    dx is the other kind, of grad, with PyTorch's kernel.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, run: Callable, weight: Tensor, geometry: tuple, transposed: bool):
@@ -55,7 +58,7 @@ class FrozenConv(torch.autograd.Function):
 
 
 def input_gradient(grad: Tensor, weight: Tensor, size, stride, padding, dilation, groups: int) -> Tensor:
-    """Gradient of a convolution's input, whose spatial size is `size`."""
+    """Returns the gradient of a convolution's input, whose spatial size is `size`."""
     uncovered = [
         full - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
         for full, out, k, s, p, d in zip(size, grad.shape[2:], weight.shape[2:], stride, padding, dilation)
@@ -65,7 +68,7 @@ def input_gradient(grad: Tensor, weight: Tensor, size, stride, padding, dilation
 
 
 def _geometry(weight: Tensor, stride, padding, dilation, groups: int) -> tuple | None:
-    """The arguments as tuples of ints; None where the padding is a name that stands for unequal sides."""
+    """Returns the arguments as tuples of ints; None where the padding is a name that stands for unequal sides."""
     kernel = weight.shape[2:]
     stride, dilation = _tuple(stride, len(kernel)), _tuple(dilation, len(kernel))
     if padding == "valid":
@@ -85,11 +88,11 @@ def _tuple(value: int | tuple[int, ...], count: int) -> tuple[int, ...]:
 
 
 class CodedConv(torch.autograd.Function):
-    """y = run(x, weight, bias) with a weight that trains; the input is kept as codes."""
+    """Computes y = run(x, weight, bias) with a weight that trains, and keeps codes of the input."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, geometry: tuple, op: OpContext):
-        ctx.layout, *kept = keep_quantized(x, op.config.linear, op.config.group, True, op.calibration.seed())
+        ctx.layout, *kept = keep_quantized(x, op.bits("linear"), op.config.group, True, op.calibration.seed())
         ctx.geometry = geometry
         ctx.save_for_backward(weight, *kept)
         return run(x, weight, bias)
@@ -111,11 +114,11 @@ class CodedConv(torch.autograd.Function):
 
 
 class CodedLinear(torch.autograd.Function):
-    """y = run(x, weight, bias) with a weight that trains; the input is kept as codes, channels calibrated."""
+    """Computes y = run(x, weight, bias) with a weight that trains, and keeps codes of the calibrated input."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, op: OpContext):
-        bits, group_size, seed = op.config.linear, op.config.group, op.calibration.seed()
+        bits, group_size, seed = op.bits("linear"), op.config.group, op.calibration.seed()
         codebook = codebooks.signed(bits, min(group_size, x.shape[-1]), x, seed is not None)
         channels = op.calibration.channels(op.site, x)
         ctx.entries, ctx.layout, ctx.channels = codebook.entries, (x.shape[-1], group_size, bits), channels
@@ -155,7 +158,10 @@ def weight_gradient(
     bits: int,
     channels: Tensor | None = None,
 ) -> Tensor:
-    """grad^T x for a linear layer's weight [out, in], from grad [..., out] and the coded input [..., in]."""
+    """Returns grad^T x, the gradient of a weight [out, in].
+
+    grad: [..., out]. packed, scales: of the quantized input x [..., in].
+    """
     total = grad.new_zeros(grad.shape[-1], width, dtype=working_type(grad.dtype))
     table = byte_table(entries.to(total.dtype), bits)
     flat = grad.reshape(-1, grad.shape[-1])

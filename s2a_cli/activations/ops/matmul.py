@@ -1,10 +1,11 @@
-"""Products of two activations keep codes of both factors, as attention does of q, k and v (and in its bits).
+"""Matmul, and elementwise operators of two activations, keep codes of both, as attention does of q, k and v.
 
-- matmul and bmm of equal batches (unfused attention). A factor that is a coded softmax's map shares its codes.
+- matmul and bmm of equal batches (unfused attention). A factor that is a quantized softmax's map shares its codes.
 - mul of an activation with a gate a sample (squeeze and excitation, gated MLPs). A broadcast gate is small: kept.
 - div by an activation (normalised attention maps): codes of the quotient, and the divisor as it is; in place, too.
 - powers with an integer exponent of at least 2 (hand-written norms, squared ReLU): codes of the base.
-Not covered, so stock: products with a parameter, or in which only one factor needs a gradient.
+
+All use the `attention` bits. Falls back to PyTorch where a factor is a parameter, or only one needs a gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class MatMul(torch.autograd.Function):
-    """run(a, b) of a [B, ..., M, K] and b [B, ..., K, N], whose leading dimensions are equal."""
+    """Computes run(a, b) of a [B, ..., M, K] and b [B, ..., K, N], and keeps codes of both."""
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, run: Callable, op: OpContext):
@@ -48,7 +49,7 @@ class MatMul(torch.autograd.Function):
 
 
 def _keep(x: Tensor, op: OpContext, flat: bool = False) -> tuple[GroupwiseLayout, Tensor, Tensor]:
-    return keep_quantized(x, op.config.attention, op.config.group, flat, op.calibration.seed())
+    return keep_quantized(x, op.bits("attention"), op.config.group, flat, op.calibration.seed())
 
 
 def _keep_matrix(x: Tensor, op: OpContext) -> tuple[GroupwiseLayout, Tensor, Tensor]:
@@ -68,7 +69,10 @@ def bmm(op, stock, input, mat2):
 
 
 class Gate(torch.autograd.Function):
-    """run(x, gate), the product; gate broadcasts to x. A gate of x's shape is coded, a smaller one kept."""
+    """Computes run(x, gate) = x * gate, where gate broadcasts to x.
+
+    A gate of x's shape is quantized, a smaller one kept.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, gate: Tensor, run: Callable, op: OpContext):
@@ -109,7 +113,7 @@ def multiply(op, stock, input, other):
 
 
 class Divide(torch.autograd.Function):
-    """y = run(x, divisor), in place or not; the divisor broadcasts to x. Kept are codes of y."""
+    """Computes y = run(x, divisor), in place or not, and keeps codes of y; the divisor broadcasts to x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, divisor: Tensor, run: Callable, inplace: bool, op: OpContext):
@@ -152,7 +156,7 @@ def divide_(op, stock, input, other):
 
 
 class Power(torch.autograd.Function):
-    """run(x), the power with this exponent."""
+    """Computes run(x), the power with this exponent, and keeps codes of x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, run: Callable, exponent: int, op: OpContext):

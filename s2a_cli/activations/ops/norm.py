@@ -1,13 +1,13 @@
-"""Normalisation: LayerNorm, GroupNorm and RMSNorm keep a code of x^ and rstd; a frozen BatchNorm keeps nothing.
+"""Normalisation: LayerNorm, GroupNorm and RMSNorm keep codes of x^ and rstd; a frozen BatchNorm keeps nothing.
 
-A layer over its last dimension has a calibrated shift and factor for each channel of x^, see calibration.py.
-Bytes kept for R normalised rows of D elements: groupwise_size(R, D, group, bits) + 4 R (rstd, float32). With g the
-gradient and g' = weight * g,
+x^ is x normalised, rstd is 1 / deviation. A layer over its last dimension has a calibrated shift and factor for each
+channel of x^, see quant/calibration.py. Bytes kept for R normalised rows of D elements: groupwise_size(R, D, group,
+bits) + 4 R (rstd, float32). With g the gradient and g' = weight * g,
 
     dx = rstd (g' - mean g' - x^ mean(g' x^)),  dweight = sum g x^,  dbias = sum g        (RMSNorm: without mean g')
 
-BatchNorm is covered in evaluation mode when its weight is frozen: it is a constant scale and a shift. In training mode,
-or when its weight trains, it is stock.
+BatchNorm is covered in evaluation mode when its weight is frozen: it is a constant scale and a shift. Falls back to
+PyTorch in training mode, or when its weight trains.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def quantize_normalized(
     seed: int = 0,
     channels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes and scales of x^, each `width` elements of x normalised, and rstd, float32 [rows]."""
+    """Returns codes and scales of x^, each `width` elements of x normalised, and rstd, float32 [rows]."""
     packed, scales, rstd = _fake_encode(x, width, eps, centre, bin_codes, group_size, bits)
     up = draws(chances, seed)
     shift = weight = None
@@ -73,13 +73,13 @@ def quantize_normalized(
 def normalise(
     rows: Tensor, eps: float, centre: bool, weight: Tensor | None = None, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x^ * weight + shift of each row [n, width], and its rstd [n, 1]; all float32."""
+    """Returns x^ * weight + shift of each row [n, width], and its rstd [n, 1]; all float32."""
     if centre:
         normal, _, rstd = torch.native_layer_norm(rows, rows.shape[1:], weight, shift, eps)
         return normal, rstd
     rstd = torch.linalg.vecdot(rows, rows).div_(rows.shape[1]).add_(eps).rsqrt_()[:, None]
     normal = rows * rstd
-    return (normal if weight is None else torch.addcmul(shift, normal, weight)), rstd
+    return (normal if weight is None or shift is None else torch.addcmul(shift, normal, weight)), rstd
 
 
 def _fake_backward(
@@ -110,9 +110,10 @@ def norm_backward(
     bits: int,
     calibrated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; a row has `channels` of all `count`, each of width / channels elements.
+    """Returns the gradients of x, weight and bias.
 
-    calibrated: what quantize_normalized calls `channels`.
+    A row has `channels` of all `count` channels, each of width / channels elements. calibrated: what
+    quantize_normalized calls `channels`.
     """
     dtype = working_type(grad.dtype)
     out = grad.new_empty(grad.shape)
@@ -142,21 +143,21 @@ def norm_backward(
 
 
 def _layer_norm_backward(g: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The stock kernel, told that x^ is an input of mean 0 and deviation 1."""
+    """Calls PyTorch's kernel, told that x^ is an input of mean 0 and deviation 1."""
     mean, rstd = g.new_zeros(len(g), 1), g.new_ones(len(g), 1)
     weight = g.new_ones(g.shape[1]) if weight is None else weight[0]
     return torch.ops.aten.native_layer_norm_backward(g, x, [g.shape[1]], mean, rstd, weight, weight, [True, True, True])
 
 
 class Normalise(torch.autograd.Function):
-    """y = run(x, weight, bias), x normalised in rows of `width` elements, each of `channels` channels."""
+    """Computes y = run(x, weight, bias), x normalised in rows of `width` elements, each of `channels` channels."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, run, width: int, channels: int, eps: float, centre: bool, op: OpContext):
         ctx.shape = None if weight is None else weight.shape
         site = op.site
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            bits, group_size, seed = op.config.norm, op.config.group, op.calibration.seed()
+            bits, group_size, seed = op.bits("norm"), op.config.group, op.calibration.seed()
             codebook = codebooks.signed(bits, group_size, x, seed is not None)
             ctx.calibrated = None
             if channels == width and x.shape[-1] == width:
@@ -187,7 +188,7 @@ class Normalise(torch.autograd.Function):
 
 
 def _trains(*tensors: Tensor | None) -> bool:
-    """Whether a gradient is to flow to any of them (grad mode is on where handlers are called)."""
+    """Returns whether a gradient is to flow to any of them (grad mode is on where handlers are called)."""
     return any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -218,8 +219,9 @@ def rms_norm(op, stock, input, normalized_shape, weight=None, eps=None):
 
 @functools.cache
 def default_rms_eps(dtype: torch.dtype) -> float:
-    """What F.rms_norm adds to the mean square by default: that of the type it computes in, or in older PyTorch of the
-    input's.
+    """Returns what F.rms_norm adds to the mean square by default.
+
+    It is the eps of the dtype that it computes in, or in older PyTorch of the input's.
     """
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         x = torch.full((1, 1), math.sqrt(torch.finfo(dtype).eps), dtype=dtype)
@@ -240,7 +242,7 @@ def group_norm(op, stock, input, num_groups, weight=None, bias=None, eps=1e-5):
 
 
 class FrozenBatchNorm(torch.autograd.Function):
-    """y = run(x, bias) on fixed statistics and a frozen weight; dx = grad * weight / sqrt(variance + eps)."""
+    """Computes y = run(x, bias) on fixed statistics and a frozen weight; dx = grad * weight / sqrt(variance + eps)."""
 
     @staticmethod
     def forward(ctx, x, bias, run, variance: Tensor, weight: Tensor | None, eps: float):

@@ -1,8 +1,9 @@
-"""Elementwise functions: kept is a code of the derivative, not the input.
+"""Elementwise functions keep a code of their derivative, not their input.
 
-GELU, SiLU and the like keep `pointwise` bits an element; the gradient is grad * level. Functions of straight pieces
-with two slopes (ReLU, ReLU6, hardtanh, LeakyReLU, hardsigmoid) keep one bit, and their gradient is exact.
-Not covered, so stock: ReLU with random slopes, PReLU, thresholds, and inputs that are not real floating point.
+GELU, SiLU and the like keep `pointwise` bits an element; the gradient is grad * the code's entry in a codebook.
+Functions of straight lines with two slopes (ReLU, ReLU6, hardtanh, LeakyReLU, hardsigmoid) keep one bit, and their
+gradient is exact. Falls back to PyTorch for ReLU with random slopes, PReLU, thresholds, and inputs that are not real
+floating point.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 
 
 class Elementwise(torch.autograd.Function):
-    """y = run(x), in place or not; dx = grad * levels[code].
+    """Computes y = run(x), in place or not; dx = grad * entries[code].
 
-    The codes are those of x.permute(order), as it lies in memory.
+    The packed codes are those of x.permute(order), as it lies in memory.
     """
 
     @staticmethod
@@ -69,8 +70,9 @@ ONE_PASS = {  # functions that s2a::activate knows
 
 
 def in_one_pass(x: Tensor) -> bool:
-    """Whether the function and its codes are made in one pass over x: where a kernel does it, equal to stock to
-    rounding.
+    """Returns whether a function and its codes are made in one pass over x.
+
+    That is so where a kernel does it, whose output equals PyTorch's to rounding.
     """
     return x.is_cuda
 
@@ -82,7 +84,7 @@ def keep_codes(function: Callable, *names: str, also: Functions = (), inplace: F
     """
 
     def encode(op: OpContext, x: Tensor, parameters: dict, inplace: bool) -> Encoded:
-        codebook = op.calibration.pointwise(op.site, function, parameters, op.config.pointwise, x)
+        codebook = op.calibration.pointwise(op.site, function, parameters, op.bits("pointwise"), x)
         seed, known = op.calibration.seed(), ONE_PASS.get((function, parameters.get("approximate", "none")))
         if known and in_one_pass(x) and seed is None and not inplace:
             return *activate(x, known, codebook.bin_codes, codebook.low, codebook.high, codebook.bits), codebook

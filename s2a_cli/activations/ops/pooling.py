@@ -1,9 +1,8 @@
 """Max pooling keeps, for each output, which place of its window was the largest; average pooling and padding nothing.
-All exact.
 
-Bytes kept by max pooling of n outputs: packed_size(n, ceil(log2(kh * kw))), 4 bits for windows of 3 x 3 (stock: the
-input and an int64 index an output). Not covered, so stock: return_indices, windows of more than 256 places, inputs
-without a batch dimension.
+All are exact. Bytes kept by max pooling of n outputs: packed_size(n, ceil(log2(kh * kw))), 4 bits for windows of 3 x 3
+(PyTorch keeps the input and an int64 index an output). Falls back to PyTorch for return_indices, windows of more than
+256 places, and inputs without a batch dimension.
 """
 
 from __future__ import annotations
@@ -46,22 +45,27 @@ def _format(x: Tensor) -> torch.memory_format:
 
 
 def _samples(x: Tensor, each: int) -> list[tuple[int, int]]:
-    """Ranges of samples with about a chunk of outputs, `each` a sample; all begin at a multiple of 8 outputs."""
+    """Returns ranges of samples with about piece_sizes.temporary outputs, `each` a sample.
+
+    All begin at a multiple of 8 outputs, so that their codes begin a byte.
+    """
     step = max(1, piece_sizes(x.device).temporary // each)
     step = step if each % 8 == 0 else -(-step // 8) * 8
     return [(start, min(start + step, len(x))) for start in range(0, len(x), step)]
 
 
-def _corners(
-    height: int, width: int, stride: list[int], padding: list[int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Input row [height, 1] and column [width] of the first place of each output's window; they may be negative."""
+def _corners(size: torch.Size, stride: list[int], padding: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns the input row [height, 1] and column [width] of the first place of each output's window.
+
+    size: (height, width) of the outputs. Rows and columns may be negative.
+    """
+    height, width = size
     row = torch.arange(height, device=device, dtype=torch.int32)[:, None] * stride[0] - padding[0]
     return row, torch.arange(width, device=device, dtype=torch.int32) * stride[1] - padding[1]
 
 
 def output_like(x: Tensor, kernel, stride, padding, dilation, ceil_mode) -> Tensor:
-    """A tensor for what pooling returns."""
+    """Returns a tensor for what pooling returns."""
     sides = [_output_size(*a, ceil_mode) for a in zip(x.shape[2:], kernel, stride, padding, dilation)]
     return x.new_empty((*x.shape[:2], *sides)).to(memory_format=_format(x))
 
@@ -78,9 +82,9 @@ def _fake_pool(x, kernel, stride, padding, dilation, ceil_mode):
     family="pooling",
 )
 def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode):
-    """What stock pooling returns, and the packed index within its window of each output, in logical order."""
+    """Returns what PyTorch's pooling returns, and the packed index of each output in its window, in logical order."""
     out, packed = _fake_pool(x, kernel, stride, padding, dilation, ceil_mode)
-    row, column = _corners(*out.shape[2:], stride, padding, x.device)
+    row, column = _corners(out.shape[2:], stride, padding, x.device)
     for start, stop in _samples(x, out[0].numel()) if out.numel() else ():
         out[start:stop], index = _pool_with_indices(x[start:stop], kernel, stride, padding, dilation, ceil_mode)
         index = index.to(torch.int32)
@@ -103,7 +107,7 @@ def _fake_pool_backward(grad, packed, size, kernel, stride, padding, dilation, c
 )
 def max_pool2d_backward(grad, packed, size, kernel, stride, padding, dilation, ceil_mode):
     dx = _fake_pool_backward(grad, packed, size, kernel, stride, padding, dilation, ceil_mode)
-    row, column = _corners(*grad.shape[2:], stride, padding, grad.device)
+    row, column = _corners(grad.shape[2:], stride, padding, grad.device)
     each, bits = math.prod(grad.shape[1:]), window_bits(kernel)
     for start, stop in _samples(grad, each) if grad.numel() else ():
         code = (
@@ -135,7 +139,10 @@ class MaxPool(torch.autograd.Function):
 
 
 class ByShape(torch.autograd.Function):
-    """y = run(x), linear in x: the gradient depends on the shape of x alone, and is taken at a stand-in for it."""
+    """Computes y = run(x), linear in x.
+
+    The gradient depends on the shape of x alone, and is taken at a stand-in for it.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, run):
@@ -152,7 +159,7 @@ class ByShape(torch.autograd.Function):
 
 
 class AveragePool(torch.autograd.Function):
-    """y = run(x); the gradient of a mean depends on the shape of x alone."""
+    """Computes y = run(x); the gradient of a mean depends on the shape of x alone."""
 
     @staticmethod
     def forward(ctx, x: Tensor, run, geometry: tuple):

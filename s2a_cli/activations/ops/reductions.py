@@ -1,9 +1,9 @@
-"""Reductions: a norm keeps codes of what it is of, a maximum one bit an element; and F.normalize.
+"""Reductions: a norm keeps codes of its input, a maximum one bit an element; and F.normalize.
 
 - vector_norm with ord=2 (Tensor.norm, torch.norm): codes of x, and the norms as they are: dx = g x / |x|.
 - normalize with p=2: codes of the result and a factor a row, as RMSNorm keeps them: dx = (g - y (y . g)) / |x|.
-- amax and amin: which elements are the largest or least, exact; as in stock, they share the gradient where there are
-several.
+- amax and amin: which elements are the largest or least, exact; where there are several they share the gradient, as in
+  PyTorch.
 
 Bytes kept for n elements in rows of D: groupwise_size of them; normalize also 4 a row; amax packed_size(n, 1).
 """
@@ -33,12 +33,12 @@ Dims = tuple[int, ...]
 
 
 class Length(torch.autograd.Function):
-    """run(x): the 2-norm of x over some dimensions."""
+    """Computes run(x), the 2-norm of x over some dimensions, and keeps codes of x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, run: Callable, dims: Dims, keepdim: bool, op: OpContext):
         out = run(x)
-        ctx.layout, *kept = keep_quantized(x, op.config.norm, op.config.group, True, op.calibration.seed())
+        ctx.layout, *kept = keep_quantized(x, op.bits("norm"), op.config.group, True, op.calibration.seed())
         ctx.dims = () if keepdim else dims
         ctx.save_for_backward(out, *kept)
         return out
@@ -58,7 +58,7 @@ class Length(torch.autograd.Function):
 
 
 def _dims(x: Tensor, dim: int | tuple[int, ...] | None) -> Dims:
-    """The dimensions that `dim` names, from 0; None names all."""
+    """Returns the dimensions that `dim` names, from 0; None names all."""
     listed = range(x.dim()) if dim is None or dim == () else [dim] if isinstance(dim, int) else dim
     return tuple(d % x.dim() for d in listed)
 
@@ -83,11 +83,11 @@ def vector_norm(op, stock, x, ord=2, dim=None, keepdim=False):
 
 
 class Direction(torch.autograd.Function):
-    """run(x): x divided by its 2-norm over one dimension."""
+    """Computes run(x): x divided by its 2-norm over one dimension, of which it keeps codes."""
 
     @staticmethod
     def forward(ctx, x: Tensor, run: Callable, dim: int, eps: float, op: OpContext):
-        laid, bits, group_size, seed = x.movedim(dim, -1), op.config.norm, op.config.group, op.calibration.seed()
+        laid, bits, group_size, seed = x.movedim(dim, -1), op.bits("norm"), op.config.group, op.calibration.seed()
         width = laid.shape[-1]
         codebook = codebooks.signed(bits, min(group_size, width), x, seed is not None)
         smallest = max(eps * eps / width, torch.finfo(torch.float32).tiny)  # the mean square that eps stands for
@@ -127,7 +127,7 @@ def _fake_pack_equal(x, y):
 
 @operator("pack_equal(Tensor x, Tensor y) -> Tensor", _fake_pack_equal, family="codes")
 def pack_equal(x: Tensor, y: Tensor) -> Tensor:
-    """1 bit an element, in logical order: x == y, where y [B or 1, ...] broadcasts to x [B, ...]."""
+    """Returns 1 bit an element, in logical order: x == y, where y [B or 1, ...] broadcasts to x [B, ...]."""
     packed, each = _fake_pack_equal(x, y), x[0].numel()
     y = y.expand(len(x), *y.shape[1:])
     step = -(-max(1, piece_sizes(x.device).temporary // max(each, 1)) // 8) * 8  # so that a piece begins a byte
@@ -138,7 +138,7 @@ def pack_equal(x: Tensor, y: Tensor) -> Tensor:
 
 
 class Extreme(torch.autograd.Function):
-    """run(x): the largest, or the least, of x over some dimensions."""
+    """Computes run(x): the largest, or the least, of x over some dimensions."""
 
     @staticmethod
     def forward(ctx, x: Tensor, run: Callable, dims: Dims, keepdim: bool):
@@ -158,7 +158,7 @@ class Extreme(torch.autograd.Function):
 
 
 def _restored(x: Tensor, dims: Dims, keepdim: bool) -> Tensor:
-    """A reduced tensor with the dimensions that it was reduced over."""
+    """Returns a reduced tensor with the dimensions that it was reduced over."""
     for dim in () if keepdim else sorted(dims):
         x = x.unsqueeze(dim)
     return x

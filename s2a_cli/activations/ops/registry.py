@@ -1,4 +1,4 @@
-"""Where operator families put their handlers: which functions each stands in for, and the setting that turns it on.
+"""Collects the handlers of operator families: the functions that each stands in for, and the setting that turns it on.
 
 A handler is called as handler(op, stock, *args, **kwargs), where `op` is the OpContext of the call and `stock` the
 function that was called. It returns what `stock` would, bit for bit (to rounding where a CUDA kernel makes output and
@@ -16,7 +16,7 @@ from s2a_cli.config.schema import QuantConfig
 
 
 class Handler(NamedTuple):
-    """A handler, the keywords that it takes, and the settings of which any one turns it on."""
+    """Holds a handler, the keywords that it takes, and the settings of which any one turns it on."""
 
     run: Callable[..., Any]
     keywords: frozenset[str]  # with others, such as out=, a call is PyTorch's

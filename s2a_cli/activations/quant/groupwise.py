@@ -1,4 +1,4 @@
-"""A tensor kept as codes with a scale a group, brought back a few samples (slices of the first dimension) at a time."""
+"""Keeps a tensor as packed codes with a scale a group, and brings it back a few samples at a time."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from s2a_cli.activations.quant.primitives import dequantize_groupwise, quantize_
 
 @dataclass(frozen=True)
 class GroupwiseLayout:
-    """How to read codes and scales as a tensor of this shape; they are the rows, of `width`, of x.permute(order)."""
+    """Says how to read codes and scales as a tensor of this shape.
+
+    They are the rows, of `width`, of x.permute(order).
+    """
 
     codebook: codebooks.Codebook
     shape: tuple[int, ...]
     order: tuple[int, ...]
     width: int
     group_size: int
-    channels: Tensor | None = (
-        None  # the shift and factor of each place of a row: [3, width], see operators.with_inverse
-    )
+    channels: Tensor | None = None  # the shift and factor of each place of a row: [3, width], see with_inverse
 
     def dequantize(
         self, packed: Tensor, scales: Tensor, dtype: torch.dtype, start: int = 0, stop: int | None = None
     ) -> Tensor:
-        """The samples start:stop, all by default."""
+        """Returns the samples start:stop, all by default."""
         samples, stop = self.shape[0], self.shape[0] if stop is None else stop
         rows = scales.shape[0]
         if rows % samples:  # samples do not end where rows do
@@ -63,10 +64,10 @@ def keep_quantized(
     seed: int | None = None,
     calibrated: Callable[[Tensor], Tensor | None] = lambda rows: None,
 ) -> tuple[GroupwiseLayout, Tensor, Tensor]:
-    """Codes and scales of x [samples, ..., width], which has no gradient of its own.
+    """Returns the layout, packed codes and scales of x [samples, ..., width], which has no gradient of its own.
 
-    Groups lie along the last dimension; with `flat`, across dimensions as x lies in memory, where they fit.
-    seed: of stochastic rounding. calibrated: gives the shift and factor of each channel of x as it is grouped.
+    Groups lie along the last dimension; with `flat`, across dimensions as x lies in memory, where they fit. seed: of
+    stochastic rounding. calibrated: gives the shift and factor of each channel of x as it is grouped.
     """
     order = memory_order(x)
     if x.dim() > 2 and x.stride(-1) > x.stride(-2):  # a transposed matrix: rows where they lie
@@ -85,9 +86,9 @@ def keep_quantized(
 
 
 def decoded_chunks(x: Tensor, elements: int | None = None) -> Iterator[slice]:
-    """Slices of the samples of x that are decoded at a time, of about the same size.
+    """Yields the chunks of the batch x that are dequantized at a time, of about the same size.
 
-    `elements` a sample; None: as x has.
+    elements: of a sample; None: as x has.
     """
     samples, most = x.shape[0], piece_sizes(x.device).decoded
     step = max(1, most // max(math.prod(x.shape[1:]) if elements is None else elements, 1))
@@ -96,14 +97,17 @@ def decoded_chunks(x: Tensor, elements: int | None = None) -> Iterator[slice]:
         yield slice(start, min(start + step, samples))
 
 
-def write_chunk(whole: Tensor | None, piece: Tensor, part: slice, samples: int) -> Tensor:
-    """`piece` as the samples `part` of `whole`, which is made, laid out like the piece, where it is None."""
-    if part.stop - part.start == samples:
-        return piece
+def write_chunk(whole: Tensor | None, values: Tensor, chunk: slice, samples: int) -> Tensor:
+    """Writes the samples `chunk` of `whole`, and returns that; makes it, laid out like `values`, where it is None.
+
+    samples: of the whole batch.
+    """
+    if chunk.stop - chunk.start == samples:
+        return values
     if whole is None:
-        shape, strides, step = (samples, *piece.shape[1:]), [0] * piece.dim(), 1
-        for dim in reversed(memory_order(piece)):
+        shape, strides, step = (samples, *values.shape[1:]), [0] * values.dim(), 1
+        for dim in reversed(memory_order(values)):
             strides[dim], step = step, step * shape[dim]
-        whole = piece.new_empty_strided(shape, strides)  # no view, which could not be changed in place
-    whole[part] = piece
+        whole = values.new_empty_strided(shape, strides)  # no view, which could not be changed in place
+    whole[chunk] = values
     return whole

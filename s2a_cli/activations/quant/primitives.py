@@ -1,17 +1,17 @@
-"""Custom operators that encode and decode: to a trace each is one node, and what it needs meanwhile is small chunks.
+"""Custom operators that quantize and dequantize: to a trace each is one node, and its temporaries are small.
 
-    s2a::quantize_elementwise    x -> codes of the bins of a table
-    s2a::activate         x -> an activation function of x, and what quantize_elementwise gives
-    s2a::pack_interval  x -> 1 bit an element: low < x < high
-    s2a::multiply_dequantized  gradient * level of each code
-    s2a::quantize_groupwise    x -> codes and scales, `group` elements of the last dimension a scale
-    s2a::dequantize_groupwise    the rows start:stop of what quantize_groupwise was given
-    s2a::dequantize_int8      codes * scale, of frozen weights
+    s2a::quantize_elementwise   x -> packed codes of a codebook
+    s2a::activate               x -> an activation function of x, and what quantize_elementwise gives
+    s2a::pack_interval          x -> 1 bit an element: low < x < high
+    s2a::multiply_dequantized   gradient * the entry of each code
+    s2a::quantize_groupwise     x -> packed codes and scales, `group_size` elements of the last dimension a scale
+    s2a::dequantize_groupwise   the rows start:stop of what quantize_groupwise was given
+    s2a::dequantize_int8        codes * scale, of frozen weights
 
-Optional arguments: `chances` of a table and a `seed` round stochastically; `channels` [3, width], float32, a shift, a
-factor and what with_inverse adds: (x - shift) / factor is what is coded. These are the plain PyTorch implementations,
-for every device; `kernels` has a second one of most for CUDA. The operators are not differentiable: the autograd
-functions of the operator families call them.
+Optional arguments: `chances` of a codebook and a `seed` round stochastically; `channels` [3, width], float32, a shift,
+a factor and what with_inverse adds: (x - shift) / factor is what is coded. These are the PyTorch implementations, for
+every device; `kernels` has a second one of most for CUDA. The operators are not differentiable: the autograd functions
+of the operator families call them, and those families define further ones, with `operator`.
 """
 
 from __future__ import annotations
@@ -66,29 +66,33 @@ def operator(schema: str, fake: Callable, *, family: str) -> Callable[[Callable]
 
 
 def working_type(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype that dequantized values are computed in: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Draws:
-    """Uniform 16-bit integers from a seed of their own: the global generators go on as if nothing had been drawn."""
+class RoundingDraws:
+    """Draws uniform 16-bit integers from a seed of their own.
+
+    The global generators go on as if nothing had been drawn.
+    """
 
     def __init__(self, chances: Tensor, seed: int):
         self.chances = chances
         self.generator = torch.Generator(chances.device).manual_seed(seed)
 
     def above(self, index: Tensor) -> Tensor:
-        """1 with the chance of each bin of `index`, else 0: uint8."""
+        """Returns 1 with the chance of each bin of `index`, else 0: uint8."""
         words = torch.empty(-(-index.numel() // 4), dtype=torch.int64, device=index.device)
         drawn = words.random_(-(2**63), None, generator=self.generator).view(torch.int16)[: index.numel()]
         return (drawn < self.chances.index_select(0, index)).view(torch.uint8)
 
 
-def draws(chances: Tensor | None, seed: int) -> Draws | None:
-    return None if chances is None else Draws(chances, seed)
+def draws(chances: Tensor | None, seed: int) -> RoundingDraws | None:
+    return None if chances is None else RoundingDraws(chances, seed)
 
 
-def assign(x: Tensor, bin_codes: Tensor, low: float, high: float, up: Draws | None = None) -> Tensor:
-    """Codes (uint8) of a small float32 tensor; NaN gets some code, infinities that of the outermost bin."""
+def assign(x: Tensor, bin_codes: Tensor, low: float, high: float, up: RoundingDraws | None = None) -> Tensor:
+    """Returns the codes (uint8) of a small float32 tensor; NaN gets some code, infinities that of the outermost bin."""
     step = bin_codes.numel() / (high - low)
     index = (x * step).add_(-low * step).clamp_(0, bin_codes.numel() - 1)
     index = index.to(torch.int32).bitwise_and_(bin_codes.numel() - 1).view(-1)  # NaN may turn into any integer
@@ -97,7 +101,7 @@ def assign(x: Tensor, bin_codes: Tensor, low: float, high: float, up: Draws | No
 
 
 def with_inverse(channels: Tensor) -> Tensor:
-    """The shift and factor of each channel [2, width], and 1 / factor: codes are made with products, not divisions."""
+    """Returns the shift and factor of each channel [2, width], and 1 / factor, so that quantizing needs no division."""
     return torch.cat([channels, channels[1:].reciprocal()])
 
 
@@ -135,7 +139,7 @@ def _fake_activate(x, function, bin_codes, low, high, bits):
     family="activation",
 )
 def activate(x: Tensor, function: str, bin_codes: Tensor, low: float, high: float, bits: int) -> tuple[Tensor, Tensor]:
-    """The function of ACTIVATIONS by that name, and the codes of x as it lies in memory."""
+    """Returns the function of ACTIVATIONS by that name, and the packed codes of x as it lies in memory."""
     return ACTIVATIONS[function](x), PLAIN["quantize_elementwise"](
         x.permute(memory_order(x)), bin_codes, low, high, bits
     )
@@ -185,9 +189,12 @@ def quantize_rows(
     low: float,
     group_size: int,
     bits: int,
-    up: Draws | None = None,
+    up: RoundingDraws | None = None,
 ) -> None:
-    """Codes of a small float32 x [r, width], from row `start` of a tensor of `total`, into `packed` and `scales`."""
+    """Writes codes of a small float32 x [r, width] into `packed` and `scales`.
+
+    x is the rows from `start` of a tensor of `total` rows.
+    """
     count, width = x.shape
     group_size = min(group_size, width)
     short = -width % group_size
@@ -217,7 +224,10 @@ def dequantize_rows(
     bits: int,
     channels: Tensor | None = None,
 ) -> Tensor:
-    """Values [stop - start, width] of the rows start:stop, of the byte table's type; `start` is a multiple of 8."""
+    """Returns the values [stop - start, width] of the rows start:stop, of the byte table's type.
+
+    `start` is a multiple of 8.
+    """
     values = lookup(packed, start * width, stop * width, table, bits, scales.shape[0] * width).view(-1, width)
     scale = scales[start:stop].to(table.dtype)
     group_size = min(group_size, width)
@@ -298,7 +308,7 @@ def dequantize_groupwise(
 
 
 def row_ranges(start: int, stop: int, width: int, device: torch.device) -> list[tuple[int, int]]:
-    """start:stop in chunks; all but the first begin at multiples of 8 rows."""
+    """Returns start:stop in short ranges; all but the first begin at multiples of 8 rows."""
     step = max(8, piece_sizes(device).temporary // max(width, 1) // 8 * 8)
     cuts = list(range(start // 8 * 8 + step, stop, step))
     return list(zip([start, *cuts], [*cuts, stop])) if stop > start else []
@@ -312,6 +322,6 @@ def _fake_dequantize_int8(codes, scales, dtype):
     "dequantize_int8(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor", _fake_dequantize_int8, family="codes"
 )
 def dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes (int8 [rows, width]) times scales ([rows, groups], of equal size)."""
+    """Returns codes (int8 [rows, width]) times scales ([rows, groups], of equal size)."""
     values = codes.to(dtype).unflatten(1, (scales.shape[1], -1))  # exact: a code has 8 bits
     return values.mul_(scales[..., None]).flatten(1)

@@ -67,7 +67,7 @@ def table_of(bits: int, low: float, high: float = 1.0, bins: int = codebooks.GRO
 def bent(bits: int) -> codebooks.Codebook:
     """One where bins far from each other share a code, as for GELU'."""
     table = table_of(bits, -codebooks.RANGE, codebooks.RANGE, codebooks.POINTWISE_BINS)
-    return replace(table, bins=(table.bin_codes ^ (table.bin_codes.flip(0) << 1)) & (2**bits - 1))
+    return replace(table, bin_codes=(table.bin_codes ^ (table.bin_codes.flip(0) << 1)) & (2**bits - 1))
 
 
 @here
