@@ -75,7 +75,7 @@ def _store_plane(
 
 @triton.jit
 def store_codes(packed, codes, first, rest, WIDTH: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr):
-    """Packs int32 codes [ROWS, COLS], 0 where there is no element, as codes.py has it."""
+    """Packs int32 codes [ROWS, COLS], 0 where there is no element, as quant/packing.py does."""
     for power in tl.static_range(4):
         if BITS & (8 >> power):  # the planes are the binary digits of BITS, the largest first
             packed = _store_plane(

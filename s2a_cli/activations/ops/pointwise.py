@@ -57,9 +57,8 @@ class Elementwise(torch.autograd.Function):
         return product.permute(inverse(ctx.order)), None, None, None, None, None
 
 
-Encoded = tuple[
-    Tensor | None, Tensor, codebooks.Codebook
-]  # the function's output where it was made along the way, codes, table
+# The function's output where it was made along the way, packed codes, their codebook.
+Encoded = tuple[Tensor | None, Tensor, codebooks.Codebook]
 Functions = tuple[Callable, ...]
 ONE_PASS = {  # functions that s2a::activate knows
     (F.gelu, "none"): "gelu",

@@ -130,7 +130,7 @@ def pack_equal(x: Tensor, y: Tensor) -> Tensor:
     """Returns 1 bit an element, in logical order: x == y, where y [B or 1, ...] broadcasts to x [B, ...]."""
     packed, each = _fake_pack_equal(x, y), x[0].numel()
     y = y.expand(len(x), *y.shape[1:])
-    step = -(-max(1, piece_sizes(x.device).temporary // max(each, 1)) // 8) * 8  # so that a piece begins a byte
+    step = -(-max(1, piece_sizes(x.device).temporary // max(each, 1)) // 8) * 8  # so that a span begins a byte
     for start in range(0, len(x), step):
         equal = (x[start : start + step] == y[start : start + step]).contiguous().view(-1)
         pack_into(packed, start * each, equal, 1, x.numel())

@@ -132,19 +132,17 @@ def rows(x: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
     """
     if x.numel() == 0:
         return
-    slice_rows = x[0].numel() // width
-    if x.is_contiguous() or slice_rows % 8:
+    sample_rows = x[0].numel() // width
+    if x.is_contiguous() or sample_rows % 8:
         step = max(8, piece_sizes(x.device).temporary // width // 8 * 8)
         spans = x.reshape(-1, width).split(step)
     else:
         step = max(1, piece_sizes(x.device).temporary // x[0].numel())
         spans = (span.reshape(-1, width) for span in x.split(step))
-        step *= slice_rows
+        step *= sample_rows
     for index, span in enumerate(spans):
-        yield (
-            index * step,
-            span.contiguous(),
-        )  # a slice may be a view all the same: [1, heads, N, d] of [1, N, heads, d]
+        # One sample may be a view all the same: [1, heads, N, d] of [1, N, heads, d].
+        yield index * step, span.contiguous()
 
 
 def memory_order(x: Tensor) -> tuple[int, ...]:

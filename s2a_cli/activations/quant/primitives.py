@@ -203,7 +203,7 @@ def quantize_rows(
     if low < 0:  # the element of the largest magnitude, with its sign
         least = grouped.amin(-1)
         scale = torch.where(scale > -least, scale, least)
-    if up is not None:  # as it will be read no smaller than the element: no level lies beyond 1
+    if up is not None:  # as it will be read no smaller than the element: no entry lies beyond 1
         scale = scale * (1 + 2.0**-8)
     scales[start : start + count] = scale
     factor = scales[start : start + count].float().reciprocal_()  # of the scale as it will be read
