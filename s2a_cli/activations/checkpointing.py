@@ -138,41 +138,44 @@ class CheckpointedBlock:
             return inner(*args, **kwargs)
         refuse_checkpointing(frame.grad)
         call = Call(self, inner, args, kwargs, self.mode.sites.entry(f"block {self.index}"))
-        inputs, states = call.inputs, call.inputs[: call.states]
+        inputs = call.inputs
         call.inputs = []  # a call that is to be made again must not keep them
+        outputs = None
+        if inputs and len(inputs[0]):
+            outputs = self._with_graph(call, inputs) if torch.is_grad_enabled() else self._without_graph(call, inputs)
+        if outputs is not None:
+            return call.returned(outputs)
+        with self.mode.inside(self, call.name):
+            return inner(*args, **kwargs)
 
-        def as_it_is() -> Any:
-            with self.mode.inside(self, call.name):
-                return inner(*args, **kwargs)
+    def _without_graph(self, call: Call, inputs: list[Tensor]) -> list[Tensor] | None:
+        """Returns the outputs, made in batch chunks; None where the batch is to run whole."""
+        size = self.chunk_size(call, inputs[0], "block" if self.config.recompute == "none" else "recomputed")
+        return in_batch_chunks(call, inputs, size) if size < len(inputs[0]) else None
 
-        if not inputs or not len(inputs[0]):
-            return as_it_is()
-        samples, config = len(inputs[0]), self.config
-        size = self.chunk_size(call, inputs[0], "block" if config.recompute == "none" else "recomputed")
-        if not torch.is_grad_enabled():
-            outputs = in_batch_chunks(call, inputs, size) if size < samples else None
-            return as_it_is() if outputs is None else call.returned(outputs)
-        if config.recompute == "none" and size >= samples and (config.chunks or self.has_mlp):
-            return as_it_is()
-        probe = self._probe(call, inputs)
-        if probe.changes_input or not probe.splits:
-            return as_it_is()
-        codes = "wide" if probe.is_wide and not self.has_mlp else "block"
-        if not probe.trained and not any(x.requires_grad for x in inputs):
-            size = self.chunk_size(call, inputs[0], codes if config.recompute == "none" else "forward")
+    def _with_graph(self, call: Call, inputs: list[Tensor]) -> list[Tensor] | None:
+        """Returns the outputs, made in batch chunks or to be recomputed; None where the block is to run as it is."""
+        x, samples, config = inputs[0], len(inputs[0]), self.config
+        recomputes = config.recompute == "block"
+        if not recomputes and (config.chunks or self.has_mlp) and self.chunk_size(call, x, "block") >= samples:
+            return None
+        found = self._probe(call, inputs)
+        if found.changes_input or not found.splits:
+            return None
+        kind = "wide" if found.is_wide and not self.has_mlp else "block"
+        if not found.trained and not any(x.requires_grad for x in inputs):
             with torch.no_grad():
-                outputs = in_batch_chunks(call, inputs, size)
-                return as_it_is() if outputs is None else call.returned(outputs)
-        if config.recompute == "none" or probe.kept <= sum(input_bytes(x[:1], config) for x in states):
-            size = self.chunk_size(call, inputs[0], codes)
-            if size >= samples:
-                return as_it_is()
-            # Split at once: the gradients of views would each be as large as the whole.
-            chunks = zip(batch_chunks(samples, size), zip(*(x.split(size) for x in inputs)))
-            made = [call(list(chunk), draws=draws) for (_, draws), chunk in chunks]
-            return call.returned([torch.cat(outputs) for outputs in zip(*made)])
-        recomputation = Recomputation(call, inputs[0].device, probe.unread)
-        return call.returned(list(Recompute.apply(recomputation, size, len(inputs), *inputs, *probe.trained)))
+                return in_batch_chunks(call, inputs, self.chunk_size(call, x, "forward" if recomputes else kind))
+        if recomputes and found.kept > sum(input_bytes(x[:1], config) for x in inputs[: call.states]):
+            recomputation, size = Recomputation(call, x.device, found.unread), self.chunk_size(call, x, "recomputed")
+            return list(Recompute.apply(recomputation, size, len(inputs), *inputs, *found.trained))
+        size = self.chunk_size(call, x, kind)
+        if size >= samples:
+            return None
+        # Split at once: the gradients of views would each be as large as the whole.
+        chunks = zip(batch_chunks(samples, size), zip(*(x.split(size) for x in inputs)))
+        made = [call(list(chunk), draws=draws) for (_, draws), chunk in chunks]
+        return [torch.cat(outputs) for outputs in zip(*made)]
 
     def chunk_size(self, call: Call, x: Tensor, kind: str) -> int:
         """Returns how many samples of the batch x run at a time.
