@@ -1,4 +1,4 @@
-"""Blocks run in chunks of the batch, and with recompute=block keep only their input and run again in the backward pass.
+"""Runs blocks in chunks of the batch; with recompute=block keeps only their input and runs them again in backward.
 
 A block maps one hidden state [B, ...] to another, sample by sample. Then running B / chunks samples at a time gives the
 same result, and all of the block's temporaries shrink by `chunks`: in the forward pass, in what is computed again, and
@@ -206,7 +206,7 @@ class ChunkedMlp(CheckpointedBlock):
 
 
 class Call:
-    """One call of a block, which can be made again with other tensors in the place of its inputs.
+    """Makes one call of a block, and can make it again with other tensors in the place of its inputs.
 
     inputs: the first tensor of floats among the arguments, which is split by sample, and all others that need a
     gradient. states: how many of them, the first ones, are split by sample. is_whole: whether the batch must stay

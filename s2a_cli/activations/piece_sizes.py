@@ -1,4 +1,4 @@
-"""How much is worked on at a time, by device: every size that decides how work is cut is here.
+"""Says how much is worked on at a time, by device: every size that decides how work is cut is here.
 
 Small pieces keep what a step has beside the kept activations small. Each costs as many kernel launches as the whole.
 A CPU hardly notices; a fast GPU should: its work on 2^20 elements takes a few microseconds, no more than the host needs

@@ -1,4 +1,4 @@
-"""Random numbers of a block that is computed again, or in chunks of the batch."""
+"""Draws the random numbers of a block that is computed again, or in chunks of the batch."""
 
 from __future__ import annotations
 

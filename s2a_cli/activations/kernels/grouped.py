@@ -1,4 +1,4 @@
-"""Kernels of rows with a scale a group: a tile holds ROWS rows of WIDTH elements, a multiple of 8.
+"""Quantizes and dequantizes rows with a scale a group; a tile holds ROWS rows of WIDTH elements, a multiple of 8.
 
 A row of up to 1024 elements is one warp's, so that nothing goes through shared memory but packed codes. Codebooks are
 read where the elements lie, in the shape of the tile: another shape would move all codes between threads.

@@ -1,4 +1,4 @@
-"""Kernels of rows of any width, such as softmax maps of 197 or 49 keys: a row's codes may begin within a byte."""
+"""Quantizes and dequantizes rows of any width, such as maps of 197 or 49 keys: codes may begin within a byte."""
 
 # A type checker knows neither constexpr arguments nor what stands for a tensor within a kernel.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false

@@ -1,4 +1,4 @@
-"""Operator families, one a file: importing the package imports every file in it, and each registers its handlers."""
+"""Imports every operator family, one a file, so that each registers its handlers."""
 
 import importlib
 import pkgutil

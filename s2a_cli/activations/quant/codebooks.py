@@ -1,4 +1,4 @@
-"""Codebooks: what a b-bit code of a derivative, or of a normalised value, stands for.
+"""Makes codebooks: what a b-bit code of a derivative, or of a normalised value, stands for.
 
 A codebook cuts the input into fine bins and gives each bin a code, and each code an entry. The entry is the mean over
 all inputs with that code, so that rounding has no bias. Which bins share a code is chosen by dynamic programming,

@@ -1,4 +1,4 @@
-"""Custom operators that quantize and dequantize: to a trace each is one node, and its temporaries are small.
+"""Defines custom operators that quantize and dequantize: to a trace each is one node, with small temporaries.
 
     s2a::quantize_elementwise   x -> packed codes of a codebook
     s2a::activate               x -> an activation function of x, and what quantize_elementwise gives
