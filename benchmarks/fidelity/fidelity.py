@@ -186,7 +186,7 @@ def families(state: State) -> Iterator[Row]:
                 yield measured(family, f"{bits} bits, {kind}", state, memory, bits + scale, every=family == "linear")
 
 
-def with_table(table: codebooks.Table, bits: int) -> Any:
+def with_table(table: codebooks.Codebook, bits: int) -> Any:
     memory: Any = remember(quant(pointwise=bits))
     memory.calibration.pointwise = lambda *args: table
     return memory
@@ -195,15 +195,15 @@ def with_table(table: codebooks.Table, bits: int) -> Any:
 def grids(state: State) -> Iterator[Row]:
     """Ways to choose the levels of GELU', and layouts of groups."""
     for bits in (4, 2):
-        make = functools.partial(codebooks.derivative_table, F.gelu, bits)
-        uniform = make(levels=codebooks.uniform_levels(F.gelu, bits))
+        make = functools.partial(codebooks.derivative_codebook, F.gelu, bits)
+        uniform = make(entries=codebooks.uniform_entries(F.gelu, bits))
         centres = torch.linspace(-16, 16, codebooks.POINTWISE_BINS, dtype=torch.float64)
         density = codebooks.pointwise_weights(centres)
         slope = torch.autograd.grad(F.gelu(centres.requires_grad_()).sum(), centres)[0]
-        mass = torch.zeros(2**bits, dtype=torch.float64).index_add_(0, uniform.bins.long(), density)
-        means = torch.zeros_like(mass).index_add_(0, uniform.bins.long(), density * slope) / mass
-        cells = codebooks.Table(bits, uniform.low, uniform.high, uniform.bins, means.float())
-        stochastic = make(stochastic=True, levels=codebooks.uniform_levels(F.gelu, bits))
+        mass = torch.zeros(2**bits, dtype=torch.float64).index_add_(0, uniform.bin_codes.long(), density)
+        means = torch.zeros_like(mass).index_add_(0, uniform.bin_codes.long(), density * slope) / mass
+        cells = codebooks.Codebook(bits, uniform.low, uniform.high, uniform.bin_codes, means.float())
+        stochastic = make(stochastic=True, entries=codebooks.uniform_entries(F.gelu, bits))
         normal = make(weights=lambda x: torch.exp(-(x**2) / 2))
         for name, table in (
             ("uniform grid on f', nearest", uniform),

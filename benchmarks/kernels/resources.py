@@ -308,7 +308,7 @@ def page(listed: list[dict], plain: dict[str, list[str]], versions: str) -> str:
     norms = [
         row
         for row in listed
-        if row["operator"] == "encode_norm" and row["constants"]["BITS"] == 4 and row["constants"]["CALIBRATED"]
+        if row["operator"] == "quantize_normalized" and row["constants"]["BITS"] == 4 and row["constants"]["CALIBRATED"]
     ]
     widths = sorted({row["constants"]["WIDTH"] for row in norms})
     lines += ["| GPU | type | " + " | ".join(map(str, widths)) + " |", "|" + "---|" * (2 + len(widths))]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from s2a_cli.activations import remember
 from s2a_cli.activations.ops import norm, pointwise
-from s2a_cli.activations.quant import grouped
+from s2a_cli.activations.quant import groupwise
 from s2a_cli.common.files import atomic_write
 from s2a_cli.config.schema import QuantConfig
 from s2a_cli.training.environment import environment
@@ -32,8 +32,13 @@ from s2a_cli.training.environment import environment
 ROUNDS, PASSES, CALLS = 7, 100, 20
 FITTED = 40  # passes after which no layer is looked at any more
 OUT = Path(__file__).parent
-CODES = [(pointwise, "encode_levels"), (pointwise, "multiply_levels"), (norm, "encode_norm"), (norm, "norm_backward")]
-CODES += [(grouped, "encode_groups"), (grouped, "decode_groups")]
+CODES = [
+    (pointwise, "quantize_elementwise"),
+    (pointwise, "multiply_dequantized"),
+    (norm, "quantize_normalized"),
+    (norm, "norm_backward"),
+]
+CODES += [(groupwise, "quantize_groupwise"), (groupwise, "dequantize_groupwise")]
 
 x = torch.randn(1, 2, 16, requires_grad=True)
 weight = torch.ones(16, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What is remembered between the forward and the backward pass.
+"""Keeps less between the forward and the backward pass.
 
     memory = remember(config, blocks)
     for images, labels in loader:
@@ -6,9 +6,9 @@
             loss = criterion(model(images), labels)
         loss.backward()
 
-Forward values are exactly those of stock PyTorch; for the backward pass operators keep low-bit codes of what their
-derivative needs (S2A, arXiv 2503.08154: "4-bit quantization of activations based on their derivatives"), and blocks
-keep their inputs alone where they are recomputed.
+Forward values are exactly those of PyTorch. For the backward pass operators keep low-bit codes of what their derivative
+needs (S2A, arXiv 2503.08154: "4-bit quantization of activations based on their derivatives"), and blocks keep only
+their inputs where they are recomputed. README.md, beside this file, explains how.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ STOCK = QuantConfig(name="none", lossless=False)  # what PyTorch keeps by itself
 
 
 def remember(config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> AbstractContextManager[Any]:
-    """The context for forward passes, to be made once and entered in every step.
+    """Returns the context for forward passes, to be made once and entered in every step.
 
-    It belongs to the thread that enters it, as torch.no_grad does.
+    It belongs to the thread that enters it, as torch.no_grad does. A config that keeps what PyTorch keeps gives a
+    context that changes nothing at all.
 
     blocks: the modules that `recompute` and `chunks` are about; each maps one tensor [B, ...] to one, sample by sample.
-    A config that keeps what stock PyTorch keeps gives a context that changes nothing at all.
 
     Raises ValueError for settings that are out of range or say nothing.
     """

@@ -1,32 +1,33 @@
-"""Blocks run in pieces of the batch, and with recompute=block keep only their input and run again in the backward pass.
+"""Runs blocks in chunks of the batch; with recompute=block keeps only their input and runs them again in backward.
 
 A block maps one hidden state [B, ...] to another, sample by sample. Then running B / chunks samples at a time gives the
 same result, and all of the block's temporaries shrink by `chunks`: in the forward pass, in what is computed again, and
 in the backward pass. What a recomputed block keeps is its input: exact (gradient checkpointing, arXiv 1604.06174), in
 bfloat16, or in b bits; everything inside is then derived from it, the block's own codes included.
 
-Random numbers are the same when a block is computed again. Against a batch in one piece, stochastic depth drops the
-same samples; an elementwise dropout in pieces has other draws of the same distribution.
+Random numbers are the same when a block is computed again. Against a batch in one chunk, stochastic depth drops the
+same samples; an elementwise dropout in several chunks has other draws of the same distribution.
 
-Bytes kept by a recomputed block of input [B, ..., C]: grouped_size(B * ..., C, group, input bits), see codes.py.
+A recomputed block of input [B, ..., C] keeps groupwise_size(B * ..., C, group, input bits) bytes, see quant/packing.py.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from s2a_cli.activations.piece_sizes import MOST, piece_sizes
-from s2a_cli.activations.random_numbers import Draws, parts, random_state, set_random_state
-from s2a_cli.activations.recompute import Recompute, Replay, in_pieces, input_bytes, splits
+from s2a_cli.activations.ops.registry import handlers_of
+from s2a_cli.activations.piece_sizes import MOST_CHUNKS, piece_sizes
+from s2a_cli.activations.probe import Probe, mlps, probe
+from s2a_cli.activations.random_numbers import SampleDraws, batch_chunks, random_state, set_random_state
+from s2a_cli.activations.recompute import Recomputation, Recompute, in_batch_chunks, input_bytes
 from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
 from s2a_cli.config.schema import QuantConfig
 
@@ -38,140 +39,182 @@ TENSOR = object()  # stands for one among what a block returns
 _patching = threading.Lock()
 
 
-def runners_of(mode: ActivationMode, blocks: Iterable[nn.Module]) -> list[BlockRunner]:
-    """One for each block. Raises ValueError for a block that is listed twice with different settings."""
-    found: dict[nn.Module, BlockRunner] = {}
-    for index, block in enumerate(blocks):
+def checkpointed_blocks(mode: ActivationMode, blocks: Iterable[nn.Module]) -> list[CheckpointedBlock]:
+    """Returns one for each block, and one for each MLP within those that keep codes and are not split themselves.
+
+    Raises ValueError for a block that is listed twice with different settings.
+    """
+    found: dict[nn.Module, CheckpointedBlock] = {}
+    for index, module in enumerate(blocks):
         config = mode.config.of_block(index)
-        known = found.setdefault(block, BlockRunner(mode, index, block, config))
+        known = found.setdefault(module, CheckpointedBlock(mode, index, module, config))
         if known.config != config:
             raise ValueError(f"blocks {known.index} and {index} are one module: they can't have different settings")
-    coded = [r for r in found.values() if r.config.recompute == "none" and r.config.chunks is None]
-    return [*found.values(), *(MlpRunner(mode, r.index, mlp, r.config) for r in coded for mlp in mlps(r.module))]
+    split: dict[nn.Module, CheckpointedBlock] = {}  # the innermost block of each MLP
+    for block in found.values():
+        if block.config.recompute == "none" and block.config.chunks is None:
+            for mlp in mlps(block.module):
+                if mlp not in split or block.module in split[mlp].module.modules():
+                    split[mlp] = block
+    inner = (ChunkedMlp(mode, b.index, mlp, b.config) for mlp, b in split.items() if mlp not in found)
+    return [*found.values(), *inner]
 
 
-def mlps(block: nn.Module) -> list[nn.Module]:
-    """The multi-layer perceptrons within a block, as timm builds them, whose hidden layer is its largest tensor."""
-    return [m for m in block.modules() if m is not block and hasattr(m, "fc1") and hasattr(m, "fc2")]
+class StandIn:
+    """Takes the place of a module's forward while a memory is active in any thread, and afterwards calls through.
+
+    PyTorch has no hook around a forward, so `module.forward` is replaced. Someone else may have replaced it before:
+    theirs is called, and comes back. Someone may replace it meanwhile, with a function that calls this one: theirs
+    stays, and as this object calls through from then on, the next stand-in can call theirs.
+    """
+
+    def __init__(self, block: CheckpointedBlock):
+        self.block: CheckpointedBlock | None = block  # None: it calls through
+        found = block.module.__dict__.get("forward")
+        if isinstance(found, StandIn):
+            if found.block is not None:
+                raise RuntimeError(f"block {block.index} is within another remember(...), in another thread")
+            self.own, self.inner = found.own, found.inner  # someone put back what stood here in an earlier step
+        else:
+            self.own: Callable | None = found  # the instance's forward; None: it has its class's
+            self.inner: Callable = block.module.forward
+        block.module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.block is None:
+            return self.inner(*args, **kwargs)
+        return self.block.run(self.inner, args, kwargs)
+
+    def retire(self, module: nn.Module) -> None:
+        """Puts back what was there, unless someone has replaced the forward since."""
+        self.block = None
+        if module.__dict__.get("forward") is not self:
+            return
+        if self.own is None:
+            del module.forward
+        else:
+            module.forward = self.own
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        if self.block is not None:
+            raise RuntimeError("a model can't be copied within remember(...): copy it before or after")
+        return copy.deepcopy(self.inner, memo)
 
 
-class BlockRunner:
-    """Stands in for the forward of block number `index` in the threads that are within the mode."""
+class CheckpointedBlock:
+    """Runs block number `index` in chunks of the batch, and again in the backward pass, as its settings say."""
 
     def __init__(self, mode: ActivationMode, index: int, module: nn.Module, config: QuantConfig):
         self.mode, self.index, self.module = mode, index, module
-        self.config, self.handlers = config, mode.handlers_of(config)  # those of this block
+        self.config, self.handlers = config, handlers_of(config)  # those of this block
         self.has_mlp = bool(mlps(module))
         self._probes: dict[tuple, Probe] = {}
         self._users = 0  # threads that are within the mode
+        self._stand_in: StandIn | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Replaces the module's forward, then puts back what was there: the class's, or one of the instance's own."""
+        """Replaces the module's forward, then puts back what was there: the class's, or one of the instance's own.
+
+        Raises RuntimeError for a block that another memory has replaced, in another thread.
+        """
         with _patching:
-            if not self._users:
-                own = self.module.__dict__.get("forward")
-                if isinstance(own, BlockRunner):
-                    raise RuntimeError(f"block {self.index} is within another remember(...), in another thread")
-                self.inner, self._own = self.module.forward, own
-                self.module.forward = self
+            if self._stand_in is None:
+                self._stand_in = StandIn(self)
             self._users += 1
         try:
             yield
         finally:
             with _patching:
                 self._users -= 1
-                if not self._users and self.module.__dict__.get("forward") is self:
-                    if self._own is None:
-                        del self.module.forward
-                    else:
-                        self.module.forward = self._own
+                if not self._users:
+                    self._stand_in.retire(self.module)
+                    self._stand_in = None
 
-    def __deepcopy__(self, memo: dict) -> Any:
-        raise RuntimeError("a model can't be copied within remember(...): copy it before or after")
-
-    def __call__(self, *args, **kwargs) -> Any:
-        if not self.mode.thread.on:  # in a thread of its own
-            return self.inner(*args, **kwargs)
-        refuse_checkpointing(self.mode.thread.grad)
-        call = Call(self, args, kwargs, self.mode.sites.entry(f"block {self.index}"))
-        inputs, states = call.inputs, call.inputs[: call.states]
+    def run(self, inner: Callable, args: tuple, kwargs: dict) -> Any:
+        """Returns inner(*args, **kwargs), which is what the module's forward was."""
+        frame = self.mode.frame
+        if frame is None:  # in a thread of its own
+            return inner(*args, **kwargs)
+        refuse_checkpointing(frame.grad)
+        call = Call(self, inner, args, kwargs, self.mode.sites.entry(f"block {self.index}"))
+        inputs = call.inputs
         call.inputs = []  # a call that is to be made again must not keep them
+        outputs = None
+        if inputs and len(inputs[0]):
+            outputs = self._with_graph(call, inputs) if torch.is_grad_enabled() else self._without_graph(call, inputs)
+        if outputs is not None:
+            return call.returned(outputs)
+        with self.mode.inside(self, call.name):
+            return inner(*args, **kwargs)
 
-        def as_it_is() -> Any:
-            with self.mode.inside(self, call.name):
-                return self.inner(*args, **kwargs)
+    def _without_graph(self, call: Call, inputs: list[Tensor]) -> list[Tensor] | None:
+        """Returns the outputs, made in batch chunks; None where the batch is to run whole."""
+        size = self.chunk_size(call, inputs[0], "block" if self.config.recompute == "none" else "recomputed")
+        return in_batch_chunks(call, inputs, size) if size < len(inputs[0]) else None
 
-        if not inputs or not len(inputs[0]):
-            return as_it_is()
-        samples, config = len(inputs[0]), self.config
-        size = self.piece_size(call, inputs[0], "block" if config.recompute == "none" else "recomputed")
-        if not torch.is_grad_enabled():
-            outputs = in_pieces(call, inputs, size) if size < samples else None
-            return as_it_is() if outputs is None else call.returned(outputs)
-        if config.recompute == "none" and size >= samples and (config.chunks or self.has_mlp):
-            return as_it_is()
-        probe = self._probe(call, inputs)
-        if probe.changes_input or not probe.splits:
-            return as_it_is()
-        codes = "wide" if probe.is_wide and not self.has_mlp else "block"
-        if not probe.trained and not any(x.requires_grad for x in inputs):
-            size = self.piece_size(call, inputs[0], codes if config.recompute == "none" else "forward")
+    def _with_graph(self, call: Call, inputs: list[Tensor]) -> list[Tensor] | None:
+        """Returns the outputs, made in batch chunks or to be recomputed; None where the block is to run as it is."""
+        x, samples, config = inputs[0], len(inputs[0]), self.config
+        recomputes = config.recompute == "block"
+        if not recomputes and (config.chunks or self.has_mlp) and self.chunk_size(call, x, "block") >= samples:
+            return None
+        found = self._probe(call, inputs)
+        if found.changes_input or not found.splits:
+            return None
+        kind = "wide" if found.is_wide and not self.has_mlp else "block"
+        if not found.trained and not any(x.requires_grad for x in inputs):
             with torch.no_grad():
-                outputs = in_pieces(call, inputs, size)
-                return as_it_is() if outputs is None else call.returned(outputs)
-        if config.recompute == "none" or probe.kept <= sum(input_bytes(x[:1], config) for x in states):
-            size = self.piece_size(call, inputs[0], codes)
-            if size >= samples:
-                return as_it_is()
-            # Split at once: the gradients of slices would each be as large as the whole.
-            pieces = zip(parts(samples, size), zip(*(x.split(size) for x in inputs)))
-            made = [call(list(piece), draws=draws) for (_, draws), piece in pieces]
-            return call.returned([torch.cat(outputs) for outputs in zip(*made)])
-        replay = Replay(call, inputs[0].device, probe.unread)
-        return call.returned(list(Recompute.apply(replay, size, len(inputs), *inputs, *probe.trained)))
+                return in_batch_chunks(call, inputs, self.chunk_size(call, x, "forward" if recomputes else kind))
+        if recomputes and found.kept > sum(input_bytes(x[:1], config) for x in inputs[: call.states]):
+            recomputation, size = Recomputation(call, x.device, found.unread), self.chunk_size(call, x, "recomputed")
+            return list(Recompute.apply(recomputation, size, len(inputs), *inputs, *found.trained))
+        size = self.chunk_size(call, x, kind)
+        if size >= samples:
+            return None
+        # Split at once: the gradients of views would each be as large as the whole.
+        chunks = zip(batch_chunks(samples, size), zip(*(x.split(size) for x in inputs)))
+        made = [call(list(chunk), draws=draws) for (_, draws), chunk in chunks]
+        return [torch.cat(outputs) for outputs in zip(*made)]
 
-    def piece_size(self, call: Call, x: Tensor, kind: str) -> int:
-        """Samples in a piece of the batch x.
+    def chunk_size(self, call: Call, x: Tensor, kind: str) -> int:
+        """Returns how many samples of the batch x run at a time.
 
-        kind: the piece size that holds where the number of pieces is left to us.
+        kind: the field of PieceSizes that holds where the number of chunks is left to us.
         """
         if call.is_whole:
             return len(x)
-        pieces = self.config.chunks or min(MOST, x.numel() // getattr(piece_sizes(x.device), kind))
-        return -(-len(x) // max(pieces, 1))
+        chunks = self.config.chunks or min(MOST_CHUNKS, x.numel() // getattr(piece_sizes(x.device), kind))
+        return -(-len(x) // max(chunks, 1))
 
     def _probe(self, call: Call, inputs: list[Tensor]) -> Probe:
         x = inputs[0]
         described = tuple((t.requires_grad, t.dtype, t.shape[1:]) for t in inputs)
         key = described, call.is_whole, self.module.training, torch.is_autocast_enabled(x.device.type)
         if key not in self._probes or not self._probes[key].holds():
-            state, linears = random_state(x.device), self.mode.thread.linears
+            state = random_state(x.device)
             self._probes[key] = probe(call, inputs if call.is_whole else [t[:1] for t in inputs])
             set_random_state(x.device, state)
-            self.mode.thread.linears = linears
         return self._probes[key]
 
 
-class MlpRunner(BlockRunner):
-    """Stands in for the forward of a multi-layer perceptron of a block that keeps codes: its hidden layer never exists
-    whole.
-    """
+class ChunkedMlp(CheckpointedBlock):
+    """Runs a multi-layer perceptron of a block that keeps codes, so that its hidden layer never exists whole."""
 
-    def piece_size(self, call: Call, x: Tensor, kind: str) -> int:
-        return super().piece_size(call, x, "mlp")
+    def chunk_size(self, call: Call, x: Tensor, kind: str) -> int:
+        return super().chunk_size(call, x, "mlp")
 
 
 class Call:
-    """One call of a block, which can be made again with other tensors in the place of its inputs.
+    """Makes one call of a block, and can make it again with other tensors in the place of its inputs.
 
     inputs: the first tensor of floats among the arguments, which is split by sample, and all others that need a
-    gradient. states: how many of them, the first ones, are split by sample. is_whole: whether the batch must stay in
-    one piece, because other tensors may hold a part for each sample.
+    gradient. states: how many of them, the first ones, are split by sample. is_whole: whether the batch must stay
+    whole, because other tensors may hold something for each sample.
     """
 
-    def __init__(self, block: BlockRunner, args: tuple, kwargs: dict, name: str):
-        self.block, self.name, self.inner = block, name, block.inner
+    def __init__(self, block: CheckpointedBlock, inner: Callable, args: tuple, kwargs: dict, name: str):
+        self.block, self.name, self.inner = block, name, inner
         given, self._spec = tree_flatten((args, kwargs))
         tensors = list({id(x): x for x in given if isinstance(x, Tensor) and x.dim()}.values())
         first = next((x for x in tensors if x.is_floating_point()), None)
@@ -180,14 +223,15 @@ class Call:
         others = [x for x in tensors if first is not None and not any(x is state for state in split)]
         self.inputs = [*split, *(x for x in others if x.requires_grad)]
         self.states = len(split)
-        self.is_whole = any(x.requires_grad or (len(x) > 1 and len(first) % len(x) == 0) for x in others)
+        samples = 0 if first is None else len(first)
+        self.is_whole = any(x.requires_grad or (len(x) > 1 and samples % len(x) == 0) for x in others)
         numbers = {id(x): number for number, x in enumerate(self.inputs)}
         self._places = {i: numbers[id(x)] for i, x in enumerate(given) if id(x) in numbers}
         self._given = [None if i in self._places else x for i, x in enumerate(given)]
         self._beside: tuple[list, Any] | None = None  # what the block returns beside its tensors, and the structure
 
-    def __call__(self, inputs: list[Tensor], unread: int = 0, draws: Draws | None = None) -> list[Tensor]:
-        """The tensors that the block returns for these inputs."""
+    def __call__(self, inputs: list[Tensor], unread: int = 0, draws: SampleDraws | None = None) -> list[Tensor]:
+        """Returns the tensors that the block returns for these inputs."""
         given = [inputs[self._places[i]] if i in self._places else x for i, x in enumerate(self._given)]
         args, kwargs = tree_unflatten(given, self._spec)
         with self.block.mode.inside(self.block, self.name, unread, draws):
@@ -196,92 +240,8 @@ class Call:
         return [y for y in found if isinstance(y, Tensor)]
 
     def returned(self, outputs: list[Tensor]) -> Any:
-        """What the block returns with these tensors in it."""
+        """Returns what the block returns, with these tensors in it."""
+        assert self._beside is not None, "the block has run"
         beside, structure = self._beside
         tensors = iter(outputs)
         return tree_unflatten([next(tensors) if y is TENSOR else y for y in beside], structure)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What the graph of a sample shows of a block."""
-
-    trained: list[Tensor]  # the trained tensors that its output depends on, wherever they live
-    kept: float  # bytes for the backward pass, of one sample
-    unread: (
-        int  # which of its linear layers is the last and has an output that nothing in backward reads: 1, 2, ...; or 0
-    )
-    changes_input: bool  # in place
-    splits: bool  # whether what it returns is split by sample as its inputs are
-    is_wide: bool  # whether a tensor within has more than twice the elements of its input and of its output
-    flags: list[tuple[Tensor, bool]]  # the parameters that it read, and whether they were trained
-
-    def holds(self) -> bool:
-        """Whether the same parameters are trained as when it was made."""
-        return all(parameter.requires_grad == flag for parameter, flag in self.flags)
-
-
-class Reads(TorchFunctionMode):
-    """Collects the parameters that functions are called with, and the elements of the largest tensor that one
-    returns.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[int, Tensor] = {}
-        self.widest = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        for x in tree_leaves((args, kwargs or {})):
-            if isinstance(x, nn.Parameter):
-                self.found[id(x)] = x
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
-            self.widest = max(self.widest, out.numel())
-        return out
-
-
-def probe(call: Call, inputs: list[Tensor]) -> Probe:
-    """Runs the block on these samples with a graph."""
-    mode, module = call.block.mode, call.block.module
-    thread, begun = mode.thread, mode.thread.linears
-    own = {t.shape for t in (*module.parameters(), *module.buffers())}  # autocast saves copies of weights
-    kept: dict[int, int] = {}  # bytes by storage
-    last = begun - 1  # how many linear layers were over when something was last saved
-
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal last
-        storage = tensor.untyped_storage()
-        if tensor.shape not in own:
-            kept[storage._cdata], last = storage.nbytes(), thread.linears
-        return tensor.detach()  # not itself: a node that holds its own output is never freed
-
-    starts, reads = [x.detach().requires_grad_(x.requires_grad) for x in inputs], Reads()
-    with mode.calibration.paused(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), reads:
-        samples = [start.clone() for start in starts]
-        versions = [sample._version for sample in samples]
-        outputs = call(samples)
-    reads.found.update((id(p), p) for p in module.parameters())
-    return Probe(
-        trained=[tensor for tensor in leaves(outputs) if not any(tensor is start for start in starts)],
-        kept=sum(kept.values()) / len(inputs[0]),
-        unread=thread.linears - begun if last < thread.linears else 0,
-        changes_input=versions != [sample._version for sample in samples],
-        splits=splits(outputs, None if call.is_whole else len(samples[0])),
-        is_wide=reads.widest > 2 * max(x.numel() for x in (*samples, *outputs)),
-        flags=[(p, p.requires_grad) for p in reads.found.values()],
-    )
-
-
-def leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
-    """The tensors without a history whose gradients a backward pass from these would find, in a fixed order."""
-    found, seen, todo = [], set(), [y.grad_fn for y in outputs]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        todo.extend(function for function, _ in node.next_functions)
-    return found

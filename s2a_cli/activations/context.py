@@ -1,4 +1,4 @@
-"""What the handler of an operator sees of the forward pass that it is called in."""
+"""Tells the handler of an operator about the forward pass that it is called in."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ if TYPE_CHECKING:
 
 
 class OpContext(NamedTuple):
-    """config: the settings where the call is made, those of its block. site: the name of the call, see sites.py."""
+    """Holds the settings, the calibration and the name of one call of an operator."""
 
-    config: QuantConfig
-    calibration: Calibration
-    site: str
+    config: QuantConfig  # the settings of the block that calls
+    calibration: Calibration  # of the run
+    site: str  # the name of the call, see sites.py
+
+    def bits(self, family: str) -> int:
+        """Returns the bit-width of a family such as "norm".
+
+        Raises ValueError where it has none, so that its handlers should be off.
+        """
+        found = getattr(self.config, family)
+        if found is None:
+            raise ValueError(f"quant.{family} has no bit-width, so nothing of this family is quantized")
+        return found

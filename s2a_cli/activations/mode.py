@@ -1,57 +1,65 @@
-"""The one place where operators are intercepted: a TorchFunctionMode with a table {function: handler}.
+"""Intercepts operators, in this one place: a TorchFunctionMode with a table {function: handler}.
 
-A handler is called as handler(op, stock, *args, **kwargs), where `op` is the context of the call (context.py) and
-`stock` the function that was called. It returns what `stock` would, bit for bit (to rounding where a CUDA kernel makes
-output and codes in one pass), and keeps less for the backward pass; or NotImplemented for arguments that it does not
-cover, and the call is stock's.
+What a handler is and how one is registered is in ops/registry.py. What holds where an operator is called (the settings
+of its block, the random numbers of a batch chunk) is in a stack of frames a thread, which only this file changes.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from s2a_cli.activations.checkpointing import BlockRunner, runners_of
+from s2a_cli.activations.checkpointing import CheckpointedBlock, checkpointed_blocks
 from s2a_cli.activations.context import OpContext
-from s2a_cli.activations.ops import attention, dropout, linear_conv, matmul, norm, pointwise, pooling, reductions
+from s2a_cli.activations.ops.registry import Handler, handlers_of
 from s2a_cli.activations.quant.calibration import Calibration
-from s2a_cli.activations.random_numbers import Draws
+from s2a_cli.activations.random_numbers import SampleDraws
 from s2a_cli.activations.recompute import unread_linear
 from s2a_cli.activations.sites import Sites, follow
 from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
 from s2a_cli.config.schema import QuantConfig
 
-FAMILIES = (pointwise, norm, attention, matmul, reductions, pooling, linear_conv, dropout)
+
+@dataclass
+class Counters:
+    """Counts calls of operators, those of frames further in included."""
+
+    linears: int = 0  # calls of F.linear
 
 
-class Thread(threading.local):
-    """Where a mode is in one thread."""
+@dataclass(frozen=True)
+class Frame:
+    """Holds the settings for the operators that a forward pass, or a block in it, calls."""
 
-    entered = 0  # how many times, one within the other
-    exit: ExitStack
-    on = False  # whether operators reach the mode: PyTorch takes it off while it handles one
-    grad = False  # whether gradients were on when the forward pass, or the block, began
-    config: QuantConfig  # of the block that runs
-    handlers: ClassVar[dict[Callable, Callable]] = {}  # likewise; none in a thread that autograd handed the mode on to
-    linears = 0  # calls of F.linear so far
-    unread = 0  # the number of the one whose output nothing reads; or 0
-    draws: Draws | None = None  # the random numbers of the piece that runs
+    config: QuantConfig
+    handlers: dict[Callable, Handler]
+    draws: SampleDraws | None = None  # the random numbers of the batch chunk that runs
+    unread: int = 0  # the number of the call of F.linear whose output nothing reads; or 0
+    grad: bool = field(default_factory=torch.is_grad_enabled)  # whether gradients were on when it began
+    counters: Counters = field(default_factory=Counters)
 
 
-_inside = threading.local()  # .mode: the one that this thread has entered
+class ThreadState(threading.local):
+    """Holds where a mode is in one thread."""
+
+    def __init__(self) -> None:
+        self.frames: list[Frame | None] = []  # the innermost last; None: PyTorch has taken the mode off
+        self.exits: list[ExitStack] = []  # one for each time that it was entered, one within the other
+
+
+_entered = threading.local()  # .mode: the one that this thread has entered
 
 
 class ActivationMode(TorchFunctionMode):
-    """Within it, forward passes keep low-bit codes; see `s2a_cli.activations.remember`. Made once, entered every step.
+    """Makes forward passes within it keep low-bit codes; made once, entered every step.
 
     It is of the thread that enters it, as torch.no_grad is. Entering it again within itself changes nothing; raises
     RuntimeError within another one.
@@ -59,82 +67,104 @@ class ActivationMode(TorchFunctionMode):
 
     def __init__(self, config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> None:
         super().__init__()
-        self.config, self.handlers = config, self.handlers_of(config)
+        self.config, self.handlers = config, handlers_of(config)
         self.calibration, self.sites = Calibration(config), Sites()
-        self.runners = runners_of(self, blocks)
-        self.thread = Thread()
+        self.blocks = checkpointed_blocks(self, blocks)
+        self._thread = ThreadState()
 
-    @staticmethod
-    def handlers_of(config: QuantConfig) -> dict[Callable, Callable]:
-        """The handlers of the operator families with a bit-width, and those that are exact and need none (None)."""
-        found: dict[Callable, Callable] = {}
-        for family in FAMILIES:
-            for bits, handlers in family.HANDLERS.items():
-                if config.lossless if bits is None else getattr(config, bits) is not None:
-                    found.update(handlers)
-        return found
+    @property
+    def frame(self) -> Frame | None:
+        """Returns what holds in this thread now; None where operators do not reach the mode."""
+        return self._thread.frames[-1] if self._thread.frames else None
 
     def __torch_function__(
         self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        thread, kwargs = self.thread, kwargs or {}
-        on, thread.on = thread.on, False
+        frame, kwargs = self.frame, kwargs or {}
+        if frame is None:  # in a thread that autograd handed the mode on to
+            return func(*args, **kwargs)
+        frames = self._thread.frames
+        frames.append(None)
         try:
             if func is F.linear:
-                thread.linears += 1
-                if thread.linears == thread.unread:
+                frame.counters.linears += 1
+                if frame.counters.linears == frame.unread:
                     return unread_linear(*args, **kwargs)
-            if thread.draws is not None and func is Tensor.bernoulli_:
-                return thread.draws.bernoulli_(*args, **kwargs)
-            handler = thread.handlers.get(func)
+            if frame.draws is not None and func is Tensor.bernoulli_:
+                return frame.draws.bernoulli_(*args, **kwargs)
+            handler = frame.handlers.get(func)
             if handler is None:
                 return func(*args, **kwargs)
-            op = OpContext(thread.config, self.calibration, self.sites.call(func.__name__))
-            refuse_checkpointing(thread.grad)
-            if not torch.is_grad_enabled() or not kwargs.keys() <= _parameters(handler):
+            op = OpContext(frame.config, self.calibration, self.sites.call(func.__name__))
+            refuse_checkpointing(frame.grad)
+            if not torch.is_grad_enabled() or not kwargs.keys() <= handler.keywords:
                 return func(*args, **kwargs)
-            out = handler(op, func, *args, **kwargs)
+            out = handler.run(op, func, *args, **kwargs)
             return func(*args, **kwargs) if out is NotImplemented else out
         finally:
-            thread.on = on
+            frames.pop()
 
     def __enter__(self) -> ActivationMode:
-        thread = self.thread
-        if not thread.entered:
-            if getattr(_inside, "mode", None):
-                raise RuntimeError(
-                    "this thread is within another remember(...) already: use one for the whole forward pass"
-                )
-            with ExitStack() as stack:
-                for runner in self.runners:
-                    stack.enter_context(runner.installed())
+        with ExitStack() as stack:
+            if not self._thread.exits:
+                if getattr(_entered, "mode", None):
+                    raise RuntimeError(
+                        "this thread is within another remember(...) already: use one for the whole forward pass"
+                    )
+                for block in self.blocks:
+                    stack.enter_context(block.installed())
                 self.calibration.next_pass()
-                stack.enter_context(self._entered())
-                _inside.mode, thread.exit = self, stack.pop_all()
-        thread.entered += 1
+                stack.enter_context(self._running())
+                _entered.mode = self
+                stack.callback(setattr, _entered, "mode", None)
+            self._thread.exits.append(stack.pop_all())
         return self
 
     def __exit__(self, *error: Any) -> None:
-        thread = self.thread
-        thread.entered -= 1
-        if not thread.entered:
-            _inside.mode = None
-            thread.exit.close()
+        if not self._thread.exits:
+            raise RuntimeError("this thread is not within this remember(...): leave it in the thread that entered it")
+        self._thread.exits.pop().close()
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """The mode for what is computed again in a backward pass, which may run within the mode or after it."""
-        if self.thread.on:
+        """Makes the mode hold for what is computed again in a backward pass, within the mode or after it."""
+        if self.frame is not None:
             yield
         else:
-            with self._entered():
+            with self._running():
                 yield
 
     @contextmanager
-    def _entered(self) -> Iterator[None]:
-        self.sites.begin()
+    def inside(
+        self, block: CheckpointedBlock, name: str, unread: int = 0, draws: SampleDraws | None = None
+    ) -> Iterator[None]:
+        """Makes operators called within belong to this block, known as `name`, and be counted from its first.
+
+        unread: the linear layer of which only the gradient is wanted, counted from 1; or 0.
+        """
+        counters = self._active().counters
+        unread = counters.linears + unread if unread else 0
+        frame = Frame(block.config, block.handlers, draws, unread, counters=counters)
+        with self._pushed(frame), self.sites.inside(block.module, name):
+            yield
+
+    @contextmanager
+    def counting(self) -> Iterator[Counters]:
+        """Counts calls of operators within from 0; those around it do not see them."""
+        counters = Counters()
+        with self._pushed(replace(self._active(), counters=counters)):
+            yield counters
+
+    def _active(self) -> Frame:
+        frame = self.frame
+        if frame is None:
+            raise RuntimeError("this thread is not within this remember(...)")
+        return frame
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
         handed_on = self in _get_current_function_mode_stack()  # by autograd, to the thread of a device
-        with follow(self.sites), self._scope(on=True, config=self.config, handlers=self.handlers, draws=None, unread=0):
+        with self.sites.outermost(), follow(self.sites), self._pushed(Frame(self.config, self.handlers)):
             if handed_on:
                 yield
                 return
@@ -145,29 +175,10 @@ class ActivationMode(TorchFunctionMode):
                 super().__exit__(None, None, None)
 
     @contextmanager
-    def inside(self, block: BlockRunner, name: str, unread: int = 0, draws: Draws | None = None) -> Iterator[None]:
-        """Operators called within belong to this block, known as `name`, and are counted from its first.
-
-        unread: the linear layer of which only the gradient is wanted, counted from 1; or 0.
-        """
-        unread = self.thread.linears + unread if unread else 0
-        scope = self._scope(config=block.config, handlers=block.handlers, draws=draws, unread=unread)
-        with scope, self.sites.inside(block.module, name):
-            yield
-
-    @contextmanager
-    def _scope(self, **values: Any) -> Iterator[None]:
-        """These values in the state of this thread, and `grad` as it is now."""
-        state = vars(self.thread)
-        before = {name: getattr(self.thread, name, None) for name in (*values, "grad")}
-        state.update(values, grad=torch.is_grad_enabled())
+    def _pushed(self, frame: Frame) -> Iterator[None]:
+        frames = self._thread.frames
+        frames.append(frame)
         try:
             yield
         finally:
-            state.update(before)
-
-
-@functools.cache
-def _parameters(handler: Callable) -> frozenset[str]:
-    """The keywords that a handler takes: with others, such as out=, the call is stock's."""
-    return getattr(handler, "keywords", None) or frozenset(inspect.signature(handler).parameters)
+            frames.pop()

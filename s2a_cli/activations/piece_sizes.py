@@ -1,9 +1,11 @@
-"""How many elements are worked on at a time, by device.
+"""Says how much is worked on at a time, by device: every size that decides how work is cut is here.
 
-Small pieces keep what a step has beside the kept activations small. Each costs as many kernel launches as the whole,
-which a CPU hardly notices, and a fast GPU should: its work on 2^20 elements is a few microseconds, no more than what
-the host needs to launch it (an estimate from memory bandwidth; no GPU has confirmed the sizes). The counts of operators
-and the predicted peaks that follow are in benchmarks/operators/operators.md.
+Small pieces keep what a step has beside the kept activations small. Each costs as many kernel launches as the whole.
+A CPU hardly notices; a fast GPU should: its work on 2^20 elements takes a few microseconds, no more than the host needs
+to launch it. That is an estimate from memory bandwidth: no GPU has confirmed the sizes. The counts of operators and the
+predicted peaks that follow are in benchmarks/operators/operators.md.
+
+The tiles of Triton kernels are beside the kernels (kernels/launch.py): they depend on registers, not on launches.
 """
 
 from __future__ import annotations
@@ -17,32 +19,47 @@ import torch
 
 @dataclass(frozen=True)
 class PieceSizes:
-    """In elements, for quant.chunks=null. A piece has at least one sample, whatever these say."""
+    """Numbers of elements. The first five hold for quant.chunks=null; a chunk of the batch has at least one sample."""
 
     block: int  # of the input of a block, at least
     wide: int  # of the input of a block that holds layers more than twice as wide, and no MLP, at least
     mlp: int  # of the input of an MLP within a block, whose hidden layer is some four times as wide, at least
     recomputed: int  # of the input of a block that is computed again in the backward pass, at least
     forward: int  # of the input of a block without a backward pass, at least
-    decoded: int  # at most so many are decoded at a time, where the result feeds a matrix product or a convolution
+    decoded: int  # at most so many are dequantized at a time, where the result feeds a matmul or a convolution
     pooled: int  # at most so many of a hidden state are pooled and normalised at a time
+    temporary: int  # at most so many at a time within an operator that packs or unpacks codes
 
 
 BY_DEVICE = {
     "cpu": PieceSizes(
-        block=1 << 20, wide=1 << 20, mlp=1 << 20, recomputed=1 << 20, forward=1 << 20, decoded=1 << 21, pooled=1 << 21
+        block=1 << 20,
+        wide=1 << 20,
+        mlp=1 << 20,
+        recomputed=1 << 20,
+        forward=1 << 20,
+        decoded=1 << 21,
+        pooled=1 << 21,
+        temporary=1 << 18,  # large enough to hide the overhead of a call, small enough for a cache
     ),
     "cuda": PieceSizes(
-        block=1 << 25, wide=1 << 21, mlp=1 << 22, recomputed=1 << 22, forward=1 << 21, decoded=1 << 24, pooled=1 << 23
+        block=1 << 25,
+        wide=1 << 21,
+        mlp=1 << 22,
+        recomputed=1 << 22,
+        forward=1 << 21,
+        decoded=1 << 24,
+        pooled=1 << 23,
+        temporary=1 << 22,
     ),
 }
-MOST = 8  # pieces of a batch
+MOST_CHUNKS = 8  # of a batch, with quant.chunks=null
 _planned: str | None = None
 
 
 @contextmanager
 def planned_for(device: str) -> Iterator[None]:
-    """Within it, tensors of any device are worked on in pieces as those of `device` are: for predictions."""
+    """Cuts work on tensors of any device as that of `device` is cut: for predictions."""
     global _planned
     before, _planned = _planned, device
     try:
@@ -52,4 +69,5 @@ def planned_for(device: str) -> Iterator[None]:
 
 
 def piece_sizes(device: torch.device) -> PieceSizes:
+    """Returns the sizes for tensors on this device; those of CUDA for one that is not listed."""
     return BY_DEVICE.get(_planned or device.type, BY_DEVICE["cuda"])

@@ -1,8 +1,8 @@
-"""Names for the calls of operators: the module that makes the call, the operator, and which of its calls there it is.
+"""Names the calls of operators: the module that makes the call, the operator, and which of its calls there it is.
 
-A name stays the same in every step, piece of a batch and recomputation, and whatever else of the model is trained:
-calls are counted whether or not they are coded. Modules are followed by PyTorch's global forward hooks, which are
-registered while a memory is active in any thread.
+A name stays the same in every step, batch chunk and recomputation, and whatever else of the model is trained: calls are
+counted whether or not they are coded. Modules are followed by PyTorch's global forward hooks, which are registered
+while a memory is active in any thread.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,13 +21,9 @@ _names: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, str]] = WeakKe
 
 
 class Sites(threading.local):
-    """Where the forward pass of this thread is."""
+    """Holds where the forward pass of this thread is."""
 
     def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        """A forward pass starts: nothing has been called, and no module runs."""
         self._running: list[tuple[nn.Module, str]] = []
         self._root: nn.Module | None = None  # the module that names are relative to; None: the outermost that runs
         self._prefix = ""
@@ -35,28 +31,38 @@ class Sites(threading.local):
 
     @property
     def module(self) -> str:
-        """The name of the module that runs."""
+        """Returns the name of the module that runs."""
         return self._running[-1][1] if self._running else self._prefix
 
     def call(self, name: str) -> str:
-        """The name of this call of the operator of that name."""
+        """Returns the name of this call of the operator of that name."""
         module = self.module
         self._calls[module, name] += 1
         count = self._calls[module, name]
         return f"{module}:{name}" if count == 1 else f"{module}:{name}.{count}"
 
     def entry(self, otherwise: str) -> str:
-        """The name of the module that runs, told apart where it runs several times; `otherwise` where it has none."""
+        """Returns the name of the module that runs, told apart where it runs several times.
+
+        otherwise: the name where it has none.
+        """
         name = self.module or otherwise
         self._calls[name, "forward"] += 1
         count = self._calls[name, "forward"]
         return name if count == 1 else f"{name}@{count}"
 
+    def outermost(self) -> AbstractContextManager[None]:
+        """Begins a forward pass, or a recomputation: nothing has been called within, and no module runs."""
+        return self._within(None, "")
+
+    def inside(self, module: nn.Module, name: str) -> AbstractContextManager[None]:
+        """Makes calls within belong to this module, here known as `name`, and be counted from its first."""
+        return self._within(module, name)
+
     @contextmanager
-    def inside(self, module: nn.Module, name: str) -> Iterator[None]:
-        """Calls within belong to this module, here known as `name`, and are counted from its first."""
+    def _within(self, root: nn.Module | None, prefix: str) -> Iterator[None]:
         before = self._running, self._root, self._prefix, self._calls
-        self._running, self._root, self._prefix, self._calls = [], module, name, Counter()
+        self._running, self._root, self._prefix, self._calls = [], root, prefix, Counter()
         try:
             yield
         finally:
@@ -73,7 +79,7 @@ class Sites(threading.local):
 
 
 def _name(root: nn.Module, module: nn.Module) -> str:
-    """The name of a module within a root; of one that the root does not hold, its class's."""
+    """Returns the name of a module within a root; of one that the root does not hold, its class's."""
     known = _names.get(root)
     if known is None or module not in known:
         known = _names[root] = WeakKeyDictionary((m, name) for name, m in root.named_modules())
@@ -90,7 +96,7 @@ _lock, _users, _handles = threading.Lock(), 0, []
 
 @contextmanager
 def follow(sites: Sites) -> Iterator[None]:
-    """The modules that this thread runs within are told to `sites`."""
+    """Tells `sites` about the modules that this thread runs within."""
     global _users
     with _lock:
         _users += 1

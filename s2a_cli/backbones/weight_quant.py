@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from s2a_cli.activations.ops.autograd import first_order
 from s2a_cli.activations.ops.linear_conv import input_gradient
 from s2a_cli.activations.quant import codebooks
-from s2a_cli.activations.quant.codebooks import GROUP_BINS, Table
-from s2a_cli.activations.quant.primitives import SCALE, decode_groups, decode_int8, encode_groups
+from s2a_cli.activations.quant.codebooks import GROUP_BINS, Codebook
+from s2a_cli.activations.quant.primitives import SCALE, dequantize_groupwise, quantize_groupwise
+from s2a_cli.activations.quant.primitives import dequantize_int8 as dequantize_int8_codes
 from s2a_cli.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def group_size(width: int) -> int:
     return next(size for size in range(min(GROUP, width), 0, -1) if width % size == 0)
 
 
-def normal_float_levels() -> Tensor:
+def normal_float_entries() -> Tensor:
     """Returns the levels of NF4, float64 [16], from -1 to 1: normal quantiles, eight above an exact 0, seven below."""
     outermost = 1 - (1 / 30 + 1 / 32) / 2  # halfway between the outermost of 15 and of 16 equal shares
     above = torch.special.ndtri(torch.linspace(outermost, 0.5, 9, dtype=torch.float64)[:-1])
@@ -46,10 +47,10 @@ def normal_float_levels() -> Tensor:
     return found / found[-1]
 
 
-def normal_float_table() -> Table:
+def normal_float_codebook() -> Codebook:
     """Returns the codebook of NF4."""
-    found, edges = normal_float_levels(), torch.linspace(-1, 1, GROUP_BINS + 1, dtype=torch.float64)
-    return Table(4, -1.0, 1.0, codebooks.nearest((edges[1:] + edges[:-1]) / 2, found), found.float())
+    found, edges = normal_float_entries(), torch.linspace(-1, 1, GROUP_BINS + 1, dtype=torch.float64)
+    return Codebook(4, -1.0, 1.0, codebooks.nearest((edges[1:] + edges[:-1]) / 2, found), found.float())
 
 
 # quantize(rows [out, width]) -> codes, scales; dequantize(codes, scales, width, dtype) -> [out, width], with one
@@ -72,19 +73,21 @@ def quantize_int8(rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def dequantize_int8(codes: Tensor, scales: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    return decode_int8(codes, scales.view(SCALE), dtype)
+    return dequantize_int8_codes(codes, scales.view(SCALE), dtype)
 
 
 def quantize_nf4(rows: Tensor) -> tuple[Tensor, ...]:
-    table = codebooks.placed(normal_float_table, (), rows)
-    codes, scales = encode_groups(rows, table.bins, table.low, group_size(rows.shape[1]), table.bits)
+    codebook = codebooks.placed(normal_float_codebook, (), rows)
+    codes, scales = quantize_groupwise(rows, codebook.bin_codes, codebook.low, group_size(rows.shape[1]), codebook.bits)
     return codes, scales.view(torch.int16)
 
 
 def dequantize_nf4(codes: Tensor, scales: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    table, count = codebooks.placed(normal_float_table, (), codes), len(scales)
+    codebook, count = codebooks.placed(normal_float_codebook, (), codes), len(scales)
     group = width // scales.shape[1]
-    return decode_groups(codes, scales.view(SCALE), table.levels, width, group, table.bits, 0, count, dtype)
+    return dequantize_groupwise(
+        codes, scales.view(SCALE), codebook.entries, width, group, codebook.bits, 0, count, dtype
+    )
 
 
 CODECS = {

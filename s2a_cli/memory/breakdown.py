@@ -1,4 +1,4 @@
-"""Breaks the memory of a step down: at the peak by use, operator family and place, and over time."""
+"""Tells where the memory of a step is: at the peak, by use, operator family and place, and over time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from s2a_cli.memory.families import PRIORITY, family, keeps_result
+from s2a_cli.memory.families import FAMILIES, family, keeps_result
 from s2a_cli.memory.result import Memory
 from s2a_cli.memory.watch import USES
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes that are alive at the peak, of one use, family and place."""
+    """Counts bytes of one use, family and place that are alive at the peak."""
 
     use: str  # weights | trainable | optimiser | buffers | gradients | batch | kept | transient
     family: str  # of the operator that keeps it for the backward pass, or made it; of the layer, for weights
@@ -28,13 +28,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Profile:
-    """One training step, predicted (or counted on real tensors of the CPU). Bytes are those of CUDA's allocator."""
+    """Holds one training step, predicted or counted on real tensors of the CPU, in bytes of CUDA's allocator."""
 
     memory: Memory
     parts: tuple[Part, ...]  # what is alive at the peak; they add up to it to the byte
     place: str  # what runs when the peak is reached
     uses: tuple[str, ...]  # of each allocation, by its number
-    timeline: tuple[tuple[int, int], ...]  # (number of an allocation, bytes; below zero where it is released)
+    # (number of the allocation, bytes): it comes, or goes where bytes are below zero
+    timeline: tuple[tuple[int, int], ...]
     begins_at: int  # entries of the timeline with what is there before the step
     peak_at: int  # entries of the timeline up to the peak
     phases: tuple[tuple[int, str], ...]  # (entry of the timeline, forward | backward | update), in order
@@ -48,14 +49,11 @@ class Profile:
 
     @property
     def phase(self) -> str:
-        """The phase of the step that the peak is in."""
+        """Returns the phase of the step that the peak is in."""
         return next((name for start, name in reversed(self.phases) if start < self.peak_at), "forward")
 
     def by(self, *keys: str, uses: Iterable[str] = USES) -> dict[tuple[str, ...], int]:
-        """Returns the bytes at the peak by some of use, family and place, the largest first.
-
-        keys: of "use", "family" and "place". uses: counted alone.
-        """
+        """Returns the bytes at the peak by some of use, family and place, the largest first."""
         found: Counter[tuple[str, ...]] = Counter()
         for part in self.parts:
             if part.use in uses:
@@ -64,7 +62,7 @@ class Profile:
 
     @classmethod
     def of(cls, memory: Memory, tracker: Tracker, watch: Watch) -> Profile:
-        """Returns the profile of a step that is over, from the records of its tracker and watch."""
+        """Returns the profile of a step that is over, from its records."""
         born = {id(allocation) for allocation, came in tracker.events if came}
         gone = (allocation for allocation, came in tracker.events if not came)
         before = {id(allocation): allocation for allocation in (*tracker.alive(), *gone) if id(allocation) not in born}
@@ -104,9 +102,12 @@ class Profile:
 
 
 def _family(allocation: Allocation) -> str:
-    """Of what is kept: the family of the operator that keeps it, as far as reading and writing it tells."""
+    """Returns the family of the operator that keeps an allocation, as far as reading and writing it tells.
+
+    Of what is not kept: that of the operator that made it.
+    """
     made = family(allocation.operator)
     if allocation.use != "kept":
         return made
     found = [*allocation.readers, *([made] if keeps_result(allocation.operator) else [])]
-    return min(found, key=PRIORITY.index, default=made)
+    return min(found, key=FAMILIES.index, default=made)

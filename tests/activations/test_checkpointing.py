@@ -9,8 +9,8 @@ from torch import nn
 
 from s2a_cli import backbones
 from s2a_cli.activations import STOCK, remember
-from s2a_cli.activations.checkpointing import leaves
-from s2a_cli.activations.quant.packing import grouped_size
+from s2a_cli.activations.probe import leaves
+from s2a_cli.activations.quant.packing import groupwise_size
 from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import BackboneConfig, QuantConfig
 from s2a_cli.memory import saved_bytes
@@ -142,7 +142,7 @@ def test_a_coded_input_gives_nearly_the_gradient(bits, at_least):
 
 @pytest.mark.parametrize(
     "bits, kept",
-    [(None, 8 * 17 * 32), (16, 2 * 17 * 32), (8, grouped_size(17, 32, 64, 8)), (4, grouped_size(17, 32, 64, 4))],
+    [(None, 8 * 17 * 32), (16, 2 * 17 * 32), (8, groupwise_size(17, 32, 64, 8)), (4, groupwise_size(17, 32, 64, 4))],
 )
 def test_kept_bytes_are_those_of_the_inputs(bits, kept):
     found = made("vit", "bias")
@@ -263,7 +263,7 @@ def test_the_modules_are_left_as_they_were():
     found = made("vit", "bias")
     memory = remember(quant(chunks=2), found.block_modules)
     with pytest.raises(ZeroDivisionError), memory:
-        assert found.block_modules[0].forward is memory.runners[0]
+        assert found.block_modules[0].forward.block is memory.blocks[0]
         1 / 0
     assert all("forward" not in block.__dict__ for block in found.block_modules)
     with memory:  # and it can be entered again

@@ -40,7 +40,7 @@ def test_settings_of_one_block():
     found = [[getattr(config.of_block(number), family) for family in CODED] for number in (1, 2, 3)]
     assert found == [[2, 8, 2, 2], [6, None, 6, 6], [4, 8, 4, 4]] and config.of_block(3).group == 32
     mode = remember(config, [nn.Linear(2, 2) for _ in range(4)])
-    assert isinstance(mode, ActivationMode) and [runner.config.pointwise for runner in mode.runners] == [4, 2, 6, 4]
+    assert isinstance(mode, ActivationMode) and [block.config.pointwise for block in mode.blocks] == [4, 2, 6, 4]
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from s2a_cli.activations import remember
-from s2a_cli.activations.ops.norm import encode_norm
+from s2a_cli.activations.ops.norm import quantize_normalized
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.primitives import (
-    decode_groups,
-    encode_groups,
-    encode_interval,
-    encode_levels,
-    multiply_levels,
+    dequantize_groupwise,
+    multiply_dequantized,
+    pack_interval,
+    quantize_elementwise,
+    quantize_groupwise,
     with_inverse,
 )
 from s2a_cli.config.schema import QuantConfig
@@ -47,22 +47,24 @@ def test_the_count_sees_what_operators_allocate():
 def test_encoding(bits, stochastic):
     gelu, signed = codebooks.pointwise(F.gelu, {}, bits, X, stochastic), codebooks.signed(bits, 64, X, stochastic)
     channels = with_inverse(torch.stack([X.mean(0), X.std(0)]))
-    assert peak(lambda: encode_levels(X, gelu.bins, gelu.low, gelu.high, bits, gelu.chances, 1)) < 0.6 * BYTES
+    assert (
+        peak(lambda: quantize_elementwise(X, gelu.bin_codes, gelu.low, gelu.high, bits, gelu.chances, 1)) < 0.6 * BYTES
+    )
     for calibrated in (None, channels):
-        grouped = (signed.bins, -1.0, 64, bits, signed.chances, 1, calibrated)
-        normal = (1536, 1e-5, True, signed.bins, 64, bits, signed.chances, 1, calibrated)
-        assert peak(functools.partial(encode_groups, X, *grouped)) < 0.7 * BYTES
-        assert peak(functools.partial(encode_norm, X, *normal)) < 0.7 * BYTES
-    assert peak(lambda: encode_interval(X, 0.0, 6.0)) < 0.3 * BYTES
+        grouped = (signed.bin_codes, -1.0, 64, bits, signed.chances, 1, calibrated)
+        normal = (1536, 1e-5, True, signed.bin_codes, 64, bits, signed.chances, 1, calibrated)
+        assert peak(functools.partial(quantize_groupwise, X, *grouped)) < 0.7 * BYTES
+        assert peak(functools.partial(quantize_normalized, X, *normal)) < 0.7 * BYTES
+    assert peak(lambda: pack_interval(X, 0.0, 6.0)) < 0.3 * BYTES
 
 
 @pytest.mark.parametrize("bits", [1, 4, 5, 8])
 def test_decoding_needs_little_beyond_its_result(bits):
     gelu, signed = codebooks.pointwise(F.gelu, {}, bits, X), codebooks.signed(bits, 64, X)
-    codes = encode_levels(X, gelu.bins, gelu.low, gelu.high, bits)
-    assert peak(lambda: multiply_levels(X, codes, gelu.levels, bits)) < 1.3 * BYTES
-    kept = encode_groups(X, signed.bins, -1.0, 64, bits)
-    assert peak(lambda: decode_groups(*kept, signed.levels, 1536, 64, bits, 0, len(X), X.dtype)) < 1.3 * BYTES
+    codes = quantize_elementwise(X, gelu.bin_codes, gelu.low, gelu.high, bits)
+    assert peak(lambda: multiply_dequantized(X, codes, gelu.entries, bits)) < 1.3 * BYTES
+    kept = quantize_groupwise(X, signed.bin_codes, -1.0, 64, bits)
+    assert peak(lambda: dequantize_groupwise(*kept, signed.entries, 1536, 64, bits, 0, len(X), X.dtype)) < 1.3 * BYTES
 
 
 def test_calibration_looks_at_a_sample():

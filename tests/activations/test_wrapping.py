@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -66,6 +66,67 @@ def test_a_forward_that_is_replaced_within_stays():
     assert block.forward is own
 
 
+def test_a_forward_that_is_wrapped_within_can_be_wrapped_again():
+    """A hook that is put on in one step, around our forward, and stays for the next ones."""
+    block, calls, memory = Block(), [], None
+    memory = remember(RECOMPUTED, [block])
+    x = torch.randn(4, 5, 32, requires_grad=True)
+    with memory:
+        ours = block.forward
+        block.forward = lambda x: calls.append(1) or ours(x)
+        first = torch.autograd.grad(block(x).square().sum(), x)[0]
+    wrapped = block.forward
+    for _ in range(2):
+        with memory:
+            again = torch.autograd.grad(block(x).square().sum(), x)[0]
+        assert block.forward is wrapped
+    assert torch.equal(first, again) and type(block(x).grad_fn).__name__ == "AddBackward0"
+    assert len(calls) >= 4
+
+
+def test_a_forward_that_is_put_back_later_is_the_modules_own():
+    """As a patch does that is made within a memory and undone behind it."""
+    block = Block()
+    memory, x = remember(RECOMPUTED, [block]), torch.randn(4, 5, 32, requires_grad=True)
+    with memory:
+        found = block.forward
+        block.forward = lambda x: x
+    block.forward = found
+    assert type(block(x).grad_fn).__name__ == "AddBackward0"
+    assert type(copy.deepcopy(block)(x).grad_fn).__name__ == "AddBackward0"
+    with memory:
+        assert type(block(x).grad_fn).__name__ == "RecomputeBackward"
+    assert "forward" not in block.__dict__
+
+
+class Outer(nn.Module):
+    """A block that holds another one, as a stage of a hierarchical model does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.mlp = Block(), nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        self.mlp.fc1, self.mlp.fc2 = self.mlp[0], self.mlp[2]
+
+    def forward(self, x):
+        return x + self.mlp(self.inner(x))
+
+
+@pytest.mark.parametrize("config", [{"recompute": "block"}, {"recompute": "block", "chunks": 2}, {"chunks": 2}, {}])
+def test_a_block_within_a_block(config, set_piece_sizes):
+    torch.manual_seed(0)
+    set_piece_sizes(mlp=32)
+    outer, x = Outer().double(), torch.randn(4, 5, 32, dtype=torch.float64, requires_grad=True)
+    trained = [x, *outer.parameters()]
+    exact = torch.autograd.grad(outer(x).square().sum(), trained)
+    quant = QuantConfig(name="test", lossless=False, **({"chunks": None} | config))
+    for blocks in ([outer, outer.inner], [outer.inner, outer], [outer, outer.mlp], [nn.Sequential(outer), outer]):
+        memory = remember(quant, blocks)
+        with memory:
+            out = blocks[0](x) if blocks[0] is not outer.inner else outer(x)
+        for found, expected in zip(torch.autograd.grad(out.square().sum(), trained), exact):
+            torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("config", [RECOMPUTED, CODED, QuantConfig()], ids=["recomputed", "coded", "lossless"])
 def test_entering_a_memory_within_itself_changes_nothing(config):
     blocks = blocks_of(1)
@@ -92,10 +153,77 @@ def test_a_memory_within_another_is_refused():
     with first:
         with pytest.raises(RuntimeError, match="within another remember"):
             second.__enter__()
-        assert blocks[0].forward is first.runners[0]
+        assert blocks[0].forward.block is first.blocks[0]
     assert "forward" not in blocks[0].__dict__
     with second:
         pass
+
+
+def test_a_memory_in_another_thread_is_refused_the_same_block():
+    blocks = blocks_of(1)
+    first, second, said = remember(CODED, blocks), remember(RECOMPUTED, blocks), []
+
+    def elsewhere() -> None:
+        for use in (second.__enter__, lambda: first.__exit__(None, None, None)):
+            try:
+                use()
+            except RuntimeError as error:
+                said.append(str(error))
+
+    with first:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert blocks[0].forward.block is first.blocks[0], "as it was"
+    assert "block 0 is within another remember(...), in another thread" in said[0]
+    assert "leave it in the thread that entered it" in said[1]
+    with second:
+        pass
+    assert "forward" not in blocks[0].__dict__
+
+
+def test_a_backward_pass_of_one_memory_within_another():
+    first, second = blocks_of(2)
+    x, memory, other = torch.randn(4, 5, 32, requires_grad=True), remember(RECOMPUTED, [first]), None
+    other = remember(CODED, [second])
+    grads = []
+    for inside in (False, True):
+        with memory:
+            loss = first(x).square().sum()
+        if not inside:
+            grads.append(torch.autograd.grad(loss, x)[0])
+        else:
+            with other:
+                grads.append(torch.autograd.grad(loss, x)[0])
+                assert other.frame.config is CODED and memory.frame is None
+                assert type(F.gelu(x).grad_fn).__name__ == "ElementwiseBackward"
+    torch.testing.assert_close(*grads, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("backward", [torch.autograd.backward, Tensor.backward], ids=["engine", "tensor"])
+def test_a_backward_pass_within_a_forward_pass_leaves_names_alone(backward):
+    """That of a local loss, in the middle of a model: calls behind it are named as without it."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.local = blocks_of(2), False
+
+        def forward(self, x):
+            x = self.blocks[0](x)
+            if self.local:
+                backward(x.square().sum())
+                x = x.detach().requires_grad_()
+            return F.gelu(self.blocks[1](F.gelu(x)))
+
+    names = []
+    for local in (False, True):
+        model = Model()
+        memory, model.local = remember(QuantConfig(bits=4, recompute="block"), model.blocks), local
+        with memory:
+            model(torch.randn(4, 5, 32, requires_grad=True)).sum().backward()
+        names.append(memory.calibration.fitted().keys())
+    assert names[0] == names[1]
 
 
 def test_a_module_that_is_listed_twice_is_one_block():
@@ -163,10 +291,10 @@ def test_a_thread_that_autograd_hands_the_mode_on_to():
         TorchFunctionMode.__enter__(memory)
         seen["handed on"] = type(F.gelu(x).grad_fn).__name__
         with memory.again():
-            count = memory.thread.linears
+            count = memory.frame.counters.linears
             seen["again"] = type(F.gelu(x).grad_fn).__name__
             block.up(x)
-            seen["linears"] = memory.thread.linears - count
+            seen["linears"] = memory.frame.counters.linears - count
         seen["after"] = type(F.gelu(x).grad_fn).__name__
         TorchFunctionMode.__exit__(memory, None, None, None)
 

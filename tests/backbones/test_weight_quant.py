@@ -109,7 +109,7 @@ def test_normal_float_levels_are_those_of_the_paper():
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
         0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ]  # fmt: skip
-    assert weight_quant.normal_float_levels().tolist() == pytest.approx(published, abs=1e-6)
+    assert weight_quant.normal_float_entries().tolist() == pytest.approx(published, abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(3072, 768), (400, 80), (320, 3, 3, 3), (960, 1, 7, 7)])

@@ -288,10 +288,12 @@ def test_measured_figures_stand_before_predicted_ones():
 
 def test_operators_are_compared_with_their_twins():
     def wrong(x, *args):
-        return PLAIN["multiply_levels"](x, *args) * 1.5
+        return PLAIN["multiply_dequantized"](x, *args) * 1.5
 
     made = rows.Made(rows.BY_NAME["T2"], SHALLOW, CPU)
-    twins = kernel_check.Twins(("encode_levels", "multiply_levels"), PLAIN | {"multiply_levels": wrong})
+    twins = kernel_check.Twins(
+        ("quantize_elementwise", "multiply_dequantized"), PLAIN | {"multiply_dequantized": wrong}
+    )
     with twins:
         made(made.model, made.optimizer(), *tiers.noise(16, 2))
-    assert twins.worst == {"encode_levels": 0.0, "multiply_levels": pytest.approx(1 / 3)}
+    assert twins.worst == {"quantize_elementwise": 0.0, "multiply_dequantized": pytest.approx(1 / 3)}

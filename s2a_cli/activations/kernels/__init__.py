@@ -1,8 +1,8 @@
-"""Triton kernels for CUDA: second implementations of operators `s2a::*`, each one pass over memory.
+"""Registers Triton kernels for CUDA: second implementations of operators `s2a::*`, each one pass over memory.
 
-The plain PyTorch ones stay in place for every other device, for arguments that a kernel does not cover (the kernels'
-docstrings say which), and where Triton is missing or cannot build a kernel on this machine, which is said once.
-`available` says which.
+The PyTorch ones stay in place for every other device, for arguments that a kernel does not cover (launch.py says
+which), and where Triton is missing or cannot build a kernel on this machine, which is said once. `available` says which
+run.
 """
 
 from __future__ import annotations
@@ -15,14 +15,21 @@ import torch
 
 from s2a_cli.activations.quant.primitives import PLAIN
 
-OPERATORS = ("activate", "encode_levels", "encode_interval", "multiply_levels")
-OPERATORS += ("encode_groups", "decode_groups", "encode_norm", "norm_backward", "softmax_backward", "weight_gradient")
-OPERATORS += ("max_pool2d", "max_pool2d_backward", "decode_int8")
+OPERATORS = ("activate", "quantize_elementwise", "pack_interval", "multiply_dequantized")
+OPERATORS += (
+    "quantize_groupwise",
+    "dequantize_groupwise",
+    "quantize_normalized",
+    "norm_backward",
+    "softmax_backward",
+    "weight_gradient",
+)
+OPERATORS += ("max_pool2d", "max_pool2d_backward", "dequantize_int8")
 _LIBRARY = torch.library.Library("s2a", "IMPL", "CUDA")
 
 
 def available() -> str:
-    """What runs on a CUDA device here, for a record: "triton 3.9.0", or "plain" and why."""
+    """Returns what runs on a CUDA device here, for a record: "triton 3.9.0", or "plain" and why."""
     return _launchers()[0] if torch.cuda.is_available() else "plain"
 
 
@@ -32,9 +39,9 @@ _warned = False
 
 
 def _launchers() -> Launchers:
-    """What runs, in words, and the kernels by operator.
+    """Returns what runs, in words, and the kernels by operator.
 
-    Tried again after a failure that may pass, such as too little memory.
+    Tries again after a failure that may pass, such as too little memory.
     """
     global _known, _warned
     if _known is not None:

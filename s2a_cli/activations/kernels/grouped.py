@@ -1,8 +1,12 @@
-"""Kernels of rows that are coded with a scale a group: ROWS rows of WIDTH elements, a multiple of 8, at a time.
+"""Quantizes and dequantizes rows with a scale a group; a tile holds ROWS rows of WIDTH elements, a multiple of 8.
 
-A row of up to 1024 elements is one warp's, so that nothing goes through shared memory but packed codes. Tables are read
-where the elements lie, in the shape of the tile: another shape would move all codes between threads.
+A row of up to 1024 elements is one warp's, so that nothing goes through shared memory but packed codes. Codebooks are
+read where the elements lie, in the shape of the tile: another shape would move all codes between threads.
 """
+
+# A type checker knows neither constexpr arguments nor what stands for a tensor within a kernel.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportRedeclaration=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 
 import triton
 import triton.language as tl
@@ -12,21 +16,21 @@ from s2a_cli.activations.kernels.tiles import assign, load_codes, place, recipro
 
 @triton.jit
 def _row(pointer, row: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, other: tl.constexpr):
-    """A row of a tensor [n, WIDTH] as float32, ROWS times: [ROWS, COLS]."""
+    """Returns a row of a tensor [n, WIDTH] as float32, ROWS times: [ROWS, COLS]."""
     col = tl.broadcast_to(tl.arange(0, COLS)[None, :], [ROWS, COLS])
     return tl.load(pointer + row * WIDTH + col, col < WIDTH, other=other).to(tl.float32)
 
 
 @triton.jit
 def bfloat16(x):
-    """float32 rounded to what bfloat16 holds, ties to even: on integers, so on every device."""
+    """Rounds float32 to what bfloat16 holds, ties to even: on integers, so on every device."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def largest(x, SIGNED: tl.constexpr):
-    """The largest of x [., ., GROUP] in each group; SIGNED: in magnitude, and of two alike the negative one."""
+    """Returns the largest of x [., ., GROUP] in each group; SIGNED: in magnitude, and of two alike the negative one."""
     if SIGNED:  # a magnitude before its sign is ordered as an integer
         bits = x.to(tl.uint32, bitcast=True)
         most = tl.max((bits << 1) | (bits >> 31), 2)
@@ -36,17 +40,17 @@ def largest(x, SIGNED: tl.constexpr):
 
 @triton.jit
 def inverse(scale):
-    """1 / scale, and 0 where that is not finite."""
+    """Returns 1 / scale, and 0 where that is not finite."""
     factor = reciprocal(scale)
     return tl.where(tl.abs(factor) < float("inf"), factor, 0.0)
 
 
 @triton.jit
-def _encode_rows(
+def _quantize_rows(
     x,
     packed,
     scales,
-    bins,
+    bin_codes,
     first,
     rest,
     step,
@@ -57,7 +61,7 @@ def _encode_rows(
     BINS: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """As operators.encode_rows, of float32 x [ROWS, COLS], which is 0 beyond WIDTH."""
+    """Does what primitives.quantize_rows does, to float32 x [ROWS, COLS], which is 0 beyond WIDTH."""
     ROWS: tl.constexpr = x.shape[0]
     COLS: tl.constexpr = x.shape[1]
     STRIDE: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
@@ -66,14 +70,14 @@ def _encode_rows(
     where, held = place(scales, first, STRIDE, rest // WIDTH * STRIDE, ROWS, COLS // GROUP)
     tl.store(where, scale.to(tl.bfloat16), held)
     x = tl.reshape(x * inverse(scale)[:, :, None], [ROWS, COLS])
-    store_codes(packed, assign(x, bins, step, shift, BINS), first, rest, WIDTH, BITS, True)
+    store_codes(packed, assign(x, bin_codes, step, shift, BINS), first, rest, WIDTH, BITS, True)
 
 
 @triton.jit
-def _decode_rows(
+def _dequantize_rows(
     packed,
     scales,
-    levels,
+    entries,
     channels,
     first,
     rest,
@@ -84,12 +88,12 @@ def _decode_rows(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """As operators.decode_rows: float32 [ROWS, COLS]."""
+    """Returns what primitives.dequantize_rows does: float32 [ROWS, COLS]."""
     STRIDE: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
     codes = load_codes(packed, first, rest, WIDTH, BITS, True, ROWS, COLS)
     where, held = place(scales, first, STRIDE, rest // WIDTH * STRIDE, ROWS, COLS // GROUP)
     scale = tl.load(where, held, other=0).to(tl.float32)
-    values = tl.reshape(tl.load(levels + codes).to(tl.float32), [ROWS, COLS // GROUP, GROUP])
+    values = tl.reshape(tl.load(entries + codes).to(tl.float32), [ROWS, COLS // GROUP, GROUP])
     values = tl.reshape(values * scale[:, :, None], [ROWS, COLS])
     if CALIBRATED:
         values = _row(channels, 0, WIDTH, ROWS, COLS, 0) + values * _row(channels, 1, WIDTH, ROWS, COLS, 0)
@@ -102,7 +106,7 @@ def encode(
     packed,
     scales,
     rstd,
-    bins,
+    bin_codes,
     channels,
     rows,
     eps,
@@ -125,7 +129,7 @@ def encode(
     COLS: tl.constexpr,
     EACH: tl.constexpr,
 ):
-    """Codes and scales of x; with NORM ("layer" or "rms") of x normalised, and rstd. A program makes EACH tiles.
+    """Quantizes x, or with NORM ("layer" or "rms") x normalised, and then stores rstd. A program makes EACH tiles.
 
     STRIDED: row r is at (r % inner) * near + (r // inner % middle) * far + r // (inner * middle) * outer.
     """
@@ -148,7 +152,7 @@ def encode(
             tl.store(where, factor, held)
         if CALIBRATED:
             values = (values - _row(channels, 0, WIDTH, ROWS, COLS, 0)) * _row(channels, 2, WIDTH, ROWS, COLS, 0)
-        _encode_rows(values, packed, scales, bins, first, rest, step, shift, SIGNED, WIDTH, GROUP, BINS, BITS)
+        _quantize_rows(values, packed, scales, bin_codes, first, rest, step, shift, SIGNED, WIDTH, GROUP, BINS, BITS)
 
 
 @triton.jit
@@ -156,7 +160,7 @@ def decode(
     out,
     packed,
     scales,
-    levels,
+    entries,
     channels,
     rows,
     start,
@@ -169,12 +173,14 @@ def decode(
     COLS: tl.constexpr,
     EACH: tl.constexpr,
 ):
-    """The rows start:stop of `rows`."""
+    """Dequantizes the rows start:stop of `rows`."""
     for tile in range(EACH):
         own = (tl.program_id(0).to(tl.int64) * EACH + tile) * ROWS
         first = own + start
         rest = (rows - first) * WIDTH
-        values = _decode_rows(packed, scales, levels, channels, first, rest, CALIBRATED, WIDTH, GROUP, BITS, ROWS, COLS)
+        values = _dequantize_rows(
+            packed, scales, entries, channels, first, rest, CALIBRATED, WIDTH, GROUP, BITS, ROWS, COLS
+        )
         where, valid = place(out, own, WIDTH, (stop - first) * WIDTH, ROWS, COLS)
         tl.store(where, values.to(out.dtype.element_ty), valid)
 
@@ -187,7 +193,7 @@ def norm_backward(
     packed,
     scales,
     rstd,
-    levels,
+    entries,
     weight,
     channels,
     rows,
@@ -200,7 +206,10 @@ def norm_backward(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Gradients of x and, summed over the rows of each program, of weight and bias: sums [2, programs, WIDTH]."""
+    """Stores the gradient of x and, summed over the rows of each program, those of weight and bias.
+
+    sums: [2, programs, WIDTH].
+    """
     dweight = tl.zeros([ROWS, COLS], tl.float32)
     dbias = tl.zeros([ROWS, COLS], tl.float32)
     for tile in range(tl.program_id(0).to(tl.int64), tl.cdiv(rows, ROWS), tl.num_programs(0)):
@@ -208,7 +217,7 @@ def norm_backward(
         rest = (rows - first) * WIDTH
         where, valid = place(grad, first, WIDTH, rest, ROWS, COLS)
         g = tl.load(where, valid, other=0).to(tl.float32)
-        x = _decode_rows(packed, scales, levels, channels, first, rest, CALIBRATED, WIDTH, GROUP, BITS, ROWS, COLS)
+        x = _dequantize_rows(packed, scales, entries, channels, first, rest, CALIBRATED, WIDTH, GROUP, BITS, ROWS, COLS)
         dweight += g * x
         dbias += g
         if WEIGHTED:

@@ -1,4 +1,8 @@
-"""Elementwise kernels, on a tensor read as rows of BLOCK elements."""
+"""Elementwise kernels, on a tensor that is read as rows of BLOCK elements."""
+
+# A type checker knows neither constexpr arguments nor what stands for a tensor within a kernel.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportRedeclaration=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 
 import os
 
@@ -23,7 +27,7 @@ else:  # what PyTorch's own kernels call
 
 @triton.jit
 def activation(x, FUNCTION: tl.constexpr):
-    """Of float32 x, in the order of operations of PyTorch's kernels."""
+    """Returns FUNCTION of float32 x, in the order of operations of PyTorch's kernels."""
     if FUNCTION == "gelu":
         return x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
     elif FUNCTION == "gelu_tanh":
@@ -41,7 +45,7 @@ def encode(
     x,
     y,
     packed,
-    bins,
+    bin_codes,
     total,
     step,
     shift,
@@ -51,7 +55,7 @@ def encode(
     BLOCK: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Codes of x; with FUNCTION also y = FUNCTION(x)."""
+    """Quantizes x; with FUNCTION also stores y = FUNCTION(x)."""
     first = tl.program_id(0).to(tl.int64)
     rest = total - first * BLOCK
     where, valid = place(x, first, BLOCK, rest, 1, BLOCK)
@@ -59,13 +63,13 @@ def encode(
     if FUNCTION is not None:
         where, valid = place(y, first, BLOCK, rest, 1, BLOCK)
         tl.store(where, activation(values, FUNCTION).to(y.dtype.element_ty), valid)
-    codes = tl.where(valid, assign(values, bins, step, shift, BINS), 0)
+    codes = tl.where(valid, assign(values, bin_codes, step, shift, BINS), 0)
     store_codes(packed, codes, first, rest, BLOCK, BITS, EVEN)
 
 
 @triton.jit
 def interval(x, packed, total, low, high, BOUNDED: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """A bit an element: low < x, and x < high where it is BOUNDED."""
+    """Stores one bit an element: low < x, and x < high where it is BOUNDED."""
     first = tl.program_id(0).to(tl.int64)
     rest = total - first * BLOCK
     where, valid = place(x, first, BLOCK, rest, 1, BLOCK)
@@ -77,12 +81,12 @@ def interval(x, packed, total, low, high, BOUNDED: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def multiply(grad, out, packed, levels, total, BITS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """out = grad * levels[code]."""
+def multiply(grad, out, packed, entries, total, BITS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    """Stores grad * entries[code]."""
     first = tl.program_id(0).to(tl.int64)
     rest = total - first * BLOCK
     where, valid = place(grad, first, BLOCK, rest, 1, BLOCK)
-    factor = tl.load(levels + load_codes(packed, first, rest, BLOCK, BITS, EVEN, 1, BLOCK)).to(tl.float32)
+    factor = tl.load(entries + load_codes(packed, first, rest, BLOCK, BITS, EVEN, 1, BLOCK)).to(tl.float32)
     product = tl.load(where, valid, other=0).to(tl.float32) * factor
     where, valid = place(out, first, BLOCK, rest, 1, BLOCK)
     tl.store(where, product.to(out.dtype.element_ty), valid)

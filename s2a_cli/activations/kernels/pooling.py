@@ -1,8 +1,11 @@
-"""Max pooling: kernels and what calls them. A thread gathers what its element depends on, so nothing is added up
-atomically.
+"""Kernels of max pooling and what launches them; a thread gathers what its element depends on, without atomics.
 
-Codes lie in logical order, as their plain twin has it; tensors are read and written by their strides.
+Codes lie in logical order, as in the PyTorch operators; tensors are read and written by their strides.
 """
+
+# A type checker knows neither constexpr arguments nor what stands for a tensor within a kernel.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportRedeclaration=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 
 import math
 
@@ -22,7 +25,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def _coordinates(index, channels, height, width):
-    """Sample, channel, row and column of the element `index`, int32, in logical order."""
+    """Returns sample, channel, row and column of the element `index`, int32, in logical order."""
     column = index % width
     index = index // width
     row = index % height
@@ -60,8 +63,9 @@ def pool(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The maximum of each window of x [., channels, height, width], and its place there: out [., channels, rows,
-    columns].
+    """Stores the maximum of each window of x [., channels, height, width], and its place in the window.
+
+    out: [., channels, rows, columns].
     """
     first = tl.program_id(0) * BLOCK
     index = first + tl.arange(0, BLOCK)
@@ -117,7 +121,10 @@ def pool_backward(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [., channels, height, width]: the sum of the gradients of all windows whose maximum an element is."""
+    """Stores the sum of the gradients of all windows whose maximum an element is.
+
+    out: [., channels, height, width].
+    """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     held = index < total
     sample, channel, i, j = _coordinates(index, channels, height, width)
@@ -141,7 +148,7 @@ def _covers(x: Tensor, kernel: list[int], *sizes: int) -> bool:
 
 
 def max_pool2d(x: Tensor, kernel, stride, padding, dilation, ceil_mode) -> tuple[Tensor, Tensor]:
-    """Plain: float64, windows of more than 32 places, 2^30 elements or more."""
+    """Falls back to PyTorch for float64, windows of more than 32 places, and 2^30 elements or more."""
     out = output_like(x, kernel, stride, padding, dilation, ceil_mode)
     if not _covers(x, kernel, x.numel(), out.numel()) or out.numel() == 0:
         return PLAIN["max_pool2d"](x, kernel, stride, padding, dilation, ceil_mode)
@@ -154,7 +161,7 @@ def max_pool2d(x: Tensor, kernel, stride, padding, dilation, ceil_mode) -> tuple
 
 
 def max_pool2d_backward(grad: Tensor, packed: Tensor, size, kernel, stride, padding, dilation, ceil_mode) -> Tensor:
-    """Plain: as max_pool2d."""
+    """Falls back to PyTorch as max_pool2d does."""
     last = grad.is_contiguous(memory_format=torch.channels_last) and not grad.is_contiguous()
     out = grad.new_empty(size).to(memory_format=torch.channels_last if last else torch.contiguous_format)
     if not _covers(grad, kernel, grad.numel(), out.numel()):

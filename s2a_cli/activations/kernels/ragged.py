@@ -1,4 +1,8 @@
-"""Kernels of rows of any width, such as softmax maps of 197 or 49 keys: a row's codes may begin within a byte."""
+"""Quantizes and dequantizes rows of any width, such as maps of 197 or 49 keys: codes may begin within a byte."""
+
+# A type checker knows neither constexpr arguments nor what stands for a tensor within a kernel.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportRedeclaration=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 
 import triton
 import triton.language as tl
@@ -12,7 +16,7 @@ def encode(
     x,
     packed,
     scales,
-    bins,
+    bin_codes,
     rows,
     step,
     shift,
@@ -25,7 +29,7 @@ def encode(
     COLS: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    """Codes and scales of x.
+    """Quantizes x.
 
     ROWS is a multiple of 8, so that a program's codes are whole bytes; FLAT >= ROWS * WIDTH.
     """
@@ -45,7 +49,7 @@ def encode(
     valid = (index < ROWS * WIDTH) & (index < rest)
     values = tl.load(x + first * WIDTH + index, valid, other=0).to(tl.float32)
     own = tl.minimum(row * GROUPS + (index - row * WIDTH) // GROUP, ROWS * GROUPS - 1)
-    codes = tl.where(valid, assign(values * tl.gather(factor, own, 0), bins, step, shift, BINS), 0)
+    codes = tl.where(valid, assign(values * tl.gather(factor, own, 0), bin_codes, step, shift, BINS), 0)
     store_codes(packed, codes[None, :], tl.program_id(0).to(tl.int64), rest, ROWS * WIDTH, BITS, False)
 
 
@@ -54,7 +58,7 @@ def decode(
     out,
     packed,
     scales,
-    levels,
+    entries,
     channels,
     total,
     start,
@@ -65,7 +69,7 @@ def decode(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The elements start:stop of `total`."""
+    """Dequantizes the elements start:stop of `total`."""
     STRIDE: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
     tile = start // BLOCK + tl.program_id(0)
     first = tile * BLOCK
@@ -77,7 +81,7 @@ def decode(
     held = (index >= start) & (index < stop)
     codes = tl.reshape(load_codes(packed, tile, total - first, BLOCK, BITS, False, 1, BLOCK), [BLOCK])
     scale = tl.load(scales + row * STRIDE + (down * STRIDE + col // GROUP), held, other=0).to(tl.float32)
-    values = tl.load(levels + codes).to(tl.float32) * scale
+    values = tl.load(entries + codes).to(tl.float32) * scale
     if CALIBRATED:
         values = tl.load(channels + col) + values * tl.load(channels + WIDTH + col)
     tl.store(out + (first - start) + tl.arange(0, BLOCK), values.to(out.dtype.element_ty), held)
@@ -85,7 +89,7 @@ def decode(
 
 @triton.jit
 def decode_int8(out, codes, scales, total, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """out = codes * scales, GROUP elements a scale."""
+    """Stores codes * scales, GROUP elements a scale."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     index = tl.arange(0, BLOCK)
     held = index < total - first
@@ -102,7 +106,7 @@ def softmax_backward(
     out,
     packed,
     scales,
-    levels,
+    entries,
     rows,
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
@@ -110,7 +114,7 @@ def softmax_backward(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """out = p (grad - sum grad p), where p are the decoded rows, each divided by its sum."""
+    """Stores p (grad - sum grad p), where p are the dequantized rows, each divided by its sum."""
     STRIDE: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
     first = tl.program_id(0).to(tl.int64) * ROWS
     rest = (rows - first) * WIDTH
@@ -119,7 +123,7 @@ def softmax_backward(
     row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
     codes = load_codes_at(packed, first * WIDTH, row * WIDTH + col, valid, rows * WIDTH, BITS)
     scale = tl.load(scales + first * STRIDE + (row * STRIDE + col // GROUP), valid, other=0).to(tl.float32)
-    p = tl.load(levels + codes).to(tl.float32) * scale  # 0 where the scale is
+    p = tl.load(entries + codes).to(tl.float32) * scale  # 0 where the scale is
     p *= 1.0 / tl.maximum(tl.sum(p, 1, keep_dims=True), 1.1754943508222875e-38)
     dz = p * (g - tl.sum(g * p, 1, keep_dims=True))
     where, valid = place(out, first, WIDTH, rest, ROWS, COLS)

@@ -1,10 +1,14 @@
-"""What the kernels share. A program handles a tile [ROWS, COLS]: some rows of WIDTH elements, COLS a power of two >=
-WIDTH.
+"""Helpers that the kernels share: a program handles a tile [ROWS, COLS].
 
-An elementwise kernel reads its tensor as rows of COLS = WIDTH elements, the last of which may be short (EVEN: it is
-not, which lets the compiler use wide loads and stores). Elsewhere WIDTH is a multiple of 8, so that a row's codes
-begin a byte in every plane. Offsets within a tile are int32, that of a tile is int64.
+A tile is some rows of WIDTH elements, COLS a power of two >= WIDTH. An elementwise kernel reads its tensor as rows of
+COLS = WIDTH elements, the last of which may be short (EVEN: it is not, which lets the compiler use wide loads and
+stores). Elsewhere WIDTH is a multiple of 8, so that a row's codes begin a byte in every plane. Offsets within a tile
+are int32, that of a tile is int64.
 """
+
+# A type checker knows neither constexpr arguments nor what stands for a tensor within a kernel.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportRedeclaration=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 
 import os
 
@@ -23,16 +27,20 @@ else:
 
     @triton.jit
     def reciprocal(x):
-        """1 / x of what bfloat16 holds, correctly rounded: a Newton step on an approximation, in a fifth of a
-        division's
-        instructions. With 8 bits of x no such quotient is as near to halfway between two floats as the step's error."""
+        """Returns 1 / x of what bfloat16 holds, correctly rounded.
+
+        A Newton step on an approximation takes a fifth of a division's instructions. With 8 bits of x no such quotient
+        is as near to halfway between two floats as the step's error.
+        """
         near = 1.0 / x
         return tl.fma(near, tl.fma(-x, near, 1.0), near)
 
 
 @triton.jit
 def place(pointer, first, stride: tl.constexpr, rest, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Pointers to COLS elements of each row from `first`, `stride` apart, and which of them there are: [ROWS, COLS].
+    """Returns pointers to COLS elements of each row from `first`, and which of them exist: [ROWS, COLS].
+
+    stride: elements between rows.
 
     rest: elements from the first on.
     """
@@ -43,7 +51,7 @@ def place(pointer, first, stride: tl.constexpr, rest, ROWS: tl.constexpr, COLS: 
 
 @triton.jit
 def bytes_left(rest, PLANE: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    """Bytes of a plane that `rest` elements, the last of a tensor, take."""
+    """Returns the bytes of a plane that `rest` elements, the last of a tensor, take."""
     if EVEN:  # the same number, of which the compiler knows divisors
         return rest // WIDTH * (WIDTH * PLANE // 8)
     return (rest * PLANE + 7) // 8
@@ -67,7 +75,7 @@ def _store_plane(
 
 @triton.jit
 def store_codes(packed, codes, first, rest, WIDTH: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr):
-    """Packs int32 codes [ROWS, COLS], 0 where there is no element, as codes.py has it."""
+    """Packs int32 codes [ROWS, COLS], 0 where there is no element, as quant/packing.py does."""
     for power in tl.static_range(4):
         if BITS & (8 >> power):  # the planes are the binary digits of BITS, the largest first
             packed = _store_plane(
@@ -105,7 +113,7 @@ def load_codes(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """What `store_codes` packed: int32 [ROWS, COLS]."""
+    """Returns what `store_codes` packed: int32 [ROWS, COLS]."""
     codes = tl.zeros([ROWS, COLS], tl.int32)
     for power in tl.static_range(4):
         if BITS & (8 >> power):
@@ -116,7 +124,7 @@ def load_codes(
 
 @triton.jit
 def load_codes_at(packed, first, index, held, total, BITS: tl.constexpr):
-    """Codes (int32) of the elements first + index of `total`, those that are `held`; first: int64, of any remainder."""
+    """Returns the codes (int32) of the elements first + index of `total`, those that are `held`; first: any int64."""
     codes = tl.zeros(index.shape, tl.int32)
     for power in tl.static_range(4):
         if BITS & (8 >> power):
@@ -131,7 +139,7 @@ def load_codes_at(packed, first, index, held, total, BITS: tl.constexpr):
 
 
 @triton.jit
-def assign(x, bins, step, shift, BINS: tl.constexpr):
-    """Codes (int32) of float32 x, as operators.assign: the bins lie in the L1 cache, 4 or 16 KiB."""
+def assign(x, bin_codes, step, shift, BINS: tl.constexpr):
+    """Returns codes (int32) of float32 x, as primitives.assign does: the bins lie in the L1 cache, 4 or 16 KiB."""
     index = tl.minimum(tl.maximum(x * step + shift, 0.0), BINS - 1.0).to(tl.int32) & (BINS - 1)  # NaN: any
-    return tl.load(bins + index).to(tl.int32)
+    return tl.load(bin_codes + index).to(tl.int32)

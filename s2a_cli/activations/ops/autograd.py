@@ -1,4 +1,4 @@
-"""What all autograd functions here share."""
+"""Helpers that all autograd functions of the operator families share."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def covers(x: Any) -> bool:
-    """Whether a gradient is to flow through this input, and it is of a kind that codes can stand for."""
+    """Returns whether a gradient is to flow through this input, and it is of a kind that codes can stand for."""
     return isinstance(x, Tensor) and x.requires_grad and x.is_floating_point() and torch.is_grad_enabled()
 
 
 def alone(x: Tensor) -> Tensor:
-    """x, or a copy where it is a small view of something large, all of which would stay alive with it."""
+    """Returns x, or a copy where it is a small view of something large, all of which would stay alive with it."""
     small = x.untyped_storage().nbytes() > 2 * x.numel() * x.element_size()
     return x.clone(memory_format=torch.contiguous_format) if small else x
 

@@ -1,6 +1,6 @@
-"""Dropout keeps its mask in one bit an element; forward and gradient are stock PyTorch's, from the same random numbers.
+"""Dropout keeps its mask in one bit an element; forward and gradient are PyTorch's, from the same random numbers.
 
-Not covered, so stock: in-place dropout, p of 0 or 1, and dropout of whole channels (its noise is small).
+Falls back to PyTorch for in-place dropout, p of 0 or 1, and dropout of whole channels (its noise is small).
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations.ops.autograd import covers, first_order
+from s2a_cli.activations.ops.registry import handles
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.packing import inverse, memory_order
-from s2a_cli.activations.quant.primitives import encode_interval, multiply_levels
+from s2a_cli.activations.quant.primitives import multiply_dequantized, pack_interval
 
 
 class Dropout(torch.autograd.Function):
-    """y = dropout(x, p); dx = grad * noise, of which the mask is kept."""
+    """Computes y = dropout(x, p) and keeps the mask of the noise; dx = grad * noise."""
 
     @staticmethod
     def forward(ctx, x: Tensor, p: float):
@@ -27,21 +28,21 @@ class Dropout(torch.autograd.Function):
         else:
             noise = torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
             out = x * noise
-        ctx.order, ctx.table = memory_order(noise), codebooks.mask(p, x)
-        ctx.save_for_backward(encode_interval(noise.permute(ctx.order), 0.0, math.inf))
+        ctx.order, ctx.codebook = memory_order(noise), codebooks.mask(p, x)
+        ctx.save_for_backward(pack_interval(noise.permute(ctx.order), 0.0, math.inf))
         return out
 
     @staticmethod
     @first_order
     def backward(ctx, grad: Tensor):
-        (codes,) = ctx.saved_tensors
-        return multiply_levels(grad.permute(ctx.order), codes, ctx.table.levels, 1).permute(inverse(ctx.order)), None
+        (packed,) = ctx.saved_tensors
+        return multiply_dequantized(grad.permute(ctx.order), packed, ctx.codebook.entries, 1).permute(
+            inverse(ctx.order)
+        ), None
 
 
+@handles(F.dropout, bits=None)
 def dropout(op, stock, input, p=0.5, training=True, inplace=False):
     if not covers(input) or not training or inplace or not 0 < p < 1:
         return NotImplemented
     return Dropout.apply(input, p)
-
-
-HANDLERS = {None: {F.dropout: dropout}}

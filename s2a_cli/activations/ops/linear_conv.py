@@ -1,9 +1,9 @@
-"""Layers with weights: a frozen convolution keeps only its weight; coded inputs of trainable layers are opt-in.
+"""Layers with weights: a frozen convolution keeps only its weight; quantized inputs of trainable layers are opt-in.
 
-- conv1d, conv2d, conv3d, and the transposed ones, with a frozen weight: nothing but the reference to the weight; exact.
-  `padding="same"` is covered where it is symmetric, else stock.
-- linear, conv1d and conv2d with a weight that trains: with `linear` bits the input is coded, else stock.
-- linear: stock keeps the whole storage behind a small view (the class token of a sequence): such a view is cloned.
+- conv1d, conv2d, conv3d, and the transposed ones, with a frozen weight: keep nothing but the reference to the weight,
+  and are exact. Fall back to PyTorch for `padding="same"` that is not symmetric.
+- linear, conv1d and conv2d with a weight that trains: quantize their input with `linear` bits, else are PyTorch's.
+- linear: PyTorch keeps the whole storage behind a small view (the class token of a sequence): such a view is cloned.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations.ops.autograd import alone, first_order
+from s2a_cli.activations.ops.registry import handles
 from s2a_cli.activations.quant import codebooks
-from s2a_cli.activations.quant.grouped import keep, slices
+from s2a_cli.activations.quant.groupwise import decoded_chunks, keep_quantized
 from s2a_cli.activations.quant.packing import byte_table
-from s2a_cli.activations.quant.primitives import decode_rows, encode_groups, operator, row_ranges, working_type
+from s2a_cli.activations.quant.primitives import dequantize_rows, operator, quantize_groupwise, row_ranges, working_type
 
 if TYPE_CHECKING:
     from s2a_cli.activations.context import OpContext
@@ -30,7 +31,10 @@ _TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3
 
 
 class FrozenConv(torch.autograd.Function):
-    """y = run(x, bias), a convolution or a transposed one. dx is the other kind of grad: stock's kernel and bits."""
+    """Computes y = run(x, bias), a convolution or a transposed one.
+
+    dx is the other kind, of grad, with PyTorch's kernel.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, run: Callable, weight: Tensor, geometry: tuple, transposed: bool):
@@ -54,7 +58,7 @@ class FrozenConv(torch.autograd.Function):
 
 
 def input_gradient(grad: Tensor, weight: Tensor, size, stride, padding, dilation, groups: int) -> Tensor:
-    """Gradient of a convolution's input, whose spatial size is `size`."""
+    """Returns the gradient of a convolution's input, whose spatial size is `size`."""
     uncovered = [
         full - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
         for full, out, k, s, p, d in zip(size, grad.shape[2:], weight.shape[2:], stride, padding, dilation)
@@ -64,7 +68,7 @@ def input_gradient(grad: Tensor, weight: Tensor, size, stride, padding, dilation
 
 
 def _geometry(weight: Tensor, stride, padding, dilation, groups: int) -> tuple | None:
-    """The arguments as tuples of ints; None where the padding is a name that stands for unequal sides."""
+    """Returns the arguments as tuples of ints; None where the padding is a name that stands for unequal sides."""
     kernel = weight.shape[2:]
     stride, dilation = _tuple(stride, len(kernel)), _tuple(dilation, len(kernel))
     if padding == "valid":
@@ -84,11 +88,11 @@ def _tuple(value: int | tuple[int, ...], count: int) -> tuple[int, ...]:
 
 
 class CodedConv(torch.autograd.Function):
-    """y = run(x, weight, bias) with a weight that trains; the input is kept as codes."""
+    """Computes y = run(x, weight, bias) with a weight that trains, and keeps codes of the input."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, geometry: tuple, op: OpContext):
-        ctx.grouped, *kept = keep(x, op.config.linear, op.config.group, True, op.calibration.seed())
+        ctx.layout, *kept = keep_quantized(x, op.bits("linear"), op.config.group, True, op.calibration.seed())
         ctx.geometry = geometry
         ctx.save_for_backward(weight, *kept)
         return run(x, weight, bias)
@@ -98,69 +102,76 @@ class CodedConv(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         weight, *kept = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        dx = input_gradient(grad, weight, ctx.grouped.shape[2:], *ctx.geometry) if ctx.needs_input_grad[0] else None
+        dx = input_gradient(grad, weight, ctx.layout.shape[2:], *ctx.geometry) if ctx.needs_input_grad[0] else None
         cast = weight.to(grad.dtype)
         dweight = torch.zeros_like(weight)
-        for part in slices(grad, math.prod(ctx.grouped.shape[1:])):
-            x = ctx.grouped.decode(*kept, grad.dtype, part.start, part.stop)
+        for chunk in decoded_chunks(grad, math.prod(ctx.layout.shape[1:])):
+            x = ctx.layout.dequantize(*kept, grad.dtype, chunk.start, chunk.stop)
             arguments = stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False]
-            dweight += torch.ops.aten.convolution_backward(grad[part], x, cast, None, *arguments)[1]
+            dweight += torch.ops.aten.convolution_backward(grad[chunk], x, cast, None, *arguments)[1]
         dbias = grad.sum((0, *range(2, grad.dim()))) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None, None, None
 
 
 class CodedLinear(torch.autograd.Function):
-    """y = run(x, weight, bias) with a weight that trains; the input is kept as codes, channels calibrated."""
+    """Computes y = run(x, weight, bias) with a weight that trains, and keeps codes of the calibrated input."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable, op: OpContext):
-        bits, group, seed = op.config.linear, op.config.group, op.calibration.seed()
-        table = codebooks.signed(bits, min(group, x.shape[-1]), x, seed is not None)
+        bits, group_size, seed = op.bits("linear"), op.config.group, op.calibration.seed()
+        codebook = codebooks.signed(bits, min(group_size, x.shape[-1]), x, seed is not None)
         channels = op.calibration.channels(op.site, x)
-        ctx.levels, ctx.layout, ctx.channels = table.levels, (x.shape[-1], group, bits), channels
-        kept = encode_groups(x, table.bins, table.low, group, bits, table.chances, seed or 0, channels)
+        ctx.entries, ctx.layout, ctx.channels = codebook.entries, (x.shape[-1], group_size, bits), channels
+        kept = quantize_groupwise(
+            x, codebook.bin_codes, codebook.low, group_size, bits, codebook.chances, seed or 0, channels
+        )
         ctx.save_for_backward(weight, *kept)
         return run(x, weight, bias).detach()  # no view, which could not be changed in place
 
     @staticmethod
     @first_order
     def backward(ctx, grad: Tensor):
-        weight, codes, scales = ctx.saved_tensors
+        weight, packed, scales = ctx.saved_tensors
         dx = grad.matmul(weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-        dweight = weight_gradient(grad, codes, scales, ctx.levels, *ctx.layout, ctx.channels)
+        dweight = weight_gradient(grad, packed, scales, ctx.entries, *ctx.layout, ctx.channels)
         dbias = grad.sum(tuple(range(grad.dim() - 1))) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None, None
 
 
-def _fake_weight_gradient(grad, codes, scales, table, width, group, bits, channels=None):
+def _fake_weight_gradient(grad, packed, scales, entries, width, group_size, bits, channels=None):
     return grad.new_empty(grad.shape[-1], width)
 
 
 @operator(
-    "weight_gradient(Tensor grad, Tensor codes, Tensor scales, Tensor levels, int width, int group, int bits, "
+    "weight_gradient(Tensor grad, Tensor packed, Tensor scales, Tensor entries, int width, int group_size, int bits, "
     "Tensor? channels=None) -> Tensor",
     _fake_weight_gradient,
+    family="linear",
 )
 def weight_gradient(
     grad: Tensor,
-    codes: Tensor,
+    packed: Tensor,
     scales: Tensor,
-    table: Tensor,
+    entries: Tensor,
     width: int,
-    group: int,
+    group_size: int,
     bits: int,
     channels: Tensor | None = None,
 ) -> Tensor:
-    """grad^T x for a linear layer's weight [out, in], from grad [..., out] and the coded input [..., in]."""
+    """Returns grad^T x, the gradient of a weight [out, in].
+
+    grad: [..., out]. packed, scales: of the quantized input x [..., in].
+    """
     total = grad.new_zeros(grad.shape[-1], width, dtype=working_type(grad.dtype))
-    decoded = byte_table(table.to(total.dtype), bits)
+    table = byte_table(entries.to(total.dtype), bits)
     flat = grad.reshape(-1, grad.shape[-1])
     for start, stop in row_ranges(0, len(flat), width, grad.device):
-        x = decode_rows(codes, scales, decoded, start, stop, width, group, bits, channels)
+        x = dequantize_rows(packed, scales, table, start, stop, width, group_size, bits, channels)
         total += flat[start:stop].mT @ x.to(grad.dtype)
     return total.to(grad.dtype)
 
 
+@handles(F.conv1d, F.conv2d, F.conv3d, bits=None)
 def convolution(op, stock, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     geometry = _geometry(weight, stride, padding, dilation, groups)
     if geometry is None or input.dim() != weight.dim():
@@ -176,6 +187,7 @@ def convolution(op, stock, input, weight, bias=None, stride=1, padding=0, dilati
     return FrozenConv.apply(input, bias, lambda x, bias: run(x, weight, bias), weight, geometry, False)
 
 
+@handles(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, bits=None)
 def transposed_convolution(
     op, stock, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
 ):
@@ -189,18 +201,10 @@ def transposed_convolution(
     return FrozenConv.apply(input, bias, run, weight, _geometry(weight, stride, padding, dilation, groups), True)
 
 
+@handles(F.linear, bits=None)
 def linear(op, stock, input, weight, bias=None):
     if not weight.requires_grad:
         return NotImplemented
     if op.config.linear is not None and input.dim() > 1:
         return CodedLinear.apply(input, weight, bias, stock, op)
     return stock(alone(input), weight, bias)
-
-
-HANDLERS = {
-    None: {
-        F.linear: linear,
-        **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), convolution),
-        **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), transposed_convolution),
-    }
-}

@@ -1,10 +1,11 @@
-"""Products of two activations keep codes of both factors, as attention does of q, k and v (and in its bits).
+"""Matmul, and elementwise operators of two activations, keep codes of both, as attention does of q, k and v.
 
-- matmul and bmm of equal batches (unfused attention). A factor that is a coded softmax's map shares its codes.
+- matmul and bmm of equal batches (unfused attention). A factor that is a quantized softmax's map shares its codes.
 - mul of an activation with a gate a sample (squeeze and excitation, gated MLPs). A broadcast gate is small: kept.
 - div by an activation (normalised attention maps): codes of the quotient, and the divisor as it is; in place, too.
 - powers with an integer exponent of at least 2 (hand-written norms, squared ReLU): codes of the base.
-Not covered, so stock: products with a parameter, or in which only one factor needs a gradient.
+
+All use the `attention` bits. Falls back to PyTorch where a factor is a parameter, or only one needs a gradient.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from s2a_cli.activations.ops.attention import codes_of_softmax
+from s2a_cli.activations.ops.attention import quantized_softmax
 from s2a_cli.activations.ops.autograd import alone, covers, first_order
-from s2a_cli.activations.quant.grouped import Grouped, keep, slices
+from s2a_cli.activations.ops.registry import handles
+from s2a_cli.activations.quant.groupwise import GroupwiseLayout, decoded_chunks, keep_quantized
 
 if TYPE_CHECKING:
     from s2a_cli.activations.context import OpContext
 
 
 class MatMul(torch.autograd.Function):
-    """run(a, b) of a [B, ..., M, K] and b [B, ..., K, N], whose leading dimensions are equal."""
+    """Computes run(a, b) of a [B, ..., M, K] and b [B, ..., K, N], and keeps codes of both."""
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, run: Callable, op: OpContext):
@@ -38,32 +40,39 @@ class MatMul(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         left, right = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
         da, db = grad.new_empty(ctx.left.shape), grad.new_empty(ctx.right.shape)
-        for part in slices(grad, max(math.prod(t.shape[1:]) for t in (da, db, grad))):
-            torch.matmul(grad[part], ctx.right.decode(*right, grad.dtype, part.start, part.stop).mT, out=da[part])
-            torch.matmul(ctx.left.decode(*left, grad.dtype, part.start, part.stop).mT, grad[part], out=db[part])
+        for chunk in decoded_chunks(grad, max(math.prod(t.shape[1:]) for t in (da, db, grad))):
+            torch.matmul(
+                grad[chunk], ctx.right.dequantize(*right, grad.dtype, chunk.start, chunk.stop).mT, out=da[chunk]
+            )
+            torch.matmul(ctx.left.dequantize(*left, grad.dtype, chunk.start, chunk.stop).mT, grad[chunk], out=db[chunk])
         return da, db, None, None
 
 
-def _keep(x: Tensor, op: OpContext, flat: bool = False) -> tuple[Grouped, Tensor, Tensor]:
-    return keep(x, op.config.attention, op.config.group, flat, op.calibration.seed())
+def _keep(x: Tensor, op: OpContext, flat: bool = False) -> tuple[GroupwiseLayout, Tensor, Tensor]:
+    return keep_quantized(x, op.bits("attention"), op.config.group, flat, op.calibration.seed())
 
 
-def _keep_matrix(x: Tensor, op: OpContext) -> tuple[Grouped, Tensor, Tensor]:
-    return codes_of_softmax(x) or _keep(x, op)
+def _keep_matrix(x: Tensor, op: OpContext) -> tuple[GroupwiseLayout, Tensor, Tensor]:
+    return quantized_softmax(x) or _keep(x, op)
 
 
+@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, bits="attention")
 def matmul(op, stock, input, other):
     if not (covers(input) and covers(other)) or input.dim() < 3 or input.shape[:-2] != other.shape[:-2]:
         return NotImplemented
     return MatMul.apply(input, other, stock, op)
 
 
+@handles(torch.bmm, Tensor.bmm, bits="attention")
 def bmm(op, stock, input, mat2):
     return matmul(op, stock, input, mat2)
 
 
 class Gate(torch.autograd.Function):
-    """run(x, gate), the product; gate broadcasts to x. A gate of x's shape is coded, a smaller one kept."""
+    """Computes run(x, gate) = x * gate, where gate broadcasts to x.
+
+    A gate of x's shape is quantized, a smaller one kept.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, gate: Tensor, run: Callable, op: OpContext):
@@ -81,14 +90,15 @@ class Gate(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         kept, gate_kept = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
         dx, dgate = torch.empty_like(grad), grad.new_empty(ctx.size)
-        for part in slices(grad):
-            g, span = grad[part], (part.start, part.stop)
-            gate = ctx.gate.decode(*gate_kept, grad.dtype, *span) if ctx.gate else gate_kept[0][part]
-            torch.mul(g, gate, out=dx[part])
-            dgate[part] = (g * ctx.x.decode(*kept, grad.dtype, *span)).sum_to_size(dgate[part].shape)
+        for chunk in decoded_chunks(grad):
+            g, span = grad[chunk], (chunk.start, chunk.stop)
+            gate = ctx.gate.dequantize(*gate_kept, grad.dtype, *span) if ctx.gate else gate_kept[0][chunk]
+            torch.mul(g, gate, out=dx[chunk])
+            dgate[chunk] = (g * ctx.x.dequantize(*kept, grad.dtype, *span)).sum_to_size(dgate[chunk].shape)
         return dx, dgate, None, None
 
 
+@handles(torch.mul, Tensor.mul, Tensor.__mul__, bits="attention")
 def multiply(op, stock, input, other):
     if input is other and covers(input) and not input.is_leaf and input.dim() > 0:
         return Power.apply(input, lambda x: stock(x, x), 2, op)
@@ -103,7 +113,7 @@ def multiply(op, stock, input, other):
 
 
 class Divide(torch.autograd.Function):
-    """y = run(x, divisor), in place or not; the divisor broadcasts to x. Kept are codes of y."""
+    """Computes y = run(x, divisor), in place or not, and keeps codes of y; the divisor broadcasts to x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, divisor: Tensor, run: Callable, inplace: bool, op: OpContext):
@@ -121,15 +131,16 @@ class Divide(torch.autograd.Function):
         divisor, *kept = ctx.saved_tensors
         dx = torch.empty_like(grad) if ctx.needs_input_grad[0] else None
         total = grad.new_empty(ctx.size)
-        for part in slices(grad):
-            quotient = grad[part] / divisor[part]
-            y = ctx.y.decode(*kept, grad.dtype, part.start, part.stop)
-            total[part] = (quotient * y).sum_to_size(total[part].shape).neg_()
+        for chunk in decoded_chunks(grad):
+            quotient = grad[chunk] / divisor[chunk]
+            y = ctx.y.dequantize(*kept, grad.dtype, chunk.start, chunk.stop)
+            total[chunk] = (quotient * y).sum_to_size(total[chunk].shape).neg_()
             if dx is not None:
-                dx[part] = quotient
+                dx[chunk] = quotient
         return dx, total, None, None, None
 
 
+@handles(torch.div, torch.true_divide, Tensor.div, Tensor.true_divide, Tensor.__truediv__, bits="attention")
 def divide(op, stock, input, other, inplace=False):
     if not isinstance(other, Tensor) or not covers(other) or other.is_leaf or not input.is_floating_point():
         return NotImplemented
@@ -139,12 +150,13 @@ def divide(op, stock, input, other, inplace=False):
     return Divide.apply(input, other, stock, inplace, op)
 
 
+@handles(Tensor.div_, Tensor.true_divide_, Tensor.__itruediv__, bits="attention")
 def divide_(op, stock, input, other):
     return divide(op, stock, input, other, inplace=True)
 
 
 class Power(torch.autograd.Function):
-    """run(x), the power with this exponent."""
+    """Computes run(x), the power with this exponent, and keeps codes of x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, run: Callable, exponent: int, op: OpContext):
@@ -157,12 +169,13 @@ class Power(torch.autograd.Function):
     @first_order
     def backward(ctx, grad: Tensor):
         dx = torch.empty_like(grad)
-        for part in slices(grad):
-            x = ctx.x.decode(*ctx.saved_tensors, grad.dtype, part.start, part.stop)
-            torch.mul(x.pow_(ctx.exponent - 1).mul_(ctx.exponent), grad[part], out=dx[part])
+        for chunk in decoded_chunks(grad):
+            x = ctx.x.dequantize(*ctx.saved_tensors, grad.dtype, chunk.start, chunk.stop)
+            torch.mul(x.pow_(ctx.exponent - 1).mul_(ctx.exponent), grad[chunk], out=dx[chunk])
         return dx, None, None, None
 
 
+@handles(torch.pow, Tensor.pow, Tensor.__pow__, bits="attention")
 def power(op, stock, input, exponent):
     whole = isinstance(exponent, int | float) and exponent >= 2 and exponent == int(exponent)
     if (
@@ -177,20 +190,8 @@ def power(op, stock, input, exponent):
     return Power.apply(input, lambda x: stock(x, exponent), int(exponent), op)
 
 
+@handles(torch.square, Tensor.square, bits="attention")
 def square(op, stock, input):
     if not covers(input) or input.is_leaf or input.dim() == 0 or input.numel() == 0:
         return NotImplemented
     return Power.apply(input, stock, 2, op)
-
-
-HANDLERS = {
-    "attention": {
-        **dict.fromkeys((torch.div, torch.true_divide, Tensor.div, Tensor.true_divide, Tensor.__truediv__), divide),
-        **dict.fromkeys((Tensor.div_, Tensor.true_divide_, Tensor.__itruediv__), divide_),
-        **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), power),
-        **dict.fromkeys((torch.square, Tensor.square), square),
-        **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), matmul),
-        **dict.fromkeys((torch.bmm, Tensor.bmm), bmm),
-        **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__), multiply),
-    }
-}

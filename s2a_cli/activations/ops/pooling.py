@@ -1,9 +1,8 @@
 """Max pooling keeps, for each output, which place of its window was the largest; average pooling and padding nothing.
-All exact.
 
-Bytes kept by max pooling of n outputs: packed_size(n, ceil(log2(kh * kw))), 4 bits for windows of 3 x 3 (stock: the
-input and an int64 index an output). Not covered, so stock: return_indices, windows of more than 256 places, inputs
-without a batch dimension.
+All are exact. Bytes kept by max pooling of n outputs: packed_size(n, ceil(log2(kh * kw))), 4 bits for windows of 3 x 3
+(PyTorch keeps the input and an int64 index an output). Falls back to PyTorch for return_indices, windows of more than
+256 places, and inputs without a batch dimension.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations.ops.autograd import covers, first_order
-from s2a_cli.activations.quant.packing import chunk, pack_into, packed_size, unpack
+from s2a_cli.activations.ops.registry import handles
+from s2a_cli.activations.piece_sizes import piece_sizes
+from s2a_cli.activations.quant.packing import pack_into, packed_size, unpack
 from s2a_cli.activations.quant.primitives import operator
 
 _pool_with_indices = torch.ops.aten.max_pool2d_with_indices
@@ -44,22 +45,27 @@ def _format(x: Tensor) -> torch.memory_format:
 
 
 def _samples(x: Tensor, each: int) -> list[tuple[int, int]]:
-    """Ranges of samples with about a chunk of outputs, `each` a sample; all begin at a multiple of 8 outputs."""
-    step = max(1, chunk(x.device) // each)
+    """Returns ranges of samples with about piece_sizes.temporary outputs, `each` a sample.
+
+    All begin at a multiple of 8 outputs, so that their codes begin a byte.
+    """
+    step = max(1, piece_sizes(x.device).temporary // each)
     step = step if each % 8 == 0 else -(-step // 8) * 8
     return [(start, min(start + step, len(x))) for start in range(0, len(x), step)]
 
 
-def _corners(
-    height: int, width: int, stride: list[int], padding: list[int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Input row [height, 1] and column [width] of the first place of each output's window; they may be negative."""
+def _corners(size: torch.Size, stride: list[int], padding: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns the input row [height, 1] and column [width] of the first place of each output's window.
+
+    size: (height, width) of the outputs. Rows and columns may be negative.
+    """
+    height, width = size
     row = torch.arange(height, device=device, dtype=torch.int32)[:, None] * stride[0] - padding[0]
     return row, torch.arange(width, device=device, dtype=torch.int32) * stride[1] - padding[1]
 
 
 def output_like(x: Tensor, kernel, stride, padding, dilation, ceil_mode) -> Tensor:
-    """A tensor for what pooling returns."""
+    """Returns a tensor for what pooling returns."""
     sides = [_output_size(*a, ceil_mode) for a in zip(x.shape[2:], kernel, stride, padding, dilation)]
     return x.new_empty((*x.shape[:2], *sides)).to(memory_format=_format(x))
 
@@ -73,11 +79,12 @@ def _fake_pool(x, kernel, stride, padding, dilation, ceil_mode):
     "max_pool2d(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode) "
     "-> (Tensor, Tensor)",
     _fake_pool,
+    family="pooling",
 )
 def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode):
-    """What stock pooling returns, and the packed index within its window of each output, in logical order."""
+    """Returns what PyTorch's pooling returns, and the packed index of each output in its window, in logical order."""
     out, packed = _fake_pool(x, kernel, stride, padding, dilation, ceil_mode)
-    row, column = _corners(*out.shape[2:], stride, padding, x.device)
+    row, column = _corners(out.shape[2:], stride, padding, x.device)
     for start, stop in _samples(x, out[0].numel()) if out.numel() else ():
         out[start:stop], index = _pool_with_indices(x[start:stop], kernel, stride, padding, dilation, ceil_mode)
         index = index.to(torch.int32)
@@ -96,10 +103,11 @@ def _fake_pool_backward(grad, packed, size, kernel, stride, padding, dilation, c
     "max_pool2d_backward(Tensor grad, Tensor packed, SymInt[] size, int[] kernel, int[] stride, int[] padding, "
     "int[] dilation, bool ceil_mode) -> Tensor",
     _fake_pool_backward,
+    family="pooling",
 )
 def max_pool2d_backward(grad, packed, size, kernel, stride, padding, dilation, ceil_mode):
     dx = _fake_pool_backward(grad, packed, size, kernel, stride, padding, dilation, ceil_mode)
-    row, column = _corners(*grad.shape[2:], stride, padding, grad.device)
+    row, column = _corners(grad.shape[2:], stride, padding, grad.device)
     each, bits = math.prod(grad.shape[1:]), window_bits(kernel)
     for start, stop in _samples(grad, each) if grad.numel() else ():
         code = (
@@ -108,10 +116,10 @@ def max_pool2d_backward(grad, packed, size, kernel, stride, padding, dilation, c
             .view(stop - start, *grad.shape[1:])
         )
         index = (row + code // kernel[1] * dilation[0]) * size[3] + column + code % kernel[1] * dilation[1]
-        piece = dx[start:stop]
+        span = dx[start:stop]
         arguments = kernel, stride, padding, dilation, ceil_mode, index.long()
-        piece.copy_(
-            torch.ops.aten.max_pool2d_with_indices_backward(grad[start:stop], torch.empty_like(piece), *arguments)
+        span.copy_(
+            torch.ops.aten.max_pool2d_with_indices_backward(grad[start:stop], torch.empty_like(span), *arguments)
         )
     return dx
 
@@ -131,7 +139,10 @@ class MaxPool(torch.autograd.Function):
 
 
 class ByShape(torch.autograd.Function):
-    """y = run(x), linear in x: the gradient depends on the shape of x alone, and is taken at a stand-in for it."""
+    """Computes y = run(x), linear in x.
+
+    The gradient depends on the shape of x alone, and is taken at a stand-in for it.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, run):
@@ -148,7 +159,7 @@ class ByShape(torch.autograd.Function):
 
 
 class AveragePool(torch.autograd.Function):
-    """y = run(x); the gradient of a mean depends on the shape of x alone."""
+    """Computes y = run(x); the gradient of a mean depends on the shape of x alone."""
 
     @staticmethod
     def forward(ctx, x: Tensor, run, geometry: tuple):
@@ -162,16 +173,16 @@ class AveragePool(torch.autograd.Function):
         return torch.ops.aten.avg_pool2d_backward(grad, stand_in, *ctx.geometry), None, None
 
 
-def _handle_max(
-    op, stock, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
-):
+@handles(F.max_pool2d, torch.max_pool2d, bits=None)
+def max_pool(op, stock, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     kernel = _pair(kernel_size)
     if not covers(input) or return_indices or input.dim() != 4 or math.prod(kernel) > 256:
         return NotImplemented
     return MaxPool.apply(input, kernel, _pair(stride or kernel), _pair(padding), _pair(dilation), ceil_mode)
 
 
-def _handle_average(
+@handles(F.avg_pool2d, bits=None)
+def average_pool(
     op,
     stock,
     input,
@@ -199,23 +210,15 @@ def _handle_average(
     return AveragePool.apply(input, run, geometry)
 
 
-def _handle_adaptive(op, stock, input, output_size):
+@handles(F.adaptive_avg_pool2d, bits=None)
+def adaptive_average_pool(op, stock, input, output_size):
     if not covers(input) or input.dim() != 4 or input.numel() == 0:
         return NotImplemented
     return ByShape.apply(input, lambda x: stock(x, output_size))
 
 
-def _handle_pad(op, stock, input, pad, mode="constant", value=None):
+@handles(F.pad, bits=None)
+def pad(op, stock, input, pad, mode="constant", value=None):
     if not covers(input) or mode not in ("reflect", "replicate") or input.dim() != 4 or input.numel() == 0:
         return NotImplemented
     return ByShape.apply(input, lambda x: stock(x, pad, mode))
-
-
-HANDLERS = {
-    None: {
-        **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _handle_max),
-        F.avg_pool2d: _handle_average,
-        F.adaptive_avg_pool2d: _handle_adaptive,
-        F.pad: _handle_pad,
-    }
-}

@@ -1,11 +1,11 @@
-"""Reductions: a norm keeps codes of what it is of, a maximum one bit an element; and F.normalize.
+"""Reductions: a norm keeps codes of its input, a maximum one bit an element; and F.normalize.
 
 - vector_norm with ord=2 (Tensor.norm, torch.norm): codes of x, and the norms as they are: dx = g x / |x|.
 - normalize with p=2: codes of the result and a factor a row, as RMSNorm keeps them: dx = (g - y (y . g)) / |x|.
-- amax and amin: which elements are the largest or least, exact; as in stock, they share the gradient where there are
-several.
+- amax and amin: which elements are the largest or least, exact; where there are several they share the gradient, as in
+  PyTorch.
 
-Bytes kept for n elements in rows of D: grouped_size of them; normalize also 4 a row; amax packed_size(n, 1).
+Bytes kept for n elements in rows of D: groupwise_size of them; normalize also 4 a row; amax packed_size(n, 1).
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations.ops.autograd import covers, first_order
-from s2a_cli.activations.ops.norm import encode_norm, norm_backward
+from s2a_cli.activations.ops.norm import norm_backward, quantize_normalized
+from s2a_cli.activations.ops.registry import handles
+from s2a_cli.activations.piece_sizes import piece_sizes
 from s2a_cli.activations.quant import codebooks
-from s2a_cli.activations.quant.grouped import keep, slices
-from s2a_cli.activations.quant.packing import chunk, pack_into, packed_size
-from s2a_cli.activations.quant.primitives import multiply_levels, operator
+from s2a_cli.activations.quant.groupwise import decoded_chunks, keep_quantized
+from s2a_cli.activations.quant.packing import pack_into, packed_size
+from s2a_cli.activations.quant.primitives import multiply_dequantized, operator
 
 if TYPE_CHECKING:
     from s2a_cli.activations.context import OpContext
@@ -31,12 +33,12 @@ Dims = tuple[int, ...]
 
 
 class Length(torch.autograd.Function):
-    """run(x): the 2-norm of x over some dimensions."""
+    """Computes run(x), the 2-norm of x over some dimensions, and keeps codes of x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, run: Callable, dims: Dims, keepdim: bool, op: OpContext):
         out = run(x)
-        ctx.grouped, *kept = keep(x, op.config.norm, op.config.group, True, op.calibration.seed())
+        ctx.layout, *kept = keep_quantized(x, op.bits("norm"), op.config.group, True, op.calibration.seed())
         ctx.dims = () if keepdim else dims
         ctx.save_for_backward(out, *kept)
         return out
@@ -48,15 +50,15 @@ class Length(torch.autograd.Function):
         factor = torch.where(out > 0, grad / out, 0.0)
         for dim in sorted(ctx.dims):
             factor = factor.unsqueeze(dim)
-        dx = grad.new_empty(ctx.grouped.shape)
-        for part in slices(dx):
-            x = ctx.grouped.decode(*kept, grad.dtype, part.start, part.stop)
-            torch.mul(x, factor[part] if len(factor) > 1 else factor, out=dx[part])
+        dx = grad.new_empty(ctx.layout.shape)
+        for chunk in decoded_chunks(dx):
+            x = ctx.layout.dequantize(*kept, grad.dtype, chunk.start, chunk.stop)
+            torch.mul(x, factor[chunk] if len(factor) > 1 else factor, out=dx[chunk])
         return dx, None, None, None, None
 
 
 def _dims(x: Tensor, dim: int | tuple[int, ...] | None) -> Dims:
-    """The dimensions that `dim` names, from 0; None names all."""
+    """Returns the dimensions that `dim` names, from 0; None names all."""
     listed = range(x.dim()) if dim is None or dim == () else [dim] if isinstance(dim, int) else dim
     return tuple(d % x.dim() for d in listed)
 
@@ -68,39 +70,44 @@ def _length(op: OpContext, x: Tensor, order: object, dim, keepdim: bool, run: Ca
     return Length.apply(x, run, _dims(x, dim), keepdim, op)
 
 
+@handles(torch.norm, Tensor.norm, bits="norm")
 def norm(op, stock, input, p="fro", dim=None, keepdim=False, out=None, dtype=None):
     if out is not None or dtype is not None:
         return NotImplemented
     return _length(op, input, p, dim, keepdim, lambda x: stock(x, p, dim, keepdim))
 
 
+@handles(torch.linalg.vector_norm, bits="norm")
 def vector_norm(op, stock, x, ord=2, dim=None, keepdim=False):
     return _length(op, x, ord, dim, keepdim, lambda x: stock(x, ord, dim, keepdim))
 
 
 class Direction(torch.autograd.Function):
-    """run(x): x divided by its 2-norm over one dimension."""
+    """Computes run(x): x divided by its 2-norm over one dimension, of which it keeps codes."""
 
     @staticmethod
     def forward(ctx, x: Tensor, run: Callable, dim: int, eps: float, op: OpContext):
-        laid, bits, group, seed = x.movedim(dim, -1), op.config.norm, op.config.group, op.calibration.seed()
+        laid, bits, group_size, seed = x.movedim(dim, -1), op.bits("norm"), op.config.group, op.calibration.seed()
         width = laid.shape[-1]
-        table = codebooks.signed(bits, min(group, width), x, seed is not None)
+        codebook = codebooks.signed(bits, min(group_size, width), x, seed is not None)
         smallest = max(eps * eps / width, torch.finfo(torch.float32).tiny)  # the mean square that eps stands for
-        kept = encode_norm(laid, width, smallest, False, table.bins, group, bits, table.chances, seed or 0)
-        ctx.levels, ctx.layout, ctx.dim = table.levels, (width, group, bits), dim
+        kept = quantize_normalized(
+            laid, width, smallest, False, codebook.bin_codes, group_size, bits, codebook.chances, seed or 0
+        )
+        ctx.entries, ctx.layout, ctx.dim = codebook.entries, (width, group_size, bits), dim
         ctx.save_for_backward(*kept)
         return run(x)
 
     @staticmethod
     @first_order
     def backward(ctx, grad: Tensor):
-        width, group, bits = ctx.layout
+        width, group_size, bits = ctx.layout
         g = grad.movedim(ctx.dim, -1)
-        dx, _, _ = norm_backward(g, *ctx.saved_tensors, ctx.levels, None, width, width, width, False, group, bits)
+        dx, _, _ = norm_backward(g, *ctx.saved_tensors, ctx.entries, None, width, width, width, False, group_size, bits)
         return dx.mul_(width**-0.5).movedim(-1, ctx.dim), None, None, None, None
 
 
+@handles(F.normalize, bits="norm")
 def normalize(op, stock, input, p=2.0, dim=1, eps=1e-12, out=None):
     if (
         not covers(input)
@@ -114,16 +121,16 @@ def normalize(op, stock, input, p=2.0, dim=1, eps=1e-12, out=None):
     return Direction.apply(input, lambda x: stock(x, p, dim, eps), dim % input.dim(), eps, op)
 
 
-def _fake_equal(x, y):
+def _fake_pack_equal(x, y):
     return x.new_empty(packed_size(x.numel(), 1), dtype=torch.uint8)
 
 
-@operator("encode_equal(Tensor x, Tensor y) -> Tensor", _fake_equal)
-def encode_equal(x: Tensor, y: Tensor) -> Tensor:
-    """1 bit an element, in logical order: x == y, where y [B or 1, ...] broadcasts to x [B, ...]."""
-    packed, each = _fake_equal(x, y), x[0].numel()
+@operator("pack_equal(Tensor x, Tensor y) -> Tensor", _fake_pack_equal, family="codes")
+def pack_equal(x: Tensor, y: Tensor) -> Tensor:
+    """Returns 1 bit an element, in logical order: x == y, where y [B or 1, ...] broadcasts to x [B, ...]."""
+    packed, each = _fake_pack_equal(x, y), x[0].numel()
     y = y.expand(len(x), *y.shape[1:])
-    step = -(-max(1, chunk(x.device) // max(each, 1)) // 8) * 8  # so that a piece begins a byte
+    step = -(-max(1, piece_sizes(x.device).temporary // max(each, 1)) // 8) * 8  # so that a span begins a byte
     for start in range(0, len(x), step):
         equal = (x[start : start + step] == y[start : start + step]).contiguous().view(-1)
         pack_into(packed, start * each, equal, 1, x.numel())
@@ -131,43 +138,34 @@ def encode_equal(x: Tensor, y: Tensor) -> Tensor:
 
 
 class Extreme(torch.autograd.Function):
-    """run(x): the largest, or the least, of x over some dimensions."""
+    """Computes run(x): the largest, or the least, of x over some dimensions."""
 
     @staticmethod
     def forward(ctx, x: Tensor, run: Callable, dims: Dims, keepdim: bool):
         out = run(x)
         ctx.dims, ctx.keepdim, ctx.size = dims, keepdim, x.shape
-        ctx.save_for_backward(encode_equal(x, _restored(out, dims, keepdim)))
+        ctx.save_for_backward(pack_equal(x, _restored(out, dims, keepdim)))
         return out
 
     @staticmethod
     @first_order
     def backward(ctx, grad: Tensor):
-        (codes,) = ctx.saved_tensors
+        (packed,) = ctx.saved_tensors
         one = grad.new_ones(()).expand(ctx.size)
-        chosen = multiply_levels(one, codes, codebooks.slopes(0.0, 1.0, grad).levels, 1)
+        chosen = multiply_dequantized(one, packed, codebooks.slopes(0.0, 1.0, grad).entries, 1)
         share = _restored(grad, ctx.dims, ctx.keepdim) / chosen.sum(ctx.dims, keepdim=True)
         return chosen.mul_(share), None, None, None
 
 
 def _restored(x: Tensor, dims: Dims, keepdim: bool) -> Tensor:
-    """A reduced tensor with the dimensions that it was reduced over."""
+    """Returns a reduced tensor with the dimensions that it was reduced over."""
     for dim in () if keepdim else sorted(dims):
         x = x.unsqueeze(dim)
     return x
 
 
+@handles(torch.amax, Tensor.amax, torch.amin, Tensor.amin, bits=None)
 def extreme(op, stock, input, dim=(), keepdim=False):
     if not covers(input) or input.dim() < 2 or input.numel() == 0:
         return NotImplemented
     return Extreme.apply(input, lambda x: stock(x, dim, keepdim), _dims(input, dim), keepdim)
-
-
-HANDLERS = {
-    "norm": {
-        **dict.fromkeys((torch.norm, Tensor.norm), norm),
-        torch.linalg.vector_norm: vector_norm,
-        F.normalize: normalize,
-    },
-    None: dict.fromkeys((torch.amax, Tensor.amax, torch.amin, Tensor.amin), extreme),
-}

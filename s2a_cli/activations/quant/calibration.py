@@ -1,18 +1,17 @@
-"""What the codes of a run are fitted to: each layer's own inputs, seen in some of its first forward passes.
+"""Fits the codes of a run to each layer's own inputs, as some of its first forward passes show them.
 
-- pointwise functions: the levels that are best for a histogram of the layer's inputs;
+- pointwise functions: the codebook entries that are best for a histogram of the layer's inputs;
 - softmax maps: likewise, for probabilities divided by the largest of their group, weighted by its square;
 - normalised activations and inputs of blocks and layers: a shift and a factor for each channel. Residual streams of
-ViTs have
-  channels a hundred times larger than the rest, and with means far from 0; a group that holds one would be coded as
-  coarsely as that channel. Shifted and divided, all channels of a group are alike.
+  ViTs have channels a hundred times larger than the rest, and with means far from 0; a group that holds one would be
+  coded as coarsely as that channel. Shifted and divided, all channels of a group are alike.
 
 A layer is looked at in its first forward pass and in three later ones, so that what is odd about one batch does not
 stay: histograms are added up, of shifts and factors the median counts. Within a batch, samples far out of the ordinary
 are left out of shifts and factors, and a batch from which nothing can be learned, such as a constant one, is none.
 
 A layer is known by its site (sites.py) and what is coded there: with another function, width or number of bits it is
-another one. All is deterministic, and part of a run's state. Sums and levels are found on the CPU.
+another one. All is deterministic, and part of a run's state. Sums and entries are found on the CPU.
 """
 
 from __future__ import annotations
@@ -41,28 +40,27 @@ ROWS = 1 << 18  # elements that the shifts and factors are made of
 LEAST = 0.1  # of the median factor: a channel that was constant may change later
 ODD = 25.0  # times the usual square deviation: a sample beyond is left out
 
-Fitted = codebooks.Table | Tensor
+Fitted = codebooks.Codebook | Tensor
 
 
 @dataclass
 class Layer:
-    """What has been found at a site."""
+    """Holds what has been found at a site. Saved runs contain these names."""
 
     first: int  # number of the forward pass in which it was seen first
     last: int = -1  # and last looked at
     looks: int = 0
-    seen: Tensor | None = (
-        None  # the sum of histograms [bins], or the shifts and factors of each look [looks, 2, width]; on the CPU
-    )
-    fitted: Tensor | None = None  # levels [2**bits], or channels [2, width]; on the CPU
+    # On the CPU: the sum of histograms [bins], or the shifts and factors of each look [looks, 2, width].
+    seen: Tensor | None = None
+    fitted: Tensor | None = None  # codebook entries [2**bits], or channels [2, width]; on the CPU
 
     def due(self, number: int) -> bool:
-        """Whether it is to be looked at in the forward pass of that number."""
+        """Returns whether it is to be looked at in the forward pass of that number."""
         return self.last < number and self.looks < len(LOOKS) and LOOKS[self.looks] <= number - self.first < PATIENCE
 
 
 class Calibration:
-    """The fitted levels and channels of a run by layer, and its count of random draws."""
+    """Holds the fitted entries and channels of a run by layer, and its count of random draws."""
 
     def __init__(self, config: QuantConfig) -> None:
         self.config = config
@@ -75,11 +73,11 @@ class Calibration:
         self._draws, self._origin = 0, torch.initial_seed()
 
     def next_pass(self) -> None:
-        """A forward pass of the whole model begins."""
+        """Begins a forward pass of the whole model."""
         self._passes += 1
 
     def seed(self) -> int | None:
-        """The seed of the next stochastic rounding; None where codes are the nearest."""
+        """Returns the seed of the next stochastic rounding; None where codes are the nearest."""
         if not self.is_stochastic:
             return None
         self._draws += not self._is_paused  # what only looks at a block is made anew by a run that goes on
@@ -87,32 +85,33 @@ class Calibration:
 
     def pointwise(
         self, site: str, function: Callable[..., Tensor], parameters: dict, bits: int, x: Tensor
-    ) -> codebooks.Table:
-        """The table of `function` for inputs like x."""
+    ) -> codebooks.Codebook:
+        """Returns the codebook of `function` for inputs like x."""
         said = "".join(f" {name}={value}" for name, value in sorted(parameters.items()))
         key = f"{site}/{function.__name__}{said}/{bits}"
-        if (ready := self._is_ready(key, x)) is not None:
+        if isinstance(ready := self._is_ready(key, x), codebooks.Codebook):
             return ready
         slope = functools.partial(function, **parameters)
-        make = functools.partial(codebooks.derivative_table, slope, bits, stochastic=self.is_stochastic)
+        make = functools.partial(codebooks.derivative_codebook, slope, bits, stochastic=self.is_stochastic)
         found = self._look(key, x, lambda: _histogram(x), make)
         return found or self._stand_in(key, codebooks.pointwise(function, parameters, bits, x, self.is_stochastic), x)
 
-    def unit(self, site: str, p: Tensor, bits: int) -> codebooks.Table:
-        """The table of softmax maps like p [..., keys]."""
-        key, group = f"{site}/map/{bits}", self.config.group
-        if (ready := self._is_ready(key, p)) is not None:
+    def unit(self, site: str, p: Tensor, bits: int) -> codebooks.Codebook:
+        """Returns the codebook of softmax maps like p [..., keys]."""
+        key, group_size = f"{site}/map/{bits}", self.config.group
+        if isinstance(ready := self._is_ready(key, p), codebooks.Codebook):
             return ready
-        make = functools.partial(codebooks.unit_table, bits, stochastic=self.is_stochastic)
-        return self._look(key, p, lambda: _shares(p, group), make) or self._stand_in(
+        make = functools.partial(codebooks.unit_codebook, bits, stochastic=self.is_stochastic)
+        return self._look(key, p, lambda: _shares(p, group_size), make) or self._stand_in(
             key, codebooks.unit(bits, p, self.is_stochastic), p
         )
 
     def _look(
-        self, key: str, x: Tensor, find: Callable[[], Tensor], make: Callable[..., codebooks.Table]
-    ) -> codebooks.Table | None:
-        """The table of a layer, from its histograms up to now or from the levels that they gave; None: a fixed one
-        serves.
+        self, key: str, x: Tensor, find: Callable[[], Tensor], make: Callable[..., codebooks.Codebook]
+    ) -> codebooks.Codebook | None:
+        """Returns the codebook of a layer, from its histograms up to now or from the entries that they gave.
+
+        None where a fixed one serves.
         """
         layer = self._layer(key, x)
         if layer is None:
@@ -122,27 +121,27 @@ class Calibration:
                 found = find().cpu()
                 layer.seen = found if layer.seen is None else layer.seen + found
                 layer.looks, layer.last = layer.looks + 1, self._passes
-                layer.fitted = make(histogram=layer.seen).levels
+                layer.fitted = make(histogram=layer.seen).entries
                 layer.seen = layer.seen if layer.looks < len(LOOKS) else None
         if layer.fitted is None:
             return None
         with _on_the_host():
-            table = make(levels=layer.fitted)
-        self._ready[key] = table.to(x.device, copy=True)
-        return self._ready[key]
+            codebook = make(entries=layer.fitted)
+        self._ready[key] = codebook = codebook.to(x.device, copy=True)
+        return codebook
 
     def channels(self, site: str, x: Tensor, change: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor | None:
-        """The shift, factor and inverse of each place of the rows of x [..., width], float32 [3, width]; None: as they
-        are.
+        """Returns shift, factor and 1 / factor of each place of the rows of x [..., width], float32 [3, width].
 
-        change: gives what is coded from rows [n, width] of x, where that is not x itself.
+        None where rows are coded as they are. change: gives what is coded from rows [n, width] of x, where that is not
+        x itself.
         """
         key = f"{site}/channels/{x.shape[-1]}"
-        if (ready := self._is_ready(key, x)) is not None:
+        if isinstance(ready := self._is_ready(key, x), Tensor):
             return ready
         if is_hollow(x) and self.config.calibrate and not self._is_paused:
-            self._traced[key] = x.new_empty((3, x.shape[-1]), dtype=torch.float32)
-            return self._traced[key]
+            self._traced[key] = channels = x.new_empty((3, x.shape[-1]), dtype=torch.float32)
+            return channels
         layer = self._layer(key, x)
         if layer is None:
             return None
@@ -159,11 +158,11 @@ class Calibration:
             return None
         with _on_the_host():
             channels = with_inverse(layer.fitted)
-        self._ready[key] = channels.to(x.device, copy=True)
-        return self._ready[key]
+        self._ready[key] = channels = channels.to(x.device, copy=True)
+        return channels
 
     def _layer(self, key: str, x: Tensor) -> Layer | None:
-        """The layer of that key; None where there is nothing to be learned."""
+        """Returns the layer of that key; None where there is nothing to be learned."""
         if not self.config.calibrate or is_hollow(x) or x.numel() == 0:
             return None
         if key not in self._layers and not self._is_paused:
@@ -171,12 +170,12 @@ class Calibration:
         return self._layers.get(key)
 
     def _is_ready(self, key: str, x: Tensor) -> Fitted | None:
-        """What serves inputs like x at this layer, if it was made before and no look is due."""
+        """Returns what serves inputs like x at this layer, if it was made before and no look is due."""
         layer = self._layers.get(key)
         if layer is not None and layer.due(self._passes) and not self._is_paused and not is_hollow(x):
             return None
         ready = (self._traced if is_hollow(x) else self._ready).get(key)
-        tensor = ready.levels if isinstance(ready, codebooks.Table) else ready
+        tensor = ready.entries if isinstance(ready, codebooks.Codebook) else ready
         fits = (
             tensor is not None
             and tensor.device == x.device
@@ -184,15 +183,15 @@ class Calibration:
         )
         return ready if fits else None
 
-    def _stand_in(self, key: str, table: codebooks.Table, x: Tensor) -> codebooks.Table:
-        """A fixed table; for inputs without data in a tensor of the layer's own, as a fitted one would be."""
+    def _stand_in(self, key: str, codebook: codebooks.Codebook, x: Tensor) -> codebooks.Codebook:
+        """Returns a fixed codebook; for inputs without data one of the layer's own, as a fitted one would be."""
         if is_hollow(x) and self.config.calibrate and not self._is_paused:
-            self._traced[key] = table = table.hollow(x)
-        return table
+            self._traced[key] = codebook = codebook.hollow(x)
+        return codebook
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing is fitted within: what runs there is not the run's data."""
+        """Fits nothing within: what runs there is not the run's data."""
         before, self._is_paused = self._is_paused, True
         try:
             yield
@@ -200,11 +199,11 @@ class Calibration:
             self._is_paused = before
 
     def fitted(self) -> dict[str, Tensor]:
-        """{layer: its levels or channels}, for a record."""
+        """Returns {layer: its entries or channels}, for a record."""
         return {key: layer.fitted for key, layer in self._layers.items() if layer.fitted is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on as it was."""
+        """Returns all that a run needs to go on as it was."""
         layers = {key: vars(layer).copy() for key, layer in self._layers.items()}
         return {"layers": layers, "draws": [self._origin, self._draws], "passes": self._passes}
 
@@ -218,22 +217,22 @@ class Calibration:
 
 @contextmanager
 def _on_the_host() -> Iterator[None]:
-    """What is made within is no part of a step's memory on a device, so that trackers don't see it."""
+    """Hides what is made within from trackers: it is no part of a step's memory on a device."""
     with torch.no_grad(), _disable_current_modes():
         yield
 
 
 def _histogram(x: Tensor) -> Tensor:
-    """How many of a sample of x lie in each bin of a pointwise table."""
+    """Counts how many of a sample of x lie in each bin of a pointwise codebook."""
     sample = _rows(x.unsqueeze(-1), SAMPLE)[0].nan_to_num_(0, 0, 0).clamp_(-codebooks.RANGE, codebooks.RANGE)
     return torch.histc(sample.cpu(), codebooks.POINTWISE_BINS, -codebooks.RANGE, codebooks.RANGE)
 
 
-def _shares(p: Tensor, group: int) -> Tensor:
-    """The bins of a unit table, by the square of the scale of what lies in them, for a sample of p [..., keys]."""
+def _shares(p: Tensor, group_size: int) -> Tensor:
+    """Weighs the bins of a unit codebook by the squared scale of what lies in them, for a sample of p [..., keys]."""
     rows = _rows(p)[0].cpu()
-    group = min(group, rows.shape[1])
-    shares = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group)).view(len(rows), -1, group)
+    group_size = min(group_size, rows.shape[1])
+    shares = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group_size)).view(len(rows), -1, group_size)
     scale = shares.amax(-1, keepdim=True)
     bins = (shares / scale).nan_to_num_(0, 0, 0).mul_(codebooks.GROUP_BINS).int().clamp_(0, codebooks.GROUP_BINS - 1)
     weight = scale.nan_to_num_(0, 0, 0).square_().expand_as(shares)
@@ -241,8 +240,9 @@ def _shares(p: Tensor, group: int) -> Tensor:
 
 
 def _rows(x: Tensor, elements: int = ROWS) -> tuple[Tensor, Tensor]:
-    """Some rows of x [..., width], from all over it, float32 [n, width] with n * width at most `elements`, and the
-    sample of each.
+    """Returns some rows of x [..., width], from all over it, and the sample of each.
+
+    Rows are float32 [n, width], with n * width at most `elements`.
     """
     if x.dim() == 1:
         return x[None].float(), torch.zeros(1, dtype=torch.int64, device=x.device)
@@ -253,7 +253,7 @@ def _rows(x: Tensor, elements: int = ROWS) -> tuple[Tensor, Tensor]:
 
 
 def _channels(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Mean and deviation of each place of the changed rows of x, [2, width]; None where they tell nothing."""
+    """Returns mean and deviation of each place of the changed rows of x, [2, width]; None where they tell nothing."""
     rows, sample = _rows(x)
     rows = change(rows)
     rows = rows[_usual(rows, sample, len(x) if x.dim() > 1 else 1)]
@@ -268,8 +268,9 @@ def _channels(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor | None:
 
 
 def _usual(rows: Tensor, sample: Tensor, samples: int) -> Tensor:
-    """Which rows [n, width] are of samples like the others: finite, and their square deviation not `ODD` times the
-    median one.
+    """Returns which rows [n, width] are of samples like the others.
+
+    Those are finite, and their mean square deviation is at most `ODD` times the median one.
     """
     centre = rows.nanmedian(0).values
     spread = (rows - centre).abs().nanmedian(0).values

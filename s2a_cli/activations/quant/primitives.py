@@ -1,17 +1,17 @@
-"""Custom operators that encode and decode: to a trace each is one node, and what it needs meanwhile is small chunks.
+"""Defines custom operators that quantize and dequantize: to a trace each is one node, with small temporaries.
 
-    s2a::encode_levels    x -> codes of the bins of a table
-    s2a::activate         x -> an activation function of x, and what encode_levels gives
-    s2a::encode_interval  x -> 1 bit an element: low < x < high
-    s2a::multiply_levels  gradient * level of each code
-    s2a::encode_groups    x -> codes and scales, `group` elements of the last dimension a scale
-    s2a::decode_groups    the rows start:stop of what encode_groups was given
-    s2a::decode_int8      codes * scale, of frozen weights
+    s2a::quantize_elementwise   x -> packed codes of a codebook
+    s2a::activate               x -> an activation function of x, and what quantize_elementwise gives
+    s2a::pack_interval          x -> 1 bit an element: low < x < high
+    s2a::multiply_dequantized   gradient * the entry of each code
+    s2a::quantize_groupwise     x -> packed codes and scales, `group_size` elements of the last dimension a scale
+    s2a::dequantize_groupwise   the rows start:stop of what quantize_groupwise was given
+    s2a::dequantize_int8        codes * scale, of frozen weights
 
-Optional arguments: `chances` of a table and a `seed` round stochastically; `channels` [3, width], float32, a shift, a
-factor and what with_inverse adds: (x - shift) / factor is what is coded. These are the plain PyTorch implementations,
-for every device; `kernels` has a second one of most for CUDA. The operators are not differentiable: the autograd
-functions of the operator families call them.
+Optional arguments: `chances` of a codebook and a `seed` round stochastically; `channels` [3, width], float32, a shift,
+a factor and what with_inverse adds: (x - shift) / factor is what is coded. These are the PyTorch implementations, for
+every device; `kernels` has a second one of most for CUDA. The operators are not differentiable: the autograd functions
+of the operator families call them, and those families define further ones, with `operator`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from s2a_cli.activations.piece_sizes import piece_sizes
 from s2a_cli.activations.quant.packing import (
     byte_table,
-    chunk,
     elements,
-    groups_of,
+    groups_per_row,
     lookup,
     memory_order,
     pack_into,
@@ -38,6 +38,7 @@ from s2a_cli.activations.quant.packing import (
 _LIBRARY = torch.library.Library("s2a", "DEF")
 SCALE = torch.bfloat16  # of groups: the range of float32, so that nothing overflows
 PLAIN: dict[str, Callable] = {}  # {name of an operator: its plain implementation}
+FAMILIES: dict[str, str] = {}  # {name of an operator: the family that memory breakdowns list it by}
 ACTIVATIONS = {
     "gelu": torch.ops.aten.gelu,
     "gelu_tanh": functools.partial(torch.ops.aten.gelu, approximate="tanh"),
@@ -46,12 +47,16 @@ ACTIVATIONS = {
 }
 
 
-def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Registers the decorated function as `s2a::<schema>`, returns the operator; `fake` gives the outputs' shapes."""
+def operator(schema: str, fake: Callable, *, family: str) -> Callable[[Callable], Callable]:
+    """Registers the decorated function as the custom operator `s2a::<schema>`, and returns that operator.
+
+    fake: gives outputs of the right shapes and dtypes from inputs without data. family: what memory breakdowns list the
+    operator by, one of memory.families.FAMILIES.
+    """
 
     def register(implementation: Callable) -> Callable:
         name = schema.split("(")[0]
-        PLAIN[name] = implementation
+        PLAIN[name], FAMILIES[name] = implementation, family
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"s2a::{name}", fake, lib=_LIBRARY)
@@ -61,38 +66,42 @@ def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
 
 def working_type(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype that dequantized values are computed in: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Draws:
-    """Uniform 16-bit integers from a seed of their own: the global generators go on as if nothing had been drawn."""
+class RoundingDraws:
+    """Draws uniform 16-bit integers from a seed of their own.
+
+    The global generators go on as if nothing had been drawn.
+    """
 
     def __init__(self, chances: Tensor, seed: int):
         self.chances = chances
         self.generator = torch.Generator(chances.device).manual_seed(seed)
 
     def above(self, index: Tensor) -> Tensor:
-        """1 with the chance of each bin of `index`, else 0: uint8."""
+        """Returns 1 with the chance of each bin of `index`, else 0: uint8."""
         words = torch.empty(-(-index.numel() // 4), dtype=torch.int64, device=index.device)
         drawn = words.random_(-(2**63), None, generator=self.generator).view(torch.int16)[: index.numel()]
         return (drawn < self.chances.index_select(0, index)).view(torch.uint8)
 
 
-def draws(chances: Tensor | None, seed: int) -> Draws | None:
-    return None if chances is None else Draws(chances, seed)
+def draws(chances: Tensor | None, seed: int) -> RoundingDraws | None:
+    return None if chances is None else RoundingDraws(chances, seed)
 
 
-def assign(x: Tensor, bins: Tensor, low: float, high: float, up: Draws | None = None) -> Tensor:
-    """Codes (uint8) of a small float32 tensor; NaN gets some code, infinities that of the outermost bin."""
-    step = bins.numel() / (high - low)
-    index = (x * step).add_(-low * step).clamp_(0, bins.numel() - 1)
-    index = index.to(torch.int32).bitwise_and_(bins.numel() - 1).view(-1)  # NaN may turn into any integer
-    codes = torch.index_select(bins, 0, index)
+def assign(x: Tensor, bin_codes: Tensor, low: float, high: float, up: RoundingDraws | None = None) -> Tensor:
+    """Returns the codes (uint8) of a small float32 tensor; NaN gets some code, infinities that of the outermost bin."""
+    step = bin_codes.numel() / (high - low)
+    index = (x * step).add_(-low * step).clamp_(0, bin_codes.numel() - 1)
+    index = index.to(torch.int32).bitwise_and_(bin_codes.numel() - 1).view(-1)  # NaN may turn into any integer
+    codes = torch.index_select(bin_codes, 0, index)
     return codes if up is None else codes.add_(up.above(index))
 
 
 def with_inverse(channels: Tensor) -> Tensor:
-    """The shift and factor of each channel [2, width], and 1 / factor: codes are made with products, not divisions."""
+    """Returns the shift and factor of each channel [2, width], and 1 / factor, so that quantizing needs no division."""
     return torch.cat([channels, channels[1:].reciprocal()])
 
 
@@ -100,138 +109,155 @@ def _fake_codes(x, bits):
     return x.new_empty(packed_size(x.numel(), bits), dtype=torch.uint8)
 
 
-def _fake_encode_levels(x, bins, low, high, bits, chances=None, seed=0):
+def _fake_quantize_elementwise(x, bin_codes, low, high, bits, chances=None, seed=0):
     return _fake_codes(x, bits)
 
 
 @operator(
-    "encode_levels(Tensor x, Tensor bins, float low, float high, int bits, Tensor? chances=None, int seed=0) -> Tensor",
-    _fake_encode_levels,
+    "quantize_elementwise(Tensor x, Tensor bin_codes, float low, float high, int bits, Tensor? chances=None, "
+    "int seed=0) -> Tensor",
+    _fake_quantize_elementwise,
+    family="activation",
 )
-def encode_levels(
-    x: Tensor, bins: Tensor, low: float, high: float, bits: int, chances: Tensor | None = None, seed: int = 0
+def quantize_elementwise(
+    x: Tensor, bin_codes: Tensor, low: float, high: float, bits: int, chances: Tensor | None = None, seed: int = 0
 ) -> Tensor:
     packed = x.new_empty(packed_size(x.numel(), bits), dtype=torch.uint8)
     up = draws(chances, seed)
-    for start, piece in elements(x):
-        pack_into(packed, start, assign(piece.float(), bins, low, high, up), bits, x.numel())
+    for start, span in elements(x):
+        pack_into(packed, start, assign(span.float(), bin_codes, low, high, up), bits, x.numel())
     return packed
 
 
-def _fake_activate(x, function, bins, low, high, bits):
+def _fake_activate(x, function, bin_codes, low, high, bits):
     return torch.empty_like(x), _fake_codes(x, bits)
 
 
 @operator(
-    "activate(Tensor x, str function, Tensor bins, float low, float high, int bits) -> (Tensor, Tensor)", _fake_activate
+    "activate(Tensor x, str function, Tensor bin_codes, float low, float high, int bits) -> (Tensor, Tensor)",
+    _fake_activate,
+    family="activation",
 )
-def activate(x: Tensor, function: str, bins: Tensor, low: float, high: float, bits: int) -> tuple[Tensor, Tensor]:
-    """The function of ACTIVATIONS by that name, and the codes of x as it lies in memory."""
-    return ACTIVATIONS[function](x), PLAIN["encode_levels"](x.permute(memory_order(x)), bins, low, high, bits)
+def activate(x: Tensor, function: str, bin_codes: Tensor, low: float, high: float, bits: int) -> tuple[Tensor, Tensor]:
+    """Returns the function of ACTIVATIONS by that name, and the packed codes of x as it lies in memory."""
+    return ACTIVATIONS[function](x), PLAIN["quantize_elementwise"](
+        x.permute(memory_order(x)), bin_codes, low, high, bits
+    )
 
 
-def _fake_interval(x, low, high):
+def _fake_pack_interval(x, low, high):
     return _fake_codes(x, 1)
 
 
-@operator("encode_interval(Tensor x, float low, float high) -> Tensor", _fake_interval)
-def encode_interval(x: Tensor, low: float, high: float) -> Tensor:
+@operator("pack_interval(Tensor x, float low, float high) -> Tensor", _fake_pack_interval, family="activation")
+def pack_interval(x: Tensor, low: float, high: float) -> Tensor:
     packed = x.new_empty(packed_size(x.numel(), 1), dtype=torch.uint8)
-    for start, piece in elements(x):
-        inside = piece > low
+    for start, span in elements(x):
+        inside = span > low
         if high != math.inf:
-            inside &= piece < high
+            inside &= span < high
         pack_into(packed, start, inside, 1, x.numel())
     return packed
 
 
-def _fake_multiply(grad, codes, levels, bits):
+def _fake_multiply_dequantized(grad, packed, entries, bits):
     return grad.new_empty(grad.shape)
 
 
-@operator("multiply_levels(Tensor grad, Tensor codes, Tensor levels, int bits) -> Tensor", _fake_multiply)
-def multiply_levels(grad: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Tensor:
+@operator(
+    "multiply_dequantized(Tensor grad, Tensor packed, Tensor entries, int bits) -> Tensor",
+    _fake_multiply_dequantized,
+    family="activation",
+)
+def multiply_dequantized(grad: Tensor, packed: Tensor, entries: Tensor, bits: int) -> Tensor:
     out = grad.new_empty(grad.shape)
     flat = out.view(-1)
-    table = byte_table(levels.to(working_type(grad.dtype)), bits)
-    for start, piece in elements(grad):
-        stop = start + piece.numel()
-        torch.mul(piece, lookup(codes, start, stop, table, bits, grad.numel()), out=flat[start:stop])
+    table = byte_table(entries.to(working_type(grad.dtype)), bits)
+    for start, span in elements(grad):
+        stop = start + span.numel()
+        torch.mul(span, lookup(packed, start, stop, table, bits, grad.numel()), out=flat[start:stop])
     return out
 
 
-def encode_rows(
+def quantize_rows(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
     start: int,
     total: int,
-    bins: Tensor,
+    bin_codes: Tensor,
     low: float,
-    group: int,
+    group_size: int,
     bits: int,
-    up: Draws | None = None,
+    up: RoundingDraws | None = None,
 ) -> None:
-    """Codes of a small float32 x [r, width], from row `start` of a tensor of `total`, into `packed` and `scales`."""
+    """Writes codes of a small float32 x [r, width] into `packed` and `scales`.
+
+    x is the rows from `start` of a tensor of `total` rows.
+    """
     count, width = x.shape
-    group = min(group, width)
-    short = -width % group
-    grouped = (torch.nn.functional.pad(x, (0, short)) if short else x).view(count, -1, group)
+    group_size = min(group_size, width)
+    short = -width % group_size
+    grouped = (torch.nn.functional.pad(x, (0, short)) if short else x).view(count, -1, group_size)
     scale = grouped.amax(-1)
     if low < 0:  # the element of the largest magnitude, with its sign
         least = grouped.amin(-1)
         scale = torch.where(scale > -least, scale, least)
-    if up is not None:  # as it will be read no smaller than the element: no level lies beyond 1
+    if up is not None:  # as it will be read no smaller than the element: no entry lies beyond 1
         scale = scale * (1 + 2.0**-8)
     scales[start : start + count] = scale
     factor = scales[start : start + count].float().reciprocal_()  # of the scale as it will be read
-    codes = assign(grouped * factor.nan_to_num_(0, 0, 0)[..., None], bins, low, 1.0, up)
+    codes = assign(grouped * factor.nan_to_num_(0, 0, 0)[..., None], bin_codes, low, 1.0, up)
     if short:
         codes = codes.view(count, -1)[:, :width].reshape(-1)
     pack_into(packed, start * width, codes, bits, total * width)
 
 
-def decode_rows(
-    codes: Tensor,
+def dequantize_rows(
+    packed: Tensor,
     scales: Tensor,
     table: Tensor,
     start: int,
     stop: int,
     width: int,
-    group: int,
+    group_size: int,
     bits: int,
     channels: Tensor | None = None,
 ) -> Tensor:
-    """Values [stop - start, width] of the rows start:stop, of the byte table's type; `start` is a multiple of 8."""
-    values = lookup(codes, start * width, stop * width, table, bits, scales.shape[0] * width).view(-1, width)
+    """Returns the values [stop - start, width] of the rows start:stop, of the byte table's type.
+
+    `start` is a multiple of 8.
+    """
+    values = lookup(packed, start * width, stop * width, table, bits, scales.shape[0] * width).view(-1, width)
     scale = scales[start:stop].to(table.dtype)
-    group = min(group, width)
-    if width % group == 0:
-        values.view(stop - start, -1, group).mul_(scale[..., None])
+    group_size = min(group_size, width)
+    if width % group_size == 0:
+        values.view(stop - start, -1, group_size).mul_(scale[..., None])
     else:
-        values.mul_(scale.repeat_interleave(group, 1)[:, :width])
+        values.mul_(scale.repeat_interleave(group_size, 1)[:, :width])
     if channels is not None:
         shift, factor = channels[:2].to(table.dtype)
         torch.addcmul(shift, values, factor, out=values)
     return values
 
 
-def _fake_encode_groups(x, bins, low, group, bits, chances=None, seed=0, channels=None):
+def _fake_quantize_groupwise(x, bin_codes, low, group_size, bits, chances=None, seed=0, channels=None):
     width = x.shape[-1]
-    scales = x.new_empty((math.prod(x.shape[:-1]), groups_of(width, group)), dtype=SCALE)
+    scales = x.new_empty((math.prod(x.shape[:-1]), groups_per_row(width, group_size)), dtype=SCALE)
     return _fake_codes(x, bits), scales
 
 
 @operator(
-    "encode_groups(Tensor x, Tensor bins, float low, int group, int bits, Tensor? chances=None, int seed=0, "
-    "Tensor? channels=None) -> (Tensor, Tensor)",
-    _fake_encode_groups,
+    "quantize_groupwise(Tensor x, Tensor bin_codes, float low, int group_size, int bits, Tensor? chances=None, "
+    "int seed=0, Tensor? channels=None) -> (Tensor, Tensor)",
+    _fake_quantize_groupwise,
+    family="codes",
 )
-def encode_groups(
+def quantize_groupwise(
     x: Tensor,
-    bins: Tensor,
+    bin_codes: Tensor,
     low: float,
-    group: int,
+    group_size: int,
     bits: int,
     chances: Tensor | None = None,
     seed: int = 0,
@@ -240,31 +266,32 @@ def encode_groups(
     width = x.shape[-1]
     total = math.prod(x.shape[:-1])
     packed = x.new_empty(packed_size(x.numel(), bits), dtype=torch.uint8)
-    scales = x.new_empty((total, groups_of(width, group)), dtype=SCALE)
+    scales = x.new_empty((total, groups_per_row(width, group_size)), dtype=SCALE)
     up = draws(chances, seed)
-    for start, piece in rows(x, width):
-        piece = piece.float()
+    for start, span in rows(x, width):
+        span = span.float()
         if channels is not None:
-            piece = (piece - channels[0]).mul_(channels[2])
-        encode_rows(piece, packed, scales, start, total, bins, low, group, bits, up)
+            span = (span - channels[0]).mul_(channels[2])
+        quantize_rows(span, packed, scales, start, total, bin_codes, low, group_size, bits, up)
     return packed, scales
 
 
-def _fake_decode_groups(codes, scales, levels, width, group, bits, start, stop, dtype, channels=None):
+def _fake_dequantize_groupwise(packed, scales, entries, width, group_size, bits, start, stop, dtype, channels=None):
     return scales.new_empty((stop - start, width), dtype=dtype)
 
 
 @operator(
-    "decode_groups(Tensor codes, Tensor scales, Tensor levels, int width, int group, int bits, "
+    "dequantize_groupwise(Tensor packed, Tensor scales, Tensor entries, int width, int group_size, int bits, "
     "int start, int stop, ScalarType dtype, Tensor? channels=None) -> Tensor",
-    _fake_decode_groups,
+    _fake_dequantize_groupwise,
+    family="codes",
 )
-def decode_groups(
-    codes: Tensor,
+def dequantize_groupwise(
+    packed: Tensor,
     scales: Tensor,
-    levels: Tensor,
+    entries: Tensor,
     width: int,
-    group: int,
+    group_size: int,
     bits: int,
     start: int,
     stop: int,
@@ -272,27 +299,29 @@ def decode_groups(
     channels: Tensor | None = None,
 ) -> Tensor:
     out = scales.new_empty((stop - start, width), dtype=dtype)
-    table = byte_table(levels.to(working_type(dtype)), bits)
+    table = byte_table(entries.to(working_type(dtype)), bits)
     for first, last in row_ranges(start, stop, width, scales.device):
         skip = first % 8
-        values = decode_rows(codes, scales, table, first - skip, last, width, group, bits, channels)
+        values = dequantize_rows(packed, scales, table, first - skip, last, width, group_size, bits, channels)
         out[first - start : last - start] = values[skip:]
     return out
 
 
 def row_ranges(start: int, stop: int, width: int, device: torch.device) -> list[tuple[int, int]]:
-    """start:stop in chunks; all but the first begin at multiples of 8 rows."""
-    step = max(8, chunk(device) // max(width, 1) // 8 * 8)
+    """Returns start:stop in short ranges; all but the first begin at multiples of 8 rows."""
+    step = max(8, piece_sizes(device).temporary // max(width, 1) // 8 * 8)
     cuts = list(range(start // 8 * 8 + step, stop, step))
     return list(zip([start, *cuts], [*cuts, stop])) if stop > start else []
 
 
-def _fake_decode_int8(codes, scales, dtype):
+def _fake_dequantize_int8(codes, scales, dtype):
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
-@operator("decode_int8(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor", _fake_decode_int8)
-def decode_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes (int8 [rows, width]) times scales ([rows, groups], of equal size)."""
+@operator(
+    "dequantize_int8(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor", _fake_dequantize_int8, family="codes"
+)
+def dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns codes (int8 [rows, width]) times scales ([rows, groups], of equal size)."""
     values = codes.to(dtype).unflatten(1, (scales.shape[1], -1))  # exact: a code has 8 bits
     return values.mul_(scales[..., None]).flatten(1)

@@ -58,16 +58,16 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.equal(found, expected)
 
 
-def table_of(bits: int, low: float, high: float = 1.0, bins: int = codebooks.GROUP_BINS) -> codebooks.Table:
+def table_of(bits: int, low: float, high: float = 1.0, bins: int = codebooks.GROUP_BINS) -> codebooks.Codebook:
     """Evenly spaced levels: what kernels do does not depend on them."""
     packing = torch.arange(bins) * 2**bits // bins
-    return codebooks.Table(bits, low, high, packing.to(torch.uint8), torch.linspace(low, high, 2**bits)).to(DEVICE)
+    return codebooks.Codebook(bits, low, high, packing.to(torch.uint8), torch.linspace(low, high, 2**bits)).to(DEVICE)
 
 
-def bent(bits: int) -> codebooks.Table:
+def bent(bits: int) -> codebooks.Codebook:
     """One where bins far from each other share a code, as for GELU'."""
     table = table_of(bits, -codebooks.RANGE, codebooks.RANGE, codebooks.POINTWISE_BINS)
-    return replace(table, bins=(table.bins ^ (table.bins.flip(0) << 1)) & (2**bits - 1))
+    return replace(table, bin_codes=(table.bin_codes ^ (table.bin_codes.flip(0) << 1)) & (2**bits - 1))
 
 
 @here
@@ -77,26 +77,26 @@ def test_pointwise_codes_and_products_are_the_same_bits(bits):
         x, grad = normal(*shape, dtype=dtype, scale=3), normal(*shape, dtype=dtype)
         x.view(-1)[-1] = torch.inf
         table = bent(bits)
-        arguments = x, table.bins, table.low, table.high, bits
-        packed = PLAIN["encode_levels"](*arguments)
-        assert same(launch.encode_levels(*arguments), packed)
-        arguments = grad, packed, table.levels, bits
-        assert same(launch.multiply_levels(*arguments), PLAIN["multiply_levels"](*arguments))
+        arguments = x, table.bin_codes, table.low, table.high, bits
+        packed = PLAIN["quantize_elementwise"](*arguments)
+        assert same(launch.quantize_elementwise(*arguments), packed)
+        arguments = grad, packed, table.entries, bits
+        assert same(launch.multiply_dequantized(*arguments), PLAIN["multiply_dequantized"](*arguments))
 
 
 @here
 def test_strided_inputs_are_read_in_logical_order():
     x = normal(40, 30).t()
     table = bent(4)
-    arguments = x, table.bins, table.low, table.high, 4
-    packing = PLAIN["encode_levels"](*arguments)
-    assert same(launch.encode_levels(*arguments), packing)
-    arguments = x, packing, table.levels, 4
-    assert same(launch.multiply_levels(*arguments), PLAIN["multiply_levels"](*arguments))
-    arguments = x, "silu", table.bins, table.low, table.high, 4
+    arguments = x, table.bin_codes, table.low, table.high, 4
+    packing = PLAIN["quantize_elementwise"](*arguments)
+    assert same(launch.quantize_elementwise(*arguments), packing)
+    arguments = x, packing, table.entries, 4
+    assert same(launch.multiply_dequantized(*arguments), PLAIN["multiply_dequantized"](*arguments))
+    arguments = x, "silu", table.bin_codes, table.low, table.high, 4
     y, found = launch.activate(*arguments)
     assert y.stride() == x.stride() and same(
-        found, PLAIN["encode_levels"](x.t(), *arguments[2:])
+        found, PLAIN["quantize_elementwise"](x.t(), *arguments[2:])
     )  # as x lies in memory
     torch.testing.assert_close(y, F.silu(x))
 
@@ -107,7 +107,7 @@ def test_intervals_are_the_same_bits(low, high):
     for shape, dtype in itertools.product(SHAPES, TYPES):
         x = normal(*shape, dtype=dtype)
         x.view(-1)[:4] = torch.tensor([low, high, torch.nan, torch.inf])[: x.numel()]
-        assert same(launch.encode_interval(x, low, high), PLAIN["encode_interval"](x, low, high))
+        assert same(launch.pack_interval(x, low, high), PLAIN["pack_interval"](x, low, high))
 
 
 @here
@@ -117,7 +117,7 @@ def test_activations_are_stock_to_rounding(function):
         x = normal(*shape, dtype=dtype, scale=4)
         x.view(-1)[-1] = 1e4
         table = bent(4)
-        arguments = x, function, table.bins, table.low, table.high, 4
+        arguments = x, function, table.bin_codes, table.low, table.high, 4
         (y, packing), (stock, expected) = launch.activate(*arguments), PLAIN["activate"](*arguments)
         assert y.dtype == dtype and same(packing, expected)
         # 1 + erf(x) and 1 + tanh(x) cancel where x is far below 0: a float32 rounding of 1, times x
@@ -129,9 +129,9 @@ def test_what_kernels_do_not_cover_is_plain():
     x = normal(50).double()
     table = codebooks.pointwise(F.gelu, {}, 4, x, stochastic=True)
     for values, seed in ((x, 0), (x.float(), 5), (x[:0].float(), 0)):
-        arguments = values, table.bins, table.low, table.high, 4, table.chances, seed
-        assert same(launch.encode_levels(*arguments), PLAIN["encode_levels"](*arguments))
-    assert same(launch.encode_interval(x, 0.0, 1.0), PLAIN["encode_interval"](x, 0.0, 1.0))
+        arguments = values, table.bin_codes, table.low, table.high, 4, table.chances, seed
+        assert same(launch.quantize_elementwise(*arguments), PLAIN["quantize_elementwise"](*arguments))
+    assert same(launch.pack_interval(x, 0.0, 1.0), PLAIN["pack_interval"](x, 0.0, 1.0))
 
 
 WIDTHS = [(64, 64), (8, 32), (64, 32), (40, 16), (104, 128), (264, 64)]  # and the group
@@ -153,13 +153,16 @@ def test_groups_are_the_same_bits(width, group, calibrated):
         x[-1, -1] = 100  # the last group may be short
         table = table_of(bits, 0.0 if bits == 3 and not calibrated else -1.0)
         x = x.abs() if table.low == 0 else x
-        arguments = x, table.bins, table.low, group, bits, None, 0, channels
-        (found, found_scales), (expected, scales) = launch.encode_groups(*arguments), PLAIN["encode_groups"](*arguments)
+        arguments = x, table.bin_codes, table.low, group, bits, None, 0, channels
+        (found, found_scales), (expected, scales) = (
+            launch.quantize_groupwise(*arguments),
+            PLAIN["quantize_groupwise"](*arguments),
+        )
         assert same(found_scales, scales) and torch.equal(found_scales, scales)
         assert same(found, expected)
         for start, stop in ((0, rows), (rows // 2, rows)):
-            arguments = found, scales, table.levels, width, group, bits, start, stop, dtype, channels
-            values, plain = launch.decode_groups(*arguments), PLAIN["decode_groups"](*arguments)
+            arguments = found, scales, table.entries, width, group, bits, start, stop, dtype, channels
+            values, plain = launch.dequantize_groupwise(*arguments), PLAIN["dequantize_groupwise"](*arguments)
             assert values.dtype == dtype and values.shape == plain.shape
             if calibrated:  # a sum, whose product may be rounded or not
                 torch.testing.assert_close(values.float(), plain.float(), rtol=2 * EPS[dtype], atol=1e-5)
@@ -172,8 +175,11 @@ def test_groups_are_the_same_bits(width, group, calibrated):
 def test_groups_of_extreme_values(value):
     x = torch.full((4, 64), value, device=DEVICE)
     table = table_of(4, -1.0)
-    arguments = x, table.bins, table.low, 64, 4
-    (found, found_scales), (expected, scales) = launch.encode_groups(*arguments), PLAIN["encode_groups"](*arguments)
+    arguments = x, table.bin_codes, table.low, 64, 4
+    (found, found_scales), (expected, scales) = (
+        launch.quantize_groupwise(*arguments),
+        PLAIN["quantize_groupwise"](*arguments),
+    )
     if not INTERPRETED or value != 1e-40:  # a denormal, which the interpreter rounds to 0
         assert torch.equal(found_scales, scales)
     if value != torch.inf:
@@ -188,8 +194,8 @@ def test_norms(width, group, centre, calibrated):
     for rows, bits, dtype in zip((1, 33, 8), (4, 3, 8), itertools.cycle(TYPES)):
         x = normal(rows, width, dtype=dtype) + 0.5
         table = table_of(bits, -1.0)
-        arguments = x, width, 1e-5, centre, table.bins, group, bits, None, 0, channels
-        found, plain = launch.encode_norm(*arguments), PLAIN["encode_norm"](*arguments)
+        arguments = x, width, 1e-5, centre, table.bin_codes, group, bits, None, 0, channels
+        found, plain = launch.quantize_normalized(*arguments), PLAIN["quantize_normalized"](*arguments)
         torch.testing.assert_close(found[2], plain[2], rtol=1e-5, atol=0)
         # x^ differs in its last bits: so may a scale, and a code of a value at the border of two bins
         torch.testing.assert_close(found[1].float(), plain[1].float(), rtol=2.0**-7, atol=1e-6)
@@ -198,7 +204,7 @@ def test_norms(width, group, centre, calibrated):
 
         grad, weight = normal(rows, width, dtype=dtype).flip(0), normal(width)
         for scale in (weight, None):
-            arguments = grad, *plain, table.levels, scale, width, width, width, centre, group, bits, channels
+            arguments = grad, *plain, table.entries, scale, width, width, width, centre, group, bits, channels
             for name, mine, stock in zip(
                 ("x", "weight", "bias"), launch.norm_backward(*arguments), PLAIN["norm_backward"](*arguments)
             ):
@@ -214,8 +220,8 @@ def test_a_backward_pass_of_more_rows_than_programs(monkeypatch):
     monkeypatch.setattr(launch, "TILE", 128)
     x, weight = normal(37, 64), normal(64)
     table = table_of(4, -1.0)
-    kept = PLAIN["encode_norm"](x, 64, 1e-5, True, table.bins, 64, 4)
-    arguments = x.flip(0), *kept, table.levels, weight, 64, 64, 64, True, 64, 4
+    kept = PLAIN["quantize_normalized"](x, 64, 1e-5, True, table.bin_codes, 64, 4)
+    arguments = x.flip(0), *kept, table.entries, weight, 64, 64, 64, True, 64, 4
     for mine, stock in zip(launch.norm_backward(*arguments), PLAIN["norm_backward"](*arguments)):
         torch.testing.assert_close(mine, stock, rtol=1e-5, atol=1e-4)
 
@@ -224,7 +230,7 @@ def test_a_backward_pass_of_more_rows_than_programs(monkeypatch):
 def test_group_norm_is_plain():
     x = normal(4, 6, 16)
     table = table_of(4, -1.0)
-    kept = PLAIN["encode_norm"](x, 48, 1e-5, True, table.bins, 64, 4)
-    arguments = x, *kept, table.levels, normal(6), 48, 3, 6, True, 64, 4
+    kept = PLAIN["quantize_normalized"](x, 48, 1e-5, True, table.bin_codes, 64, 4)
+    arguments = x, *kept, table.entries, normal(6), 48, 3, 6, True, 64, 4
     for mine, stock in zip(launch.norm_backward(*arguments), PLAIN["norm_backward"](*arguments)):
         assert same(mine, stock)

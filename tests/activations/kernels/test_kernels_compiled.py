@@ -19,7 +19,7 @@ import resources
 
 REGISTERS = 168  # a thread, of 255: three programs of four warps a multiprocessor
 SHARED = 16 << 10  # bytes a program: what any GPU has for each of six
-NORM = 45  # instructions an element of encode_norm, rows of 128 elements or more
+NORM = 45  # instructions an element of quantize_normalized, rows of 128 elements or more
 NORM_AMD = 52  # where moving data among lanes takes more of them
 
 TENSOR = resources.Like
@@ -29,10 +29,10 @@ def rows(width: int, count: int = 64 * 197) -> resources.Like:
     return TENSOR((count, width), (width, 1), torch.float32)
 
 
-def encode_norm(width: int, bits: int = 4) -> resources.Call:
+def quantize_normalized(width: int, bits: int = 4) -> resources.Call:
     bins, channels = TENSOR((4096,), (1,), torch.uint8), TENSOR((3, width), (width, 1), torch.float32)
     given = {"x": rows(width), "width": width, "eps": 1e-6, "centre": True, "bins": bins, "group": 64, "bits": bits}
-    return "encode_norm", (*given.items(), ("chances", None), ("seed", 0), ("channels", channels))
+    return "quantize_normalized", (*given.items(), ("chances", None), ("seed", 0), ("channels", channels))
 
 
 def softmax_backward(width: int) -> resources.Call:
@@ -55,7 +55,7 @@ def softmax_backward(width: int) -> resources.Call:
 def query() -> resources.Call:
     """One of q, k and v as it lies in what one layer makes."""
     x = TENSOR((64, 12, 197, 64), (197 * 2304, 64, 2304, 1), torch.float32)
-    return "encode_groups", (
+    return "quantize_groupwise", (
         ("x", x),
         ("bins", TENSOR((4096,), (1,), torch.uint8)),
         ("low", -1.0),
@@ -76,7 +76,7 @@ def checked(call: resources.Call, arch: str, dtype: str) -> list[dict]:
 
 @pytest.mark.parametrize("arch, dtype", [("sm_80", "fp32"), ("sm_90", "bf16"), ("gfx942", "fp16")])
 def test_layer_norm_takes_few_instructions(arch, dtype):
-    (found,) = checked(encode_norm(768), arch, dtype)
+    (found,) = checked(quantize_normalized(768), arch, dtype)
     assert found["an_element"] <= NORM
 
 
@@ -89,7 +89,7 @@ def test_a_softmax_map_and_a_view_of_a_query_need_no_copy():
 @pytest.mark.parametrize("arch", resources.TARGETS)
 def test_layer_norms_on_all_architectures(arch):
     for dtype, width in (("fp32", 128), ("fp16", 384), ("bf16", 1024)):
-        (found,) = checked(encode_norm(width), arch, dtype)
+        (found,) = checked(quantize_normalized(width), arch, dtype)
         assert found["an_element"] <= (NORM if arch.startswith("sm_") else NORM_AMD), (width, dtype, found)
 
 
@@ -111,11 +111,11 @@ def test_all_that_the_presets_launch():
         operators = {row["operator"] for row in listed}
         assert operators >= {
             "activate",
-            "encode_norm",
+            "quantize_normalized",
             "norm_backward",
             "softmax_backward",
-            "encode_groups",
-            "decode_groups",
+            "quantize_groupwise",
+            "dequantize_groupwise",
             "max_pool2d",
         }
         for row in listed:
@@ -123,7 +123,7 @@ def test_all_that_the_presets_launch():
 
 
 def test_a_call_that_no_kernel_covers_is_told():
-    call = encode_norm(768)
+    call = quantize_normalized(768)
     double = (call[0], tuple((key, "stochastic" if key == "chances" else value) for key, value in call[1]))
     with resources.compiling(resources.TARGETS["sm_90"]) as made, pytest.raises(resources.NoKernel):
         resources.replay(double, torch.float32)

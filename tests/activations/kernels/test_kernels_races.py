@@ -90,22 +90,22 @@ def test_no_kernel_races(monkeypatch):
     watch = Watch(monkeypatch)
     for count, width in ((37, 64), (13, 200), (21, 49)):
         x = normal(count, width)
-        codes = launch.encode_levels(x, wide.bins, wide.low, wide.high, bits)
-        launch.multiply_levels(x, codes, wide.levels, bits)
-        launch.activate(x, "silu", wide.bins, wide.low, wide.high, bits)
-        launch.encode_interval(x, 0.0, 6.0)
-        codes, scales = launch.encode_groups(x.abs(), unit.bins, 0.0, 64, bits)
-        launch.decode_groups(codes, scales, unit.levels, width, 64, bits, 5, count, torch.bfloat16)
-        launch.softmax_backward(x, codes, scales, unit.levels, 64, bits)
-        launch.weight_gradient(x[:, :3], codes, scales, unit.levels, width, 64, bits)
-        launch.decode_int8(
+        codes = launch.quantize_elementwise(x, wide.bin_codes, wide.low, wide.high, bits)
+        launch.multiply_dequantized(x, codes, wide.entries, bits)
+        launch.activate(x, "silu", wide.bin_codes, wide.low, wide.high, bits)
+        launch.pack_interval(x, 0.0, 6.0)
+        codes, scales = launch.quantize_groupwise(x.abs(), unit.bin_codes, 0.0, 64, bits)
+        launch.dequantize_groupwise(codes, scales, unit.entries, width, 64, bits, 5, count, torch.bfloat16)
+        launch.softmax_backward(x, codes, scales, unit.entries, 64, bits)
+        launch.weight_gradient(x[:, :3], codes, scales, unit.entries, width, 64, bits)
+        launch.dequantize_int8(
             torch.zeros(count, width, dtype=torch.int8), torch.ones(count, 1, dtype=torch.bfloat16), torch.float16
         )
         if width % 8 == 0:
             channels = channelled(width)
-            kept = launch.encode_norm(x, width, 1e-5, True, signed.bins, 64, bits, None, 0, channels)
-            launch.norm_backward(x, *kept, signed.levels, x[0], width, width, width, True, 64, bits, channels)
-            launch.encode_groups(normal(5, 3, 7, width).transpose(1, 2), signed.bins, -1.0, 64, bits)
+            kept = launch.quantize_normalized(x, width, 1e-5, True, signed.bin_codes, 64, bits, None, 0, channels)
+            launch.norm_backward(x, *kept, signed.entries, x[0], width, width, width, True, 64, bits, channels)
+            launch.quantize_groupwise(normal(5, 3, 7, width).transpose(1, 2), signed.bin_codes, -1.0, 64, bits)
     for window in ([3, 3], [2, 2], [1, 1], [1, 1], False), ([2, 2], [2, 2], [0, 0], [1, 1], True):
         x = normal(2, 3, 9, 11)
         out, packed = launch.max_pool2d(x, *window)

@@ -31,13 +31,16 @@ def test_views_are_coded_where_they_lie(monkeypatch, dtype, width):
     monkeypatch.setattr(launch.grouped, "encode", Watched())
     q, k, v = heads(2, 5, 3, width, dtype)
     for x in (q, k[:, :2], v[1:], q.transpose(1, 2), q[:, :, 2], k[:, 1:, ::2]):
-        arguments = x, table.bins, -1.0, 64, 4
-        (found, found_scales), (expected, scales) = launch.encode_groups(*arguments), PLAIN["encode_groups"](*arguments)
+        arguments = x, table.bin_codes, -1.0, 64, 4
+        (found, found_scales), (expected, scales) = (
+            launch.quantize_groupwise(*arguments),
+            PLAIN["quantize_groupwise"](*arguments),
+        )
         assert same(found_scales, scales) and same(found, expected)
         assert read.pop() == x.data_ptr()
         channels = channelled(width)
-        arguments = x, width, 1e-5, True, table.bins, 64, 4, None, 0, channels
-        found, expected = launch.encode_norm(*arguments), PLAIN["encode_norm"](*arguments)
+        arguments = x, width, 1e-5, True, table.bin_codes, 64, 4, None, 0, channels
+        found, expected = launch.quantize_normalized(*arguments), PLAIN["quantize_normalized"](*arguments)
         torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=0)
         assert read.pop() == x.data_ptr()
 
@@ -50,8 +53,11 @@ def test_rows_of_other_tensors_are_copied():
         normal(64, 9, 2)[..., 0].t(),
         normal(2, 3, 2, 3, 2, 3, 64)[:, 0:2, :, 0:2, :, 0:2],
     ):
-        arguments = x, table.bins, -1.0, 64, 4
-        (found, found_scales), (expected, scales) = launch.encode_groups(*arguments), PLAIN["encode_groups"](*arguments)
+        arguments = x, table.bin_codes, -1.0, 64, 4
+        (found, found_scales), (expected, scales) = (
+            launch.quantize_groupwise(*arguments),
+            PLAIN["quantize_groupwise"](*arguments),
+        )
         assert same(found_scales, scales) and same(found, expected)
 
 
@@ -65,7 +71,7 @@ def test_reciprocals_of_scales_are_rounded_correctly():
     )
     table = table_of(8, -1.0)
     (found, found_scales), (expected, stored) = (
-        f(x, table.bins, -1.0, 8, 8) for f in (launch.encode_groups, PLAIN["encode_groups"])
+        f(x, table.bin_codes, -1.0, 8, 8) for f in (launch.quantize_groupwise, PLAIN["quantize_groupwise"])
     )
     assert torch.equal(found_scales, stored) and torch.equal(found, expected)
 
@@ -78,14 +84,17 @@ def test_softmax_maps(width, group):
         p[-1] = torch.zeros(width)
         p[-1, -1] = 1
         table = table_of(bits, 0.0)
-        arguments = p, table.bins, 0.0, group, bits
-        (found, found_scales), (codes, scales) = launch.encode_groups(*arguments), PLAIN["encode_groups"](*arguments)
+        arguments = p, table.bin_codes, 0.0, group, bits
+        (found, found_scales), (codes, scales) = (
+            launch.quantize_groupwise(*arguments),
+            PLAIN["quantize_groupwise"](*arguments),
+        )
         assert same(found_scales, scales) and same(found, codes)
         for start, stop in ((0, rows), (rows // 3, rows)):
-            arguments = codes, scales, table.levels, width, group, bits, start, stop, dtype
-            assert same(launch.decode_groups(*arguments), PLAIN["decode_groups"](*arguments))
+            arguments = codes, scales, table.entries, width, group, bits, start, stop, dtype
+            assert same(launch.dequantize_groupwise(*arguments), PLAIN["dequantize_groupwise"](*arguments))
         grad = normal(rows, width, dtype=dtype)
-        arguments = grad, codes, scales, table.levels, group, bits
+        arguments = grad, codes, scales, table.entries, group, bits
         mine, stock = launch.softmax_backward(*arguments), PLAIN["softmax_backward"](*arguments)
         assert mine.dtype == dtype and mine.shape == stock.shape
         torch.testing.assert_close(mine.float(), stock.float(), rtol=4 * EPS[dtype], atol=2 * EPS[dtype] + 2e-6)
@@ -98,21 +107,24 @@ def test_maps_of_no_multiple_of_a_byte(bits):
     table = table_of(bits, 0.0)
     for rows, width in ((3, 3), (9, 13), (17, 49)):
         p = normal(rows, width).abs()
-        arguments = p, table.bins, 0.0, 16, bits
-        (found, found_scales), (codes, scales) = launch.encode_groups(*arguments), PLAIN["encode_groups"](*arguments)
+        arguments = p, table.bin_codes, 0.0, 16, bits
+        (found, found_scales), (codes, scales) = (
+            launch.quantize_groupwise(*arguments),
+            PLAIN["quantize_groupwise"](*arguments),
+        )
         assert same(found_scales, scales) and same(found, codes)
-        arguments = codes, scales, table.levels, width, 16, bits, 1, rows, torch.float32
-        assert same(launch.decode_groups(*arguments), PLAIN["decode_groups"](*arguments))
+        arguments = codes, scales, table.entries, width, 16, bits, 1, rows, torch.float32
+        assert same(launch.dequantize_groupwise(*arguments), PLAIN["dequantize_groupwise"](*arguments))
 
 
 @here
 @pytest.mark.parametrize("dtype, width, calibrated", list(zip(TYPES, (64, 64, 27), (True, False, False))))
-def test_weight_gradients(monkeypatch, dtype, width, calibrated):
-    monkeypatch.setattr("s2a_cli.activations.quant.packing.CHUNK", 512)  # several pieces
+def test_weight_gradients(set_piece_sizes, dtype, width, calibrated):
+    set_piece_sizes(temporary=512)  # several pieces
     table, channels = table_of(4, -1.0), channelled(width) if calibrated else None
     x, grad = normal(3, 11, width, dtype=dtype), normal(3, 11, 7, dtype=dtype)
-    codes, scales = PLAIN["encode_groups"](x, table.bins, -1.0, 64, 4, None, 0, channels)
-    arguments = grad, codes, scales, table.levels, width, 64, 4, channels
+    codes, scales = PLAIN["quantize_groupwise"](x, table.bin_codes, -1.0, 64, 4, None, 0, channels)
+    arguments = grad, codes, scales, table.entries, width, 64, 4, channels
     mine, stock = launch.weight_gradient(*arguments), PLAIN["weight_gradient"](*arguments)
     assert mine.dtype == stock.dtype and mine.shape == stock.shape == (7, width)
     torch.testing.assert_close(
@@ -129,26 +141,30 @@ def test_frozen_weights(dtype, rows, width):
     weight = normal(rows, width, dtype=dtype)
     codes, scales = weight_quant.encode_int8(weight)
     arguments = codes, scales.view(torch.bfloat16), dtype
-    assert same(launch.decode_int8(*arguments), PLAIN["decode_int8"](*arguments))
+    assert same(launch.dequantize_int8(*arguments), PLAIN["dequantize_int8"](*arguments))
     codes, scales = weight_quant.encode_nf4(weight)
-    table, scales = weight_quant.normal_float_table().to(DEVICE), scales.view(torch.bfloat16)
-    arguments = codes, scales, table.levels, width, width // scales.shape[1], 4, 0, rows, dtype
-    assert same(launch.decode_groups(*arguments), PLAIN["decode_groups"](*arguments))
+    table, scales = weight_quant.normal_float_codebook().to(DEVICE), scales.view(torch.bfloat16)
+    arguments = codes, scales, table.entries, width, width // scales.shape[1], 4, 0, rows, dtype
+    assert same(launch.dequantize_groupwise(*arguments), PLAIN["dequantize_groupwise"](*arguments))
 
 
 @here
 @pytest.mark.parametrize("dtype", TYPES)
 def test_empty_batches(dtype):
     x, table = torch.empty(0, 3, 64, dtype=dtype, device=DEVICE), table_of(4, -1.0)
-    codes, scales = launch.encode_groups(x, table.bins, -1.0, 64, 4)
+    codes, scales = launch.quantize_groupwise(x, table.bin_codes, -1.0, 64, 4)
     assert codes.shape == (0,) and scales.shape == (0, 1)
-    assert launch.decode_groups(codes, scales, table.levels, 64, 64, 4, 0, 0, dtype).shape == (0, 64)
-    assert launch.softmax_backward(x, codes, scales, table.levels, 64, 4).shape == x.shape
-    kept = launch.encode_norm(x, 64, 1e-5, True, table.bins, 64, 4)
-    assert launch.norm_backward(x, *kept, table.levels, None, 64, 64, 64, True, 64, 4)[0].shape == x.shape
-    assert launch.weight_gradient(x[..., :7], codes, scales, table.levels, 64, 64, 4).eq(0).all()
-    assert launch.encode_levels(x, table.bins, -1.0, 1.0, 4).shape == launch.encode_interval(x, 0.0, 1.0).shape == (0,)
-    assert launch.multiply_levels(x, codes, table.levels, 4).shape == x.shape
+    assert launch.dequantize_groupwise(codes, scales, table.entries, 64, 64, 4, 0, 0, dtype).shape == (0, 64)
+    assert launch.softmax_backward(x, codes, scales, table.entries, 64, 4).shape == x.shape
+    kept = launch.quantize_normalized(x, 64, 1e-5, True, table.bin_codes, 64, 4)
+    assert launch.norm_backward(x, *kept, table.entries, None, 64, 64, 64, True, 64, 4)[0].shape == x.shape
+    assert launch.weight_gradient(x[..., :7], codes, scales, table.entries, 64, 64, 4).eq(0).all()
+    assert (
+        launch.quantize_elementwise(x, table.bin_codes, -1.0, 1.0, 4).shape
+        == launch.pack_interval(x, 0.0, 1.0).shape
+        == (0,)
+    )
+    assert launch.multiply_dequantized(x, codes, table.entries, 4).shape == x.shape
     out, packed = launch.max_pool2d(x.view(0, 3, 8, 8), [2, 2], [2, 2], [0, 0], [1, 1], False)
     assert out.shape == (0, 3, 4, 4) and packed.shape == (0,)
     dx = launch.max_pool2d_backward(out, packed, [0, 3, 8, 8], [2, 2], [2, 2], [0, 0], [1, 1], False)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations import remember
-from s2a_cli.activations.quant.packing import grouped_size, packed_size
+from s2a_cli.activations.quant.packing import groupwise_size, packed_size
 from s2a_cli.config.schema import QuantConfig
 
 
@@ -43,7 +43,7 @@ def one_bit(shape: tuple[int, ...]) -> Callable[[int], int]:
 
 
 def normalised(rows: int, width: int) -> Callable[[int], int]:
-    return lambda bits: grouped_size(rows, width, 64, bits) + 4 * rows
+    return lambda bits: groupwise_size(rows, width, 64, bits) + 4 * rows
 
 
 X = (3, 7, 11)
@@ -141,12 +141,12 @@ CASES = [
     Case("max_pool2d-large", lambda x: F.max_pool2d(x, 9), [IMAGE], lambda b: packed_size(12, 7), True),
     Case("max_pool2d-empty", lambda x: F.max_pool2d(x, 2), [(0, 3, 4, 4)], nothing, True),
     Case("avg_pool2d", lambda x: F.avg_pool2d(x, 3, 2, 1, True, False), [IMAGE], nothing, True),
-    Case("softmax", lambda x: F.softmax(x, -1), [X], lambda b: grouped_size(21, 11, 64, b)),
-    Case("Tensor.softmax", lambda x: x.softmax(dim=2), [X], lambda b: grouped_size(21, 11, 64, b)),
-    Case("softmax-wide", lambda x: torch.softmax(x, 1), [(5, 130)], lambda b: grouped_size(5, 130, 64, b)),
-    Case("softmax-other-dim", lambda x: F.softmax(x, 1), [X], lambda b: grouped_size(33, 7, 64, b)),
+    Case("softmax", lambda x: F.softmax(x, -1), [X], lambda b: groupwise_size(21, 11, 64, b)),
+    Case("Tensor.softmax", lambda x: x.softmax(dim=2), [X], lambda b: groupwise_size(21, 11, 64, b)),
+    Case("softmax-wide", lambda x: torch.softmax(x, 1), [(5, 130)], lambda b: groupwise_size(5, 130, 64, b)),
+    Case("softmax-other-dim", lambda x: F.softmax(x, 1), [X], lambda b: groupwise_size(33, 7, 64, b)),
     Case("softmax-empty", lambda x: F.softmax(x, 1), [(0, 4)], nothing),
-    Case("attention", F.scaled_dot_product_attention, [HEADS] * 3, lambda b: 3 * grouped_size(60, 16, 64, b)),
+    Case("attention", F.scaled_dot_product_attention, [HEADS] * 3, lambda b: 3 * groupwise_size(60, 16, 64, b)),
     Case("attention-causal", partial(F.scaled_dot_product_attention, is_causal=True), [HEADS] * 3),
     Case("attention-cross", F.scaled_dot_product_attention, [HEADS, (2, 3, 7, 16), (2, 3, 7, 20)]),
     Case("attention-3d", F.scaled_dot_product_attention, [(3, 5, 8)] * 3),
@@ -164,18 +164,18 @@ CASES = [
         "attention-unfused",
         unfused,
         [HEADS] * 3,
-        lambda b: 3 * grouped_size(60, 16, 64, b) + grouped_size(60, 10, 64, b),
+        lambda b: 3 * groupwise_size(60, 16, 64, b) + groupwise_size(60, 10, 64, b),
     ),
     Case("gate", lambda x, g: (x * 1) * g.sigmoid(), [IMAGE, (2, 6, 1, 1)]),
     Case(
         "gate-full",
         lambda x, g: F.silu(g) * (x * 1),
         [X, X],
-        lambda b: 2 * grouped_size(21, 11, 64, b) + packed_size(231, b),
+        lambda b: 2 * groupwise_size(21, 11, 64, b) + packed_size(231, b),
     ),
     Case("gate-both-broadcast", lambda x, g: (x * 1) * (g * 1), [(2, 6, 1, 5), (2, 1, 4, 5)], exact=True),
-    Case("square-of-itself", lambda x: multiplied_by_itself(x * 1), [X], lambda b: grouped_size(21, 11, 64, b)),
-    *(Case(name, lambda x, f=f: f(x * 1), [X], lambda b: grouped_size(21, 11, 64, b)) for name, f in POWERS.items()),
+    Case("square-of-itself", lambda x: multiplied_by_itself(x * 1), [X], lambda b: groupwise_size(21, 11, 64, b)),
+    *(Case(name, lambda x, f=f: f(x * 1), [X], lambda b: groupwise_size(21, 11, 64, b)) for name, f in POWERS.items()),
     Case("power-of-1.5", lambda x: (x * 1).abs() ** 1.5, [X], exact=True),
     Case("divide", lambda x, n: (x * 1) / n.exp(), [HEADS, (2, 3, 10, 1)]),
     Case("divide-in-place", lambda x, n: (x * 1).div_(n.exp()), [HEADS, (2, 1, 1, 16)]),
@@ -214,7 +214,7 @@ CASES = [
     Case("pad-reflect", lambda x: F.pad(x, (1, 2, 1, 0), "reflect"), [IMAGE], nothing, True),
     Case("pad-replicate", lambda x: F.pad(x, (1, 2, 1, 0), mode="replicate"), [IMAGE], nothing, True),
     Case("adaptive_avg_pool2d", lambda x: F.adaptive_avg_pool2d(x, (4, 3)), [IMAGE], nothing, True),
-    Case("linear-coded", F.linear, [X, (5, 11), (5,)], lambda b: grouped_size(21, 11, 64, b), linear=True),
+    Case("linear-coded", F.linear, [X, (5, 11), (5,)], lambda b: groupwise_size(21, 11, 64, b), linear=True),
     Case("conv2d-coded", F.conv2d, [IMAGE, (4, 6, 3, 3), (4,)], linear=True),
     Case("conv2d-trains", F.conv2d, [IMAGE, (4, 6, 3, 3), (4,)], exact=True),
     Case("silu-twice", lambda x: F.silu(x) + F.silu(x), [X], lambda b: 2 * packed_size(231, b)),
@@ -402,7 +402,7 @@ def test_unfused_attention_keeps_q_k_v_and_codes_of_the_map(name, set_piece_size
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), context:
             out = F.scaled_dot_product_attention(q, k, v, **MASKS[name])
         assert torch.allclose(out, stock, rtol=1e-5, atol=1e-6)
-        assert sum(kept.values()) == 3 * 4 * q.numel() + 2 * grouped_size(30, 10, 64, bits)
+        assert sum(kept.values()) == 3 * 4 * q.numel() + 2 * groupwise_size(30, 10, 64, bits)
         for grad, right in zip(torch.autograd.grad(out, (q, k, v), cotangent), exact):
             assert (grad - right).norm() < tolerance * right.norm()
 

@@ -1,4 +1,4 @@
-"""Levels and channels fitted to a layer's own inputs: when, from what, and how they live on."""
+"""Codebook entries and channels fitted to a layer's own inputs: when, from what, and how they live on."""
 
 from __future__ import annotations
 
@@ -82,6 +82,17 @@ def test_a_resumed_run_goes_on_as_it_was(model, rounding):
     resumed.calibration.load_state_dict(memory.calibration.state_dict())
     for seed in range(1, LOOKS[-1] + 2):
         assert torch.equal(gradient(model, memory, batch(seed)), gradient(model, resumed, batch(seed)))
+
+
+def test_names_in_a_saved_state_stay(model):
+    """A run that was saved by an earlier version goes on with its own layers: these names are in its files."""
+    memory = remember(config(**FAMILIES, softmax=4, recompute="block", input=8), model[1:])
+    gradient(model, memory, batch(0))
+    state = memory.calibration.state_dict()
+    assert state.keys() == {"layers", "draws", "passes"}
+    own = {"1:input/channels/16", "1:gelu/gelu/4", "1.norm:layer_norm/channels/16", "1.first:linear/channels/16"}
+    assert own <= state["layers"].keys()
+    assert all(layer.keys() == {"first", "last", "looks", "seen", "fitted"} for layer in state["layers"].values())
 
 
 def test_without_calibration_there_is_no_state(model):

@@ -22,10 +22,12 @@ def derivative(function) -> torch.Tensor:
     return torch.autograd.grad(function(x).sum(), x)[0]
 
 
-def error(function, table: codebooks.Table, density) -> float:
+def error(function, table: codebooks.Codebook, density) -> float:
     """Root mean square over inputs of this density."""
-    index = ((GRID - table.low) / (table.high - table.low) * len(table.bins)).long().clamp(0, len(table.bins) - 1)
-    wrong = table.levels.double()[table.bins[index].long()] - derivative(function)
+    index = (
+        ((GRID - table.low) / (table.high - table.low) * len(table.bin_codes)).long().clamp(0, len(table.bin_codes) - 1)
+    )
+    wrong = table.entries.double()[table.bin_codes[index].long()] - derivative(function)
     return float((density(GRID) * wrong**2).sum().div(density(GRID).sum()).sqrt())
 
 
@@ -44,9 +46,9 @@ PUBLISHED = {
 @pytest.mark.parametrize("bits, deviation", PUBLISHED)
 def test_the_table_of_errors_of_gelu(bits, deviation):
     density, columns = normal(0, deviation), PUBLISHED[bits, deviation]
-    uniform = codebooks.derivative_table(F.gelu, bits, levels=codebooks.uniform_levels(F.gelu, bits))
+    uniform = codebooks.derivative_codebook(F.gelu, bits, entries=codebooks.uniform_entries(F.gelu, bits))
     assert error(F.gelu, uniform, density) == pytest.approx(columns[1], abs=0.0011)
-    ours = error(F.gelu, codebooks.derivative_table(F.gelu, bits, density), density)
+    ours = error(F.gelu, codebooks.derivative_codebook(F.gelu, bits, density), density)
     assert ours <= min(columns) + 0.0005  # they are rounded to three digits
 
 
@@ -68,9 +70,9 @@ def test_no_uniform_grid_is_better(name):
     function = FUNCTIONS[name]
     last = float("inf")
     for bits in range(1, 9):
-        uniform = codebooks.derivative_table(function, bits, levels=codebooks.uniform_levels(function, bits))
+        uniform = codebooks.derivative_codebook(function, bits, entries=codebooks.uniform_entries(function, bits))
         for density in (normal(0, 1), normal(0, 2), codebooks.pointwise_weights):
-            ours = error(function, codebooks.derivative_table(function, bits, density), density)
+            ours = error(function, codebooks.derivative_codebook(function, bits, density), density)
             assert ours <= error(function, uniform, density)
         assert ours < 0.7 * last
         last = ours
@@ -84,7 +86,7 @@ def test_tables_are_made_once():
 
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_a_table_is_derived_from_its_levels(stochastic):
-    made = codebooks.derivative_table(F.silu, 4, stochastic=stochastic)
-    again = codebooks.derivative_table(F.silu, 4, stochastic=stochastic, levels=made.levels)
-    assert torch.equal(made.levels, again.levels)
-    assert (made.bins != again.bins).float().mean() < 1e-3  # ties at float32's rounding
+    made = codebooks.derivative_codebook(F.silu, 4, stochastic=stochastic)
+    again = codebooks.derivative_codebook(F.silu, 4, stochastic=stochastic, entries=made.entries)
+    assert torch.equal(made.entries, again.entries)
+    assert (made.bin_codes != again.bin_codes).float().mean() < 1e-3  # ties at float32's rounding

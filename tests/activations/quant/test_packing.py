@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from s2a_cli.activations.quant import codebooks, packing
 from s2a_cli.activations.quant.primitives import (
-    decode_groups,
-    encode_groups,
-    encode_interval,
-    encode_levels,
-    multiply_levels,
+    dequantize_groupwise,
+    multiply_dequantized,
+    pack_interval,
+    quantize_elementwise,
+    quantize_groupwise,
 )
 
 BITS = range(1, 9)
@@ -41,8 +41,8 @@ def test_a_few_bits_a_byte():
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (8, 40), (16, 7), (1, 9), (2, 3, 4, 5)])
-def test_pieces_cover_a_strided_tensor_in_logical_order(shape, monkeypatch):
-    monkeypatch.setattr(packing, "CHUNK", 32)
+def test_pieces_cover_a_strided_tensor_in_logical_order(shape, set_piece_sizes):
+    set_piece_sizes(temporary=32)
     whole = torch.arange(2 * torch.Size(shape).numel()).view(*shape[:-1], -1)
     for x in (whole[..., : shape[-1]], whole[..., : shape[-1]].contiguous(), whole[..., : shape[-1]].transpose(0, -1)):
         pieces = list(packing.elements(x))
@@ -56,10 +56,10 @@ def test_pieces_cover_a_strided_tensor_in_logical_order(shape, monkeypatch):
     "bits, std, bound", [(2, 1, 0.090), (3, 1, 0.044), (4, 1, 0.024), (2, 2, 0.073), (3, 2, 0.045), (4, 2, 0.022)]
 )
 def test_levels_reach_the_optimum_of_a_known_distribution(bits, std, bound):
-    table = codebooks.derivative_table(F.gelu, bits, lambda x: torch.exp(-((x / std) ** 2) / 2))
+    table = codebooks.derivative_codebook(F.gelu, bits, lambda x: torch.exp(-((x / std) ** 2) / 2))
     x = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
     weight = torch.exp(-((x / std) ** 2) / 2)
-    error = multiply_levels(torch.ones_like(x), *_coded(x, table)) - _derivative(F.gelu, x)
+    error = multiply_dequantized(torch.ones_like(x), *_coded(x, table)) - _derivative(F.gelu, x)
     assert ((weight * error**2).sum() / weight.sum()).sqrt() < bound
     assert abs((weight * error).sum() / weight.sum()) < 1e-4  # cell means: no bias
 
@@ -67,7 +67,7 @@ def test_levels_reach_the_optimum_of_a_known_distribution(bits, std, bound):
 def test_levels_are_a_minimum():
     generator = torch.Generator().manual_seed(0)
     values, weights = torch.rand(2, 60, dtype=torch.float64, generator=generator)
-    best = codebooks.optimal_levels(values, weights, 2)
+    best = codebooks.optimal_entries(values, weights, 2)
     chosen = codebooks.nearest(values, best)
     error = (weights * (best[chosen.long()] - values) ** 2).sum()
     order = values.argsort()
@@ -89,7 +89,10 @@ def test_the_error_of_every_table_falls_with_bits(function):
     for bits in (2, 4, 8):
         table = codebooks.pointwise(function, {}, bits, x)
         errors.append(
-            (multiply_levels(torch.ones_like(x), *_coded(x, table)) - _derivative(function, x)).square().mean().sqrt()
+            (multiply_dequantized(torch.ones_like(x), *_coded(x, table)) - _derivative(function, x))
+            .square()
+            .mean()
+            .sqrt()
         )
     assert errors[0] > 3 * errors[1] > 20 * errors[2]
     assert errors[2] < 0.003
@@ -102,16 +105,16 @@ def test_the_error_of_every_table_falls_with_bits(function):
 def test_groups_round_trip_within_the_grid(bits, rows, width, group):
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
     table = codebooks.signed(bits, min(group, width), x)
-    packed, scales = encode_groups(x, table.bins, table.low, group, bits)
-    back = decode_groups(packed, scales, table.levels, width, group, bits, 0, rows, x.dtype)
-    assert packed.numel() + 2 * scales.numel() == packing.grouped_size(rows, width, group, bits)
-    centres = torch.linspace(-1, 1, table.bins.numel())
-    cell = (table.levels[table.bins.int()] - centres).abs().max()  # the farthest a value is from its level
+    packed, scales = quantize_groupwise(x, table.bin_codes, table.low, group, bits)
+    back = dequantize_groupwise(packed, scales, table.entries, width, group, bits, 0, rows, x.dtype)
+    assert packed.numel() + 2 * scales.numel() == packing.groupwise_size(rows, width, group, bits)
+    centres = torch.linspace(-1, 1, table.bin_codes.numel())
+    cell = (table.entries[table.bin_codes.int()] - centres).abs().max()  # the farthest a value is from its level
     largest = torch.stack([part.abs().amax(-1) for part in x.split(group, -1)], -1).repeat_interleave(group, -1)[
         :, :width
     ]
     assert ((back - x).abs() <= largest * (cell + 0.005)).all()
-    middle = decode_groups(packed, scales, table.levels, width, group, bits, rows // 2, rows, x.dtype)
+    middle = dequantize_groupwise(packed, scales, table.entries, width, group, bits, rows // 2, rows, x.dtype)
     assert torch.equal(middle, back[rows // 2 :])
 
 
@@ -121,7 +124,9 @@ def test_an_outlier_is_kept_and_its_group_does_not_grow(bits, outlier):
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     x[:, 7] = outlier
     table = codebooks.signed(bits, 64, x)
-    back = decode_groups(*encode_groups(x, table.bins, table.low, 64, bits), table.levels, 64, 64, bits, 0, 4, x.dtype)
+    back = dequantize_groupwise(
+        *quantize_groupwise(x, table.bin_codes, table.low, 64, bits), table.entries, 64, 64, bits, 0, 4, x.dtype
+    )
     assert torch.allclose(back[:, 7], x[:, 7], rtol=0.005)
     assert back.square().sum() < 1.02 * x.square().sum()
 
@@ -132,7 +137,9 @@ def test_group_scales_survive_extremes(dtype, value):
     x = torch.full((2, 64), value, dtype=dtype)
     x[1, 0] = 1.0
     table = codebooks.signed(8, 64, x)
-    back = decode_groups(*encode_groups(x, table.bins, table.low, 64, 8), table.levels, 64, 64, 8, 0, 2, dtype)
+    back = dequantize_groupwise(
+        *quantize_groupwise(x, table.bin_codes, table.low, 64, 8), table.entries, 64, 64, 8, 0, 2, dtype
+    )
     assert back.isfinite().all()
     assert torch.allclose(back[0].float(), x[0].float(), rtol=0.01)
 
@@ -141,18 +148,18 @@ def test_group_scales_survive_extremes(dtype, value):
 def test_a_diverged_activation_is_no_error(bad):
     x = torch.full((64,), bad)
     table = codebooks.pointwise(F.gelu, {}, 4, x)
-    encode_levels(x, table.bins, table.low, table.high, 4)
-    encode_groups(x, codebooks.signed(4, 64, x).bins, -1.0, 64, 4)
+    quantize_elementwise(x, table.bin_codes, table.low, table.high, 4)
+    quantize_groupwise(x, codebooks.signed(4, 64, x).bin_codes, -1.0, 64, 4)
 
 
 def test_interval_is_open():
     x = torch.tensor([-3.0, -2.9, 0.0, 2.9, 3.0])
-    packed = encode_interval(x, -3.0, 3.0)
+    packed = pack_interval(x, -3.0, 3.0)
     assert packing.unpack(packed, 0, 5, 1, 5).tolist() == [0, 1, 1, 1, 0]
 
 
 def _coded(x, table):
-    return encode_levels(x, table.bins, table.low, table.high, table.bits), table.levels, table.bits
+    return quantize_elementwise(x, table.bin_codes, table.low, table.high, table.bits), table.entries, table.bits
 
 
 def _derivative(function, x):

@@ -9,7 +9,7 @@ from torch import nn
 
 from s2a_cli.activations import remember
 from s2a_cli.activations.quant import codebooks
-from s2a_cli.activations.quant.primitives import decode_groups, encode_groups
+from s2a_cli.activations.quant.primitives import dequantize_groupwise, quantize_groupwise
 from s2a_cli.config.schema import QuantConfig
 
 
@@ -55,8 +55,8 @@ def test_grouped_values_are_unbiased(bits, make):
     table = make(bits, 64, x, True) if make is codebooks.signed else make(bits, x, True)
     total, one = torch.zeros_like(x), None
     for seed in range(400):
-        codes, scales = encode_groups(x, table.bins, table.low, 64, bits, table.chances, seed)
-        total += decode_groups(codes, scales, table.levels, 64, 64, bits, 0, 40, x.dtype)
+        codes, scales = quantize_groupwise(x, table.bin_codes, table.low, 64, bits, table.chances, seed)
+        total += dequantize_groupwise(codes, scales, table.entries, 64, 64, bits, 0, 40, x.dtype)
         one = (total - x).norm() if one is None else one
     error = (total / 400 - x).norm()
     assert error < 1.15 * one / 20 + 3e-4 * x.norm()  # the bins' width is the rest
@@ -65,9 +65,9 @@ def test_grouped_values_are_unbiased(bits, make):
 def test_levels_for_stochastic_rounding_span_the_range():
     like = torch.zeros(())
     for bits in range(1, 9):
-        assert codebooks.signed(bits, 64, like, True).levels[[0, -1]].tolist() == [-1, 1]
-        assert codebooks.unit(bits, like, True).levels[[0, -1]].tolist() == [0, 1]
-        gelu = codebooks.pointwise(F.gelu, {}, bits, like, True).levels
+        assert codebooks.signed(bits, 64, like, True).entries[[0, -1]].tolist() == [-1, 1]
+        assert codebooks.unit(bits, like, True).entries[[0, -1]].tolist() == [0, 1]
+        gelu = codebooks.pointwise(F.gelu, {}, bits, like, True).entries
         assert gelu[0] == pytest.approx(-0.1289, abs=1e-4) and gelu[-1] == pytest.approx(1.1289, abs=1e-4)
 
 
@@ -79,7 +79,7 @@ def test_its_variance_is_the_least():
         below = torch.bucketize(values, chosen[1:-1], right=True)
         return ((values - chosen[below]) * (chosen[below + 1] - values)).sum()
 
-    best = variance(codebooks.spanning_levels(values, weights, 2))
+    best = variance(codebooks.spanning_entries(values, weights, 2))
     inner = values[torch.randint(1, 199, (300, 2), generator=torch.Generator().manual_seed(1))].sort(-1).values
     assert all(best <= variance(torch.cat([values[:1], pair, values[-1:]])) + 1e-4 for pair in inner)
 
