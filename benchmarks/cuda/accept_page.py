@@ -219,13 +219,13 @@ def memory(result: Entry) -> str:
 def cell(entry: Entry | None, word: str) -> str:
     if entry is None:
         return ""
-    peak, foretold = (((entry[kind] or {}).get("peak_mib")) for kind in ("measured", "predicted"))
+    peak, predicted = (((entry[kind] or {}).get("peak_mib")) for kind in ("measured", "predicted"))
     if peak:
         off = error(entry)
         return f"{peak:,.{1 if peak < 100 else 0}f}" + (f" ({percent(off)})" if off is not None else " (not predicted)")
     if entry["refused"]:
         return "refused"
-    return f"~{foretold:,.0f}" if foretold else ""
+    return f"~{predicted:,.0f}" if predicted else ""
 
 
 def speed(result: Entry, race: Entry) -> str:

@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from s2a_cli.activations import remember
+from s2a_cli.activations import compress_activations
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.config.compose import CONF, compose
 from s2a_cli.config.schema import QuantConfig
@@ -180,14 +180,16 @@ def families(state: State) -> Iterator[Row]:
                 if not calibrate and family not in CALIBRATED:
                     continue
                 torch.manual_seed(0)
-                memory = remember(quant(**{family: bits}, calibrate=calibrate, rounding=rounding), state.blocks)
+                memory = compress_activations(
+                    quant(**{family: bits}, calibrate=calibrate, rounding=rounding), state.blocks
+                )
                 fitted = "nearest" if family not in CALIBRATED else "calibrated" if calibrate else "fixed"
                 kind = rounding if rounding == "stochastic" else fitted
                 yield measured(family, f"{bits} bits, {kind}", state, memory, bits + scale, every=family == "linear")
 
 
 def with_table(table: codebooks.Codebook, bits: int) -> Any:
-    memory: Any = remember(quant(pointwise=bits))
+    memory: Any = compress_activations(quant(pointwise=bits))
     memory.calibration.pointwise = lambda *args: table
     return memory
 
@@ -217,7 +219,9 @@ def grids(state: State) -> Iterator[Row]:
                 seeds = iter(range(1, 10**6))
                 memory.calibration.seed = lambda seeds=seeds: next(seeds)
             yield measured("grid", f"GELU', {2**bits} levels: {name}", state, memory, bits)
-        yield measured("grid", f"GELU', {2**bits} levels: calibrated", state, remember(quant(pointwise=bits)), bits)
+        yield measured(
+            "grid", f"GELU', {2**bits} levels: calibrated", state, compress_activations(quant(pointwise=bits)), bits
+        )
     for family, bits, group, name in (
         ("norm", 4, 192, "LN x^, a scale a token"),
         ("norm", 4, 64, "LN x^, groups of 64"),
@@ -230,7 +234,7 @@ def grids(state: State) -> Iterator[Row]:
         ("input", 4, 192, "block input, a scale a token"),
     ):
         for calibrate in (False, True) if family in CALIBRATED else (False,):
-            memory = remember(quant(**{family: bits}, group=group, calibrate=calibrate), state.blocks)
+            memory = compress_activations(quant(**{family: bits}, group=group, calibrate=calibrate), state.blocks)
             setting = f"{name}, {bits} bits" + (", channels calibrated" if calibrate else "")
             yield measured("grid", setting, state, memory, bits + 16 / group)
 
@@ -253,7 +257,7 @@ def shipped(state: State, groups: list[dict]) -> Iterator[Row]:
         if "Mobile" in state.name and not name.startswith("quant="):
             continue
         torch.manual_seed(0)
-        memory = remember(config, state.blocks)
+        memory = compress_activations(config, state.blocks)
         row = measured("preset", name, state, memory, None if "Mobile" in state.name else average_bits(config))
         row.kept = state.kept(memory) / stock
         if name.startswith("quant="):
@@ -276,8 +280,8 @@ def means_of_draws(state: State) -> Iterator[Row]:
     """The mean gradient over n draws of stochastic rounding: noise falls as 1 / sqrt(n), and what stays is bias."""
     few = State(f"{state.name}, 16 photos", state.model, state.blocks, state.images[::4], state.labels[::4])
     for name, settings in (("pointwise, 2 bits", {"pointwise": 2}), ("norm, 4 bits", {"norm": 4})):
-        yield measured("bias", f"{name}, nearest", few, remember(quant(**settings)), None)
-        memory, total = remember(quant(**settings, rounding="stochastic")), None
+        yield measured("bias", f"{name}, nearest", few, compress_activations(quant(**settings)), None)
+        memory, total = compress_activations(quant(**settings, rounding="stochastic")), None
         for draw in range(1, max(DRAWS) + 1):
             found = few.gradients(memory)
             total = found if total is None else {key: total[key] + found[key] for key in total}

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2a_cli.activations import remember
+from s2a_cli.activations import compress_activations
 from s2a_cli.activations.ops import norm, pointwise
 from s2a_cli.activations.quant import groupwise
 from s2a_cli.common.files import atomic_write
@@ -91,7 +91,7 @@ def main() -> int:
     torch.set_num_threads(1)
     rows = []
     for name, function in OPERATORS.items():
-        memory = remember(QuantConfig(name="int4", pointwise=4, norm=4, attention=4))
+        memory = compress_activations(QuantConfig(name="int4", pointwise=4, norm=4, attention=4))
         for _ in range(FITTED):
             with memory:
                 for _ in range(CALLS):

@@ -70,7 +70,7 @@ def calm(threads: int) -> None:
 
 def run(words: list[str]) -> dict[str, float]:
     """The accuracies of a run."""
-    result, folder = trainer.train(compose(words), once=True)
+    result, folder = trainer.train(compose(words), skip_finished=True)
     if result["status"] != "ok":
         raise SystemExit(f"{folder}: {result['status']}: {result['error']}")
     return cast(dict[str, float], result["accuracy"])

@@ -24,7 +24,7 @@ from s2a_cli import backbones, memory, methods
 from s2a_cli.backbones import Backbone
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
-from s2a_cli.memory.predict import hollow_tensors
+from s2a_cli.memory.predict import dataless_tensors
 from s2a_cli.training.step import Step, make_optimizer, moving_norms, train_mode, weight_dtype
 
 CLASSES = 100
@@ -262,8 +262,8 @@ def predicted(row: Row, words: list[str], batch: int) -> memory.Memory:
         step = _partitioned(made)
     if row.budget is None:
         return memory.predict(made.model, images, step, made.optimizer)
-    # Fake tensors throughout: the compiler's front end can't trace hollow ones.
-    with FakeTensorMode(allow_non_fake_inputs=True), ReadsOnes(), hollow_tensors(made.model):
+    # Fake tensors throughout: the compiler's front end can't trace dataless ones.
+    with FakeTensorMode(allow_non_fake_inputs=True), ReadsOnes(), dataless_tensors(made.model):
         found = memory.track(made.model, [torch.empty_like(t, device="cpu") for t in images], step, made.optimizer)
     return memory.Memory(found.kind, float("nan"), found.static_mib, found.kept_mib)
 

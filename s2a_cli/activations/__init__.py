@@ -1,6 +1,6 @@
 """Keeps less between the forward and the backward pass.
 
-    memory = remember(config, blocks)
+    memory = compress_activations(config, blocks)
     for images, labels in loader:
         with memory:
             loss = criterion(model(images), labels)
@@ -24,10 +24,10 @@ from s2a_cli.activations.mode import ActivationMode
 from s2a_cli.config.checks import check_quant
 from s2a_cli.config.schema import QuantConfig
 
-STOCK = QuantConfig(name="none", lossless=False)  # what PyTorch keeps by itself
+REFERENCE = QuantConfig(name="none", lossless=False)  # what PyTorch keeps by itself
 
 
-def remember(config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> AbstractContextManager[Any]:
+def compress_activations(config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> AbstractContextManager[Any]:
     """Returns the context for forward passes, to be made once and entered in every step.
 
     It belongs to the thread that enters it, as torch.no_grad does. A config that keeps what PyTorch keeps gives a
@@ -40,8 +40,8 @@ def remember(config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> AbstractC
     if problems := check_quant(config):
         raise ValueError("; ".join(problems))
     if config.recompute == "block" and not (blocks := list(blocks)):
-        raise ValueError("recompute='block' needs the blocks: remember(config, model.blocks)")
-    return nullcontext() if config.is_stock else ActivationMode(config, blocks)
+        raise ValueError("recompute='block' needs the blocks: compress_activations(config, model.blocks)")
+    return nullcontext() if config.is_reference else ActivationMode(config, blocks)
 
 
-__all__ = ["STOCK", "ActivationMode", "kernels", "remember"]
+__all__ = ["REFERENCE", "ActivationMode", "compress_activations", "kernels"]

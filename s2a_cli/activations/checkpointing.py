@@ -73,7 +73,9 @@ class StandIn:
         found = block.module.__dict__.get("forward")
         if isinstance(found, StandIn):
             if found.block is not None:
-                raise RuntimeError(f"block {block.index} is within another remember(...), in another thread")
+                raise RuntimeError(
+                    f"block {block.index} is within another compress_activations(...), in another thread"
+                )
             self.own, self.inner = found.own, found.inner  # someone put back what stood here in an earlier step
         else:
             self.own: Callable | None = found  # the instance's forward; None: it has its class's
@@ -97,7 +99,7 @@ class StandIn:
 
     def __deepcopy__(self, memo: dict) -> Any:
         if self.block is not None:
-            raise RuntimeError("a model can't be copied within remember(...): copy it before or after")
+            raise RuntimeError("a model can't be copied within compress_activations(...): copy it before or after")
         return copy.deepcopy(self.inner, memo)
 
 

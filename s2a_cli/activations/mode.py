@@ -109,7 +109,8 @@ class ActivationMode(TorchFunctionMode):
             if not self._thread.exits:
                 if getattr(_entered, "mode", None):
                     raise RuntimeError(
-                        "this thread is within another remember(...) already: use one for the whole forward pass"
+                        "this thread is within another compress_activations(...) already: use one for the whole forward"
+                        " pass"
                     )
                 for block in self.blocks:
                     stack.enter_context(block.installed())
@@ -122,7 +123,9 @@ class ActivationMode(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         if not self._thread.exits:
-            raise RuntimeError("this thread is not within this remember(...): leave it in the thread that entered it")
+            raise RuntimeError(
+                "this thread is not within this compress_activations(...): leave it in the thread that entered it"
+            )
         self._thread.exits.pop().close()
 
     @contextmanager
@@ -158,7 +161,7 @@ class ActivationMode(TorchFunctionMode):
     def _active(self) -> Frame:
         frame = self.frame
         if frame is None:
-            raise RuntimeError("this thread is not within this remember(...)")
+            raise RuntimeError("this thread is not within this compress_activations(...)")
         return frame
 
     @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch.utils import checkpoint
 
 REFUSED = (
-    "torch.utils.checkpoint within s2a_cli.activations.remember: what it computes again it would compute outside, where"
+    "torch.utils.checkpoint within compress_activations: what it computes again it would compute outside, where"
     " nothing is coded. Take it off (in timm: model.set_grad_checkpointing(False)), and let recompute='block' do what"
     " it did"
 )

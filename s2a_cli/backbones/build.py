@@ -17,13 +17,13 @@ from torch import nn
 from s2a_cli.backbones.backbone import Backbone
 from s2a_cli.backbones.head import Classified, Head, find_head, pooled
 from s2a_cli.backbones.pretrained import load_checkpoint, pretrained_cfg
-from s2a_cli.common.dataless import Hollow
+from s2a_cli.common.dataless import Dataless
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import brief, first_line, nearest
 from s2a_cli.config.schema import BackboneConfig
 from s2a_cli.config.trust import check_names
 from s2a_cli.data.transforms import ImageConfig
-from s2a_cli.memory.predict import hollow_tensors
+from s2a_cli.memory.predict import dataless_tensors
 
 
 def build(config: BackboneConfig, num_classes: int, *, meta: bool = False) -> Backbone:
@@ -84,7 +84,7 @@ def _classified(model: nn.Module, image_size: int, num_classes: int) -> Classifi
     """Adds a head to a model that has none. Raises UserError where it returns features of no known layout."""
     kind, parameter = type(model).__name__, next(model.parameters())
     try:
-        with Hollow(), hollow_tensors(model), torch.no_grad():
+        with Dataless(), dataless_tensors(model), torch.no_grad():
             features = model(torch.empty(1, 3, image_size, image_size, dtype=parameter.dtype, device="cpu"))
             channels = pooled(features).shape[1]
     except Exception as error:  # models check their input in ways of their own
@@ -104,7 +104,7 @@ def lacks_variance(backbone: Backbone, train: Callable[[nn.Module], None]) -> bo
     """
     size, dtype = backbone.image.size, next(backbone.model.parameters()).dtype
     try:
-        with Hollow(), hollow_tensors(backbone.model), torch.no_grad():
+        with Dataless(), dataless_tensors(backbone.model), torch.no_grad():
             train(backbone.model)
             backbone.model(torch.empty(1, 3, size, size, dtype=dtype, device="cpu"))
     except ValueError as error:

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from s2a_cli.backbones.hidden import Hidden
-from s2a_cli.common.dataless import Hollow
-from s2a_cli.memory.predict import hollow_tensors
+from s2a_cli.common.dataless import Dataless
+from s2a_cli.memory.predict import dataless_tensors
 
 BATCH = 2  # images of the pass
 COVERS = 0.5  # share of a module's parameters that the blocks within it must have to replace it
@@ -118,8 +118,8 @@ def trace(model: nn.Module, image_size: int) -> Trace:
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(torch.no_grad())
         if parameter.device.type != "meta":
-            stack.enter_context(Hollow())
-            stack.enter_context(hollow_tensors(model))
+            stack.enter_context(Dataless())
+            stack.enter_context(dataless_tensors(model))
             parameter = next(model.parameters())
         stack.enter_context(_Evidence(running))
         images = torch.empty(BATCH, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)

@@ -72,7 +72,7 @@ def train(words: list[str]) -> int:
         from s2a_cli.training import trainer
 
     with silenced():
-        result, folder = trainer.train(config, anew="--force" in words, once="--once" in words)
+        result, folder = trainer.train(config, force="--force" in words, skip_finished="--once" in words)
         print(summary.render(summary.table(aggregate.from_results([result]))))
         print(f"\nrun: {folder}")
     status, error = result["status"], result["error"]

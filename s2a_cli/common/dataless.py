@@ -1,6 +1,6 @@
 """Runs training code on dataless tensors: shapes, dtypes and autograd are real, and no kernel computes anything.
 
-Within `Hollow`, operators return tensors that nobody has written to. The operating system gives a page of memory when
+Within `Dataless`, operators return tensors that nobody has written to. The operating system gives a page of memory when
 it is first written, so such a tensor takes none, whatever its size. PyTorch's fake tensors are asked once what an
 operator returns for a combination of shapes, so the second layer of a network costs a look-up. This is several times
 faster than fake tensors throughout, and dispatch, autocast and autograd are those of CPU tensors.
@@ -22,7 +22,7 @@ AS_IT_IS = object()  # marks an operator that is run as it is: it touches no dat
 DETERMINISTIC: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
 
 
-class Hollow(TorchDispatchMode):
+class Dataless(TorchDispatchMode):
     """A mode in which views are real, in-place operators do nothing and all others return new dataless tensors.
 
     Reading a value (`loss.item()`, Adam's step counter) gives 1, and a GradScaler finds all gradients finite. Raises
@@ -43,14 +43,14 @@ class Hollow(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # else PyTorch wraps every call to keep the compiler out, which is off around the tracker already
 
-    def __enter__(self) -> Hollow:
-        Hollow.active += 1
+    def __enter__(self) -> Dataless:
+        Dataless.active += 1
         self._fill = DETERMINISTIC.fill_uninitialized_memory
         DETERMINISTIC.fill_uninitialized_memory = False  # it would write to all of the tensors
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        Hollow.active -= 1
+        Dataless.active -= 1
         DETERMINISTIC.fill_uninitialized_memory = self._fill
         super().__exit__(*error)
 
@@ -94,9 +94,9 @@ class Hollow(TorchDispatchMode):
         return value if tensor.dtype.is_floating_point else tensor.dtype is torch.bool or 1
 
 
-def is_hollow(tensor: Tensor) -> bool:
-    """Tells whether a tensor has no values to read: within `Hollow`, and while the compiler traces."""
-    return Hollow.active > 0 or isinstance(tensor, FakeTensor)
+def is_dataless(tensor: Tensor) -> bool:
+    """Tells whether a tensor has no values to read: within `Dataless`, and while the compiler traces."""
+    return Dataless.active > 0 or isinstance(tensor, FakeTensor)
 
 
 def _returns(func) -> Any:

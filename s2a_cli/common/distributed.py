@@ -27,14 +27,14 @@ OUT_OF_MEMORY = "s2a/out-of-memory"  # key in the store that the processes share
 PATIENCE = 3.0  # seconds to wait for what another process may announce
 
 
-def part() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """Returns (rank, number of processes) of this process: (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Tells whether this is the main process, which writes files."""
-    return part()[0] == 0
+    return rank_and_world_size()[0] == 0
 
 
 def world() -> int:
@@ -92,12 +92,12 @@ def silenced() -> contextlib.AbstractContextManager[Any]:
     return contextlib.redirect_stdout(io.StringIO()) if os.environ.get("RANK", "0") != "0" else contextlib.nullcontext()
 
 
-def from_first(make: Callable[[], T]) -> T:
+def broadcast(make: Callable[[], T]) -> T:
     """Calls `make` in the main process, and returns or raises in all processes what it returned or raised."""
-    if part()[1] == 1:
+    if rank_and_world_size()[1] == 1:
         return make()
     made: list[Any] = [None, None]
-    if is_first():
+    if is_main_process():
         try:
             made[0] = make()
         except BaseException as error:
@@ -108,21 +108,21 @@ def from_first(make: Callable[[], T]) -> T:
     return made[0]
 
 
-def wait() -> None:
+def barrier() -> None:
     """Waits until all processes have come here."""
-    if part()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         dist.barrier()
 
 
 def announce(text: str) -> None:
     """Tells the other processes, which see no more than a lost connection, that this one ran out of memory."""
-    if part()[1] > 1:
-        dist.distributed_c10d._get_default_store().set(OUT_OF_MEMORY, f"process {part()[0]}: {text}")
+    if rank_and_world_size()[1] > 1:
+        dist.distributed_c10d._get_default_store().set(OUT_OF_MEMORY, f"process {rank_and_world_size()[0]}: {text}")
 
 
 def announced() -> str | None:
     """Returns what another process announced within PATIENCE seconds, or None."""
-    if part()[1] == 1:
+    if rank_and_world_size()[1] == 1:
         return None
     store = dist.distributed_c10d._get_default_store()
     try:
@@ -132,9 +132,9 @@ def announced() -> str | None:
         return None
 
 
-def total(*values: float) -> list[float]:
+def all_reduce_sum(*values: float) -> list[float]:
     """Sums each value over all processes, in float64 and on the CPU: no GPU is waited for."""
-    if part()[1] == 1:
+    if rank_and_world_size()[1] == 1:
         return list(values)
     summed: Tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(summed)

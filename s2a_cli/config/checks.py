@@ -50,7 +50,7 @@ def check(config: DictConfig) -> dict[str, str]:
     if (
         values.get("compile")
         and not any(key.startswith("quant.") for key in problems)
-        and not cast(QuantConfig, OmegaConf.to_object(config.quant)).is_stock
+        and not cast(QuantConfig, OmegaConf.to_object(config.quant)).is_reference
     ):
         problems["compile"] = (
             f"compile=true needs quant=none, not {values['quant.name']}: codes and recomputation break the compiler's"

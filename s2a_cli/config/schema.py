@@ -134,7 +134,7 @@ class QuantConfig:
         return made
 
     @property
-    def is_stock(self) -> bool:
+    def is_reference(self) -> bool:
         """Whether exactly what PyTorch itself keeps is kept, by one pass over the batch."""
         coded = self.lossless or any(getattr(self, name) is not None for name in (*CODED, "linear"))
         return not coded and self.recompute == "none" and self.chunks == 1 and not self.blocks

@@ -1,6 +1,6 @@
 """Predicts memory without a GPU: runs real training steps on tensors without data and counts the bytes alive.
 
-`profile` runs a small and a whole step of the training loop on hollow tensors. Everything that decides memory is the
+`profile` runs a small and a whole step of the training loop on dataless tensors. Everything that decides memory is the
 real thing: the model, its hooks, autograd, the optimiser, the code of the step. Only the kernels are missing, so it
 takes about a second and next to no memory. What a CUDA device does differently is modelled in cuda.py.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2a_cli.activations.piece_sizes import planned_for
-from s2a_cli.common.dataless import Hollow
+from s2a_cli.common.dataless import Dataless
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.memory.cuda import CudaAutocast
 from s2a_cli.memory.result import MIB, Memory
@@ -83,8 +83,8 @@ def profile(
     Raises ValueError when the step does not call `f()`, torch's DataDependentOutputException or
     DynamicOutputShapeException where memory depends on the data, and whatever the step raises.
     """
-    with Hollow(), hollow_tensors(model):
-        return observe(model, [_hollow(tensor) for tensor in batch], step, make_optimizer, blocks)
+    with Dataless(), dataless_tensors(model):
+        return observe(model, [_dataless(tensor) for tensor in batch], step, make_optimizer, blocks)
 
 
 def predict(model: nn.Module, batch: Iterable[Tensor], step: Step, make_optimizer: MakeOptimizer) -> Memory:
@@ -113,8 +113,8 @@ def saved_bytes(function: Callable[[], Any], model: nn.Module | None = None) -> 
 
 
 @contextmanager
-def hollow_tensors(model: nn.Module) -> Iterator[None]:
-    """Replaces the parameters and buffers of `model` by hollow CPU tensors; then restores the very same objects.
+def dataless_tensors(model: nn.Module) -> Iterator[None]:
+    """Replaces the parameters and buffers of `model` by dataless CPU tensors; then restores the very same objects.
 
     A copy of the model would not do: its hooks would still point to the modules of the original.
     """
@@ -123,10 +123,10 @@ def hollow_tensors(model: nn.Module) -> Iterator[None]:
     originals = [dict(table) for table in tables]
     training = [module.training for module in modules]
     # Tied tensors stay tied.
-    hollow = {id(t): _hollow(t) for table in originals for t in table.values() if t is not None}
+    dataless = {id(t): _dataless(t) for table in originals for t in table.values() if t is not None}
     try:
         for table in tables:
-            table.update((name, hollow[id(t)]) for name, t in table.items() if t is not None)
+            table.update((name, dataless[id(t)]) for name, t in table.items() if t is not None)
         yield
     finally:
         for table, original in zip(tables, originals, strict=True):
@@ -136,13 +136,13 @@ def hollow_tensors(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _hollow(tensor: Tensor) -> Tensor:
+def _dataless(tensor: Tensor) -> Tensor:
     """Returns a CPU tensor of the same shape and type that nobody has written to."""
-    hollow = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+    dataless = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
     if isinstance(tensor, nn.Parameter):
-        hollow = nn.Parameter(hollow, requires_grad=tensor.requires_grad)
-        vars(hollow).update(vars(tensor))
-    return hollow
+        dataless = nn.Parameter(dataless, requires_grad=tensor.requires_grad)
+        vars(dataless).update(vars(tensor))
+    return dataless
 
 
 def _few(batch: list[Tensor]) -> list[Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from s2a_cli.backbones import Hidden
-from s2a_cli.common.distributed import is_first
+from s2a_cli.common.distributed import is_main_process
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import listed
 from s2a_cli.config.schema import AT_LEAST_1
@@ -68,7 +68,7 @@ class Prompt(Structure):
             )
         limits = {block.name: min(block.input.channels, block.input.positions) for block in adapted}
         narrow = {name: limit for name, limit in limits.items() if limit < rank}
-        if narrow and is_first():
+        if narrow and is_main_process():
             few = listed([f"{limit} at {name}" for name, limit in narrow.items()], 3)
             print(
                 f"s2a: the low-rank prompt has a lower rank than {rank} where channels or positions are few: {few}",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from s2a_cli.activations import remember
+from s2a_cli.activations import compress_activations
 from s2a_cli.config.schema import QuantConfig
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.memory.predict import profile
@@ -41,8 +41,7 @@ def predict_memory(
     targets: of the batch, such as torch.empty(64, dtype=torch.long).
     optimizer: called with the list of trainable parameters.
     precision: fp32 (the model and the batch as they are), amp-bf16 or amp-fp16 (under autocast).
-    quant: what is kept for the backward pass, as `s2a_cli.activations.remember` takes it; None keeps what PyTorch
-        itself keeps.
+    quant: what is kept for the backward pass, as `compress_activations` takes it; None keeps what PyTorch itself keeps.
     blocks: {name: module} that the breakdown tells apart, and that `quant.recompute` and `quant.chunks` are about.
 
     Returns a Profile: `memory` (peak, static and kept MiB; its kind is "predicted"), `parts` (what is alive at the
@@ -57,7 +56,7 @@ def predict_memory(
     if targets is not None and loss is None:
         raise ValueError("targets need a loss(output, targets)")
     inputs = _inputs(model, batch)
-    compressing = remember(quant, (blocks or {}).values()) if quant else nullcontext()
+    compressing = compress_activations(quant, (blocks or {}).values()) if quant else nullcontext()
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "amp-fp16")
 
     def step(model: nn.Module, optimizer: Optimizer, *tensors: Tensor, after_forward: Callable[[], None]) -> None:

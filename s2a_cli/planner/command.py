@@ -16,7 +16,7 @@ from s2a_cli.planner import report
 from s2a_cli.planner.batch_size import device_size, largest_batch, options, size
 from s2a_cli.planner.report import Fitted, Prediction, Row
 from s2a_cli.planner.run_memory import Composition, Predictor
-from s2a_cli.training import run as run_module
+from s2a_cli.training.run import choose_device
 
 OPTIONS = ("format", "figure", "fit", "context", "fragmentation", "processes")  # words that are not of the composition
 FORMATS = ("terminal", "json", "csv")
@@ -45,7 +45,7 @@ def run(words: list[str]) -> int:
     for number, member in enumerate(grid, 1):
         config = compose(member)
         if config.device not in ("auto", "cpu"):
-            run_module.choose_device(config.device)  # one that is not there is a mistake
+            choose_device(config.device)  # one that is not there is a mistake
         row = Row(" ".join(member[place] for place in varied) or "this run", Composition.of(config))
         if len(grid) > 1 and sys.stderr.isatty():
             print(f"\r\033[Kpredicting {number} of {len(grid)}: {row.name}", end="", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from s2a_cli.data.layout import class_folders
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.methods import Attachment
 from s2a_cli.training import forecast
-from s2a_cli.training import run as run_module
+from s2a_cli.training.run import attach
 
 CLASSES, IMAGES = 100, 1 << 20  # assumed of a data set that is not on this machine
 SIZES = {  # classes, training images before a validation split is taken, and whether there is an official one
@@ -93,7 +93,7 @@ class Predictor:
         key = json.dumps([plain(with_batch_size(config, 1), resolve=True), composition.classes])
         if key not in self._built:
             backbone = backbones.build(config.backbone, composition.classes, meta=True)
-            self._built[key] = run_module.attach(config, backbone)
+            self._built[key] = attach(config, backbone)
         return self._profile(self._built[key], config, composition)
 
     def full(self, composition: Composition) -> Profile:

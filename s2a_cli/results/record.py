@@ -168,7 +168,7 @@ def content(config: dict[str, Any], revision: str, weights: str) -> str:
     return json.dumps({"config": kept, "data": revision, "weights": weights, "schema": SCHEMA}, sort_keys=True)
 
 
-def identity(content: str) -> str:
+def run_id(content: str) -> str:
     """Returns the first 12 hex digits of the SHA-256 of a run's `content`."""
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 

@@ -173,7 +173,7 @@ def place(folder: Path, content: str, force: bool) -> Path | None:
     except UserError as error:
         if not trained:
             return folder
-        if not force and folder.name != record.identity(content):
+        if not force and folder.name != record.run_id(content):
             raise UserError(
                 f"{first_line(error, 400)}: it is not known which run this is; --force trains anew"
             ) from None

@@ -30,7 +30,7 @@ from s2a_cli.methods import keeps_codable
 from s2a_cli.planner.batch_size import AUTO, need_device, resolved
 from s2a_cli.results import record, run_folder
 from s2a_cli.training import forecast
-from s2a_cli.training import run as run_module
+from s2a_cli.training.run import attach
 
 GROUPS = ("backbone", "method", "quant", "dataset", "optim")
 
@@ -194,10 +194,10 @@ class Known:
         settings = plain(config, resolve=True)
         shape = json.dumps({key: settings[key] for key in ("backbone", "method", "quant", "optim", "precision")})
         if shape not in self._fits:
-            run_module.attach(config, backbones.build(config.backbone, classes, meta=True))
+            attach(config, backbones.build(config.backbone, classes, meta=True))
             self._fits.add(shape)
         content = record.content(settings, revision, weights)
-        place = root / label / config.backbone.name / config.method.name / record.identity(content)
+        place = root / label / config.backbone.name / config.method.name / record.run_id(content)
         return Member(words, config, name, content, place, classes, images)
 
 

@@ -7,10 +7,10 @@ In the order of speed, the first of these that fits is taken:
 3. blocks computed again from inputs of 8 bits, in more and more pieces; then from fewer bits, block by block.
 
 How much a code costs is measured on images of the run (the S2A paper's "gradient-informed precision allocation"): the
-relative error e of the whole gradient when one family of one block alone is coded in `REFERENCE` bits. Each further bit
-halves it, and errors of different operators are independent: the expected square error of an allocation is the sum of
-e^2 4^(REFERENCE - bits). It is convex in the bits, so that giving bits one by one to whoever gains most for its bytes
-is optimal.
+relative error e of the whole gradient when one family of one block alone is coded in `REFERENCE_BITS` bits. Each
+further bit halves it, and errors of different operators are independent: the expected square error of an allocation is
+the sum of e^2 4^(REFERENCE_BITS - bits). It is convex in the bits, so that giving bits one by one to whoever gains most
+for its bytes is optimal.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from s2a_cli.activations import STOCK
+from s2a_cli.activations import REFERENCE
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.progress import Progress
 from s2a_cli.config.schema import QuantConfig
@@ -35,7 +35,7 @@ from s2a_cli.methods import Attachment
 from s2a_cli.training.step import Step, train_mode
 
 TOLERANCE = 0.045  # relative error of the gradient: a cosine of 0.999
-REFERENCE = 4
+REFERENCE_BITS = 4
 BITS = (2, 3, 4, 5, 6, 8)
 INPUT_BITS = (4, 5, 6, 8)
 CODED = ("pointwise", "norm", "attention", "softmax")  # families of operators
@@ -50,7 +50,7 @@ Key = tuple[int, str]  # the number of a block, and a family or "input"
 
 @dataclass
 class Costs:
-    """States what one bit of a family in a block costs in bytes, and how much error `REFERENCE` bits make."""
+    """States what one bit of a family in a block costs in bytes, and how much error `REFERENCE_BITS` bits make."""
 
     bytes: dict[Key, float] = field(default_factory=dict)
     error: dict[Key, float] = field(default_factory=dict)  # relative, of the whole gradient
@@ -60,7 +60,7 @@ class Costs:
         return math.sqrt(sum(self._square(key, count) for key, count in bits.items()))
 
     def _square(self, key: Key, bits: int) -> float:
-        return self.error[key] ** 2 * 4.0 ** (REFERENCE - bits)
+        return self.error[key] ** 2 * 4.0 ** (REFERENCE_BITS - bits)
 
     def spread(self, mib: float, choices: tuple[int, ...]) -> dict[Key, int] | None:
         """Returns the bits with the least expected error that take at most `mib`; None where the fewest take more."""
@@ -123,7 +123,7 @@ class Gradient:
     def __init__(self, config: DictConfig, attached: Attachment, batch: tuple[Tensor, Tensor], device: torch.device):
         self.config, self.attached, self.device = config, attached, device
         self.images, self.targets = (tensor.to(device) for tensor in batch)
-        self.base = replace(STOCK, recompute="block", group=config.quant.group)  # exact, in little memory
+        self.base = replace(REFERENCE, recompute="block", group=config.quant.group)  # exact, in little memory
         train_mode(attached.model)
         self._exact = self._of(self.base)
 
@@ -241,7 +241,7 @@ def measure(gradient: Gradient, families: tuple[str, ...]) -> Costs:
                     per_image = (_kept(gradient, index, family, 8) - _kept(gradient, index, family, 4)) / 4
                 if per_image:
                     costs.bytes[index, family] = batch * per_image
-                    coded = replace(gradient.base, blocks={index: _alone(family, REFERENCE)})
+                    coded = replace(gradient.base, blocks={index: _alone(family, REFERENCE_BITS)})
                     costs.error[index, family] = gradient.error(coded)
                 progress.add(1)
     return costs

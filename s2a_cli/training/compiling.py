@@ -7,9 +7,9 @@ import torch._functorch.config as functorch_config
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2a_cli.common.dataless import Hollow
+from s2a_cli.common.dataless import Dataless
 from s2a_cli.common.errors import UserError
-from s2a_cli.memory.predict import hollow_tensors
+from s2a_cli.memory.predict import dataless_tensors
 from s2a_cli.training.step import train_mode
 
 
@@ -48,7 +48,7 @@ class _Random(TorchDispatchMode):
 
 def random_operators(model: nn.Module, image_size: int) -> list[str]:
     """Returns the operators with which a forward pass in training draws random numbers; computes nothing."""
-    with Hollow(), hollow_tensors(model), _Random() as drawn, torch.no_grad():
+    with Dataless(), dataless_tensors(model), _Random() as drawn, torch.no_grad():
         train_mode(model)
         dtype = next(model.parameters()).dtype
         model(torch.empty(2, 3, image_size, image_size, dtype=dtype))

@@ -32,7 +32,7 @@ class Scores(TypedDict):
 
 def judge(run: Run, top1: float | None) -> None:
     """Warns where a test accuracy in % is one that no training is needed for."""
-    if (said := data.majority(run.splits, top1)) and distributed.is_first():
+    if (said := data.majority(run.splits, top1)) and distributed.is_main_process():
         print(f"s2a: {said}", file=sys.stderr)
 
 
@@ -84,7 +84,7 @@ def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: 
     found = [torch.zeros(3, device=run.device)]
     count = 0
     five = len(run.splits.classes) > 5
-    alone = distributed.part()[1] == 1  # with others there is no stop before the sums that they wait for
+    alone = distributed.rank_and_world_size()[1] == 1  # with others there is no stop before the sums that they wait for
     for images, targets in guarded(loader, asked):
         images, targets = sent(images, run.device), sent(targets, run.device)
         logits = step.logits(run.trained, images)
@@ -95,5 +95,5 @@ def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: 
         count += len(images)
         if alone and asked():
             raise KeyboardInterrupt
-    loss, top1, top5, count = distributed.total(*torch.stack(found).cpu().double().sum(0).tolist(), count)
+    loss, top1, top5, count = distributed.all_reduce_sum(*torch.stack(found).cpu().double().sum(0).tolist(), count)
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count if five else None}

@@ -174,7 +174,7 @@ def _checksum(file: IO[bytes], size: int) -> bytes:
     return whole.digest()
 
 
-class TapLoader(data.Loader):
+class FeatureLoader(data.Loader):
     """Yields batches of (Features, labels).
 
     Their order and mirror images are those of the `Loader` that loads the images themselves.
@@ -207,8 +207,8 @@ class Cache:
     kept: dict[str, Kept]
     peak_mib: float | None  # measured on CUDA, of the forward passes that fill them
 
-    def loader(self, run: Run, split: str, train: bool, part: tuple[int, int]) -> TapLoader:
-        return TapLoader(self.kept[split], getattr(run.splits, split).labels, run.config, train, part)
+    def loader(self, run: Run, split: str, train: bool, part: tuple[int, int]) -> FeatureLoader:
+        return FeatureLoader(self.kept[split], getattr(run.splits, split).labels, run.config, train, part)
 
 
 def fill_size(config: DictConfig) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2a_cli import backbones, memory, methods
-from s2a_cli.activations import STOCK
+from s2a_cli.activations import REFERENCE
 from s2a_cli.common import distributed
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import type_and_first_line
@@ -41,7 +41,7 @@ def full_finetuning(config: DictConfig, classes: int) -> tuple[Attachment, DictC
     whole = backbones.build(config.backbone, classes, meta=True)
     attached = methods.attach(OmegaConf.create({"name": "full", "blocks": "all"}), whole)
     whole.model.to(weight_dtype(config.precision))
-    return attached, merge(config, {"quant": OmegaConf.structured(STOCK)})
+    return attached, merge(config, {"quant": OmegaConf.structured(REFERENCE)})
 
 
 def predicted_peak(config: DictConfig, classes: int, images: int) -> float | None:
@@ -59,7 +59,7 @@ def predicted_peak(config: DictConfig, classes: int, images: int) -> float | Non
 
 def predict_step(attached: Attachment, config: DictConfig, images: int) -> memory.Memory:
     """Predicts the memory of one training step of a config, of at most `images` images."""
-    return profile_step(attached, config, images, distributed.part()[1]).memory
+    return profile_step(attached, config, images, distributed.rank_and_world_size()[1]).memory
 
 
 def profile_step(attached: Attachment, config: DictConfig, images: int, processes: int = 1) -> memory.Profile:

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2a_cli.common.dataless import Hollow, is_hollow
-from s2a_cli.common.distributed import from_first, part
+from s2a_cli.common.dataless import Dataless, is_dataless
+from s2a_cli.common.distributed import broadcast, rank_and_world_size
 
 BUCKET = 25 * 2**20  # bytes; the size that DistributedDataParallel begins with
 IN_FLIGHT = 2  # buckets at most whose copies are alive
@@ -28,7 +28,7 @@ class Bucket:
 
     def start(self) -> None:
         self.flat = torch.cat([gradient(p).reshape(-1) for p in self.parameters])
-        if not is_hollow(self.flat):  # a prediction is each process's own
+        if not is_dataless(self.flat):  # a prediction is each process's own
             self.work = dist.all_reduce(self.flat, async_op=True)
 
     def finish(self) -> None:
@@ -69,7 +69,7 @@ class GradientSum:
     @contextmanager
     def last_backward(self) -> Iterator[None]:
         """Surrounds the last backward pass of a step; behind it gradients are the sums."""
-        if part()[1] == 1:
+        if rank_and_world_size()[1] == 1:
             yield
             return
         self._came, self._started = [], []
@@ -114,7 +114,7 @@ class GradientSum:
         for bucket in self._started[-IN_FLIGHT:]:
             bucket.finish()
         if self._buckets is None:
-            came = self._came if Hollow.active else from_first(lambda: self._came)
+            came = self._came if Dataless.active else broadcast(lambda: self._came)
             self._buckets = _filled([self.parameters[number] for number in came])
 
 

@@ -41,7 +41,7 @@ WARMUP_STEPS = 3  # left out of throughput and of measured memory
 
 
 @dataclass
-class Sofar:
+class TrainState:
     """States where a run is: the next step is `step` (from 0) of `epoch` (from 1), and what came out before it."""
 
     epoch: int = 1
@@ -55,11 +55,11 @@ class Sofar:
     best: list[float] = field(default_factory=lambda: [-1.0, 0.0])  # validation top-1 and -loss: small splits tie often
 
 
-class Fit:
+class TrainLoop:
     """Trains a run, keeps the tensors of the epoch with the best validation accuracy, tests these once.
 
     board: a SummaryWriter, or None. Call it with the run's state, if there is one:
-    `Fit(...)(checkpoints.load_state(folder))`. Notes accuracy, speed and, on CUDA, memory in `known`.
+    `TrainLoop(...)(checkpoints.load_state(folder))`. Notes accuracy, speed and, on CUDA, memory in `known`.
     """
 
     def __init__(self, run: Run, folder: Path, known: record.RecordBuilder, board: Any = None):
@@ -71,7 +71,7 @@ class Fit:
         self.schedule = LambdaLR(self.optimizer, lr_factor(self.optim, len(self.loader)))
         self.mix = mixing(self.optim, len(run.splits.classes))
         self.meter = memory.meter(run.device, WARMUP_STEPS)
-        self.sofar = Sofar()
+        self.sofar = TrainState()
         self._pending: Pending | None = None  # the last step, where a GPU may still be at it
 
     def __call__(self, state: dict[str, Any] | None) -> None:
@@ -80,7 +80,7 @@ class Fit:
         images = self.optim.epochs * len(self.run.splits.train)
         done = (self.sofar.epoch - 1) * len(self.run.splits.train) + self.sofar.images
         with (
-            Progress("training", images, " images", done, quiet=not distributed.is_first()) as progress,
+            Progress("training", images, " images", done, quiet=not distributed.is_main_process()) as progress,
             stopping() as asked,
         ):
             while self.sofar.epoch <= self.optim.epochs:
@@ -94,7 +94,7 @@ class Fit:
                 measured["peak_mib"] = round(max(meter.memory.peak_mib, cache.peak_mib or 0.0), 2)
             self.known.measured(measured)
         if self.run.config.test:
-            distributed.wait()  # the first one may still be writing
+            distributed.barrier()  # the first one may still be writing
             checkpoints.load(self.folder, self.run.model, self.run.weights)
             scores = accuracy(self.run, self.run.loader("test"))
             self.known.tested(scores["top1"], scores["top5"])
@@ -131,7 +131,7 @@ class Fit:
         if (found := [scores["top1"], -scores["loss"]]) > at.best:
             at.best = found
             self.known.validated(scores["top1"], epoch)
-            if distributed.is_first():
+            if distributed.is_main_process():
                 state = checkpoints.trainable_state(self.run.model)
                 checkpoints.save(self.folder, state, self.step.fitted, self.run.weights)
         line = {
@@ -142,8 +142,8 @@ class Fit:
             "lr": at.lr,
             "seconds": time.perf_counter() - begun,
         }
-        self.sofar = Sofar(epoch + 1, rates=at.rates, lines=[*at.lines, json.dumps(line) + "\n"], best=at.best)
-        if distributed.is_first():
+        self.sofar = TrainState(epoch + 1, rates=at.rates, lines=[*at.lines, json.dumps(line) + "\n"], best=at.best)
+        if distributed.is_main_process():
             files.atomic_write(self.folder / "metrics.jsonl", "".join(self.sofar.lines))
         self._save()
         progress.note(
@@ -172,10 +172,10 @@ class Fit:
         self.schedule.step()
         at.step += 1
         before, self._pending = (self._pending, pending) if pending.is_late else (pending, None)
-        stops, saves = self._count(before, asked(), due and distributed.is_first())
+        stops, saves = self._count(before, asked(), due and distributed.is_main_process())
         steps = (at.epoch - 1) * len(self.loader) + at.step - 1
-        if distributed.part()[1] > 1 and steps <= LOOKS[-1]:  # the first one's codes, in all processes
-            self.step.calibration = distributed.from_first(lambda: self.step.calibration)
+        if distributed.rank_and_world_size()[1] > 1 and steps <= LOOKS[-1]:  # the first one's codes, in all processes
+            self.step.calibration = distributed.broadcast(lambda: self.step.calibration)
         return stops > 0, saves > 0
 
     def _count(self, step: Pending | None, *flags: bool) -> list[float]:
@@ -184,7 +184,7 @@ class Fit:
         Returns how many of the processes raise each flag.
         """
         at, (loss, seconds) = self.sofar, step.read() if step else (0.0, 0.0)
-        loss, *raised = distributed.total(loss, *flags)
+        loss, *raised = distributed.all_reduce_sum(loss, *flags)
         if step and not math.isfinite(loss):
             raise RunError(
                 f"the loss is {loss} in epoch {at.epoch}, step {step.number}: lower optim.lr={self.optim.lr:g}"
@@ -201,7 +201,7 @@ class Fit:
             self._count(pending)
 
     def _save(self) -> None:
-        if distributed.is_first():
+        if distributed.is_main_process():
             kept = {
                 "content": self.run.content,
                 "allocation": self.known.allocation,
@@ -223,10 +223,10 @@ class Fit:
             self.schedule.load_state_dict(state["schedule"])
             self.step.scaler.load_state_dict(state["scaler"])
             self.known.accuracy = state["accuracy"]
-            self.sofar = Sofar(**state["sofar"])
+            self.sofar = TrainState(**state["sofar"])
         except Exception as error:  # torch and Python raise kinds of their own for what is no such state
             raise checkpoints.damaged(self.folder / checkpoints.STATE, first_line(error)) from None
-        if distributed.is_first():
+        if distributed.is_main_process():
             files.atomic_write(self.folder / "metrics.jsonl", "".join(self.sofar.lines))
 
 

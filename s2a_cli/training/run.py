@@ -42,8 +42,8 @@ class Run:
     cache: Cache | None = None  # with dataset.cache=features, once it is open
 
     @property
-    def identity(self) -> str:
-        return record.identity(self.content)
+    def run_id(self) -> str:
+        return record.run_id(self.content)
 
     @property
     def backbone(self) -> Backbone:
@@ -65,7 +65,7 @@ class Run:
 
     def loader(self, split: str, train: bool = False) -> data.Loader:
         if self.cache:
-            return self.cache.loader(self, split, train, distributed.part())
+            return self.cache.loader(self, split, train, distributed.rank_and_world_size())
         config, dataset = self.config, getattr(self.splits, split)
         return data.loader(
             dataset,
@@ -75,7 +75,7 @@ class Run:
             train=train,
             workers=config.workers,
             pin_memory=self.device.type == "cuda",
-            part=distributed.part(),
+            part=distributed.rank_and_world_size(),
         )
 
 
@@ -90,7 +90,7 @@ def prepare(config: DictConfig) -> Run:
     backbone = backbones.build(config.backbone, len(splits.classes))
     weights = backbone.fingerprint()
     attached = attach(config, backbone)
-    processes = distributed.part()[1]
+    processes = distributed.rank_and_world_size()[1]
     if config.dataset.cache:
         check_steady(attached)
         if processes > 1:
@@ -155,7 +155,7 @@ def _refuse_parts(config: DictConfig) -> None:
                 f"{key}={show(value)} changes the result here: method={config.method.name} trains BatchNorms, whose"
                 f" statistics are those of one forward pass of the batch; set it to {show(default)}"
             )
-    if distributed.part()[1] > 1:
+    if distributed.rank_and_world_size()[1] > 1:
         raise UserError(
             f"method={config.method.name} trains BatchNorms, whose statistics are those of a whole batch: use one"
             " process"

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from s2a_cli.activations import ActivationMode, remember
+from s2a_cli.activations import ActivationMode, compress_activations
 from s2a_cli.config.schema import OptimConfig, QuantConfig, RunConfig
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.deep_supervision import losses_of
@@ -86,7 +86,7 @@ class Step:
         self.dtype = weight_dtype(config.precision)
         # Operators read it at every call: a plain dataclass is ten times faster.
         quant = OmegaConf.to_object(config.quant) if isinstance(config.quant, DictConfig) else config.quant
-        self.memory = remember(cast(QuantConfig, quant), attached.blocks)
+        self.memory = compress_activations(cast(QuantConfig, quant), attached.blocks)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
         self._sum: GradientSum | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp-fp16")

@@ -14,36 +14,38 @@ from omegaconf import DictConfig, OmegaConf
 
 from s2a_cli import data, memory
 from s2a_cli.common import distributed
-from s2a_cli.common import files as files_module
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.files import atomic_write
 from s2a_cli.common.text import type_and_first_line
 from s2a_cli.config.schema import QuantConfig
 from s2a_cli.config.settings import merge, plain
 from s2a_cli.results import record, run_folder
 from s2a_cli.training import bit_allocation, checkpoints, feature_cache, forecast
-from s2a_cli.training import environment as environment_module
 from s2a_cli.training.compiling import compile_model
+from s2a_cli.training.environment import environment
 from s2a_cli.training.evaluation import judge
-from s2a_cli.training.loop import Fit
+from s2a_cli.training.loop import TrainLoop
 from s2a_cli.training.run import OUT_OF_MEMORY, Run, prepare
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk; what failed can go on when there is space
 
 
-def train(config: DictConfig, anew: bool = False, once: bool = False) -> tuple[record.Result, Path]:
+def train(config: DictConfig, force: bool = False, skip_finished: bool = False) -> tuple[record.Result, Path]:
     """Trains one run and returns its record and its folder.
 
-    A run that is finished is left as it is, and one that was broken off goes on, unless it is to start `anew`. That,
-    and another run in the same folder, leaves a finished one in place until the new one is whole (see folders). Out of
-    memory and Ctrl-C end in a record with that status, as does a full disk, with `interrupted`. Any other failure is
-    recorded as `failed` and raised. Raises UserError when another process is at the same run, when the folder holds a
-    run of another config or somebody's files, and, sooner without `once`, when others use the run's CUDA device, unless
-    `busy` allows that.
+    A run that is finished is left as it is, and one that was broken off goes on, unless `force` starts it from the
+    beginning. That, and another run in the same folder, leaves a finished one in place until the new one is whole. Out
+    of memory and Ctrl-C end in a record with that status, as does a full disk, with `interrupted`. Any other failure is
+    recorded as `failed` and raised.
+
+    skip_finished: a finished run is shown before a busy device is refused. Raises UserError when another process is at
+    the same run, when the folder holds a run of another config or somebody's files, and when others use the run's CUDA
+    device, unless `busy` allows that.
     """
     # Others are asked about before this process, or one that it is joined to, holds any of the device.
     own = distributed.own_device(config.device)
     refused = memory.refusal(own) if config.busy == "refuse" and own else None
-    if refused and not once:
+    if refused and not skip_finished:
         raise refused
     with ExitStack() as stack:
         config.device = stack.enter_context(distributed.joined(config.device))
@@ -51,30 +53,30 @@ def train(config: DictConfig, anew: bool = False, once: bool = False) -> tuple[r
             run_folder.usable(Path(config.run_dir))  # before anything is downloaded
         run = prepare(config)
         folder = Path(
-            config.run_dir or f"runs/{run.splits.name}/{config.backbone.name}/{config.method.name}/{run.identity}"
+            config.run_dir or f"runs/{run.splits.name}/{config.backbone.name}/{config.method.name}/{run.run_id}"
         )
-        place = distributed.from_first(lambda: run_folder.claim(folder, run.content, anew, stack))
+        place = distributed.broadcast(lambda: run_folder.claim(folder, run.content, force, stack))
         if place is None:
             print(f"finished before, nothing is trained; --force trains it anew: {folder}")
             return record.read_result(folder), folder
         if refused:
             raise refused
-        state = _begin(run, place, anew)
+        state = _begin(run, place, force)
         if place != folder:
             print(f"{folder}: its files stay until this run is whole")
         result = _train(run, place, state)
-        if distributed.is_first():
+        if distributed.is_main_process():
             run_folder.settle(folder)
         return result, folder
 
 
-def _begin(run: Run, place: Path, anew: bool) -> dict[str, Any] | None:
+def _begin(run: Run, place: Path, force: bool) -> dict[str, Any] | None:
     """Returns the state from which to go on; None after the place was cleared for a run from the start."""
-    state = None if anew else checkpoints.load_state(place)
+    state = None if force else checkpoints.load_state(place)
     if state and state["content"] == run.content:
         return state
-    distributed.wait()  # all have looked
-    if distributed.is_first():
+    distributed.barrier()  # all have looked
+    if distributed.is_main_process():
         place.mkdir(exist_ok=True)
         for name in (run_folder.STATE, run_folder.RECORD, run_folder.METRICS, run_folder.TRACEBACK, run_folder.TENSORS):
             (place / name).unlink(missing_ok=True)
@@ -85,20 +87,20 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> record.Resul
     config = run.config
     known = _begun(run)
     if config.quant.budget_mib:
-        known.allocation = state["allocation"] if state else distributed.from_first(lambda: _allocate(run))
+        known.allocation = state["allocation"] if state else distributed.broadcast(lambda: _allocate(run))
         run.config = merge(config, {"quant": known.allocation})
-    write = record.write_result if distributed.is_first() else lambda folder, result: None
+    write = record.write_result if distributed.is_main_process() else lambda folder, result: None
     write(folder, known.result())
     try:
         with ExitStack() as stack:
-            if distributed.is_first():
-                files_module.atomic_write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-            board = _tensorboard(folder, stack) if config.tensorboard and distributed.is_first() else None
-            if distributed.is_first():
+            if distributed.is_main_process():
+                atomic_write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+            board = _tensorboard(folder, stack) if config.tensorboard and distributed.is_main_process() else None
+            if distributed.is_main_process():
                 print(data.describe(run.splits))
             predicted = None if config.compile else forecast.predict(run)  # the compiler decides what it keeps
             known.predicted(predicted)
-            _foretell(predicted, run.device)
+            _announce_forecast(predicted, run.device)
             run.model.to(run.device)
             stack.enter_context(memory.snapshot(folder, run.device, config.profile == "memory"))
             if config.compile:
@@ -107,7 +109,7 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> record.Resul
                 run.cache = feature_cache.opened(run)
             if state:
                 print(f"going on in {folder}: epoch {state['sofar']['epoch']}, step {state['sofar']['step'] + 1}")
-            Fit(run, folder, known, board)(state)
+            TrainLoop(run, folder, known, board)(state)
             judge(run, known.accuracy["test_top1"])
         known.ended("ok")
     except KeyboardInterrupt:  # torchrun ends all processes when one has ended
@@ -124,14 +126,14 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> record.Resul
             raise
     finally:
         write(folder, known.result())
-    if known.status == "ok" and distributed.is_first():
+    if known.status == "ok" and distributed.is_main_process():
         (folder / checkpoints.STATE).unlink(missing_ok=True)
     return known.result()
 
 
-def _foretell(predicted: dict[str, Any] | None, device: torch.device) -> None:
+def _announce_forecast(predicted: dict[str, Any] | None, device: torch.device) -> None:
     """Says before the first step what the run is predicted to need, and warns where the device has less."""
-    if predicted and distributed.is_first():
+    if predicted and distributed.is_main_process():
         said, warning = memory.outlook(predicted, device)
         print(said)
         if warning:
@@ -150,8 +152,8 @@ def _failed(folder: Path, known: record.RecordBuilder, error: Exception) -> None
     elif elsewhere := distributed.announced():
         out_of_memory, said = True, elsewhere
     known.ended("oom" if out_of_memory else "failed", said)
-    if not out_of_memory and distributed.is_first():
-        files_module.atomic_write(folder / "traceback.txt", traceback.format_exc())
+    if not out_of_memory and distributed.is_main_process():
+        atomic_write(folder / "traceback.txt", traceback.format_exc())
 
 
 def _allocate(run: Run) -> dict[str, Any]:
@@ -175,7 +177,7 @@ def _begun(run: Run) -> record.RecordBuilder:
     """Returns what is known of a run before its first step."""
     splits = run.splits
     return record.RecordBuilder(
-        id=run.identity,
+        id=run.run_id,
         config=plain(run.config, resolve=True),
         parameters=cast(record.Parameters, run.backbone.count()),
         data={
@@ -187,7 +189,7 @@ def _begun(run: Run) -> record.RecordBuilder:
             "test": len(splits.test),
         },
         weights=run.weights,
-        environment=environment_module.environment(str(run.device)) | {"processes": distributed.part()[1]},
+        environment=environment(str(run.device)) | {"processes": distributed.rank_and_world_size()[1]},
     )
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from s2a_cli import backbones
-from s2a_cli.activations import STOCK, remember
+from s2a_cli.activations import REFERENCE, compress_activations
 from s2a_cli.activations.probe import leaves
 from s2a_cli.activations.quant.packing import groupwise_size
 from s2a_cli.config.compose import compose
@@ -74,7 +74,7 @@ def gradients(backbone: backbones.Backbone, quant: QuantConfig, seed: int = 1) -
     size = backbone.image.size
     images = torch.randn(BATCH, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(seed)
-    with remember(quant, backbone.block_modules):
+    with compress_activations(quant, backbone.block_modules):
         loss = losses_of(backbone.model(images), torch.arange(BATCH) % 4).sum()
     backbone.model.zero_grad()
     loss.backward()
@@ -98,7 +98,7 @@ def test_gradients_are_those_of_stock(backbone, method, config, set_piece_sizes)
     if (backbone, method) == ("resnet", "full"):
         pytest.skip("BatchNorms that train normalise over the whole batch")
     found = made(backbone, method)
-    expected, got = gradients(found, STOCK), gradients(found, quant(**config))
+    expected, got = gradients(found, REFERENCE), gradients(found, quant(**config))
     assert got.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-9, atol=1e-12, msg=name)
@@ -110,7 +110,7 @@ def test_random_numbers_are_those_of_the_forward_pass(lossless):
     another.
     """
     found = made("vit", "bias", drop_path_rate=0.5, proj_drop_rate=0.3)
-    stock, once = gradients(found, STOCK), gradients(found, quant(lossless, recompute="block"))
+    stock, once = gradients(found, REFERENCE), gradients(found, quant(lossless, recompute="block"))
     for name in stock:
         torch.testing.assert_close(once[name], stock[name], msg=name)
     pieces = gradients(found, quant(lossless, chunks=BATCH))
@@ -122,7 +122,7 @@ def test_random_numbers_are_those_of_the_forward_pass(lossless):
 
 def test_a_backward_pass_leaves_the_random_numbers_alone():
     found = made("vit", "bias", proj_drop_rate=0.3)
-    with remember(quant(recompute="block", chunks=2), found.block_modules):
+    with compress_activations(quant(recompute="block", chunks=2), found.block_modules):
         loss = found.model(torch.zeros(BATCH, 3, 32, 32, dtype=torch.float64)).sum()
     state = torch.get_rng_state()
     loss.backward()
@@ -132,7 +132,7 @@ def test_a_backward_pass_leaves_the_random_numbers_alone():
 @pytest.mark.parametrize("bits, at_least", [(8, 0.9995), (16, 0.9999), (4, 0.95)])
 def test_a_coded_input_gives_nearly_the_gradient(bits, at_least):
     found = made("vit", "bias")
-    exact = gradients(found, STOCK)
+    exact = gradients(found, REFERENCE)
     coded = gradients(found, quant(recompute="block", input=bits, chunks=2))
     assert torch.equal(coded.pop("loss"), exact.pop("loss"))  # the forward pass is exact
     exact, coded = (torch.cat([g.flatten() for g in grads.values()]) for grads in (exact, coded))
@@ -148,7 +148,7 @@ def test_kept_bytes_are_those_of_the_inputs(bits, kept):
     found = made("vit", "bias")
     block = found.block_modules[1]
     x = torch.randn(8, 17, 32, dtype=torch.float64, requires_grad=True)
-    memory = remember(quant(recompute="block", input=bits, chunks=4), [block])
+    memory = compress_activations(quant(recompute="block", input=bits, chunks=4), [block])
 
     def run() -> torch.Tensor:
         with memory:
@@ -186,7 +186,7 @@ def test_the_last_product_of_a_block_is_not_computed_again():
             return func(*args, **(kwargs or {}))
 
     x = torch.randn(4, 17, 32, dtype=torch.float64, requires_grad=True)
-    memory = remember(quant(recompute="block"), [block])
+    memory = compress_activations(quant(recompute="block"), [block])
     with memory:
         out = block(x)
     with Count():
@@ -199,7 +199,7 @@ def test_blocks_without_anything_trained_have_no_graph():
     found = made("vit", "linear")
     kept = []
     saved = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-    with saved, remember(quant(recompute="block", chunks=2), found.block_modules):
+    with saved, compress_activations(quant(recompute="block", chunks=2), found.block_modules):
         out = found.block_modules[0](torch.randn(4, 17, 32, dtype=torch.float64))
     assert not out.requires_grad and not kept
 
@@ -212,7 +212,7 @@ def test_evaluation_runs_in_pieces():
     with torch.no_grad():
         expected = found.model(images)
         sizes.clear()
-        with remember(quant(chunks=2), found.block_modules):
+        with compress_activations(quant(chunks=2), found.block_modules):
             torch.testing.assert_close(found.model(images), expected)
     assert sizes == [3, 2]
 
@@ -232,7 +232,7 @@ def test_pieces_as_the_device_wants_them(set_piece_sizes):
         (quant(chunks=1), {"norm1": [10], "mlp.fc1": [10]}),
         (quant(chunks=5), {"norm1": [2] * 5, "mlp.fc1": [2] * 5}),
     ):
-        memory = remember(config, found.block_modules)
+        memory = compress_activations(config, found.block_modules)
         for _ in range(2):  # the first pass looks at one sample beforehand
             for seen in sizes.values():
                 seen.clear()
@@ -250,7 +250,7 @@ def test_a_block_with_wide_layers_and_no_mlp_runs_in_smaller_pieces(set_piece_si
     x, seen = torch.randn(10, 4, 8, 8, requires_grad=True), []
     exact = torch.autograd.grad(block(x).square().sum(), x)[0]
     block[0].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
-    memory = remember(quant(lossless=True, chunks=None), [block])
+    memory = compress_activations(quant(lossless=True, chunks=None), [block])
     for _ in range(2):
         seen.clear()
         with memory:
@@ -261,7 +261,7 @@ def test_a_block_with_wide_layers_and_no_mlp_runs_in_smaller_pieces(set_piece_si
 
 def test_the_modules_are_left_as_they_were():
     found = made("vit", "bias")
-    memory = remember(quant(chunks=2), found.block_modules)
+    memory = compress_activations(quant(chunks=2), found.block_modules)
     with pytest.raises(ZeroDivisionError), memory:
         assert found.block_modules[0].forward.block is memory.blocks[0]
         1 / 0
@@ -280,7 +280,7 @@ def test_parts_for_each_sample_are_not_torn_from_their_samples():
             return self.linear(x) * mask
 
     block, x, mask = Masked(), torch.randn(6, 4, requires_grad=True), torch.rand(6, 1)
-    with remember(quant(recompute="block", chunks=3), [block]):
+    with compress_activations(quant(recompute="block", chunks=3), [block]):
         out = block(x, mask)
     torch.testing.assert_close(out, block(x, mask))
 
@@ -294,7 +294,7 @@ def test_leaves_are_the_trained_tensors():
 def test_double_backward_is_refused():
     block = made("vit", "bias").block_modules[0]
     x = torch.randn(2, 17, 32, dtype=torch.float64, requires_grad=True)
-    with remember(quant(recompute="block"), [block]):
+    with compress_activations(quant(recompute="block"), [block]):
         out = block(x)
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(out.sum(), x, create_graph=True)
@@ -305,9 +305,9 @@ def test_autocast_is_that_of_the_forward_pass():
     found.model.float()
     images = torch.randn(BATCH, 3, 32, 32)
     grads = []
-    for config in (STOCK, quant(recompute="block", chunks=2)):
+    for config in (REFERENCE, quant(recompute="block", chunks=2)):
         found.model.zero_grad()
-        with remember(config, found.block_modules), torch.autocast("cpu", torch.bfloat16):
+        with compress_activations(config, found.block_modules), torch.autocast("cpu", torch.bfloat16):
             loss = losses_of(found.model(images).float(), torch.arange(BATCH) % 4).sum()
         loss.backward()
         grads.append(torch.cat([p.grad.flatten() for p in found.model.parameters() if p.grad is not None]))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s2a_cli.activations import ActivationMode, remember
+from s2a_cli.activations import ActivationMode, compress_activations
 from s2a_cli.activations.ops import pointwise
 from s2a_cli.config.schema import QuantConfig
 
@@ -37,13 +37,13 @@ def kept_bytes(context, run, *own: torch.Tensor) -> int:
 
 
 def test_without_bits_there_is_no_mode():
-    assert isinstance(remember(config(None, lossless=False)), nullcontext)
-    assert isinstance(remember(config(None, linear=8)), ActivationMode)
+    assert isinstance(compress_activations(config(None, lossless=False)), nullcontext)
+    assert isinstance(compress_activations(config(None, linear=8)), ActivationMode)
 
 
 def test_families_without_bits_are_stock():
     x = torch.randn(4, 64, requires_grad=True)
-    with remember(config(None, norm=4)):
+    with compress_activations(config(None, norm=4)):
         assert type(F.gelu(x).grad_fn).__name__ == "GeluBackward0"
         assert type(F.layer_norm(x, (64,)).grad_fn).__name__ == "NormaliseBackward"
         assert type(F.relu(x).grad_fn).__name__ == "ElementwiseBackward"  # exact, so whenever a mode is on
@@ -51,7 +51,7 @@ def test_families_without_bits_are_stock():
 
 def test_nothing_is_coded_where_no_gradient_flows():
     x = torch.randn(4, 64)
-    with remember(config(4)):
+    with compress_activations(config(4)):
         assert F.gelu(x).grad_fn is None
         with torch.no_grad():
             assert F.gelu(x.requires_grad_()).grad_fn is None
@@ -78,7 +78,7 @@ def test_in_place(name):
     plain, inplace = INPLACE[name]
     leaf = torch.randn(5, 9, requires_grad=True)
     (stock,) = torch.autograd.grad(plain(leaf * 2).sum(), leaf)
-    with remember(config(8)):
+    with compress_activations(config(8)):
         x = leaf * 2
         out = inplace(x)
     assert out.data_ptr() == x.data_ptr()
@@ -92,14 +92,14 @@ def test_in_place(name):
 def test_dropout_is_stock_from_the_same_seed(p, dtype):
     x = torch.randn(3, 5, 7).to(dtype).transpose(0, 2).requires_grad_()
     found = []
-    for context in (nullcontext(), remember(config(4))):
+    for context in (nullcontext(), compress_activations(config(4))):
         torch.manual_seed(0)
         with context:
             out = F.dropout(x, p)
         after = torch.rand(1)
         found.append((out.detach(), *torch.autograd.grad(out, x, torch.ones_like(out)), after))
     assert all(torch.equal(a, b) for a, b in zip(*found))
-    assert kept_bytes(remember(config(4)), lambda: F.dropout(x, p), x) == 14  # 105 bits
+    assert kept_bytes(compress_activations(config(4)), lambda: F.dropout(x, p), x) == 14  # 105 bits
 
 
 @pytest.mark.parametrize("one_pass", [False, True])
@@ -112,7 +112,7 @@ def test_models_that_change_activations_in_place(name, one_pass, monkeypatch):
     images = torch.randn(2, 3, 160, 160)
     trained = [p for n, p in model.named_parameters() if n.endswith("bias")]
     exact = torch.cat([g.flatten() for g in torch.autograd.grad(model(images).square().sum(), trained)])
-    with remember(config(8)):
+    with compress_activations(config(8)):
         out = model(images)
     found = torch.cat([g.flatten() for g in torch.autograd.grad(out.square().sum(), trained)])
     assert F.cosine_similarity(found, exact, 0) > 0.999
@@ -122,7 +122,7 @@ def test_a_class_token_does_not_pin_its_sequence():
     weight = torch.randn(2, 8, requires_grad=True)
     tokens = torch.randn(3, 50, 8, requires_grad=True) * 1
     assert kept_bytes(nullcontext(), lambda: F.linear(tokens[:, 0], weight), weight) == 3 * 50 * 8 * 4
-    assert kept_bytes(remember(config(4)), lambda: F.linear(tokens[:, 0], weight), weight) == 3 * 8 * 4
+    assert kept_bytes(compress_activations(config(4)), lambda: F.linear(tokens[:, 0], weight), weight) == 3 * 8 * 4
 
 
 def test_q_k_v_do_not_pin_the_tensor_they_are_views_of():
@@ -131,12 +131,12 @@ def test_q_k_v_do_not_pin_the_tensor_they_are_views_of():
     def run() -> None:
         F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
 
-    assert kept_bytes(remember(config(4)), run) == 3 * (2 * 2 * 10) * (16 // 2 + 2)
+    assert kept_bytes(compress_activations(config(4)), run) == 3 * (2 * 2 * 10) * (16 // 2 + 2)
 
 
 def test_a_second_derivative_is_refused():
     x = torch.randn(4, requires_grad=True)
-    with remember(config(4)):
+    with compress_activations(config(4)):
         y = F.gelu(x)
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
@@ -144,7 +144,7 @@ def test_a_second_derivative_is_refused():
 
 def test_backward_may_run_inside_the_mode():
     q = torch.randn(2, 2, 5, 8, requires_grad=True)
-    with remember(config(8)):
+    with compress_activations(config(8)):
         (inside,) = torch.autograd.grad(F.scaled_dot_product_attention(q, q, q).sum(), q)
         out = F.scaled_dot_product_attention(q, q, q)
     (outside,) = torch.autograd.grad(out.sum(), q)
@@ -155,7 +155,7 @@ def test_autocast():
     block = timm.models.vision_transformer.Block(64, 2, qkv_bias=True)
     x = torch.randn(2, 10, 64, requires_grad=True)
     found = []
-    for context in (nullcontext(), remember(config(8))):
+    for context in (nullcontext(), compress_activations(config(8))):
         with torch.autocast("cpu", torch.bfloat16), context:
             out = block(x)
         found.append((out.detach(), torch.autograd.grad(out.float().square().sum(), [x, *block.parameters()])))
@@ -179,7 +179,7 @@ def test_a_trace_sees_codes_of_the_real_size():
             return t
 
         x.requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), remember(config(4)):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), compress_activations(config(4)):
             out = block(x)
         out.sum().backward()
         return sum(sizes)
@@ -230,7 +230,7 @@ def test_backbones(name):
 
     out, stock, stock_kept = step(nullcontext())
     for bits, at_most, cosine in zip((8, 4, 2), AT_MOST, (0.999, 0.99, 0.9)):
-        coded_out, grad, kept = step(remember(config(bits)))
+        coded_out, grad, kept = step(compress_activations(config(bits)))
         assert torch.equal(out, coded_out)
         assert F.cosine_similarity(grad, stock, 0) > cosine
         assert kept < at_most * stock_kept
@@ -279,7 +279,7 @@ def test_bias_gradients_on_real_weights_and_photos():
         (config(None, input=8, **recomputed), 0.9998, 0.998),
         (config(None, input=8, calibrate=False, **recomputed), 0.999, 0.98),
     ):
-        found = gradients(remember(settings, model.blocks))
+        found = gradients(compress_activations(settings, model.blocks))
         assert F.cosine_similarity(torch.cat(found), torch.cat(exact), 0) > total
         assert min(F.cosine_similarity(a, b, 0) for a, b in zip(found, exact)) > worst
 
@@ -291,7 +291,7 @@ def test_output_and_codes_in_one_pass_are_those_of_two(monkeypatch, function):
     for in_one in (False, True):
         monkeypatch.setattr(pointwise, "in_one_pass", lambda x, in_one=in_one: in_one)
         leaf = x.detach().requires_grad_()
-        with remember(config(4)):
+        with compress_activations(config(4)):
             out = function(leaf)
         out.backward(torch.ones_like(out))
         found.append((out.detach(), leaf.grad))

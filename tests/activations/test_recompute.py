@@ -12,7 +12,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from s2a_cli.activations import remember
+from s2a_cli.activations import compress_activations
 from s2a_cli.config.schema import QuantConfig
 
 EXACT = QuantConfig(lossless=False, recompute="block", chunks=8)
@@ -38,7 +38,7 @@ def test_no_gradient_of_others_is_added_to(batch):
     torch.manual_seed(0)
     block, x = Positions(), torch.randn(batch, 16, 8, requires_grad=True)
     found = []
-    for memory in (torch.enable_grad(), remember(EXACT, [block])):
+    for memory in (torch.enable_grad(), compress_activations(EXACT, [block])):
         with memory:
             y = x * 1 + block(x)
         found.append(torch.autograd.grad(y.square().sum() / 2, [x, *block.parameters()]))
@@ -55,7 +55,7 @@ def test_an_output_can_be_changed_in_place(quant, batch):
     )  # ends in a view
     x = torch.randn(batch, 16, 8, requires_grad=True)
     found = []
-    for memory in (torch.enable_grad(), remember(quant, [block])):
+    for memory in (torch.enable_grad(), compress_activations(quant, [block])):
         with memory:
             y = block(x)
             y.mul_(2).add_(1)
@@ -75,7 +75,7 @@ def test_a_block_that_returns_its_input_does_not_share_it():
     block = Same()
     x, y = torch.randn(4, 3, 8, requires_grad=True), torch.randn(4, 3, 8, requires_grad=True)
     found = []
-    for memory in (torch.enable_grad(), remember(EXACT, [block])):
+    for memory in (torch.enable_grad(), compress_activations(EXACT, [block])):
         with memory:
             a, b = block(x, y)
             if memory is not found:
@@ -96,7 +96,7 @@ def test_a_block_that_changes_its_input_in_place_is_left_whole(quant):
     torch.manual_seed(0)
     first, block = nn.Conv2d(3, 8, 3), nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3))
     images, found = torch.randn(4, 3, 9, 9), []
-    for memory in (torch.enable_grad(), remember(quant, [block])):
+    for memory in (torch.enable_grad(), compress_activations(quant, [block])):
         with memory:
             out = block(first(images))
         found.append(torch.autograd.grad(out.square().sum(), [*first.parameters(), *block.parameters()]))
@@ -129,7 +129,7 @@ def test_several_hidden_states(quant, scale):
     start = torch.randn(5, 4, 8, requires_grad=True), torch.randn(5, 4, 6, requires_grad=True)
     block.a.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
     found = []
-    for memory in (torch.enable_grad(), remember(quant, [block])):
+    for memory in (torch.enable_grad(), compress_activations(quant, [block])):
         sizes.clear()
         with memory:
             (x, y), size = block(list(start), (3, 4), scale=table)
@@ -188,7 +188,7 @@ def test_odd_arguments_and_results(quant, kind, grad):
             return [found]
         return [found.detach(), *torch.autograd.grad(found.square().sum(), [start, *block.parameters()])]
 
-    for exact, found in zip(run(torch.enable_grad()), run(remember(quant, [block]))):
+    for exact, found in zip(run(torch.enable_grad()), run(compress_activations(quant, [block]))):
         torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05 if quant is TINY else 1e-5)
 
 
@@ -197,11 +197,11 @@ def test_tensors_of_another_length_keep_the_batch_whole():
     model = timm.create_model("tnt_s_legacy_patch16_224", depth=2, num_classes=3).eval()
     images = torch.randn(2, 3, 224, 224)
     expected = model(images)
-    with remember(EXACT, model.blocks), torch.no_grad():
+    with compress_activations(EXACT, model.blocks), torch.no_grad():
         torch.testing.assert_close(model(images), expected)
     wanted = [p for p in model.parameters() if p.ndim == 1]
     exact = torch.autograd.grad(expected.square().sum(), wanted)
-    with remember(EXACT, model.blocks):
+    with compress_activations(EXACT, model.blocks):
         out = model(images)
     for a, b in zip(torch.autograd.grad(out.square().sum(), wanted), exact):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -210,9 +210,9 @@ def test_tensors_of_another_length_keep_the_batch_whole():
 @pytest.mark.parametrize("quant", [EXACT, TINY, QuantConfig(bits=4, chunks=4)], ids=["exact", "tiny", "int4"])
 def test_an_empty_batch(quant):
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
-    with remember(quant, model.blocks), torch.no_grad():
+    with compress_activations(quant, model.blocks), torch.no_grad():
         assert model(torch.randn(0, 3, 32, 32)).shape == (0, 3)
-    with remember(quant, model.blocks):
+    with compress_activations(quant, model.blocks):
         model(torch.randn(0, 3, 32, 32)).sum().backward()
 
 
@@ -230,7 +230,7 @@ class Dropped(nn.Module):
 def test_stochastic_depth_in_pieces_drops_what_it_drops_without(quant):
     torch.manual_seed(0)
     block, x, found = Dropped().train(), torch.randn(16, 3, 8, requires_grad=True), []
-    for memory in (torch.enable_grad(), remember(quant, [block])):
+    for memory in (torch.enable_grad(), compress_activations(quant, [block])):
         for _ in range(2):  # the first call looks at a sample
             torch.manual_seed(1)
             with memory:
@@ -257,7 +257,7 @@ def test_linear_layers_by_keyword():
     block, x = ByKeyword(), torch.randn(8, 3, 8, requires_grad=True)
     exact = torch.autograd.grad(block(x).square().sum(), [x, block.a, block.bias])
     for _ in range(2):
-        with remember(EXACT, [block]):
+        with compress_activations(EXACT, [block]):
             out = block(x)
         for a, b in zip(torch.autograd.grad(out.square().sum(), [x, block.a, block.bias]), exact):
             torch.testing.assert_close(a, b)
@@ -267,7 +267,7 @@ def test_a_weight_that_trains_is_read_even_in_the_last_layer():
     """A layer that was frozen when the block was looked at, and is not any more."""
     block = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
     block[2].requires_grad_(False)
-    memory, x = remember(EXACT, [block]), torch.randn(8, 8, requires_grad=True)
+    memory, x = compress_activations(EXACT, [block]), torch.randn(8, 8, requires_grad=True)
     with memory:
         block(x).sum().backward()
     block[2].requires_grad_(True)

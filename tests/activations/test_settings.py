@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import nn
 
-from s2a_cli.activations import ActivationMode, remember
+from s2a_cli.activations import ActivationMode, compress_activations
 from s2a_cli.config.compose import compose, groups
 from s2a_cli.config.schema import CODED, QuantConfig
 
@@ -19,7 +19,7 @@ def test_bits_are_the_default_of_the_families():
     assert (mixed.pointwise, mixed.norm, mixed.attention, mixed.softmax, mixed.linear) == (4, 8, None, 4, None)
     assert all(getattr(QuantConfig(), family) is None for family in CODED)
     x = torch.randn(4, 64, requires_grad=True)
-    with remember(QuantConfig(name="int4", bits=4)):
+    with compress_activations(QuantConfig(name="int4", bits=4)):
         assert type(F.gelu(x).grad_fn).__name__ == "ElementwiseBackward"
 
 
@@ -39,7 +39,7 @@ def test_settings_of_one_block():
     assert config.of_block(0) == config
     found = [[getattr(config.of_block(number), family) for family in CODED] for number in (1, 2, 3)]
     assert found == [[2, 8, 2, 2], [6, None, 6, 6], [4, 8, 4, 4]] and config.of_block(3).group == 32
-    mode = remember(config, [nn.Linear(2, 2) for _ in range(4)])
+    mode = compress_activations(config, [nn.Linear(2, 2) for _ in range(4)])
     assert isinstance(mode, ActivationMode) and [block.config.pointwise for block in mode.blocks] == [4, 2, 6, 4]
 
 
@@ -60,7 +60,7 @@ def test_settings_of_one_block():
 )
 def test_what_says_nothing_is_refused(settings, said):
     with pytest.raises(ValueError, match=said):
-        remember(QuantConfig(**settings))
+        compress_activations(QuantConfig(**settings))
 
 
 def test_a_misspelt_setting_is_no_setting():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s2a_cli.activations import remember
+from s2a_cli.activations import compress_activations
 from s2a_cli.config.schema import QuantConfig
 
 CODED = QuantConfig(bits=4)
@@ -42,18 +42,18 @@ def test_unfreezing_does_not_shift_names(as_module):
     model, x = Two(), torch.randn(256, 32)
     run = (lambda: model(x)) if as_module else (lambda: Two.forward(model, x))
     exact = gradient(run, model.first.parameters())
-    memory = remember(CODED)
+    memory = compress_activations(CODED)
     model.first.requires_grad_(False)
     gradient(run, model.second.parameters(), memory)  # of the two functions, the sigmoid alone is coded
     model.first.requires_grad_(True)
     late = gradient(run, model.first.parameters(), memory)
-    fresh = gradient(run, model.first.parameters(), remember(CODED))
+    fresh = gradient(run, model.first.parameters(), compress_activations(CODED))
     assert relative(fresh, exact) < 0.03 and relative(late, exact) < 0.03
 
 
 def test_another_width_or_function_at_the_same_place_is_another_layer():
     norms = nn.LayerNorm(32), nn.LayerNorm(64)
-    memory = remember(CODED)
+    memory = compress_activations(CODED)
     for norm, width, function in ((norms[0], 32, F.gelu), (norms[1], 64, F.silu), (norms[0], 32, F.gelu)):
         x = torch.randn(8, width, requires_grad=True)
         exact = torch.autograd.grad(function(norm(x)).square().sum(), x)[0]
@@ -66,9 +66,9 @@ def test_another_width_or_function_at_the_same_place_is_another_layer():
 def test_names_are_those_of_modules():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
     memories = [
-        remember(CODED),
-        remember(CODED, model.blocks),
-        remember(QuantConfig(bits=4, recompute="block"), model.blocks),
+        compress_activations(CODED),
+        compress_activations(CODED, model.blocks),
+        compress_activations(QuantConfig(bits=4, recompute="block"), model.blocks),
     ]
     names = []
     for memory in memories:
@@ -103,7 +103,7 @@ def test_what_is_unfrozen_later_gets_its_gradient(config):
 
     blocks = nn.Sequential(Block(), Block())
     everything = [*blocks.parameters(), outside]
-    memory, x = remember(config, blocks), torch.randn(8, 32)
+    memory, x = compress_activations(config, blocks), torch.randn(8, 32)
     for trained in ([blocks[0].a.bias], [blocks[1].a.bias], everything, [outside], everything, [blocks[0].norm.weight]):
         for p in everything:
             p.requires_grad_(any(p is t for t in trained))

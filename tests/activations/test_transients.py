@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from s2a_cli.activations import remember
+from s2a_cli.activations import compress_activations
 from s2a_cli.activations.ops.norm import quantize_normalized
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.primitives import (
@@ -68,7 +68,7 @@ def test_decoding_needs_little_beyond_its_result(bits):
 
 
 def test_calibration_looks_at_a_sample():
-    memory = remember(QuantConfig(name="test", pointwise=4, norm=4))
+    memory = compress_activations(QuantConfig(name="test", pointwise=4, norm=4))
     codes, x = BYTES // 8, X.clone().requires_grad_()
 
     def run():
@@ -84,7 +84,7 @@ def test_an_unfused_map_never_exists_whole(set_piece_sizes):
     whole = 64 * 2 * 256 * 256 * 4
 
     def run():
-        with remember(QuantConfig(name="test", softmax=4)):
+        with compress_activations(QuantConfig(name="test", softmax=4)):
             out = F.scaled_dot_product_attention(q, q, q)
         return torch.autograd.grad(out.sum(), q)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from s2a_cli.activations import remember
+from s2a_cli.activations import compress_activations
 from s2a_cli.config.schema import QuantConfig
 
 RECOMPUTED = QuantConfig(recompute="block", input=8, pointwise=4)
@@ -46,7 +46,7 @@ def test_a_forward_of_the_instance_is_called_and_comes_back():
         return plain(x)
 
     block.forward = own
-    memory = remember(RECOMPUTED, [block])
+    memory = compress_activations(RECOMPUTED, [block])
     x = torch.randn(2, 5, 32, requires_grad=True)
     for _ in range(2):
         with memory:
@@ -60,7 +60,7 @@ def test_a_forward_of_the_instance_is_called_and_comes_back():
 
 def test_a_forward_that_is_replaced_within_stays():
     block = Block()
-    memory = remember(RECOMPUTED, [block])
+    memory = compress_activations(RECOMPUTED, [block])
     with memory:
         block.forward = own = lambda x: x
     assert block.forward is own
@@ -69,7 +69,7 @@ def test_a_forward_that_is_replaced_within_stays():
 def test_a_forward_that_is_wrapped_within_can_be_wrapped_again():
     """A hook that is put on in one step, around our forward, and stays for the next ones."""
     block, calls, memory = Block(), [], None
-    memory = remember(RECOMPUTED, [block])
+    memory = compress_activations(RECOMPUTED, [block])
     x = torch.randn(4, 5, 32, requires_grad=True)
     with memory:
         ours = block.forward
@@ -87,7 +87,7 @@ def test_a_forward_that_is_wrapped_within_can_be_wrapped_again():
 def test_a_forward_that_is_put_back_later_is_the_modules_own():
     """As a patch does that is made within a memory and undone behind it."""
     block = Block()
-    memory, x = remember(RECOMPUTED, [block]), torch.randn(4, 5, 32, requires_grad=True)
+    memory, x = compress_activations(RECOMPUTED, [block]), torch.randn(4, 5, 32, requires_grad=True)
     with memory:
         found = block.forward
         block.forward = lambda x: x
@@ -120,7 +120,7 @@ def test_a_block_within_a_block(config, set_piece_sizes):
     exact = torch.autograd.grad(outer(x).square().sum(), trained)
     quant = QuantConfig(name="test", lossless=False, **({"chunks": None} | config))
     for blocks in ([outer, outer.inner], [outer.inner, outer], [outer, outer.mlp], [nn.Sequential(outer), outer]):
-        memory = remember(quant, blocks)
+        memory = compress_activations(quant, blocks)
         with memory:
             out = blocks[0](x) if blocks[0] is not outer.inner else outer(x)
         for found, expected in zip(torch.autograd.grad(out.square().sum(), trained), exact):
@@ -132,7 +132,7 @@ def test_entering_a_memory_within_itself_changes_nothing(config):
     blocks = blocks_of(1)
     x, found = torch.randn(4, 5, 32), []
     for depth in (1, 3):
-        memory, start = remember(config, blocks), x.clone().requires_grad_()
+        memory, start = compress_activations(config, blocks), x.clone().requires_grad_()
         with memory:
             if depth > 1:
                 with memory:
@@ -149,9 +149,9 @@ def test_entering_a_memory_within_itself_changes_nothing(config):
 
 def test_a_memory_within_another_is_refused():
     blocks = blocks_of(1)
-    first, second = remember(CODED, blocks), remember(RECOMPUTED, blocks)
+    first, second = compress_activations(CODED, blocks), compress_activations(RECOMPUTED, blocks)
     with first:
-        with pytest.raises(RuntimeError, match="within another remember"):
+        with pytest.raises(RuntimeError, match="within another compress_activations"):
             second.__enter__()
         assert blocks[0].forward.block is first.blocks[0]
     assert "forward" not in blocks[0].__dict__
@@ -161,7 +161,7 @@ def test_a_memory_within_another_is_refused():
 
 def test_a_memory_in_another_thread_is_refused_the_same_block():
     blocks = blocks_of(1)
-    first, second, said = remember(CODED, blocks), remember(RECOMPUTED, blocks), []
+    first, second, said = compress_activations(CODED, blocks), compress_activations(RECOMPUTED, blocks), []
 
     def elsewhere() -> None:
         for use in (second.__enter__, lambda: first.__exit__(None, None, None)):
@@ -175,7 +175,7 @@ def test_a_memory_in_another_thread_is_refused_the_same_block():
         thread.start()
         thread.join()
         assert blocks[0].forward.block is first.blocks[0], "as it was"
-    assert "block 0 is within another remember(...), in another thread" in said[0]
+    assert "block 0 is within another compress_activations(...), in another thread" in said[0]
     assert "leave it in the thread that entered it" in said[1]
     with second:
         pass
@@ -184,8 +184,8 @@ def test_a_memory_in_another_thread_is_refused_the_same_block():
 
 def test_a_backward_pass_of_one_memory_within_another():
     first, second = blocks_of(2)
-    x, memory, other = torch.randn(4, 5, 32, requires_grad=True), remember(RECOMPUTED, [first]), None
-    other = remember(CODED, [second])
+    x, memory, other = torch.randn(4, 5, 32, requires_grad=True), compress_activations(RECOMPUTED, [first]), None
+    other = compress_activations(CODED, [second])
     grads = []
     for inside in (False, True):
         with memory:
@@ -219,7 +219,7 @@ def test_a_backward_pass_within_a_forward_pass_leaves_names_alone(backward):
     names = []
     for local in (False, True):
         model = Model()
-        memory, model.local = remember(QuantConfig(bits=4, recompute="block"), model.blocks), local
+        memory, model.local = compress_activations(QuantConfig(bits=4, recompute="block"), model.blocks), local
         with memory:
             model(torch.randn(4, 5, 32, requires_grad=True)).sum().backward()
         names.append(memory.calibration.fitted().keys())
@@ -230,17 +230,17 @@ def test_a_module_that_is_listed_twice_is_one_block():
     shared = Block()
     x = torch.randn(4, 5, 32, requires_grad=True)
     exact = torch.autograd.grad(shared(shared(x)).square().sum(), x)[0]
-    memory = remember(QuantConfig(lossless=False, recompute="block"), [shared, shared])
+    memory = compress_activations(QuantConfig(lossless=False, recompute="block"), [shared, shared])
     with memory:
         out = shared(shared(x))
     torch.testing.assert_close(torch.autograd.grad(out.square().sum(), x)[0], exact)
     with pytest.raises(ValueError, match="blocks 0 and 1 are one module"):
-        remember(QuantConfig(bits=4, blocks={1: {"norm": 8}}), [shared, shared])
+        compress_activations(QuantConfig(bits=4, blocks={1: {"norm": 8}}), [shared, shared])
 
 
 def test_calls_of_a_shared_module_are_told_apart():
     shared, x = Block(), torch.randn(4, 5, 32, requires_grad=True)
-    memory = remember(CODED, [shared])
+    memory = compress_activations(CODED, [shared])
     with memory:
         shared(shared(x) * 3)
     assert {key.split(".")[0].split(":")[0] for key in memory.calibration.fitted()} >= {"block 0", "block 0@2"}
@@ -248,7 +248,7 @@ def test_calls_of_a_shared_module_are_told_apart():
 
 def test_threads_do_not_disturb_each_other():
     blocks, memory = blocks_of(2), None
-    memory = remember(RECOMPUTED, blocks)
+    memory = compress_activations(RECOMPUTED, blocks)
     x = torch.randn(16, 5, 32)
 
     def work(number: int) -> torch.Tensor:
@@ -268,7 +268,7 @@ def test_threads_do_not_disturb_each_other():
 
 def test_a_memory_is_of_the_thread_that_enters_it():
     blocks, seen = blocks_of(1), {}
-    memory = remember(RECOMPUTED, blocks)
+    memory = compress_activations(RECOMPUTED, blocks)
     x = torch.randn(4, 5, 32, requires_grad=True)
 
     def elsewhere() -> None:
@@ -284,7 +284,7 @@ def test_a_memory_is_of_the_thread_that_enters_it():
 def test_a_thread_that_autograd_hands_the_mode_on_to():
     """As that of a CUDA device, when torch.autograd.grad is called within the memory."""
     block, seen = Block(), {}
-    memory = remember(QuantConfig(bits=4, recompute="block"), [block])
+    memory = compress_activations(QuantConfig(bits=4, recompute="block"), [block])
     x = torch.randn(4, 5, 32, requires_grad=True)
 
     def device() -> None:
@@ -315,14 +315,14 @@ def test_a_thread_that_autograd_hands_the_mode_on_to():
 
 def test_data_parallel_is_refused():
     model = nn.DataParallel(Block())
-    with remember(CODED), pytest.raises(RuntimeError, match="DataParallel.*one process a device"):
+    with compress_activations(CODED), pytest.raises(RuntimeError, match="DataParallel.*one process a device"):
         model(torch.randn(4, 5, 32))
     model(torch.randn(4, 5, 32))
 
 
 def test_a_copy_is_made_outside():
     blocks = blocks_of(1)
-    with remember(CODED, blocks), pytest.raises(RuntimeError, match="copy it before or after"):
+    with compress_activations(CODED, blocks), pytest.raises(RuntimeError, match="copy it before or after"):
         copy.deepcopy(blocks)
     twin = copy.deepcopy(blocks)
     torch.save(twin, io.BytesIO())
@@ -335,7 +335,7 @@ def test_checkpointing_of_others_is_refused(config, reentrant):
     """It would compute again outside, where nothing is coded: with an error at best, and silently at worst."""
     blocks = blocks_of()
     x = torch.randn(4, 5, 32, requires_grad=True)
-    memory = remember(config, blocks)
+    memory = compress_activations(config, blocks)
     with pytest.raises(RuntimeError, match="set_grad_checkpointing.*recompute='block'"), memory:
         for block in blocks:
             x = checkpoint(block, x, use_reentrant=reentrant)
@@ -348,10 +348,10 @@ def test_checkpointing_of_others_is_refused(config, reentrant):
 def test_timms_checkpointing_is_refused(config):
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
     model.set_grad_checkpointing()
-    with pytest.raises(RuntimeError, match="set_grad_checkpointing"), remember(config, model.blocks):
+    with pytest.raises(RuntimeError, match="set_grad_checkpointing"), compress_activations(config, model.blocks):
         model(torch.randn(2, 3, 32, 32))
     model.set_grad_checkpointing(False)
-    with remember(config, model.blocks):
+    with compress_activations(config, model.blocks):
         model(torch.randn(2, 3, 32, 32)).sum().backward()
 
 
@@ -361,11 +361,11 @@ def test_checkpointing_within_a_block_is_refused_too():
             return x + checkpoint(lambda x: self.down(F.gelu(self.up(x))), x, use_reentrant=True)
 
     block = Checkpointed()
-    with remember(CODED, [block]), pytest.raises(RuntimeError, match="torch.utils.checkpoint"):
+    with compress_activations(CODED, [block]), pytest.raises(RuntimeError, match="torch.utils.checkpoint"):
         block(torch.randn(4, 5, 32, requires_grad=True))
 
 
 def test_saved_tensor_hooks_that_are_no_checkpoint_are_welcome():
     block = Block()
-    with torch.autograd.graph.save_on_cpu(), remember(CODED, [block]):
+    with torch.autograd.graph.save_on_cpu(), compress_activations(CODED, [block]):
         block(torch.randn(4, 5, 32, requires_grad=True)).sum().backward()

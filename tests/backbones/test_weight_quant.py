@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from s2a_cli import backbones
-from s2a_cli.activations import STOCK, remember
+from s2a_cli.activations import REFERENCE, compress_activations
 from s2a_cli.backbones import weight_quant
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
@@ -43,7 +43,7 @@ BACKBONES = {  # timm's name, its arguments, the image size
     "maxvit": ("maxvit_rmlp_pico_rw_256", dict(img_size=64, depths=(1,) * 4, embed_dim=(32,) * 4), None),
     "xcit": ("xcit_nano_12_p16_224", dict(img_size=32, depth=2, embed_dim=32), None),  # reads a weight's dtype
 }
-QUANTS = [STOCK, QuantConfig(name="recomputed", recompute="block")]
+QUANTS = [REFERENCE, QuantConfig(name="recomputed", recompute="block")]
 
 
 def made(
@@ -63,13 +63,13 @@ def images_for(backbone: backbones.Backbone, count: int = 4) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def loss_of(backbone: backbones.Backbone, quant: QuantConfig = STOCK) -> torch.Tensor:
+def loss_of(backbone: backbones.Backbone, quant: QuantConfig = REFERENCE) -> torch.Tensor:
     torch.manual_seed(2)
-    with remember(quant, backbone.block_modules):
+    with compress_activations(quant, backbone.block_modules):
         return losses_of(backbone.model(images_for(backbone)), torch.arange(4)).sum()
 
 
-def gradients(backbone: backbones.Backbone, quant: QuantConfig = STOCK) -> dict[str, torch.Tensor]:
+def gradients(backbone: backbones.Backbone, quant: QuantConfig = REFERENCE) -> dict[str, torch.Tensor]:
     loss = loss_of(backbone, quant)
     backbone.model.zero_grad()
     loss.backward()
@@ -291,10 +291,10 @@ def test_predicted_memory_is_that_of_real_tensors(kind, quant):
         step = Step(config, torch.device("cpu"), Attachment(backbone))
         return backbone.model, batch, step, lambda model: make_optimizer(config.optim, model)
 
-    foretold, real = predict(*arguments()), track(*arguments())
-    assert foretold.static_mib == real.static_mib
-    assert foretold.kept_mib == real.kept_mib
-    assert foretold.peak_mib == pytest.approx(real.peak_mib, rel=0.1)  # real ones also show what custom operators take
+    predicted, real = predict(*arguments()), track(*arguments())
+    assert predicted.static_mib == real.static_mib
+    assert predicted.kept_mib == real.kept_mib
+    assert predicted.peak_mib == pytest.approx(real.peak_mib, rel=0.1)  # real ones also show what custom operators take
 
 
 @pytest.mark.slow

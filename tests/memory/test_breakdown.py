@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import s2a_cli
-from s2a_cli.common.dataless import Hollow, is_hollow
+from s2a_cli.common.dataless import Dataless, is_dataless
 from s2a_cli.config.compose import compose
 from s2a_cli.memory import observe
 from s2a_cli.memory.result import MIB
@@ -152,10 +152,10 @@ def test_importing_the_package_imports_no_torch():
 
 def test_hollow_tensors_take_no_memory():
     resident = lambda: int(Path("/proc/self/statm").read_text().split()[1])  # pages
-    with Hollow():
+    with Dataless():
         before = resident()
         tensors = [torch.zeros(1 << 26).add_(1) for _ in range(4)]  # 1 GiB
-        assert resident() - before < (64 << 20) // 4096 and is_hollow(tensors[0])
+        assert resident() - before < (64 << 20) // 4096 and is_dataless(tensors[0])
 
 
 def test_hollow_operators_return_what_real_ones_do():
@@ -177,11 +177,11 @@ def test_hollow_operators_return_what_real_ones_do():
         return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in out]
 
     real = results()
-    with Hollow():
+    with Dataless():
         assert results() == real
-    assert not is_hollow(torch.zeros(1))
+    assert not is_dataless(torch.zeros(1))
 
 
 def test_what_depends_on_values_is_refused():
-    with Hollow(), pytest.raises(Exception, match="nonzero"):
+    with Dataless(), pytest.raises(Exception, match="nonzero"):
         torch.ones(4).nonzero()

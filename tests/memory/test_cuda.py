@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from s2a_cli.common.dataless import Hollow
+from s2a_cli.common.dataless import Dataless
 from s2a_cli.memory import Tracker
 from s2a_cli.memory.cuda import Allocator, CudaAutocast, attention_kernel, differences, reserved
 from s2a_cli.memory.result import MIB
@@ -89,7 +89,7 @@ def test_the_kernel_of_attention(dtype, head, masked, kernel):
 
 
 def test_differences_of_a_step():
-    with Hollow(), Tracker() as tracker:
+    with Dataless(), Tracker() as tracker:
         tracker.reading = True
         q = torch.empty(2, 3, 50, 64, requires_grad=True)
         F.scaled_dot_product_attention(q, q, q)

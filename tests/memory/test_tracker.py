@@ -1,4 +1,4 @@
-"""The live-storage tracker on hand-made examples with known byte counts, on real and on hollow tensors."""
+"""The live-storage tracker on hand-made examples with known byte counts, on real and on dataless tensors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s2a_cli.common.dataless import Hollow
+from s2a_cli.common.dataless import Dataless
 from s2a_cli.memory import Tracker, saved_bytes
 
 KIB = 1024
 
 
-@pytest.fixture(params=["real", "hollow"], autouse=True)
+@pytest.fixture(params=["real", "dataless"], autouse=True)
 def tensors(request):
-    with Hollow() if request.param == "hollow" else nullcontext():
+    with Dataless() if request.param == "dataless" else nullcontext():
         yield request.param
 
 
@@ -119,7 +119,7 @@ def test_reading_a_value_works_on_hollow_tensors(tensors):
     with Tracker():
         flag, whole, real = torch.ones(1) > 0, torch.ones(1, dtype=torch.long), torch.ones(1)
         assert bool(flag) is True and int(whole) == 1 and float(real) == 1.0
-        if tensors == "hollow":  # one, whatever it would be
+        if tensors == "dataless":  # one, whatever it would be
             assert float(torch.zeros(1)) == 1.0
 
 

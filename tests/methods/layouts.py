@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from s2a_cli import backbones
-from s2a_cli.activations import STOCK, remember
+from s2a_cli.activations import REFERENCE, compress_activations
 from s2a_cli.config.schema import BackboneConfig, QuantConfig
 from s2a_cli.methods import STRUCTURES, Attachment
 from s2a_cli.methods.parts.deep_supervision import losses_of
@@ -71,9 +71,9 @@ def batch(backbone):
     return torch.randn(4, 3, size, size, generator=generator), torch.randint(CLASSES, (4,), generator=generator)
 
 
-def loss_of(backbone, quant=STOCK):
+def loss_of(backbone, quant=REFERENCE):
     images, targets = batch(backbone)
-    with remember(quant):
+    with compress_activations(quant):
         return losses_of(backbone.model(images), targets).sum()
 
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch.nn import functional as F
 
 from s2a_cli import backbones
-from s2a_cli.activations import remember
+from s2a_cli.activations import compress_activations
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import BackboneConfig, QuantConfig
@@ -209,7 +209,7 @@ def test_the_gradient_of_a_vote_at_a_border_is_computed_in_pieces(backbone, set_
     whole = tap.tokens(h)
     upstream = torch.randn_like(whole)
     set_piece_sizes(pooled=h[:3].numel())
-    with remember(quant(2)):  # no code is made of it
+    with compress_activations(quant(2)):  # no code is made of it
         read = attention_pooling.DifferentiableFeature.apply(h, tap)
         found = torch.autograd.grad(read, h, upstream)[0]
     assert torch.equal(read, whole)

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from s2a_cli import backbones, methods
-from s2a_cli.activations import STOCK
+from s2a_cli.activations import REFERENCE
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.memory.result import MIB
@@ -79,7 +79,7 @@ def test_bytes_a_bit_are_those_of_the_prediction():
 def test_less_memory_costs_more_error_and_always_fits():
     gradient = gradient_of()
     peak = predicted(gradient)
-    stock, errors = peak(STOCK), []
+    stock, errors = peak(REFERENCE), []
     for share in (1.0, 0.6, 0.3):
         gradient.config.quant.budget_mib = share * stock
         choice = allocate(gradient, peak)
@@ -132,7 +132,7 @@ def test_a_run_records_what_was_chosen(tmp_path, capsys):
     assert result["status"] == "ok" and result["memory"]["peak_mib"] <= 2.5
     assert result["allocation"]["name"] == "auto" and len(result["allocation"]["blocks"]) == 2
     assert result["config"]["quant"]["blocks"] == {} and json.loads((folder / "result.json").read_text())["allocation"]
-    assert trainer.train(compose([*words, f"run_dir={tmp_path}"]), anew=True)[0]["allocation"] == result["allocation"]
+    assert trainer.train(compose([*words, f"run_dir={tmp_path}"]), force=True)[0]["allocation"] == result["allocation"]
 
 
 def test_a_budget_is_needed():

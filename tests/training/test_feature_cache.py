@@ -247,7 +247,7 @@ def test_a_disk_without_the_room_is_refused_before_anything_is_written(tmp_path,
 
 def test_a_broken_run_goes_on(tmp_path, monkeypatch):
     train(tmp_path / "whole", CACHE, "dataset.hflip=0.5")
-    one, count = loop.Fit._train, [0]
+    one, count = loop.TrainLoop._train, [0]
 
     def breaks(self, *args):
         count[0] += 1
@@ -256,7 +256,7 @@ def test_a_broken_run_goes_on(tmp_path, monkeypatch):
         return one(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Fit, "_train", breaks)
+        patch.setattr(loop.TrainLoop, "_train", breaks)
         assert train(tmp_path / "broken", CACHE, "dataset.hflip=0.5", "save_steps=1")["status"] == "interrupted"
     train(tmp_path / "broken", CACHE, "dataset.hflip=0.5", "save_steps=1")
     assert (tmp_path / "broken" / checkpoints.FILE).read_bytes() == (tmp_path / "whole" / checkpoints.FILE).read_bytes()

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from s2a_cli.common.dataless import Hollow
+from s2a_cli.common.dataless import Dataless
 from s2a_cli.training import gradient_sum
 from s2a_cli.training.gradient_sum import GradientSum
 
@@ -32,7 +32,7 @@ def log(monkeypatch):
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(gradient_sum, "part", lambda: (0, 2))
-    monkeypatch.setattr(gradient_sum, "from_first", lambda make: make())
+    monkeypatch.setattr(gradient_sum, "broadcast", lambda make: make())
     return events
 
 
@@ -139,6 +139,6 @@ def test_a_prediction_sends_nothing(monkeypatch):
     monkeypatch.setattr(gradient_sum, "part", lambda: (0, 2))
     model, x = network(), torch.randn(3, 4)
     total = GradientSum(model.parameters())
-    with Hollow():
+    with Dataless():
         for _ in range(2):
             backward(model, total, x)

@@ -68,7 +68,7 @@ def test_late_figures_are_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "Pending", Late)
     late = train(tmp_path / "late")
     assert outcome(tmp_path / "late") == outcome(tmp_path / "at once") and late["accuracy"] == result["accuracy"]
-    train_one, count = loop.Fit._train, [0]
+    train_one, count = loop.TrainLoop._train, [0]
 
     def stops(self, *args):
         train_one(self, *args)
@@ -76,7 +76,7 @@ def test_late_figures_are_the_same(tmp_path, monkeypatch):
         return count[0] == 6, False  # in the second epoch
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Fit, "_train", stops)
+        patch.setattr(loop.TrainLoop, "_train", stops)
         assert train(tmp_path / "broken")["status"] == "interrupted"
     sofar = checkpoints.load_state(tmp_path / "broken")["sofar"]
     assert sofar["step"] == 2 and sofar["images"] == 40 and len(sofar["rates"]) == 6

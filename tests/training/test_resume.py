@@ -39,8 +39,8 @@ def without_prediction(monkeypatch):
     monkeypatch.setattr(forecast, "predict", lambda run: None)
 
 
-def train(folder, *words, anew=False):
-    return trainer.train(compose([*QUICK, f"run_dir={folder}", *words]), anew)[0]
+def train(folder, *words, force=False):
+    return trainer.train(compose([*QUICK, f"run_dir={folder}", *words]), force)[0]
 
 
 def outcome(folder):
@@ -54,7 +54,7 @@ def outcome(folder):
 
 def breaks_at(monkeypatch, step, how=Killed):
     """The process is gone after so many steps of this life."""
-    train_one, count = loop.Fit._train, [0]
+    train_one, count = loop.TrainLoop._train, [0]
 
     def one(self, *args):
         stops = train_one(self, *args)
@@ -66,7 +66,7 @@ def breaks_at(monkeypatch, step, how=Killed):
             return True, False
         return stops
 
-    monkeypatch.setattr(loop.Fit, "_train", one)
+    monkeypatch.setattr(loop.TrainLoop, "_train", one)
 
 
 @pytest.mark.parametrize(
@@ -159,12 +159,12 @@ def test_whatever_write_of_a_repetition_breaks_a_finished_run_is_there(tmp_path,
 
         with monkeypatch.context() as patch, pytest.raises(type(error)):
             patch.setattr(os, "replace", breaks)
-            train(folder, *words, "seed=1", anew=True)
+            train(folder, *words, "seed=1", force=True)
         assert outcome(folder) == whole["old"], number
         if number == 1:  # nothing of the new run had been written
             with pytest.raises(UserError, match="--force replaces it"):
                 train(folder, *words, "seed=1")
-        train(folder, *words, "seed=1", anew=number == 1)
+        train(folder, *words, "seed=1", force=number == 1)
         assert outcome(folder) == whole["new"] and not (folder / run_folder.NEXT).exists(), number
 
 
@@ -200,13 +200,13 @@ def test_a_state_of_another_run_or_one_that_is_not_wanted_is_not_used(tmp_path, 
     for copy in "123":
         shutil.copytree(tmp_path / "0", tmp_path / copy)
     seen = []
-    monkeypatch.setattr(loop.Fit, "__call__", lambda self, state: seen.append(state))
+    monkeypatch.setattr(loop.TrainLoop, "__call__", lambda self, state: seen.append(state))
     with pytest.raises(
         UserError, match="holds an unfinished run of another config .seed=0, here 1.; --force replaces it"
     ):
         train(tmp_path / "1", "seed=1")
-    train(tmp_path / "1", "seed=1", anew=True)
-    train(tmp_path / "2", anew=True)
+    train(tmp_path / "1", "seed=1", force=True)
+    train(tmp_path / "2", force=True)
     train(tmp_path / "3", "workers=1", "save_minutes=9")  # neither changes what a run computes
     assert seen[:2] == [None, None] and seen[2]["sofar"]["step"] == 2
 
@@ -230,7 +230,7 @@ def test_a_state_from_which_none_can_go_on_is_named(tmp_path, monkeypatch):
         checkpoints.save_state(tmp_path, state | change)
         with pytest.raises(UserError, match="state.pt: damaged .*--force"):
             train(tmp_path)
-    assert train(tmp_path, "optim.epochs=1", anew=True)["status"] == "ok"
+    assert train(tmp_path, "optim.epochs=1", force=True)["status"] == "ok"
 
 
 def test_two_processes_are_not_at_the_same_run(tmp_path):

@@ -283,8 +283,8 @@ def test_an_earlier_run_stays_until_another_is_whole_and_goes_by_force_alone(tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Fit, "__call__", fails)
-        result = trainer.train(compose([*QUICK, f"run_dir={tmp_path}", "seed=1"]), anew=True)[0]
+        patch.setattr(trainer.TrainLoop, "__call__", fails)
+        result = trainer.train(compose([*QUICK, f"run_dir={tmp_path}", "seed=1"]), force=True)[0]
     assert result["status"] == "interrupted" and record.read_result(tmp_path) == old
     assert len(lines(tmp_path)) == 2 and (tmp_path / "trainable.safetensors").exists()
     new = train(tmp_path, "seed=1")
@@ -293,7 +293,7 @@ def test_an_earlier_run_stays_until_another_is_whole_and_goes_by_force_alone(tmp
 
 def test_the_same_line_on_a_finished_run_says_so_and_trains_nothing(tmp_path, monkeypatch, capsys):
     result = train(tmp_path)
-    monkeypatch.setattr(trainer.Fit, "__call__", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(trainer.TrainLoop, "__call__", lambda *args: pytest.fail("trained again"))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert main(["train", *QUICK, f"run_dir={tmp_path}"]) == 0
     said = capsys.readouterr().out
@@ -339,14 +339,14 @@ def test_identity_leaves_out_where_a_run_lives():
     same = compose([*QUICK, "workers=3", "run_dir=/elsewhere", "tensorboard=true", "dataset.root=/data"])
     other = compose([*QUICK, "method.prompt.rank=4"])
 
-    def identity(config, revision="revision", weights="weights"):
-        return record.identity(record.content(OmegaConf.to_container(config), revision, weights))
+    def run_id(config, revision="revision", weights="weights"):
+        return record.run_id(record.content(OmegaConf.to_container(config), revision, weights))
 
-    assert identity(base) == identity(same) != identity(other)
+    assert run_id(base) == run_id(same) != run_id(other)
     older = OmegaConf.to_container(base)  # of a version without these settings
     del older["method"]["segments"], older["optim"]["head_lr"]
-    assert identity(OmegaConf.create(older)) == identity(base) != identity(compose([*QUICK, "method.segments=2"]))
-    assert identity(base, "other") != identity(base) != identity(base, weights="other")
+    assert run_id(OmegaConf.create(older)) == run_id(base) != run_id(compose([*QUICK, "method.segments=2"]))
+    assert run_id(base, "other") != run_id(base) != run_id(base, weights="other")
 
 
 @pytest.mark.slow

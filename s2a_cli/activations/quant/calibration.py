@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.primitives import with_inverse
-from s2a_cli.common.dataless import is_hollow
+from s2a_cli.common.dataless import is_dataless
 from s2a_cli.config.schema import QuantConfig
 
 LOOKS = (0, 1, 4, 16)  # forward passes after a layer's first in which it is looked at
@@ -139,7 +139,7 @@ class Calibration:
         key = f"{site}/channels/{x.shape[-1]}"
         if isinstance(ready := self._is_ready(key, x), Tensor):
             return ready
-        if is_hollow(x) and self.config.calibrate and not self._is_paused:
+        if is_dataless(x) and self.config.calibrate and not self._is_paused:
             self._traced[key] = channels = x.new_empty((3, x.shape[-1]), dtype=torch.float32)
             return channels
         layer = self._layer(key, x)
@@ -163,7 +163,7 @@ class Calibration:
 
     def _layer(self, key: str, x: Tensor) -> Layer | None:
         """Returns the layer of that key; None where there is nothing to be learned."""
-        if not self.config.calibrate or is_hollow(x) or x.numel() == 0:
+        if not self.config.calibrate or is_dataless(x) or x.numel() == 0:
             return None
         if key not in self._layers and not self._is_paused:
             self._layers[key] = Layer(first=self._passes)
@@ -172,9 +172,9 @@ class Calibration:
     def _is_ready(self, key: str, x: Tensor) -> Fitted | None:
         """Returns what serves inputs like x at this layer, if it was made before and no look is due."""
         layer = self._layers.get(key)
-        if layer is not None and layer.due(self._passes) and not self._is_paused and not is_hollow(x):
+        if layer is not None and layer.due(self._passes) and not self._is_paused and not is_dataless(x):
             return None
-        ready = (self._traced if is_hollow(x) else self._ready).get(key)
+        ready = (self._traced if is_dataless(x) else self._ready).get(key)
         tensor = ready.entries if isinstance(ready, codebooks.Codebook) else ready
         fits = (
             tensor is not None
@@ -185,8 +185,8 @@ class Calibration:
 
     def _stand_in(self, key: str, codebook: codebooks.Codebook, x: Tensor) -> codebooks.Codebook:
         """Returns a fixed codebook; for inputs without data one of the layer's own, as a fitted one would be."""
-        if is_hollow(x) and self.config.calibrate and not self._is_paused:
-            self._traced[key] = codebook = codebook.hollow(x)
+        if is_dataless(x) and self.config.calibrate and not self._is_paused:
+            self._traced[key] = codebook = codebook.dataless(x)
         return codebook
 
     @contextmanager

@@ -51,7 +51,7 @@ class Codebook:
     def to(self, device: torch.device, copy: bool = False) -> Codebook:
         return self._each(lambda t: t.to(device, copy=copy))
 
-    def hollow(self, like: Tensor) -> Codebook:
+    def dataless(self, like: Tensor) -> Codebook:
         """Returns the shapes of this codebook, for a prediction or a trace."""
         return self._each(lambda t: like.new_empty(t.shape, dtype=t.dtype))
 

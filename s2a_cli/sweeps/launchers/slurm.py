@@ -15,8 +15,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from s2a_cli.common import files as files_module
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.files import atomic_write
 from s2a_cli.common.interrupts import PARENT
 from s2a_cli.common.text import nearest
 from s2a_cli.results import record, run_folder
@@ -99,7 +99,7 @@ class Slurm(Queue):
                 job = self._executor(folder).submit(Attempt(words, log, os.getcwd()))
             except RuntimeError as error:  # sbatch
                 raise UserError(f"sweep.launcher=slurm: {str(error).strip().splitlines()[-1]}") from None
-            files_module.atomic_write(folder / JOB, json.dumps({"cluster": self._cluster, "id": job.job_id}))
+            atomic_write(folder / JOB, json.dumps({"cluster": self._cluster, "id": job.job_id}))
         return Submitted(job, log)
 
     def _there(self, folder: Path, log: Path) -> Submitted | None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2a_cli.activations import remember
+from s2a_cli.activations import compress_activations
 from s2a_cli.activations.mode import ActivationMode
 from s2a_cli.config.schema import QuantConfig
 
@@ -183,7 +183,7 @@ def results(function, arguments: dict, dtype, how: str, frozen: bool, quant: Qua
     first = 1 if how == "keyword" and names[0] in POSITIONAL_ONLY else 0
     keywords = {n: given[n] for n in names[first:] if how == "keyword" or (function, n) in KEYWORD_ONLY}
     args = [given[n] for n in names if n not in keywords]
-    with remember(quant) if quant else torch.enable_grad():
+    with compress_activations(quant) if quant else torch.enable_grad():
         try:
             return function(*args, **keywords).detach()
         except (TypeError, RuntimeError, NotImplementedError) as error:
@@ -221,7 +221,7 @@ def test_an_argument_that_no_handler_knows_is_stocks(function):
     arguments = {torch.matmul: {"other": made(3, 8, 4)}, torch.pow: {"exponent": 2}}.get(function, {})
     said = []
     for quant in (None, EVERYTHING):
-        with remember(quant) if quant else torch.enable_grad(), pytest.raises(RuntimeError) as caught:
+        with compress_activations(quant) if quant else torch.enable_grad(), pytest.raises(RuntimeError) as caught:
             function(X.clone().requires_grad_() * 1, **arguments, out=torch.empty(0))
         said.append(str(caught.value))
     assert said[0] == said[1]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2a_cli.activations import remember
+from s2a_cli.activations import compress_activations
 from s2a_cli.activations.quant.packing import groupwise_size, packed_size
 from s2a_cli.config.schema import QuantConfig
 
@@ -241,7 +241,7 @@ def results(case: Case, bits: int | None, arguments: list[Tensor]) -> tuple[Tens
 
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
-        remember(config(bits, bits if case.linear else None)),
+        compress_activations(config(bits, bits if case.linear else None)),
     ):
         out = case.run(*arguments)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
@@ -330,7 +330,7 @@ def test_rows_that_lie_as_columns(run, batch):
 def check_view(run: Callable, x: Tensor, view: Callable) -> None:
     stock = run(view(x))
     cotangent = torch.randn(stock.shape, generator=torch.Generator().manual_seed(1))
-    with remember(config(8)):
+    with compress_activations(config(8)):
         out = run(view(x))
     assert torch.equal(out, stock)
     found, exact = (torch.autograd.grad(y, x, cotangent)[0] for y in (out, stock))
@@ -351,7 +351,7 @@ def test_extreme_values_stay_finite(case, value):
 def test_outputs_can_be_changed_in_place_as_stock_ones_can(case):
     """A result that is a view of what a custom function made could not be."""
     stock = case.run(*inputs(case, torch.float32))
-    with remember(config(4, 4 if case.linear else None)):
+    with compress_activations(config(4, 4 if case.linear else None)):
         out = case.run(*inputs(case, torch.float32))
     assert not out._is_view() or stock._is_view()
     try:
@@ -365,7 +365,7 @@ def test_outputs_can_be_changed_in_place_as_stock_ones_can(case):
 def test_channels_last_keeps_its_layout():
     x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
     weight = torch.randn(8, 8, 3, 3)
-    with remember(config(4)):
+    with compress_activations(config(4)):
         for run in (F.gelu, F.relu, lambda x: F.conv2d(x, weight, padding=1), lambda x: F.max_pool2d(x, 3, 1, 1)):
             out = run(x)
             (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
@@ -398,7 +398,7 @@ def test_unfused_attention_keeps_q_k_v_and_codes_of_the_map(name, set_piece_size
 
     for bits, tolerance in TOLERANCE.items():
         kept.clear()
-        context = remember(QuantConfig(name="test", softmax=bits))
+        context = compress_activations(QuantConfig(name="test", softmax=bits))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), context:
             out = F.scaled_dot_product_attention(q, k, v, **MASKS[name])
         assert torch.allclose(out, stock, rtol=1e-5, atol=1e-6)
@@ -410,13 +410,13 @@ def test_unfused_attention_keeps_q_k_v_and_codes_of_the_map(name, set_piece_size
 def test_unfused_attention_leaves_what_it_does_not_cover():
     q = torch.randn(2, 4, 5, 8, requires_grad=True)
     mask = torch.zeros(5, 5, requires_grad=True)
-    with remember(QuantConfig(name="test", softmax=4)):
+    with compress_activations(QuantConfig(name="test", softmax=4)):
         for arguments in ({"attn_mask": mask}, {"dropout_p": 0.5}):
             assert "Unfused" not in type(F.scaled_dot_product_attention(q, q, q, **arguments).grad_fn).__name__
 
 
 def test_codes_of_a_map_are_shared_under_hooks_of_others():
     q = torch.randn(HEADS, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x), remember(config(4)):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x), compress_activations(config(4)):
         out = unfused(q, q, q)
     assert torch.autograd.grad(out.sum(), q)[0].isfinite().all()

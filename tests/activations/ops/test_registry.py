@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s2a_cli.activations import remember
+from s2a_cli.activations import compress_activations
 from s2a_cli.activations.ops.registry import HANDLERS, handlers_of, register
 from s2a_cli.activations.quant import primitives
 from s2a_cli.config.schema import QuantConfig
@@ -56,7 +56,7 @@ def test_operators_of_pytorch_are_known_by_name(name, family):
 def test_the_bit_of_a_relu_counts_as_that_of_an_activation():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
     model.requires_grad_(False)[0].bias.requires_grad_()
-    images, memory = torch.randn(4, 3, 16, 16), remember(QuantConfig(lossless=True))
+    images, memory = torch.randn(4, 3, 16, 16), compress_activations(QuantConfig(lossless=True))
 
     def step(model, optimizer, x, after_forward):
         with memory:

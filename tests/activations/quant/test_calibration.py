@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s2a_cli.activations import remember
+from s2a_cli.activations import compress_activations
 from s2a_cli.activations.quant.calibration import LOOKS, PATIENCE
 from s2a_cli.config.schema import QuantConfig
 
@@ -57,7 +57,7 @@ def fitted(memory) -> dict[str, torch.Tensor]:
 
 
 def test_a_layer_is_looked_at_in_a_few_forward_passes(model):
-    memory = remember(config(**FAMILIES))
+    memory = compress_activations(config(**FAMILIES))
     states = []
     for number in range(LOOKS[-1] + 3):
         gradient(model, memory, batch(number))
@@ -69,7 +69,7 @@ def test_a_layer_is_looked_at_in_a_few_forward_passes(model):
         if any(not torch.equal(states[i][key], states[i - 1][key]) for key in states[0])
     ]
     assert changed == list(LOOKS[1:])
-    again = remember(config(**FAMILIES))
+    again = compress_activations(config(**FAMILIES))
     gradient(model, again, batch(0))
     assert all(torch.equal(states[0][key], fitted(again)[key]) for key in states[0])
 
@@ -77,7 +77,7 @@ def test_a_layer_is_looked_at_in_a_few_forward_passes(model):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_a_resumed_run_goes_on_as_it_was(model, rounding):
     settings = config(**FAMILIES, rounding=rounding)
-    memory, resumed = remember(settings), remember(settings)
+    memory, resumed = compress_activations(settings), compress_activations(settings)
     gradient(model, memory, batch(0))
     resumed.calibration.load_state_dict(memory.calibration.state_dict())
     for seed in range(1, LOOKS[-1] + 2):
@@ -86,7 +86,7 @@ def test_a_resumed_run_goes_on_as_it_was(model, rounding):
 
 def test_names_in_a_saved_state_stay(model):
     """A run that was saved by an earlier version goes on with its own layers: these names are in its files."""
-    memory = remember(config(**FAMILIES, softmax=4, recompute="block", input=8), model[1:])
+    memory = compress_activations(config(**FAMILIES, softmax=4, recompute="block", input=8), model[1:])
     gradient(model, memory, batch(0))
     state = memory.calibration.state_dict()
     assert state.keys() == {"layers", "draws", "passes"}
@@ -96,24 +96,24 @@ def test_names_in_a_saved_state_stay(model):
 
 
 def test_without_calibration_there_is_no_state(model):
-    memory = remember(config(**FAMILIES, calibrate=False))
+    memory = compress_activations(config(**FAMILIES, calibrate=False))
     gradient(model, memory, batch(0))
     assert not fitted(memory) and not memory.calibration.state_dict()["layers"]
 
 
 def test_pieces_and_recomputation_calibrate_the_same_sites(model):
-    plain = remember(config(**FAMILIES), model[1:])
+    plain = compress_activations(config(**FAMILIES), model[1:])
     gradient(model, plain, batch(0))
-    chunked = remember(config(**FAMILIES, chunks=4), model[1:])
+    chunked = compress_activations(config(**FAMILIES, chunks=4), model[1:])
     gradient(model, chunked, batch(0))
-    first = remember(config(**FAMILIES), model[1:])
+    first = compress_activations(config(**FAMILIES), model[1:])
     gradient(model, first, batch(0)[:2])  # the first of four pieces
     found, expected = fitted(chunked), fitted(first)
     assert found.keys() == expected.keys() == fitted(plain).keys()
     inside = [site for site in found if site[0] in "12"]
     assert len(inside) == 8 and all(torch.allclose(found[site], expected[site], atol=1e-3) for site in inside)
 
-    again = remember(config(**FAMILIES, recompute="block"), model[1:])
+    again = compress_activations(config(**FAMILIES, recompute="block"), model[1:])
     gradient(model, again, batch(0))
     found, expected = fitted(again), fitted(plain)
     assert found.keys() == expected.keys()
@@ -121,7 +121,7 @@ def test_pieces_and_recomputation_calibrate_the_same_sites(model):
 
 
 def test_a_trace_leaves_nothing_behind(model):
-    memory = remember(config(**FAMILIES, softmax=4))
+    memory = compress_activations(config(**FAMILIES, softmax=4))
     with FakeTensorMode():
         x = torch.empty(2, 5, 16, requires_grad=True)
         with memory:
@@ -137,7 +137,7 @@ def test_levels_of_the_layer_are_nearer_than_fixed_ones(function):
     exact = torch.autograd.grad(function(x).sum(), x)[0]
     errors = []
     for calibrate in (True, False):
-        with remember(config(pointwise=4, calibrate=calibrate)):
+        with compress_activations(config(pointwise=4, calibrate=calibrate)):
             out = function(x)
         errors.append(relative(torch.autograd.grad(out.sum(), x)[0], exact))
     assert errors[0] < 0.8 * errors[1]
@@ -165,7 +165,7 @@ def test_outlier_channels_do_not_coarsen_the_others(name):
     usual = [channel for channel in range(192) if channel not in (7, 70, 150)]
     errors = []
     for calibrate in (True, False):
-        with remember(config(norm=4, linear=4, calibrate=calibrate)):
+        with compress_activations(config(norm=4, linear=4, calibrate=calibrate)):
             out = run()
         (grad,) = torch.autograd.grad(out, of, cotangent)
         errors.append(relative(grad[..., usual], exact[..., usual]))
@@ -179,7 +179,7 @@ def test_a_block_input_with_outlier_channels():
     exact = torch.autograd.grad(block(x).square().sum(), x)[0]
     errors = []
     for calibrate in (True, False):
-        with remember(config(recompute="block", input=6, calibrate=calibrate), [block]):
+        with compress_activations(config(recompute="block", input=6, calibrate=calibrate), [block]):
             out = block(x)
         errors.append(relative(torch.autograd.grad(out.square().sum(), x)[0], exact))
     assert errors[0] < 0.8 * errors[1]
@@ -215,21 +215,21 @@ def test_an_odd_first_batch_does_not_stay(quant, name, monkeypatch):
     exact = gradient(blocks, torch.enable_grad(), later.clone().requires_grad_())
     errors = []
     for start in (first, ODD[name](first)):
-        memory = remember(quant, blocks if quant.recompute == "block" else ())
+        memory = compress_activations(quant, blocks if quant.recompute == "block" else ())
         gradient(blocks, memory, start.clone().requires_grad_())
         errors.append(relative(gradient(blocks, memory, later.clone().requires_grad_()), exact))
     assert errors[1] < 1.3 * errors[0]
 
 
 def test_an_odd_batch_among_usual_ones_is_outvoted():
-    x, memory = torch.randn(64, 4, 16), remember(config(norm=4))
+    x, memory = torch.randn(64, 4, 16), compress_activations(config(norm=4))
     channels = []
     for number in range(LOOKS[-1] + 1):
         seen = x * torch.linspace(0.1, 50, 16) if number == 0 else x
         with memory:
             F.layer_norm(seen.clone().requires_grad_(), (16,))
         channels.append(next(iter(fitted(memory).values()), None))
-    fresh = remember(config(norm=4))
+    fresh = compress_activations(config(norm=4))
     with fresh:
         F.layer_norm(x.clone().requires_grad_(), (16,))
     usual = next(iter(fitted(fresh).values()))
@@ -237,7 +237,7 @@ def test_an_odd_batch_among_usual_ones_is_outvoted():
 
 
 def test_a_layer_that_tells_nothing_is_given_up():
-    memory = remember(config(norm=4))
+    memory = compress_activations(config(norm=4))
     for _ in range(PATIENCE + 1):
         with memory:
             F.layer_norm(torch.zeros(4, 16, requires_grad=True), (16,))
@@ -247,7 +247,7 @@ def test_a_layer_that_tells_nothing_is_given_up():
 def test_constant_and_diverged_first_batches_are_no_error():
     for value in (0.0, 1e30, float("nan")):
         x = torch.full((4, 5, 16), value, requires_grad=True)
-        memory = remember(config(**FAMILIES, softmax=4))
+        memory = compress_activations(config(**FAMILIES, softmax=4))
         with memory:
             F.gelu(F.layer_norm(x, (16,))).softmax(-1)
         with memory:
@@ -260,7 +260,7 @@ def test_a_strided_input_is_sampled_all_over():
     x = torch.randn(6, 40, 30, generator=torch.Generator().manual_seed(0)).requires_grad_()
     states = []
     for seen in (x, x.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_()):
-        memory = remember(config(pointwise=3))
+        memory = compress_activations(config(pointwise=3))
         with memory:
             F.gelu(seen)
         states.extend(fitted(memory).values())

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s2a_cli.activations import remember
+from s2a_cli.activations import compress_activations
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.primitives import dequantize_groupwise, quantize_groupwise
 from s2a_cli.config.schema import QuantConfig
@@ -29,7 +29,7 @@ def test_the_mean_of_draws_converges_to_the_exact_gradient(function, bits):
     x = (torch.randn(20_000, generator=torch.Generator().manual_seed(0)) - 0.5).requires_grad_()
     exact = torch.autograd.grad(function(x).sum(), x)[0]
     torch.manual_seed(0)
-    memory = remember(stochastic(pointwise=bits))
+    memory = compress_activations(stochastic(pointwise=bits))
     draws = torch.stack([gradient(function, x, memory) for _ in range(100)])
     one = (draws[0] - exact).norm()
     for count in (4, 25, 100):
@@ -42,7 +42,7 @@ def test_the_mean_of_draws_converges_to_the_exact_gradient(function, bits):
 def test_nearest_rounding_does_not_converge():
     x = torch.randn(5000, generator=torch.Generator().manual_seed(0)).requires_grad_()
     exact = torch.autograd.grad(F.gelu(x).sum(), x)[0]
-    memory = remember(QuantConfig(name="test", pointwise=2))
+    memory = compress_activations(QuantConfig(name="test", pointwise=2))
     draws = [gradient(F.gelu, x, memory) for _ in range(3)]
     assert torch.equal(draws[0], draws[1]) and (draws[0] - exact).norm() > 0.1 * exact.norm()
 
@@ -91,7 +91,10 @@ def test_the_global_random_numbers_are_not_touched():
         return F.dropout(F.scaled_dot_product_attention(*[F.gelu(F.layer_norm(x, (64,)))] * 3), 0.5)
 
     outs, after = [], []
-    for memory in (remember(stochastic(pointwise=4, norm=4, attention=4)), remember(QuantConfig(name="stock"))):
+    for memory in (
+        compress_activations(stochastic(pointwise=4, norm=4, attention=4)),
+        compress_activations(QuantConfig(name="stock")),
+    ):
         torch.manual_seed(3)
         with memory:
             outs.append(run(x).detach())
@@ -104,7 +107,7 @@ def test_the_seed_decides():
     found = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        memory = remember(stochastic(pointwise=2))
+        memory = compress_activations(stochastic(pointwise=2))
         found.append(torch.stack([gradient(F.gelu, x, memory) for _ in range(2)]))
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     assert not torch.equal(found[0][0], found[0][1])  # each step draws anew
@@ -114,7 +117,7 @@ def test_a_recomputed_block_draws_in_its_recomputation_alone():
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
     x = torch.randn(8, 4, 16, requires_grad=True)
-    memory = remember(stochastic(pointwise=2, recompute="block"), [block])
+    memory = compress_activations(stochastic(pointwise=2, recompute="block"), [block])
     with memory:
         out = block(x)
         before = memory.calibration.state_dict()["draws"]
