@@ -56,7 +56,7 @@ def lora(backbone: Backbone) -> None:
     not.
     """
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig, inject_adapter_in_model  # pyright: ignore[reportMissingImports] (of the extra `bench`)
     except ImportError:
         raise UserError("needs a package that is not here: pip install peft") from None
     if not any(name.endswith(".qkv") for name, _ in backbone.model.named_modules()):
