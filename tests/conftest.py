@@ -29,9 +29,9 @@ def real_data() -> Path:
 
 
 @pytest.fixture
-def set_piece_sizes(monkeypatch):
-    """set_piece_sizes(block=1) changes a PieceSizes for every device."""
-    from s2a_cli.activations.piece_sizes import BY_DEVICE
+def set_chunk_sizes(monkeypatch):
+    """set_chunk_sizes(block=1) changes a ChunkSizes for every device."""
+    from s2a_cli.activations.chunk_sizes import BY_DEVICE
 
     def change(**sizes):
         for device, known in BY_DEVICE.items():

@@ -35,7 +35,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from s2a_cli import backbones, memory
-from s2a_cli.activations.piece_sizes import BY_DEVICE
+from s2a_cli.activations.chunk_sizes import BY_DEVICE
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import atomic_write
 from s2a_cli.common.progress import Progress

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from s2a_cli import backbones
-from s2a_cli.activations import piece_sizes
+from s2a_cli.activations import chunk_sizes
 from s2a_cli.common.files import atomic_write
 from s2a_cli.common.progress import Progress
 from s2a_cli.config.compose import compose
@@ -41,12 +41,12 @@ def counted(backbone: str, quant: str, device: str) -> dict[str, Any]:
     config = compose([*words, "dataset=cifar100"])
     made = backbones.build(config.backbone, CLASSES, meta=True)
     attached = run.attach(config, made)
-    own = piece_sizes.BY_DEVICE["cuda"]
-    piece_sizes.BY_DEVICE["cuda"] = piece_sizes.BY_DEVICE[device]  # a prediction is one of CUDA
+    own = chunk_sizes.BY_DEVICE["cuda"]
+    chunk_sizes.BY_DEVICE["cuda"] = chunk_sizes.BY_DEVICE[device]  # a prediction is one of CUDA
     try:
         profile = forecast.profile_step(attached, config, BATCH)
     finally:
-        piece_sizes.BY_DEVICE["cuda"] = own
+        chunk_sizes.BY_DEVICE["cuda"] = own
     found = profile.memory
     return {
         "backbone": backbone,
@@ -60,7 +60,7 @@ def counted(backbone: str, quant: str, device: str) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A line a backbone and quant: operators and times stock's, peak and kept MiB, for both kinds of pieces."""
-    sizes = {device: vars(piece_sizes.BY_DEVICE[device]) for device in DEVICES}
+    sizes = {device: vars(chunk_sizes.BY_DEVICE[device]) for device in DEVICES}
     head = [
         "backbone",
         "quant",
@@ -94,7 +94,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
                 "`python benchmarks/operators/operators.py`. Bias tuning, batch 64, fp32, 224 px, predicted: what is"
                 " dispatched, views apart, and the peak."
             ),
-            f"Elements of a piece: {told} (see s2a_cli/activations/piece_sizes.py).",
+            f"Elements of a piece: {told} (see s2a_cli/activations/chunk_sizes.py).",
             "",
             *lines,
             "",

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from s2a_cli.activations.chunk_sizes import MOST_CHUNKS, chunk_sizes
 from s2a_cli.activations.ops.registry import handlers_of
-from s2a_cli.activations.piece_sizes import MOST_CHUNKS, piece_sizes
 from s2a_cli.activations.probe import Probe, mlps, probe
 from s2a_cli.activations.random_numbers import SampleDraws, batch_chunks, random_state, set_random_state
 from s2a_cli.activations.recompute import Recomputation, Recompute, in_batch_chunks, input_bytes
@@ -182,11 +182,11 @@ class CheckpointedBlock:
     def chunk_size(self, call: Call, x: Tensor, kind: str) -> int:
         """Returns how many samples of the batch x run at a time.
 
-        kind: the field of PieceSizes that holds where the number of chunks is left to us.
+        kind: the field of ChunkSizes that holds where the number of chunks is left to us.
         """
         if call.is_whole:
             return len(x)
-        chunks = self.config.chunks or min(MOST_CHUNKS, x.numel() // getattr(piece_sizes(x.device), kind))
+        chunks = self.config.chunks or min(MOST_CHUNKS, x.numel() // getattr(chunk_sizes(x.device), kind))
         return -(-len(x) // max(chunks, 1))
 
     def _probe(self, call: Call, inputs: list[Tensor]) -> Probe:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2a_cli.activations.piece_sizes import planned_for
+from s2a_cli.activations.chunk_sizes import planned_for
 from s2a_cli.common.dataless import Dataless
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.memory.cuda import CudaAutocast

@@ -4,7 +4,7 @@ In the order of speed, the first of these that fits is taken:
 
 1. stock PyTorch, then the lossless savings alone;
 2. codes: bits for each block and family of operators, if the gradient's error, measured, is at most `TOLERANCE`;
-3. blocks computed again from inputs of 8 bits, in more and more pieces; then from fewer bits, block by block.
+3. blocks computed again from inputs of 8 bits, in more and more batch chunks; then from fewer bits, block by block.
 
 How much a code costs is measured on images of the run (the S2A paper's "gradient-informed precision allocation"): the
 relative error e of the whole gradient when one family of one block alone is coded in `REFERENCE_BITS` bits. Each
@@ -99,9 +99,9 @@ class Choice:
             words.append("lossless savings" if quant.lossless else "stock PyTorch")
         if quant.chunks != 1:
             words.append(
-                f"{quant.chunks} pieces of the batch"
+                f"{quant.chunks} chunks of the batch"
                 if quant.chunks
-                else "the batch in pieces as the device wants them"
+                else "the batch in chunks as the device wants them"
             )
         error = f"relative error of the gradient {self.error:.2g}" if self.error else "the gradient is exact"
         return (

@@ -136,7 +136,7 @@ class TrainLoop:
                 checkpoints.save(self.folder, state, self.step.fitted, self.run.weights)
         line = {
             "epoch": epoch,
-            "train_loss": at.loss / at.images,  # with several votes the mean of theirs
+            "train_loss": at.loss / at.images,  # with auxiliary heads the mean of all
             "val_loss": scores["loss"],
             "val_top1": scores["top1"],
             "lr": at.lr,

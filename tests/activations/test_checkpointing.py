@@ -93,8 +93,8 @@ def quant(lossless: bool = False, **kwargs) -> QuantConfig:
     [{"recompute": "block"}, {"chunks": 2}, {"chunks": None}, {"recompute": "block", "chunks": 3, "lossless": True}],
     ids=str,
 )
-def test_gradients_are_those_of_stock(backbone, method, config, set_piece_sizes):
-    set_piece_sizes(mlp=1)
+def test_gradients_are_those_of_stock(backbone, method, config, set_chunk_sizes):
+    set_chunk_sizes(mlp=1)
     if (backbone, method) == ("resnet", "full"):
         pytest.skip("BatchNorms that train normalise over the whole batch")
     found = made(backbone, method)
@@ -217,7 +217,7 @@ def test_evaluation_runs_in_pieces():
     assert sizes == [3, 2]
 
 
-def test_pieces_as_the_device_wants_them(set_piece_sizes):
+def test_pieces_as_the_device_wants_them(set_chunk_sizes):
     """A block that keeps codes runs whole and its MLP in pieces; one that is computed again runs in pieces itself."""
     found = made("vit", "bias")
     inner, sizes = found.block_modules[0], {"norm1": [], "mlp.fc1": []}
@@ -225,7 +225,7 @@ def test_pieces_as_the_device_wants_them(set_piece_sizes):
         inner.get_submodule(name).register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(len(inputs[0])))
     images = torch.randn(10, 3, found.image.size, found.image.size, dtype=torch.float64)
     image = found.model.forward_features(images)[0].numel()  # elements of the hidden state
-    set_piece_sizes(block=10 * image, mlp=5 * image, recomputed=3 * image)
+    set_chunk_sizes(block=10 * image, mlp=5 * image, recomputed=3 * image)
     for config, expected in (
         (quant(chunks=None), {"norm1": [10], "mlp.fc1": [5, 5]}),
         (quant(chunks=None, recompute="block"), {"norm1": [4, 4, 2], "mlp.fc1": [4, 4, 2]}),
@@ -242,8 +242,8 @@ def test_pieces_as_the_device_wants_them(set_piece_sizes):
 
 
 @pytest.mark.parametrize("expansion, expected", [(6, [2, 2, 2, 2, 2]), (2, [10])])
-def test_a_block_with_wide_layers_and_no_mlp_runs_in_smaller_pieces(set_piece_sizes, expansion, expected):
-    set_piece_sizes(wide=2 * 4 * 8 * 8)  # two images of 4 x 8 x 8
+def test_a_block_with_wide_layers_and_no_mlp_runs_in_smaller_pieces(set_chunk_sizes, expansion, expected):
+    set_chunk_sizes(wide=2 * 4 * 8 * 8)  # two images of 4 x 8 x 8
     block = torch.nn.Sequential(
         torch.nn.Conv2d(4, 4 * expansion, 1), torch.nn.ReLU(), torch.nn.Conv2d(4 * expansion, 4, 1)
     )

@@ -78,8 +78,8 @@ def test_calibration_looks_at_a_sample():
     assert peak(run) < 2 * BYTES + 2 * codes + 0.7 * BYTES  # two results, two codes, chunks
 
 
-def test_an_unfused_map_never_exists_whole(set_piece_sizes):
-    set_piece_sizes(decoded=1 << 18)
+def test_an_unfused_map_never_exists_whole(set_chunk_sizes):
+    set_chunk_sizes(decoded=1 << 18)
     q = torch.randn(64, 2, 256, 8, requires_grad=True)
     whole = 64 * 2 * 256 * 256 * 4
 

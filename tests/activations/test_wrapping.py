@@ -112,9 +112,9 @@ class Outer(nn.Module):
 
 
 @pytest.mark.parametrize("config", [{"recompute": "block"}, {"recompute": "block", "chunks": 2}, {"chunks": 2}, {}])
-def test_a_block_within_a_block(config, set_piece_sizes):
+def test_a_block_within_a_block(config, set_chunk_sizes):
     torch.manual_seed(0)
-    set_piece_sizes(mlp=32)
+    set_chunk_sizes(mlp=32)
     outer, x = Outer().double(), torch.randn(4, 5, 32, dtype=torch.float64, requires_grad=True)
     trained = [x, *outer.parameters()]
     exact = torch.autograd.grad(outer(x).square().sum(), trained)

@@ -49,7 +49,7 @@ def test_a_side_branch_sends_no_gradient_through_the_backbone(backbone):
 
 
 @each_backbone
-def test_a_tap_in_pieces_is_the_tap_of_the_whole_batch(backbone, set_piece_sizes):
+def test_a_tap_in_pieces_is_the_tap_of_the_whole_batch(backbone, set_chunk_sizes):
     made = make(backbone, "side")
     images, _ = batch(made)
     tap, outputs = made.model.s2a["side"].features[0], []
@@ -57,7 +57,7 @@ def test_a_tap_in_pieces_is_the_tap_of_the_whole_batch(backbone, set_piece_sizes
     with torch.no_grad():
         made.model(images)
     whole = tap(outputs[0])
-    set_piece_sizes(pooled=outputs[0][:3].numel())
+    set_chunk_sizes(pooled=outputs[0][:3].numel())
     assert torch.equal(tap(outputs[0]), whole) and whole.dtype == torch.int8 and len(whole) == 4
 
 
@@ -202,13 +202,13 @@ def test_learning_at_once_is_learning_afterwards(backbone):
 
 
 @each_backbone
-def test_the_gradient_of_a_vote_at_a_border_is_computed_in_pieces(backbone, set_piece_sizes):
+def test_the_gradient_of_a_vote_at_a_border_is_computed_in_pieces(backbone, set_chunk_sizes):
     made = make(backbone, "side")
     tap = made.model.s2a["side"].features[0]
     h = torch.randn(4, *made.blocks[0].output.shape, requires_grad=True)
     whole = tap.tokens(h)
     upstream = torch.randn_like(whole)
-    set_piece_sizes(pooled=h[:3].numel())
+    set_chunk_sizes(pooled=h[:3].numel())
     with compress_activations(quant(2)):  # no code is made of it
         read = attention_pooling.DifferentiableFeature.apply(h, tap)
         found = torch.autograd.grad(read, h, upstream)[0]

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s2a_cli.activations.chunk_sizes import chunk_sizes
 from s2a_cli.activations.ops.autograd import covers, first_order
 from s2a_cli.activations.ops.registry import handles
-from s2a_cli.activations.piece_sizes import piece_sizes
 from s2a_cli.activations.quant.packing import pack_into, packed_size, unpack
 from s2a_cli.activations.quant.primitives import operator
 
@@ -45,11 +45,11 @@ def _format(x: Tensor) -> torch.memory_format:
 
 
 def _samples(x: Tensor, each: int) -> list[tuple[int, int]]:
-    """Returns ranges of samples with about piece_sizes.temporary outputs, `each` a sample.
+    """Returns ranges of samples with about chunk_sizes.temporary outputs, `each` a sample.
 
     All begin at a multiple of 8 outputs, so that their codes begin a byte.
     """
-    step = max(1, piece_sizes(x.device).temporary // each)
+    step = max(1, chunk_sizes(x.device).temporary // each)
     step = step if each % 8 == 0 else -(-step // 8) * 8
     return [(start, min(start + step, len(x))) for start in range(0, len(x), step)]
 

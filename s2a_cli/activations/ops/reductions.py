@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s2a_cli.activations.chunk_sizes import chunk_sizes
 from s2a_cli.activations.ops.autograd import covers, first_order
 from s2a_cli.activations.ops.norm import norm_backward, quantize_normalized
 from s2a_cli.activations.ops.registry import handles
-from s2a_cli.activations.piece_sizes import piece_sizes
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.groupwise import decoded_chunks, keep_quantized
 from s2a_cli.activations.quant.packing import pack_into, packed_size
@@ -130,7 +130,7 @@ def pack_equal(x: Tensor, y: Tensor) -> Tensor:
     """Returns 1 bit an element, in logical order: x == y, where y [B or 1, ...] broadcasts to x [B, ...]."""
     packed, each = _fake_pack_equal(x, y), x[0].numel()
     y = y.expand(len(x), *y.shape[1:])
-    step = -(-max(1, piece_sizes(x.device).temporary // max(each, 1)) // 8) * 8  # so that a span begins a byte
+    step = -(-max(1, chunk_sizes(x.device).temporary // max(each, 1)) // 8) * 8  # so that a span begins a byte
     for start in range(0, len(x), step):
         equal = (x[start : start + step] == y[start : start + step]).contiguous().view(-1)
         pack_into(packed, start * each, equal, 1, x.numel())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2a_cli.activations.piece_sizes import piece_sizes
+from s2a_cli.activations.chunk_sizes import chunk_sizes
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.packing import inverse, memory_order
 from s2a_cli.activations.quant.primitives import dequantize_groupwise, quantize_groupwise
@@ -90,7 +90,7 @@ def decoded_chunks(x: Tensor, elements: int | None = None) -> Iterator[slice]:
 
     elements: of a sample; None: as x has.
     """
-    samples, most = x.shape[0], piece_sizes(x.device).decoded
+    samples, most = x.shape[0], chunk_sizes(x.device).decoded
     step = max(1, most // max(math.prod(x.shape[1:]) if elements is None else elements, 1))
     step = max(1, -(-samples // max(1, -(-samples // step))))
     for start in range(0, samples, step):

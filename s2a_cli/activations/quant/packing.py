@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2a_cli.activations.piece_sizes import piece_sizes
+from s2a_cli.activations.chunk_sizes import chunk_sizes
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes
@@ -134,10 +134,10 @@ def rows(x: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
         return
     sample_rows = x[0].numel() // width
     if x.is_contiguous() or sample_rows % 8:
-        step = max(8, piece_sizes(x.device).temporary // width // 8 * 8)
+        step = max(8, chunk_sizes(x.device).temporary // width // 8 * 8)
         spans = x.reshape(-1, width).split(step)
     else:
-        step = max(1, piece_sizes(x.device).temporary // x[0].numel())
+        step = max(1, chunk_sizes(x.device).temporary // x[0].numel())
         spans = (span.reshape(-1, width) for span in x.split(step))
         step *= sample_rows
     for index, span in enumerate(spans):

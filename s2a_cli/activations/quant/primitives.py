@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from s2a_cli.activations.piece_sizes import piece_sizes
+from s2a_cli.activations.chunk_sizes import chunk_sizes
 from s2a_cli.activations.quant.packing import (
     byte_table,
     elements,
@@ -309,7 +309,7 @@ def dequantize_groupwise(
 
 def row_ranges(start: int, stop: int, width: int, device: torch.device) -> list[tuple[int, int]]:
     """Returns start:stop in short ranges; all but the first begin at multiples of 8 rows."""
-    step = max(8, piece_sizes(device).temporary // max(width, 1) // 8 * 8)
+    step = max(8, chunk_sizes(device).temporary // max(width, 1) // 8 * 8)
     cuts = list(range(start // 8 * 8 + step, stop, step))
     return list(zip([start, *cuts], [*cuts, stop])) if stop > start else []
 

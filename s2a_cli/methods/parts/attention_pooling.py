@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s2a_cli.activations.chunk_sizes import chunk_sizes
 from s2a_cli.activations.ops.autograd import first_order
-from s2a_cli.activations.piece_sizes import piece_sizes
 from s2a_cli.backbones import Hidden
 
 STEP = 1 / 8  # of the codes of normalised tokens
@@ -26,7 +26,9 @@ class Feature(nn.Module):
 
     @torch.no_grad()
     def forward(self, h: Tensor) -> Tensor:
-        return torch.cat([(self.tokens(part) / STEP).round_().clamp_(-127, 127).to(torch.int8) for part in pieces(h)])
+        return torch.cat(
+            [(self.tokens(part) / STEP).round_().clamp_(-127, 127).to(torch.int8) for part in batch_chunks(h)]
+        )
 
     def tokens(self, h: Tensor) -> Tensor:
         """Returns the same before it is coded, in fp32."""
@@ -38,29 +40,29 @@ class Feature(nn.Module):
         return F.layer_norm(tokens.float(), tokens.shape[-1:])
 
 
-def pieces(h: Tensor) -> tuple[Tensor, ...]:
+def batch_chunks(h: Tensor) -> tuple[Tensor, ...]:
     """A hidden state as the parts of the batch that are read at a time: all at once would be the peak of a step."""
-    return h.split(max(1, piece_sizes(h.device).pooled * len(h) // h.numel()))
+    return h.split(max(1, chunk_sizes(h.device).pooled * len(h) // h.numel()))
 
 
 class DifferentiableFeature(torch.autograd.Function):
     """Pools (hidden state, feature) to the feature's tokens in fp32, with a gradient.
 
-    The gradient is computed in pieces of the batch, from the hidden state alone.
+    The gradient is computed in chunks of the batch, from the hidden state alone.
     """
 
     @staticmethod
     def forward(ctx, h: Tensor, feature: Feature):
         ctx.save_for_backward(h)
         ctx.feature = feature
-        return torch.cat([feature.tokens(part) for part in pieces(h)])
+        return torch.cat([feature.tokens(part) for part in batch_chunks(h)])
 
     @staticmethod
     @first_order
     def backward(ctx, grad: Tensor):
         (h,) = ctx.saved_tensors
         out = torch.empty_like(h)
-        parts = pieces(h)
+        parts = batch_chunks(h)
         with torch.enable_grad():
             for part, g, o in zip(parts, grad.split(len(parts[0])), out.split(len(parts[0]))):
                 x = part.detach().requires_grad_()

@@ -119,8 +119,8 @@ def test_maps_of_no_multiple_of_a_byte(bits):
 
 @here
 @pytest.mark.parametrize("dtype, width, calibrated", list(zip(TYPES, (64, 64, 27), (True, False, False))))
-def test_weight_gradients(set_piece_sizes, dtype, width, calibrated):
-    set_piece_sizes(temporary=512)  # several pieces
+def test_weight_gradients(set_chunk_sizes, dtype, width, calibrated):
+    set_chunk_sizes(temporary=512)  # several pieces
     table, channels = table_of(4, -1.0), channelled(width) if calibrated else None
     x, grad = normal(3, 11, width, dtype=dtype), normal(3, 11, 7, dtype=dtype)
     codes, scales = PLAIN["quantize_groupwise"](x, table.bin_codes, -1.0, 64, 4, None, 0, channels)

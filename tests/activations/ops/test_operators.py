@@ -383,9 +383,9 @@ MASKS = {
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_unfused_attention_keeps_q_k_v_and_codes_of_the_map(name, set_piece_sizes):
+def test_unfused_attention_keeps_q_k_v_and_codes_of_the_map(name, set_chunk_sizes):
     """As the paper has it: stock's result to rounding, a sample at a time."""
-    set_piece_sizes(decoded=1)
+    set_chunk_sizes(decoded=1)
     q, k, v = (torch.randn(HEADS, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3))
     cotangent = torch.randn(HEADS, generator=torch.Generator().manual_seed(4))
     stock = F.scaled_dot_product_attention(q, k, v, **MASKS[name])

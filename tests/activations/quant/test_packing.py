@@ -41,8 +41,8 @@ def test_a_few_bits_a_byte():
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (8, 40), (16, 7), (1, 9), (2, 3, 4, 5)])
-def test_pieces_cover_a_strided_tensor_in_logical_order(shape, set_piece_sizes):
-    set_piece_sizes(temporary=32)
+def test_pieces_cover_a_strided_tensor_in_logical_order(shape, set_chunk_sizes):
+    set_chunk_sizes(temporary=32)
     whole = torch.arange(2 * torch.Size(shape).numel()).view(*shape[:-1], -1)
     for x in (whole[..., : shape[-1]], whole[..., : shape[-1]].contiguous(), whole[..., : shape[-1]].transpose(0, -1)):
         pieces = list(packing.elements(x))

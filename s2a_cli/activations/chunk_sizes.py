@@ -1,6 +1,6 @@
 """Says how much is worked on at a time, by device: every size that decides how work is cut is here.
 
-Small pieces keep what a step has beside the kept activations small. Each costs as many kernel launches as the whole.
+Small chunks keep what a step has beside the kept activations small. Each costs as many kernel launches as the whole.
 A CPU hardly notices; a fast GPU should: its work on 2^20 elements takes a few microseconds, no more than the host needs
 to launch it. That is an estimate from memory bandwidth: no GPU has confirmed the sizes. The counts of operators and the
 predicted peaks that follow are in benchmarks/operators/operators.md.
@@ -18,7 +18,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class PieceSizes:
+class ChunkSizes:
     """Numbers of elements. The first five hold for quant.chunks=null; a chunk of the batch has at least one sample."""
 
     block: int  # of the input of a block, at least
@@ -32,7 +32,7 @@ class PieceSizes:
 
 
 BY_DEVICE = {
-    "cpu": PieceSizes(
+    "cpu": ChunkSizes(
         block=1 << 20,
         wide=1 << 20,
         mlp=1 << 20,
@@ -42,7 +42,7 @@ BY_DEVICE = {
         pooled=1 << 21,
         temporary=1 << 18,  # large enough to hide the overhead of a call, small enough for a cache
     ),
-    "cuda": PieceSizes(
+    "cuda": ChunkSizes(
         block=1 << 25,
         wide=1 << 21,
         mlp=1 << 22,
@@ -68,6 +68,6 @@ def planned_for(device: str) -> Iterator[None]:
         _planned = before
 
 
-def piece_sizes(device: torch.device) -> PieceSizes:
+def chunk_sizes(device: torch.device) -> ChunkSizes:
     """Returns the sizes for tensors on this device; those of CUDA for one that is not listed."""
     return BY_DEVICE.get(_planned or device.type, BY_DEVICE["cuda"])
