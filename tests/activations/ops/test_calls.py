@@ -4,6 +4,8 @@ bit.
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from s2a_cli.activations import compress_activations
 from s2a_cli.activations.mode import ActivationMode
+from s2a_cli.activations.ops.pointwise import keep_codes
+from s2a_cli.activations.ops.registry import HANDLERS
 from s2a_cli.config.schema import QuantConfig
 
 EVERYTHING = QuantConfig(bits=4, linear=4, calibrate=False)
@@ -50,6 +54,14 @@ POINTWISE = {
     F.hardtanh: {"min_val": -0.5, "max_val": 0.7, "inplace": False},
     F.hardsigmoid: {"inplace": False},
     F.leaky_relu: {"negative_slope": 0.2, "inplace": False},
+}
+POINTWISE |= {  # functions that a file of their own registers
+    f: {}
+    for f, handler in HANDLERS.items()
+    if handler.run.__module__ == keep_codes.__module__
+    and not isinstance(f, types.MethodDescriptorType)
+    and f not in POINTWISE
+    and not f.__name__.endswith("_")
 }
 CALLS = [
     *((function, {"input": X} | arguments, 1) for function, arguments in POINTWISE.items()),

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations import compress_activations
+from s2a_cli.activations.ops.pointwise import keep_codes
+from s2a_cli.activations.ops.registry import HANDLERS
 from s2a_cli.activations.quant.packing import groupwise_size, packed_size
 from s2a_cli.config.schema import QuantConfig
 
@@ -218,6 +220,12 @@ CASES = [
     Case("conv2d-coded", F.conv2d, [IMAGE, (4, 6, 3, 3), (4,)], linear=True),
     Case("conv2d-trains", F.conv2d, [IMAGE, (4, 6, 3, 3), (4,)], exact=True),
     Case("silu-twice", lambda x: F.silu(x) + F.silu(x), [X], lambda b: 2 * packed_size(231, b)),
+]
+NAMED = {case.name for case in CASES}
+CASES += [  # functions of one tensor that a file of their own registers: in no table, and tested all the same
+    Case(f.__name__, f, [X], pointwise(X) if handler.bits == ("pointwise",) else one_bit(X), handler.bits == (None,))
+    for f, handler in HANDLERS.items()
+    if handler.run.__module__ == keep_codes.__module__ and f.__name__ not in NAMED and not f.__name__.endswith("_")
 ]
 TOLERANCE = {8: 0.03, 4: 0.2, 2: 0.9}  # relative error of a gradient, in norm
 
