@@ -85,12 +85,12 @@ def test_out_of_memory_in_one_process_is_that_of_the_run(tmp_path):
         "import os, sys, torch\n"
         "from s2a_cli.cli import main as cli\n"
         "from s2a_cli.training import loop as fitting\n"
-        "train = fitting.Fit._train\n"
+        "train = fitting.TrainLoop._train\n"
         "def short(self, *args):\n"
         "    if os.environ['RANK'] == '1' and self.sofar.step == 1:\n"
         "        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB')\n"
         "    return train(self, *args)\n"
-        "fitting.Fit._train = short\n"
+        "fitting.TrainLoop._train = short\n"
         "sys.exit(cli.main(['train', *sys.argv[1:]]))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]

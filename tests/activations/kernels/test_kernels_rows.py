@@ -139,10 +139,10 @@ def test_frozen_weights(dtype, rows, width):
     from s2a_cli.backbones import weight_quant
 
     weight = normal(rows, width, dtype=dtype)
-    codes, scales = weight_quant.encode_int8(weight)
+    codes, scales = weight_quant.quantize_int8(weight)
     arguments = codes, scales.view(torch.bfloat16), dtype
     assert same(launch.dequantize_int8(*arguments), PLAIN["dequantize_int8"](*arguments))
-    codes, scales = weight_quant.encode_nf4(weight)
+    codes, scales = weight_quant.quantize_nf4(weight)
     table, scales = weight_quant.normal_float_codebook().to(DEVICE), scales.view(torch.bfloat16)
     arguments = codes, scales, table.entries, width, width // scales.shape[1], 4, 0, rows, dtype
     assert same(launch.dequantize_groupwise(*arguments), PLAIN["dequantize_groupwise"](*arguments))
