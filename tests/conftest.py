@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 from example_result import result
 
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a download is a mistake
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the cores are shared by the processes of pytest-xdist
 
-import s2a_cli.methods  # noqa: E402, F401 (behind OMP_NUM_THREADS, which torch reads once)
+import s2a_cli.methods  # noqa: F401 (behind OMP_NUM_THREADS, which torch reads once)
 
 
 def pytest_collection_modifyitems(items):
