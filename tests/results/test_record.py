@@ -276,7 +276,7 @@ def test_where_a_run_is_made(make_result, tmp_path):
 
 def test_tensors_beside_a_damaged_record_are_not_lost(make_result, tmp_path, capsys):
     content = records.content_of(make_result())
-    for name in ("named", records.identity(content)):
+    for name in ("named", records.run_id(content)):
         folder = written(tmp_path / name, b"{half")
         (folder / run_folder.TENSORS).write_text("dear")
         with run_folder.claimed(folder):

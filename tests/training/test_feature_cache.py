@@ -309,7 +309,7 @@ def test_the_predicted_peak_is_that_of_filling_or_of_the_step():
 
 
 def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(trainer.distributed, "part", lambda: (0, 2))
+    monkeypatch.setattr(trainer.distributed, "rank_and_world_size", lambda: (0, 2))
     with pytest.raises(UserError, match="trains in one process"):
         run_module.prepare(compose([*QUICK, CACHE]))
 

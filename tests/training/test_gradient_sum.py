@@ -31,7 +31,7 @@ def log(monkeypatch):
         return Work(events, flat.numel())
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(gradient_sum, "part", lambda: (0, 2))
+    monkeypatch.setattr(gradient_sum, "rank_and_world_size", lambda: (0, 2))
     monkeypatch.setattr(gradient_sum, "broadcast", lambda make: make())
     return events
 
@@ -136,7 +136,7 @@ def test_alone_nothing_is_sent(monkeypatch):
 def test_a_prediction_sends_nothing(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", None)
     monkeypatch.setattr(dist, "broadcast_object_list", None)
-    monkeypatch.setattr(gradient_sum, "part", lambda: (0, 2))
+    monkeypatch.setattr(gradient_sum, "rank_and_world_size", lambda: (0, 2))
     model, x = network(), torch.randn(3, 4)
     total = GradientSum(model.parameters())
     with Dataless():
