@@ -173,12 +173,11 @@ def _readable(overrides: list[str], conf: Path, problems: Problems) -> list[str]
     known, words = groups(conf), []
     for override in _parsed(overrides, known, problems):
         group, value, word = override.key_or_group, override.value(), override.input_line.lstrip("+")
-        if group == "method" and isinstance(value, list) and value:
-            value = sorted(map(str, value)) if len(value) > 1 else str(value[0])
-            word = f"method=[{','.join([*value, SEVERAL])}]" if isinstance(value, list) else f"method={value}"
+        if group == "method" and isinstance(value, list) and len(value) == 1:
+            value, word = value[0], f"method={value[0]}"
         if group not in known or isinstance(value, dict):
             words.append(f"++{word}")
-        elif isinstance(value, list) and group == "method" and set(value) <= set(known[group]):
+        elif isinstance(value, list) and value and group == "method" and set(map(str, value)) <= set(known[group]):
             if twice := next((one for one in value if value.count(one) > 1), None):
                 problems[group] = f"{override.input_line}: names {twice} twice"
             else:
@@ -200,21 +199,36 @@ def _load(words: list[str], conf: Path, problems: Problems) -> DictConfig:
     from hydra.errors import HydraException
 
     try:
-        with hydra_on(conf):
-            loaded = hydra_compose("config", overrides=words)
+        with hydra_on(conf) as loader:
+            loaded = hydra_compose("config", overrides=words, return_hydra_config=True)
+            structures = [] if "method" in loaded.hydra.runtime.choices else _options(loader, "method", words)
+            if structures:  # several, chosen here or in an experiment, which Hydra has merged into one another
+                joined = f"method=[{','.join([*structures, SEVERAL])}]"
+                loaded = hydra_compose("config", overrides=[*words, joined], return_hydra_config=True)
     except (HydraException, yaml.YAMLError, OSError, *UNFIT) as error:
         said = " ".join(str(error).split()) + (f" ({error.__cause__})" if error.__cause__ else "")
         problems["config"] = brief(said or type(error).__name__, 400)
         raise UserError("\n".join(problems.values())) from error
     OmegaConf.set_struct(loaded, False)
-    several = next((word for word in reversed(words) if word.startswith("method=[")), None)
-    if several:
-        _join(loaded.method, several.removeprefix("method=[").removesuffix("]").split(",")[:-1], conf)
+    loaded.pop("hydra")
+    if structures:
+        _join(loaded.method, structures, conf)
     return loaded
+
+
+def _options(loader: Any, group: str, words: list[str]) -> list[str]:
+    """Returns the options of a group that Hydra composes for these words, sorted, each once."""
+    from hydra.types import RunMode
+
+    found = loader.compute_defaults_list("config", overrides=words, run_mode=RunMode.RUN).defaults
+    paths = [default.config_path.split("/") for default in found if default.config_path]
+    return sorted({path[-1] for path in paths if path[:-1] == [group]})
 
 
 def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
     """Returns `loaded` as a resolved RunConfig. Raises UserError with all problems when there are any."""
+    if not STRUCTURES:
+        raise RuntimeError("import s2a_cli.methods first: its structures declare the settings of method=")
     typed = OmegaConf.structured(RunConfig)
     found: Problems = {}
     for key, values in OLDER_VALUES.items():

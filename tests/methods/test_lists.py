@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from omegaconf import OmegaConf
 from s2a_cli import methods
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
+from s2a_cli.config.overrides import CONF
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.deep_supervision import losses_of
 from s2a_cli.training.step import Step, make_optimizer, train_mode
@@ -55,6 +58,16 @@ def test_a_list_has_settings_under_the_name_of_each_structure():
     assert compose(["method=[side]"]).method == compose(["method=side"]).method
     assert compose(["method=[bias,side]"]).quant.name == "int4" and compose(["method=[full,side]"]).quant.name == "none"
     assert compose(["method=[bias,side]"]).optim.lr == compose(["method=s2a"]).optim.lr
+
+
+def test_an_experiment_may_choose_a_list(tmp_path):
+    conf = Path(shutil.copytree(CONF, tmp_path / "conf"))
+    chosen = "# @package _global_\ndefaults:\n  - override /method: [side, bias]\n"
+    (conf / "experiment" / "both.yaml").write_text(chosen + "method:\n  side:\n    heads: 2\n")
+    assert compose(["experiment=both"], conf).method == compose(["method=[bias,side]", "method.side.heads=2"]).method
+    assert compose(["experiment=both", "method.lr=1e-3"], conf).method.lr == 1e-3
+    with pytest.raises(UserError, match=r"method.side.heads: no such setting"):  # what it says of side is not for bias
+        compose(["experiment=both", "method=bias"], conf)
 
 
 @each_backbone
