@@ -185,10 +185,9 @@ def _readable(overrides: list[str], conf: Path, problems: Problems) -> list[str]
         elif not isinstance(value, list) and value in known[group]:
             words.append(word)
         elif group != "experiment" or value is not None:
-            accepted = ", ".join(known[group])
-            problems[group] = (
-                f"{group}={brief(show(value))}: expected one of {accepted}{nearest(str(value), known[group])}"
-            )
+            odd = [str(one) for one in (value if isinstance(value, list) else [value]) if one not in known[group]]
+            accepted = ", ".join(known[group]) + nearest(odd[0] if odd else "", known[group])
+            problems[group] = f"{group}={brief(show(value))}: expected one of {accepted}"
     return words
 
 

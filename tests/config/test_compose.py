@@ -98,7 +98,7 @@ BAD = [
     ("method=bais", "method=bais: expected one of bias, ", "(did you mean 'bias'?)"),
     ("backbone=vit-b", "backbone=vit-b: expected one of", "(did you mean 'vit_b'?)"),
     ("experiment=smokee", "experiment=smokee: expected one of", "(did you mean 'smoke'?)"),
-    ("method=[bias,ful]", "method=[bias,ful]: expected one of bias"),
+    ("method=[bias,ful]", "method=[bias,ful]: expected one of bias", "(did you mean 'full'?)"),
     ("method=[bias,bias]", "method=[bias,bias]: names bias twice"),
     ("method=[bias,side] method.heads=2", "method.heads: no such setting; accepted in method: name, lr, bias, side"),
     ("method=null", "method=null: expected one of"),
