@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from s2a_cli.backbones.branches import Branch, find_branches, linear_layers
 from s2a_cli.backbones.head import Head
 from s2a_cli.backbones.hidden import Hidden
 from s2a_cli.backbones.trace import LayoutError, find_blocks, layouts, trace
@@ -27,12 +28,25 @@ ADDED = "s2a"  # the submodule of the model that holds what a method adds
 
 @dataclass(frozen=True)
 class Block:
-    """One of a backbone's repeated blocks, with the hidden states at its input and at its output."""
+    """One of a backbone's repeated blocks, with the hidden states at its input and at its output.
+
+    branches: the residual branches of a transformer block, attention and MLP; empty for blocks of other kinds. layers:
+    (name, module) of the linear layers and convolutions within, in the order in which they run.
+    """
 
     name: str
     module: nn.Module
     input: Hidden
     output: Hidden
+    branches: tuple[Branch, ...] = ()
+    layers: tuple[tuple[str, nn.Module], ...] = ()
+
+    def branch(self, kind: str) -> Branch:
+        """Returns the first branch of a kind, attention or mlp. Raises LookupError where there is none."""
+        found = next((branch for branch in self.branches if branch.kind == kind), None)
+        if found is None:
+            raise LookupError(f"block {self.name} has no residual branch of {kind}")
+        return found
 
 
 class Backbone:
@@ -49,6 +63,7 @@ class Backbone:
             parameter.requires_grad_(True)
         self._find_blocks()
         self._pretrained = [name for name in model.state_dict() if not head.holds(name)]
+        self._pretrained_parameters = sum(p.numel() for name, p in model.named_parameters() if not head.holds(name))
 
     def _find_blocks(self) -> None:
         """Finds the blocks, or why there are none, by a forward pass without data.
@@ -71,7 +86,10 @@ class Backbone:
         self.parts = {block.name: block.module for block in found}  # the blocks, also where their layouts are not known
         try:
             states = layouts(found, seen, getattr(self.model, "num_prefix_tokens", 0))
-            self._blocks = [Block(block.name, block.module, *pair) for block, pair in zip(found, states)]
+            self._blocks = [
+                Block(block.name, block.module, *pair, find_branches(block), linear_layers(block))
+                for block, pair in zip(found, states)
+            ]
         except LayoutError as error:
             self._problem = f"{kind}: {error}"
 
@@ -131,6 +149,19 @@ class Backbone:
             raise UserError(f"method: two of its structures add {name}; name one of them")
         getattr(self.model, ADDED)[name] = module.to(next(self.head.parameters()).device)
 
+    def remove_added(self) -> None:
+        """Removes every module that a method added, and the hooks by which they act."""
+        added = set(getattr(self.model, ADDED, nn.Module()).modules())
+        for module in self.model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for number, hook in list(hooks.items()):
+                    bound = getattr(hook, "func", hook)  # of a functools.partial
+                    if getattr(bound, "__self__", None) in added:
+                        del hooks[number]
+                        module._forward_pre_hooks_with_kwargs.pop(number, None)
+        if hasattr(self.model, ADDED):
+            delattr(self.model, ADDED)
+
     def fingerprint(self) -> str:
         """Returns 12 hex digits of the SHA-256 of the pretrained tensors, without those of the head and of a method."""
         digest, state = hashlib.sha256(), self.model.state_dict()
@@ -146,12 +177,11 @@ class Backbone:
         """
         head = sum(p.numel() for p in self.head.parameters())
         stored = sum(module.elements for module in self.model.modules() if isinstance(module, Stored))
-        added = sum(p.numel() for p in getattr(self.model, ADDED, nn.Module()).parameters())
         total = sum(p.numel() for p in self.model.parameters()) + stored
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad) - head
         return {
             "total": total,
             "trainable": trainable,
             "head": head,
-            "percent": 100 * trainable / (total - head - added),
+            "percent": 100 * trainable / self._pretrained_parameters,
         }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,7 @@ CHANNELS: dict[Callable, int] = {  # function -> the dimension in which its inpu
 }
 ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, torch.addcmul, torch.lerp}
 JOINS = ADDS | {torch.cat, torch.concat}
+ATTENDS = {F.scaled_dot_product_attention, F.softmax, torch.softmax, Tensor.softmax}
 
 
 class LayoutError(ValueError):
@@ -53,6 +54,7 @@ class ModuleTrace:
     widths: set[int] = field(default_factory=set)  # numbers of channels of what layers within it read and return
     reads: int | None = None  # the dimension that a layer within it reads as the channels of `input`
     joined: set[int] = field(default_factory=set)  # numbers of elements of what it adds up or concatenates by itself
+    attends: bool = False  # whether a softmax or fused attention runs within it
 
     @property
     def layers(self) -> int:
@@ -63,6 +65,17 @@ class ModuleTrace:
     def size(self) -> int:
         """Returns how many parameters it has."""
         return sum(p.numel() for p in self.module.parameters())
+
+    @property
+    def normalises(self) -> bool:
+        """Tells whether it is a normalisation layer."""
+        return not self.within and "norm" in type(self.module).__name__.lower()
+
+    def descendants(self) -> Iterator[ModuleTrace]:
+        """Yields the modules that ran within it, in order."""
+        for inner in self.within:
+            yield inner
+            yield from inner.descendants()
 
     @property
     def maps(self) -> bool:
@@ -153,6 +166,9 @@ class _Evidence(TorchFunctionMode):
                     found.reads = CHANNELS[func] % args[0].ndim
         elif func in JOINS and isinstance(out, Tensor) and self.running:
             self.running[-1].joined.add(out.numel())
+        elif func in ATTENDS:
+            for found in self.running:
+                found.attends = True
         return out
 
 

@@ -34,12 +34,13 @@ def keeps_codable(name: str) -> bool:
 def attach(method: Any, backbone: Backbone) -> Attachment:
     """Attaches the structures that a config names (`config.method`) to a backbone, which may be on the meta device.
 
-    Structures that leave the backbone as it is come last: they are told which others adapt it.
+    Those that put layers of their own in the place of the backbone's come after those that adapt it otherwise. Those
+    that leave the backbone as it is come last: they are told which others adapt it.
     Raises UserError for settings that do not fit the backbone.
     """
     names = method.name.split("+")
     structures = [STRUCTURES[name](method if len(names) == 1 else method[name]) for name in names]
     parts: list[Attachment] = []
-    for structure in sorted(structures, key=lambda structure: not structure.adapts):
+    for structure in sorted(structures, key=lambda structure: (not structure.adapts, structure.replaces_layers)):
         parts.append(structure.attach(backbone, parts))
     return Attachment.of(parts)

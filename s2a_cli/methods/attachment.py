@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from s2a_cli.backbones import Backbone
+from s2a_cli.backbones.weight_quant import Stored
 from s2a_cli.common.errors import UserError
 from s2a_cli.methods.parts.deep_supervision import AuxiliaryHeads, Learn
 from s2a_cli.methods.parts.feature_head import FeatureHead
@@ -23,6 +25,8 @@ class Attachment:
     auxiliary: heads whose losses are back-propagated within the forward pass.
     feature_head: what is trained, alone, where the backbone is not adapted.
     unmergeable: why no plain weights of the backbone compute the same; empty where they do.
+    merges: each moves what an added module computes into the backbone's own weights. Bound methods of the modules, so
+    that a copy of the attachment merges its own.
     """
 
     backbone: Backbone
@@ -31,6 +35,7 @@ class Attachment:
     auxiliary: tuple[AuxiliaryHeads, ...] = ()
     feature_head: FeatureHead | None = None
     unmergeable: str = ""
+    merges: tuple[Callable[[], None], ...] = ()
 
     @property
     def model(self) -> nn.Module:
@@ -54,12 +59,22 @@ class Attachment:
             yield
 
     def merge(self) -> nn.Module:
-        """Returns the backbone's model, whose own weights hold all that was trained.
+        """Returns the backbone's model, whose own weights now hold all that was trained; nothing added is left in it.
 
-        Raises UserError where a structure adds what no weight of the backbone can hold.
+        Raises UserError where a structure adds what no weight of the backbone can hold, and where weights are stored in
+        fewer bits, into which nothing can be added.
         """
         if self.unmergeable:
             raise UserError(self.unmergeable)
+        if self.merges and any(isinstance(module, Stored) for module in self.model.modules()):
+            raise UserError(
+                "backbone.weights: nothing can be merged into weights that are stored in fewer bits; load the run with"
+                " backbone.weights=fp32"
+            )
+        with torch.no_grad():
+            for merge in self.merges:
+                merge()
+        self.backbone.remove_added()
         return self.model
 
     @staticmethod
@@ -75,4 +90,5 @@ class Attachment:
             auxiliary=tuple(heads for part in parts for heads in part.auxiliary),
             feature_head=heads[0] if heads and not adapts else None,
             unmergeable="; ".join(part.unmergeable for part in parts if part.unmergeable),
+            merges=tuple(merge for part in reversed(parts) for merge in part.merges),
         )
