@@ -1,5 +1,4 @@
-"""Which structure buys the most accuracy for its memory? An honest search that anyone can run again; docs/structures.md
-has ours.
+"""Which structure buys the most accuracy for its memory? One search protocol for all, that anyone can run again.
 
     .venv/bin/python benchmarks/structures/compare_structures.py WEIGHTS DATA... [key=value ...] [--search DATA...]
     [--seeds 0 1 2]
@@ -7,47 +6,62 @@ has ours.
 
 WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors; those of another backbone together with
 backbone=NAME. DATA: a train/ and test/ tree of class folders, or such a tree in a .tar, with settings for it alone
-behind commas: photos.tar,optim.epochs=5. key=value goes to every run. Each contender takes the learning rate, of four
-and of further ones while the best lies at an end, with the best mean of the validation accuracies on the DATA of the
-search (by default all; seed 0, the test split is not read), then trains with every seed, and the test split is read
-once for each of these runs. Contenders run without codes (quant=none); their memory is predicted for 224 px and a batch
-of 64, each with the codes named below: of ViT-B/16, or of backbone=NAME. Runs that are finished are not repeated, so
-that the same line goes on after a break. Written to OUT: table.md, and structures.png, accuracy against memory.
+behind commas: photos.tar,optim.epochs=5. key=value goes to every run. NAME: a structure, several as bias+side, or one
+of the contenders below.
+
+Each contender takes the learning rate, of four and of further ones while the best lies at an end, with the best mean of
+the validation accuracies on the DATA of the search (by default all; seed 0, the test split is not read); then, where
+its paper tunes another number a task, the best of three of these likewise. Then it trains with every seed, and the test
+split is read once for each of these runs, at the epoch that was best on validation. Contenders run without codes
+(quant=none); their memory is predicted for 224 px and a batch of 64, of ViT-B/16 or of backbone=NAME, without codes and
+with quant=tiny in 8 chunks, which trains BatchNorms only without. Runs that are finished are not repeated, so that the
+same line goes on after a break. Written to OUT: results.json, table.md, and structures.png, accuracy against memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
+import re
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import cast
 
-import pandas as pd
 import torch
-from matplotlib.figure import Figure
+from compare_report import RESULTS, Entry, load, report
 
 from s2a_cli import backbones
 from s2a_cli.common import files
+from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.training import forecast, trainer
 from s2a_cli.training.run import attach
 
-LARGE, SMALL = (2e-3, 4e-3, 8e-3, 16e-3), (5e-5, 1e-4, 2e-4, 4e-4)
-CONTENDERS = {  # name -> (words, learning rates, codes for the memory)
-    "full": (["method=full"], SMALL, "none"),
-    "linear": (["method=linear"], LARGE, "none"),
-    "bias": (["method=bias"], LARGE, "tiny"),
-    "prompt": (["method=prompt"], LARGE, "tiny"),
-    "side": (["method=side"], LARGE, "tiny"),
-    "bias + side": (["method=s2a", "method.prompt=null"], LARGE, "tiny"),
-    "s2a": (["method=s2a"], LARGE, "tiny"),
-    "s2a, last 5 blocks": (["method=s2a", "method.blocks=last:5"], LARGE, "none"),
-    "s2a, 3 segments": (["method=s2a", "method.segments=3"], LARGE, "none"),
+LARGE, SMALL = (1e-3, 2e-3, 4e-3, 8e-3), (5e-5, 1e-4, 2e-4, 4e-4)
+CODES = {"none": [], "tiny": ["quant.chunks=8"]}
+CONTENDERS = ["linear", "bias", "prompt", "side", "bias+side", "s2a", "full", "full+side", "lora", "lora+side"]
+SPECIAL = {  # contenders that are no plain list of structures -> their words
+    "s2a, last 5 blocks": ["method=s2a", "method.blocks=last:5"],
+    "s2a, 3 segments": ["method=s2a", "method.segments=3"],
+    "bias + prompt": ["method=s2a", "method.side=null"],
 }
+PRETRAINED = ("full", "partial")  # structures that change pretrained weights, by smaller steps
+MOST = 8  # learning rates that are tried at most
+KNOBS: dict[str, dict[str, tuple[float, ...]]] = {}  # contender -> the number that its paper tunes a task, values
+
+
+def words_of(name: str) -> list[str]:
+    """The words that choose a contender."""
+    return SPECIAL.get(name) or [f"method=[{name.replace('+', ',')}]"]
+
+
+def rates_of(name: str) -> tuple[float, ...]:
+    """The learning rates that are tried first."""
+    return SMALL if set(name.split("+")) & set(PRETRAINED) else LARGE
 
 
 class Data:
@@ -59,7 +73,8 @@ class Data:
         self.name = Path(root).name.split(".")[0]
 
     def place(self, out: Path, stage: str, contender: str, last: str) -> str:
-        return f"run_dir={out / stage / self.name / contender.replace(', ', '-').replace(' ', '-') / last}"
+        last = re.sub("[^A-Za-z0-9.=+-]+", "_", last.replace("optim.lr=", "").replace("method.", ""))
+        return f"run_dir={out / stage / self.name / re.sub('[, ]+', '-', contender) / last}"
 
 
 def calm(threads: int) -> None:
@@ -76,32 +91,54 @@ def run(words: list[str]) -> dict[str, float]:
     return cast(dict[str, float], result["accuracy"])
 
 
-def chosen_rate(
-    pool: ProcessPoolExecutor, name: str, words: list[str], rates: tuple[float, ...], search: list[Data], out: Path
-) -> float:
-    scores: dict[float, float] = {}
-    while rates:
+class Search:
+    """Mean validation accuracies on the data of the search, seed 0; the test split is not read."""
+
+    def __init__(self, pool: ProcessPoolExecutor, name: str, words: list[str], datas: list[Data], out: Path):
+        self.pool, self.name, self.words, self.datas, self.out = pool, name, words, datas, out
+
+    def scores(self, tried: list[str]) -> list[float]:
+        """Of several settings, each words of a config in one text."""
         lines = [
-            [*words, f"optim.lr={rate}", "test=false", *data.words, data.place(out, "search", name, f"{rate:g}")]
-            for rate in rates
-            for data in search
+            [*self.words, *text.split(), "test=false", *data.words, data.place(self.out, "search", self.name, text)]
+            for text in tried
+            for data in self.datas
         ]
-        tops = [accuracy["val_top1"] for accuracy in pool.map(run, lines)]
-        scores |= {rate: mean(tops[i * len(search) : (i + 1) * len(search)]) for i, rate in enumerate(rates)}
-        best = max(scores, key=scores.__getitem__)
-        beyond = {min(scores): best / 2, max(scores): best * 2}  # the best lies at an end: one more there
-        rates = (beyond[best],) if best in beyond else ()
-    shown = ", ".join(f"{rate:g}: {score:.2f}" for rate, score in sorted(scores.items()))
-    print(f"{name}: validation top-1 by learning rate {shown}; taken: {best:g}", flush=True)
-    return best
+        tops = [accuracy["val_top1"] for accuracy in self.pool.map(run, lines)]
+        size = len(self.datas)
+        return [mean(tops[i * size : (i + 1) * size]) for i in range(len(tried))]
+
+    def rate(self, rates: tuple[float, ...]) -> dict[float, float]:
+        """{learning rate: score}, with further ones while the best lies at an end."""
+        found: dict[float, float] = {}
+        while rates:
+            found |= dict(zip(rates, self.scores([f"optim.lr={rate:g}" for rate in rates]), strict=True))
+            best = max(found, key=found.__getitem__)
+            beyond = {min(found): best / 2, max(found): best * 2}
+            rates = (beyond[best],) if best in beyond and len(found) < MOST else ()
+        return dict(sorted(found.items()))
+
+    def chosen(self) -> tuple[list[str], dict[str, float]]:
+        """The words of the best setting, and every score."""
+        rates = self.rate(rates_of(self.name))
+        best = [f"optim.lr={max(rates, key=rates.__getitem__):g}"]
+        scores = {f"{rate:g}": score for rate, score in rates.items()}
+        for key in KNOBS.get(self.name, ()):
+            tried = [f"{best[0]} {key}={value}" for value in KNOBS[self.name][key]]
+            knob = dict(zip(tried, self.scores(tried), strict=True))
+            scores |= {text.split()[-1]: score for text, score in knob.items()}
+            best = max(knob, key=knob.__getitem__).split()
+        shown = ", ".join(f"{text}: {score:.2f}" for text, score in scores.items())
+        print(f"{self.name}: validation top-1 {shown}; taken: {' '.join(best)}", flush=True)
+        return best, scores
 
 
 def tested(
-    pool: ProcessPoolExecutor, name: str, words: list[str], rate: float, datas: list[Data], seeds: list[int], out: Path
+    pool: ProcessPoolExecutor, name: str, words: list[str], datas: list[Data], seeds: list[int], out: Path
 ) -> dict[str, list[float]]:
     """{data set: test top-1 in %, one a seed}."""
     lines = [
-        [*words, f"optim.lr={rate}", f"seed={seed}", *data.words, data.place(out, "test", name, str(seed))]
+        [*words, f"seed={seed}", *data.words, data.place(out, "test", name, str(seed))]
         for data in datas
         for seed in seeds
     ]
@@ -109,23 +146,21 @@ def tested(
     return {data.name: tops[i * len(seeds) : (i + 1) * len(seeds)] for i, data in enumerate(datas)}
 
 
-def costs(backbone: str, words: list[str], codes: str) -> tuple[float, float]:
-    """With 100 classes and a batch of 64: the predicted peak in MiB, and the share of parameters that train, in %."""
-    config = compose([backbone, "dataset=cifar100", "optim.batch_size=64", *words, f"quant={codes}"])
-    built = backbones.build(config.backbone, 100, meta=True)
-    attached = attach(config, built)
-    return forecast.predict_step(attached, config, 50_000).peak_mib, built.count()["percent"]
-
-
-def draw(table: pd.DataFrame, backbone: str, path: Path) -> None:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, row in table.iterrows():
-        axes.errorbar(row["peak MiB"], row["mean"], yerr=row["std"], marker="o", capsize=3)
-        axes.annotate(f"{name}: {row.codes}", (row["peak MiB"], row["mean"]), xytext=(6, 4), textcoords="offset points")
-    axes.set(xscale="log", xlabel=f"predicted peak of a step, {backbone}, batch 64, MiB", ylabel="mean test top-1, %")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+def costs(backbone: str, words: list[str]) -> Entry:
+    """With 100 classes and a batch of 64: predicted peaks in MiB by quant=, and the share of parameters that train, in
+    %. A peak that can't be had is missing.
+    """
+    entry: Entry = {"peaks": {}}
+    for codes, more in CODES.items():
+        config = compose([backbone, "dataset=cifar100", "optim.batch_size=64", *words, f"quant={codes}", *more])
+        try:
+            built = backbones.build(config.backbone, 100, meta=True)
+            attached = attach(config, built)
+            entry["percent"] = built.count()["percent"]
+            entry["peaks"][codes] = forecast.predict_step(attached, config, 50_000).peak_mib
+        except UserError as error:  # BatchNorms that train are not computed in chunks
+            entry.setdefault("problems", {})[codes] = str(error)
+    return entry
 
 
 def main() -> None:
@@ -134,7 +169,7 @@ def main() -> None:
     parser.add_argument("words", nargs="+", metavar="DATA | key=value")
     parser.add_argument("--search", nargs="+", metavar="DATA")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/structures"))
     args = parser.parse_intermixed_args()
@@ -147,25 +182,15 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 1) // args.workers)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=context, initializer=calm, initargs=(threads,)) as pool:
-        rows = {}
         for name in args.only:
-            structure, rates, codes = CONTENDERS[name]
-            words = ["experiment=photos_112", f"backbone.checkpoint={args.weights}", *structure, "quant=none", *changes]
-            rate = chosen_rate(pool, name, words, rates, search, args.out)
-            found = tested(pool, name, words, rate, datas, args.seeds, args.out)
-            peak, percent = costs(backbone, structure, codes)
-            of_seeds = [mean(tops) for tops in zip(*found.values())]  # over the data sets
-            rows[name] = {data: mean(tops) for data, tops in found.items()} | {
-                "mean": mean(of_seeds),
-                "std": stdev(of_seeds) if len(of_seeds) > 1 else float("nan"),
-                "lr": rate,
-                "codes": codes,
-                "peak MiB": peak,
-                "% trained": percent,
-            }
-            table = pd.DataFrame.from_dict(rows, orient="index")
-            files.atomic_write(args.out / "table.md", table.to_markdown(floatfmt=".4g") + "\n")
-            draw(table, backbone, args.out / "structures.png")
+            common = ["experiment=photos_112", f"backbone.checkpoint={args.weights}", *words_of(name), "quant=none"]
+            words = [*common, *changes]
+            best, scores = Search(pool, name, words, search, args.out).chosen()
+            found = tested(pool, name, [*words, *best], datas, args.seeds, args.out)
+            entry = {"words": [*words_of(name), *best], "validation": scores, "test": found}
+            entries = load(args.out) | {name: entry | costs(backbone, words_of(name))}
+            files.atomic_write(args.out / RESULTS, json.dumps(entries, indent=1) + "\n")
+            report(entries, args.out, backbone)
     print((args.out / "table.md").read_text())
 
 

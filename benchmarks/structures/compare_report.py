@@ -1,0 +1,104 @@
+"""The table and the figure of compare_structures.py, made of its results.json alone:
+
+.venv/bin/python benchmarks/structures/compare_report.py OUT [backbone=vit_b]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from s2a_cli.common import files
+from s2a_cli.results.significance import difference, holm
+
+RESULTS = "results.json"
+AGAINST = "s2a"
+Entry = dict[str, Any]  # words, validation {setting: %}, test {data set: [% a seed]}, peaks {codes: MiB}, percent
+
+
+def load(out: Path) -> dict[str, Entry]:
+    """The entries so far, by contender."""
+    path = out / RESULTS
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def tops(entry: Entry) -> pd.Series:
+    """Test top-1 in %, by data set and seed."""
+    return pd.Series(
+        {(data, i): top for data, tops in entry["test"].items() for i, top in enumerate(tops)}, dtype=float
+    )
+
+
+def rows(entries: dict[str, Entry]) -> pd.DataFrame:
+    """A line a contender, the best first: accuracies, what it differs from S2A by, and what it costs."""
+    found = {}
+    for name, entry in entries.items():
+        seeds = [mean(of_seed) for of_seed in zip(*entry["test"].values(), strict=True)]  # over the data sets
+        found[name] = {
+            "setting": " ".join(word.split(".")[-1] for word in entry["words"][1:]),
+            **{data: mean(values) for data, values in entry["test"].items()},
+            "mean": mean(seeds),
+            "std": stdev(seeds) if len(seeds) > 1 else float("nan"),
+            "trained %": entry.get("percent"),
+            **{f"{codes} MiB": peak for codes, peak in entry["peaks"].items()},
+        }
+    table = pd.DataFrame.from_dict(found, orient="index").sort_values("mean", ascending=False)
+    if AGAINST in entries:
+        others = [name for name in table.index if name != AGAINST]
+        gaps = [difference(tops(entries[name]), tops(entries[AGAINST])) for name in others]
+        corrected = dict(zip(others, holm(gap.p for gap in gaps), strict=True))
+        shown = {name: f"{gap.mean:+.1f} ± {gap.error:.1f}" for name, gap in zip(others, gaps, strict=True)}
+        position = list(table.columns).index("std") + 1
+        table.insert(position, f"− {AGAINST}", [shown.get(name, "") for name in table.index])
+        table.insert(position + 1, "p", [corrected.get(name, float("nan")) for name in table.index])
+    return table
+
+
+def report(entries: dict[str, Entry], out: Path, backbone: str) -> None:
+    """Writes table.md and structures.png."""
+    table = rows(entries)
+    floats = table.select_dtypes("number").columns
+    text = table.astype(object)
+    for name in floats:
+        digits = {"p": 3, "trained %": 3}.get(name, 0 if name.endswith("MiB") else 1)
+        text[name] = [("" if pd.isna(value) else f"{value:,.{digits}f}") for value in table[name]]
+    files.atomic_write(out / "table.md", text.to_markdown(disable_numparse=True) + "\n")
+    draw(table, backbone, out / "structures.png")
+
+
+def draw(table: pd.DataFrame, backbone: str, path: Path) -> None:
+    """Accuracy against the predicted peak, without codes and with quant=tiny, and the front of both."""
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    points = []
+    for codes, marker in (("none MiB", "o"), ("tiny MiB", "v")):
+        for name, row in table.iterrows():
+            if codes in table and not pd.isna(row[codes]):
+                points.append((row[codes], row["mean"], str(name)))
+                ours = bool({"side", "s2a"} & set(str(name).split("+")))
+                axes.plot(row[codes], row["mean"], marker, color="tab:blue" if ours else "tab:gray")
+    front, best = [], -1.0
+    for peak, top, name in sorted(points, key=lambda point: (point[0], -point[1])):
+        if top > best:
+            best = top
+            front.append((peak, top))
+            axes.annotate(name, (peak, top), xytext=(4, 5), textcoords="offset points", fontsize=8)
+    axes.step(
+        *zip(*front, strict=True), where="post", color="tab:red", linewidth=0.8, label="nothing is better in less"
+    )
+    for marker, label in (("o", "without codes"), ("v", "quant=tiny, 8 chunks")):
+        axes.plot([], [], marker, color="black", label=label)
+    axes.set(xscale="log", xlabel=f"predicted peak of a step, {backbone}, batch 64, MiB", ylabel="mean test top-1, %")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    report(load(Path(sys.argv[1])), Path(sys.argv[1]), *(sys.argv[2:] or ["backbone=vit_b"]))
