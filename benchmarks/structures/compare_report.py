@@ -1,6 +1,6 @@
 """The table and the figure of compare_structures.py, made of its results.json alone:
 
-.venv/bin/python benchmarks/structures/compare_report.py OUT [backbone=vit_b]
+.venv/bin/python benchmarks/structures/compare_report.py OUT [vit_b]
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ def draw(table: pd.DataFrame, backbone: str, path: Path) -> None:
     """Accuracy against the predicted peak, without codes and with quant=tiny, and the front of both."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    points = []
+    points: list[tuple[float, float, str]] = []
     for codes, marker in (("none MiB", "o"), ("tiny MiB", "v")):
-        for name, row in table.iterrows():
-            if codes in table and not pd.isna(row[codes]):
-                points.append((row[codes], row["mean"], str(name)))
+        for name, peak, top in zip(table.index, table.get(codes, ()), table["mean"]):
+            if peak == peak:  # not missing
+                points.append((peak, top, str(name)))
                 ours = bool({"side", "s2a"} & set(str(name).split("+")))
-                axes.plot(row[codes], row["mean"], marker, color="tab:blue" if ours else "tab:gray")
+                axes.plot(peak, top, marker, color="tab:blue" if ours else "tab:gray")
     front, best = [], -1.0
     for peak, top, name in sorted(points, key=lambda point: (point[0], -point[1])):
         if top > best:
@@ -101,4 +101,4 @@ def draw(table: pd.DataFrame, backbone: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    report(load(Path(sys.argv[1])), Path(sys.argv[1]), *(sys.argv[2:] or ["backbone=vit_b"]))
+    report(load(Path(sys.argv[1])), Path(sys.argv[1]), *(sys.argv[2:] or ["vit_b"]))

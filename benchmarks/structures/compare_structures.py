@@ -33,16 +33,13 @@ from typing import cast
 
 import torch
 from compare_report import RESULTS, Entry, load, report
+from peaks import predicted
 
-from s2a_cli import backbones
 from s2a_cli.common import files
-from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
-from s2a_cli.training import forecast, trainer
-from s2a_cli.training.run import attach
+from s2a_cli.training import trainer
 
 LARGE, SMALL = (1e-3, 2e-3, 4e-3, 8e-3), (5e-5, 1e-4, 2e-4, 4e-4)
-CODES = {"none": [], "tiny": ["quant.chunks=8"]}
 CONTENDERS = ["linear", "bias", "prompt", "side", "bias+side", "s2a", "full", "full+side", "lora", "lora+side"]
 SPECIAL = {  # contenders that are no plain list of structures -> their words
     "s2a, last 5 blocks": ["method=s2a", "method.blocks=last:5"],
@@ -147,20 +144,10 @@ def tested(
 
 
 def costs(backbone: str, words: list[str]) -> Entry:
-    """With 100 classes and a batch of 64: predicted peaks in MiB by quant=, and the share of parameters that train, in
-    %. A peak that can't be had is missing.
-    """
-    entry: Entry = {"peaks": {}}
-    for codes, more in CODES.items():
-        config = compose([backbone, "dataset=cifar100", "optim.batch_size=64", *words, f"quant={codes}", *more])
-        try:
-            built = backbones.build(config.backbone, 100, meta=True)
-            attached = attach(config, built)
-            entry["percent"] = built.count()["percent"]
-            entry["peaks"][codes] = forecast.predict_step(attached, config, 50_000).peak_mib
-        except UserError as error:  # BatchNorms that train are not computed in chunks
-            entry.setdefault("problems", {})[codes] = str(error)
-    return entry
+    """Predicted peaks in MiB by quant=, and the share of parameters that train, in %."""
+    found = {codes: predicted(backbone, words, codes) for codes in ("none", "tiny")}
+    entry: Entry = {"peaks": {codes: figure.get("peak_mib") for codes, figure in found.items()}}
+    return entry | {"percent": found["none"].get("percent")}
 
 
 def main() -> None:
@@ -178,7 +165,8 @@ def main() -> None:
     search = [Data(word) for word in args.search or ()] or datas
     if not datas:
         parser.error("give DATA: a folder of images")
-    backbone = next((word for word in changes if word.startswith("backbone=")), "backbone=vit_b")
+    chosen = next((word for word in changes if word.startswith("backbone=")), "backbone=vit_b")
+    backbone = chosen.removeprefix("backbone=")
     threads = max(1, (os.cpu_count() or 1) // args.workers)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=context, initializer=calm, initargs=(threads,)) as pool:
