@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -41,7 +42,7 @@ def rows(entries: dict[str, Entry]) -> pd.DataFrame:
     for name, entry in entries.items():
         seeds = [mean(of_seed) for of_seed in zip(*entry["test"].values(), strict=True)]  # over the data sets
         found[name] = {
-            "setting": " ".join(word.split(".")[-1] for word in entry["words"][1:]),
+            "setting": " ".join(re.sub(r"^[a-z0-9_.]+\.", "", word) for word in entry["words"][1:]),
             **{data: mean(values) for data, values in entry["test"].items()},
             "mean": mean(seeds),
             "std": stdev(seeds) if len(seeds) > 1 else float("nan"),
@@ -78,7 +79,8 @@ def draw(table: pd.DataFrame, backbone: str, path: Path) -> None:
     axes = figure.add_subplot()
     points: list[tuple[float, float, str]] = []
     for codes, marker in (("none MiB", "o"), ("tiny MiB", "v")):
-        for name, peak, top in zip(table.index, table.get(codes, ()), table["mean"]):
+        peaks = table[codes] if codes in table else []
+        for name, peak, top in zip(table.index, peaks, table["mean"]):
             if peak == peak:  # not missing
                 points.append((peak, top, str(name)))
                 ours = bool({"side", "s2a"} & set(str(name).split("+")))
