@@ -79,8 +79,9 @@ def draw(table: pd.DataFrame, backbone: str, path: Path) -> None:
     axes = figure.add_subplot()
     points: list[tuple[float, float, str]] = []
     for codes, marker in (("none MiB", "o"), ("tiny MiB", "v")):
-        peaks = table[codes] if codes in table else []
-        for name, peak, top in zip(table.index, peaks, table["mean"]):
+        if codes not in table:
+            continue
+        for name, peak, top in zip(table.index, table[codes], table["mean"]):
             if peak == peak:  # not missing
                 points.append((peak, top, str(name)))
                 ours = bool({"side", "s2a"} & set(str(name).split("+")))

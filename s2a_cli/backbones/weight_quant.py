@@ -210,4 +210,16 @@ def store(backbone: Backbone, kind: str) -> None:
         )
 
 
+def restore(model: nn.Module) -> None:
+    """Turns the stored weights of a model back into parameters, of the values that it computes with."""
+    plain = {stored: layer for layer, stored in LAYERS.items()}
+    for module in model.modules():
+        if isinstance(module, Stored):
+            weight = module.weight
+            for name in ("codes", "scales", "like"):
+                delattr(module, name)
+            module.__class__ = plain[type(module)]
+            module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+
+
 LAYERS = {nn.Linear: StoredLinear, nn.Conv2d: StoredConv2d}

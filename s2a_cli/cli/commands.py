@@ -154,6 +154,23 @@ def evaluate(words: list[str]) -> int:
     return 0 if equal else 1
 
 
+def export(words: list[str]) -> int:
+    """Writes the model of a finished run as plain weights."""
+    force, words = "--force" in words, [word for word in words if word != "--force"]
+    outs = [word.removeprefix("out=") for word in words if word.startswith("out=")]
+    if len(outs) != 1 or not outs[0]:
+        raise UserError("out=FOLDER is needed once: where the model goes")
+    words = [word for word in words if not word.startswith("out=")]
+    config = _recompose(words)
+    from s2a_cli.training import export as exporting
+
+    folder, _ = _finished(words)
+    difference = exporting.export(config, folder, Path(outs[0]), force)
+    print(f"{outs[0]}: plain weights; the largest difference from the run's logits is {difference:.1e} of the largest")
+    print(f'timm.create_model("local-dir:{outs[0]}", pretrained=True) makes the model, without s2a')
+    return 0
+
+
 def ls(words: list[str]) -> int:
     """Prints the options of each group with a line about each."""
     if odd := [word for word in words if word not in KINDS]:
@@ -339,6 +356,18 @@ COMMANDS = {
         ),
         words=("run=",),
         config=_recompose,
+    ),
+    "export": Command(
+        export,
+        "s2a export run=DIR out=FOLDER [key=value ...]",
+        "write a finished run as plain weights that timm loads without s2a; what was added is merged into them",
+        (
+            "s2a export run=runs/digits/vit_micro/bias/0123456789ab out=digits",
+            "s2a export run=runs/pets/vit_b/lora/0123456789ab out=pets_model",
+            "s2a export run=runs/pets/vit_b/lora/0123456789ab out=pets_model --force",
+        ),
+        words=("run=", "out="),
+        flags={"--force": "replace the folder of an earlier export"},
     ),
     "ls": Command(
         ls,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from s2a_cli.backbones import Backbone
-from s2a_cli.backbones.weight_quant import Stored
+from s2a_cli.backbones.weight_quant import restore
 from s2a_cli.common.errors import UserError
 from s2a_cli.methods.parts.deep_supervision import AuxiliaryHeads, Learn
 from s2a_cli.methods.parts.feature_head import FeatureHead
@@ -61,16 +61,12 @@ class Attachment:
     def merge(self) -> nn.Module:
         """Returns the backbone's model, whose own weights now hold all that was trained; nothing added is left in it.
 
-        Raises UserError where a structure adds what no weight of the backbone can hold, and where weights are stored in
-        fewer bits, into which nothing can be added.
+        Weights that were stored in fewer bits become parameters again, of the values that were computed with. Raises
+        UserError where a structure adds what no weight of the backbone can hold.
         """
         if self.unmergeable:
             raise UserError(self.unmergeable)
-        if self.merges and any(isinstance(module, Stored) for module in self.model.modules()):
-            raise UserError(
-                "backbone.weights: nothing can be merged into weights that are stored in fewer bits; load the run with"
-                " backbone.weights=fp32"
-            )
+        restore(self.model)
         with torch.no_grad():
             for merge in self.merges:
                 merge()
