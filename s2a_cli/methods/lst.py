@@ -13,7 +13,7 @@ from s2a_cli.config.schema import AT_LEAST_1, POSITIVE
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Published, Structure
-from s2a_cli.methods.parts.own_features import OwnFeatures, head_width, summary
+from s2a_cli.methods.parts.own_features import OwnFeatures, head_width, is_plain, summary
 from s2a_cli.methods.parts.side_transformer import NarrowBlock, prune_into
 
 
@@ -97,9 +97,7 @@ class LST(Structure):
     def attach(self, backbone, beside=()):
         """Adds a ladder side network beside the adapted blocks."""
         blocks = backbone.adapted_blocks(self.settings.blocks)
-        if {(hidden.layout, hidden.shape) for b in blocks for hidden in (b.input, b.output)} != {
-            ("tokens", blocks[0].input.shape)
-        }:
+        if not is_plain(blocks):
             raise self.misfit(backbone, "its hidden states are no tokens of one shape throughout")
         network = LadderSideNetwork(blocks, self.settings, head_width(backbone))
         blocks[0].module.register_forward_pre_hook(network.on_first_input, with_kwargs=True)
