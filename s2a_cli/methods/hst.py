@@ -166,6 +166,7 @@ class HST(Structure):
 
     Settings = HSTSettings
     starts_pretrained = False
+    replaces_layers = True  # attached after other structures, whose hooks of blocks then see no meta tokens
     families = ("vit",)
     published = Published(0.78, "HST (arXiv 2310.05393), table of VTAB-1k")
 
@@ -192,7 +193,8 @@ class HST(Structure):
         backbone.model.register_forward_pre_hook(network.on_images)
         for index, block in enumerate(blocks):
             block.module.register_forward_pre_hook(functools.partial(network.on_block_input, index), with_kwargs=True)
-            block.module.register_forward_hook(functools.partial(network.on_block_output, index))
+            take_off = functools.partial(network.on_block_output, index)
+            block.module.register_forward_hook(take_off, prepend=True)
         network.replace_features(backbone)
         backbone.add("hst", network)
         if not takes_further_tokens(backbone):

@@ -44,8 +44,15 @@ class OwnFeatures(nn.Module):
         self._features = None
 
     def replace_features(self, backbone: Backbone) -> None:
-        """Registers the hooks by which the head reads these features."""
+        """Registers the hooks by which the head reads these features.
+
+        Raises UserError where it reads those of another side network.
+        """
         for layer in backbone.head.layers.values():
+            if any(
+                isinstance(getattr(hook, "__self__", None), OwnFeatures) for hook in layer._forward_pre_hooks.values()
+            ):
+                raise UserError("method: the head can read one side network only; name one of them")
             layer.register_forward_pre_hook(self.on_head_input)
         backbone.model.register_forward_hook(self.on_logits)
 
