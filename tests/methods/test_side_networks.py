@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from layouts import CLASSES, batch, defaults, loss_of, made_config, make, make_attached
@@ -15,6 +17,7 @@ from s2a_cli.config.schema import BackboneConfig
 from s2a_cli.memory import saved_bytes
 from s2a_cli.methods import STRUCTURES
 from s2a_cli.methods.parts.side_transformer import NarrowBlock, largest, prune_into
+from s2a_cli.training.run import attach
 from s2a_cli.training.step import Step, train_mode
 
 
@@ -199,12 +202,18 @@ def test_side_networks_beside_other_structures(names):
 def test_the_head_reads_one_side_network_only():
     small = ["method.hst.widths=[8]", "method.hst.heads=[1]"]
     with pytest.raises(UserError, match="one side network only"):
-        methods.attach(
-            compose(["method=[lst,hst]", "method.hst.widths=[8]", "method.hst.heads=[1]"]).method, make("vit")
-        )
+        methods.attach(compose(["method=[lst,hst]", *small]).method, make("vit"))
 
 
 def test_features_are_not_cached_where_a_structure_of_a_list_can_not_read_them():
     made = make("vit")
     attached = methods.attach(compose(["method=[side,lst]", "method.side.width=4"]).method, made)
     assert not attached.adapts and attached.feature_head is None
+
+
+@pytest.mark.parametrize("word, refused", [("quant=tiny", False), ("quant=int4", False), ("optim.micro_batch=2", True)])
+def test_blocks_may_run_in_parts_where_only_a_side_network_has_batchnorms(word, refused):
+    settings = [f"method.{key}={value}".replace(" ", "") for key, value in defaults("vit", "hst").items()]
+    config = compose(["method=hst", *settings, word])
+    with pytest.raises(UserError, match="trains BatchNorms") if refused else nullcontext():
+        attach(config, make("vit"))
