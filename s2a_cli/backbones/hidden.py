@@ -40,6 +40,10 @@ class Hidden:
             x = x.transpose(-1, -2)
         return x.reshape(*x.shape[:-2], *self.shape)
 
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """Brings a hidden state of this layout to [B, N, C]."""
+        return x.flatten(2).transpose(1, 2) if self.layout == "channels_first" else x.flatten(1, -2)
+
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Splits a hidden state into its prefix tokens [B, P, C] and its map [B, C, H, W].
 

@@ -23,7 +23,7 @@ class Attachment:
     adapts: whether the backbone computes something else than before, or a gradient passes through it.
     learning_rates: (module, factor): the learning rate of the module's parameters is the run's times this.
     auxiliary: heads whose losses are back-propagated within the forward pass.
-    feature_head: what is trained, alone, where the backbone is not adapted.
+    feature_head: what is trained, alone, where the backbone is not adapted; None where it can't be had of features.
     unmergeable: why no plain weights of the backbone compute the same; empty where they do.
     merges: each moves what an added module computes into the backbone's own weights. Bound methods of the modules, so
     that a copy of the attachment merges its own.
@@ -84,7 +84,7 @@ class Attachment:
             adapts,
             learning_rates=tuple(pair for part in parts for pair in part.learning_rates),
             auxiliary=tuple(heads for part in parts for heads in part.auxiliary),
-            feature_head=heads[0] if heads and not adapts else None,
+            feature_head=heads[0] if len(heads) == len(parts) and not adapts else None,
             unmergeable="; ".join(part.unmergeable for part in parts if part.unmergeable),
             merges=tuple(merge for part in reversed(parts) for merge in part.merges),
         )

@@ -122,8 +122,9 @@ def attach(config: DictConfig, backbone: Backbone) -> Attachment:
             f"dataset.cache={config.dataset.cache}: method={config.method.name} changes what the backbone computes, so"
             f" that it has to run in every step; accepted are {accepted}"
         )
-    if moving_norms(backbone.model):
-        _refuse_parts(config)
+    if moving := moving_norms(backbone.model):
+        blocks = {module for block in backbone.block_modules for module in block.modules()}
+        _refuse_parts(config, within_blocks=not blocks or not blocks.isdisjoint(moving))
         if config.optim.batch_size == 1 and backbones.lacks_variance(backbone, train_mode):
             raise UserError(
                 f"optim.batch_size=1: method={config.method.name} trains BatchNorms, and one of {config.backbone.name}"
@@ -141,15 +142,18 @@ def attach(config: DictConfig, backbone: Backbone) -> Attachment:
     return attached
 
 
-def _refuse_parts(config: DictConfig) -> None:
-    """Raises UserError for settings under which BatchNorms that train would see other statistics than the batch's."""
+def _refuse_parts(config: DictConfig, within_blocks: bool) -> None:
+    """Raises UserError for settings under which BatchNorms that train would see other statistics than the batch's.
+
+    within_blocks: whether blocks have such BatchNorms; otherwise blocks may run in parts.
+    """
     optim, quant = config.optim, config.quant
-    for key, value, default in (
-        ("optim.micro_batch", optim.micro_batch, None),
+    of_blocks = (
         ("quant.chunks", quant.chunks, 1),
         ("quant.recompute", quant.recompute, "none"),
         ("quant.budget_mib", quant.budget_mib, None),
-    ):
+    )
+    for key, value, default in (("optim.micro_batch", optim.micro_batch, None), *(of_blocks if within_blocks else ())):
         if value != default:
             raise UserError(
                 f"{key}={show(value)} changes the result here: method={config.method.name} trains BatchNorms, whose"

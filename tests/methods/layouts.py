@@ -50,7 +50,8 @@ def made_config(backbone: str, method: str, **settings):
 def defaults(backbone: str, method: str) -> dict:
     """Small enough for these tiny widths and maps."""
     side, prompt = {"width": 4}, {"rank": 1}
-    return {"side": side, "prompt": prompt, "s2a": {"side": side, "prompt": prompt}}.get(method, {})
+    hst = {"widths": [8, 12], "heads": [2, 4]}
+    return {"side": side, "prompt": prompt, "s2a": {"side": side, "prompt": prompt}, "hst": hst}.get(method, {})
 
 
 def randomise(model):
