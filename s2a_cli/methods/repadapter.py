@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from s2a_cli.backbones.branches import Branch
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.text import listed
 from s2a_cli.config.schema import AT_LEAST_1, BELOW_1, POSITIVE
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Published, Structure
+from s2a_cli.methods.parts.branch_adapter import adapted_branches
 
 
 @dataclass
@@ -79,18 +81,13 @@ class RepAdapter(Structure):
     def attach(self, backbone, beside=()):
         """Adds an adapter before the first linear layer of both branches of every adapted block."""
         settings: RepAdapterSettings = self.settings
-        branches = [branch for block in backbone.adapted_blocks(settings.blocks) for branch in block.branches]
-        layers = [self.first_layer(backbone, branch) for branch in branches]
-        if not layers:
-            raise self.misfit(
-                backbone, "its blocks are not residual branches of attention and an MLP, each behind a norm"
+        layers = [self.first_layer(backbone, branch) for _, branch in adapted_branches(self, backbone)]
+        channels = sorted({layer.in_features for layer in layers})
+        if any(number % settings.groups for number in (settings.dim, *channels)):
+            raise UserError(
+                f"groups={settings.groups} of the RepAdapter does not divide dim={settings.dim} and the channels of"
+                f" each block: {listed(channels)}"
             )
-        for channels in {layer.in_features for layer in layers}:
-            if settings.dim % settings.groups or channels % settings.groups:
-                raise UserError(
-                    f"method.groups={settings.groups}: divides dim={settings.dim} and every number of channels of this"
-                    f" backbone, {channels} among them"
-                )
         adapters = [LinearAdapter(layer, settings) for layer in layers]
         for layer, adapter in zip(layers, adapters):
             layer.register_forward_pre_hook(adapter.on_input)

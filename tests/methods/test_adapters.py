@@ -209,5 +209,5 @@ def test_a_block_without_such_branches_is_refused(method):
 
 
 def test_groups_that_do_not_divide_are_refused():
-    with pytest.raises(UserError, match="method.groups=5: divides dim=8"):
+    with pytest.raises(UserError, match="groups=5 of the RepAdapter does not divide dim=8 and .*: 48"):
         make_attached("vit", "repadapter", groups=5)

@@ -57,6 +57,21 @@ class BranchAdapter(nn.Module):
         return {**self.__dict__, "_seen": None}
 
 
+def adapted_branches(
+    structure: Structure, backbone: Backbone, kinds: Collection[str] = ("attention", "mlp")
+) -> list[tuple[Block, Branch]]:
+    """Returns the branches of these kinds, each with its block, of the blocks that the structure's settings name.
+
+    Raises UserError where a block is no sequence of branches that have their channels last.
+    """
+    blocks = backbone.adapted_blocks(structure.settings.blocks)
+    if not all(block.branches and block.input.layout != "channels_first" for block in blocks):
+        raise structure.misfit(
+            backbone, "its blocks are not residual branches of attention and an MLP, each behind a norm"
+        )
+    return [(block, branch) for block in blocks for branch in block.branches if branch.kind in kinds]
+
+
 def adapt_branches(
     structure: Structure,
     backbone: Backbone,
@@ -64,20 +79,10 @@ def adapt_branches(
     reads: Reads,
     kinds: Collection[str] = ("attention", "mlp"),
 ) -> None:
-    """Adds a BranchAdapter of `make(block)` to the branches of these kinds in the blocks that the settings name.
-
-    Raises UserError where a block is no sequence of such branches.
-    """
-    blocks = backbone.adapted_blocks(structure.settings.blocks)
-    if not all(block.branches and block.input.layout != "channels_first" for block in blocks):
-        raise structure.misfit(
-            backbone, "its blocks are not residual branches of attention and an MLP, each behind a norm"
-        )
+    """Adds a BranchAdapter of `make(block)` to each of the `adapted_branches`."""
     adapters = nn.ModuleList()
-    for block in blocks:
-        for branch in block.branches:
-            if branch.kind in kinds:
-                adapter = BranchAdapter(make(block), reads)
-                adapter.act_on(branch)
-                adapters.append(adapter)
+    for block, branch in adapted_branches(structure, backbone, kinds):
+        adapter = BranchAdapter(make(block), reads)
+        adapter.act_on(branch)
+        adapters.append(adapter)
     backbone.add(structure.name, adapters)
