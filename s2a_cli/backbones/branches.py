@@ -47,6 +47,8 @@ def _branch(group: list[ModuleTrace]) -> Branch | None:
     layers = [found for found in group if found.layers]
     if len(layers) != 1 or not group[0].normalises or group[1] is not layers[0]:
         return None
+    if any(found.calls > 1 for found in group):  # as in CaiT, whose dropped path ends both branches
+        return None
     layer = layers[0]
     kind = "attention" if layer.attends else "mlp"
     return Branch(kind, group[0].module, layer.module, group[-1].module, linear_layers(layer))

@@ -50,8 +50,10 @@ def made_config(backbone: str, method: str, **settings):
 def defaults(backbone: str, method: str) -> dict:
     """Small enough for these tiny widths and maps."""
     side, prompt = {"width": 4}, {"rank": 1}
-    hst = {"widths": [8, 12], "heads": [2, 4]}
-    return {"side": side, "prompt": prompt, "s2a": {"side": side, "prompt": prompt}, "hst": hst}.get(method, {})
+    found = {"side": side, "prompt": prompt, "s2a": {"side": side, "prompt": prompt}}
+    found["hst"] = {"widths": [8, 12], "heads": [2, 4]}
+    found["repadapter"] = {"scale": 10}  # the second step of what stands before a factor of 0 is not rounded away
+    return found.get(method, {})
 
 
 def randomise(model):

@@ -1,0 +1,57 @@
+"""A pair of linear layers with few numbers between them, and what stands there."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from s2a_cli.backbones import Hidden
+
+
+class Bottleneck(nn.Module):
+    """scale * up(middle(down(x))) for x [..., C]: linear layers with biases, and `width` numbers between them."""
+
+    def __init__(self, channels: int, width: int, middle: nn.Module, scale: float = 1.0):
+        super().__init__()
+        self.down, self.middle, self.up = nn.Linear(channels, width), middle, nn.Linear(width, channels)
+        self.scale = scale
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        added = self.up(self.middle(self.down(x)))
+        return added if self.scale == 1 else added * self.scale
+
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), the approximation of GELU that CLIP uses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class OnMap(nn.Module):
+    """Applies a module of maps [B, c, H, W] to x [B, ..., c], which has the positions of a hidden state.
+
+    Class and register tokens come first and have no place on the map: each is a map of one position, as are tokens that
+    others have put between them and the patches.
+    """
+
+    def __init__(self, hidden: Hidden, module: nn.Module):
+        super().__init__()
+        patches = hidden.positions - hidden.prefix
+        side = math.isqrt(patches)
+        square = (side, side) if side * side == patches else (patches, 1)
+        self.module, self.patches = module, patches
+        self.grid = hidden.shape[:2] if hidden.layout == "channels_last" else square
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(1, -2)
+        alone, patches = tokens.split((tokens.shape[1] - self.patches, self.patches), dim=1)
+        out = self.module(patches.transpose(1, 2).unflatten(-1, self.grid)).flatten(2).transpose(1, 2)
+        if alone.numel():
+            beside = self.module(alone.reshape(-1, alone.shape[-1], 1, 1)).reshape(alone.shape)
+            out = torch.cat([beside, out], dim=1)
+        return out.reshape(x.shape)
