@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,11 +141,12 @@ class Backbone:
         """Tells whether the module of this name runs, rather than that its parent reads its tensors."""
         return self._order[name] != self._order.get(name.rpartition(".")[0], 0)
 
-    def embedding(self) -> nn.Module | None:
+    def embedding(self) -> nn.Linear | nn.Conv2d | None:
         """Returns the last linear layer or convolution that runs before the blocks; None where there is none."""
         first = self._order[self.blocks[0].name]
-        before = [(self._order.get(name, 0), module) for name, module in self.model.named_modules() if is_linear(module)]
-        return max((one for one in before if one[0] < first), key=lambda one: one[0], default=(0, None))[1]
+        layers = [(self._order[name], module) for name, module in self.model.named_modules() if is_linear(module)]
+        before = [(order, module) for order, module in layers if order < first]
+        return cast(nn.Linear | nn.Conv2d, max(before, key=lambda pair: pair[0])[1]) if before else None
 
     def takes_more_tokens(self, blocks: Sequence[Block]) -> bool:
         """Tells whether these blocks work with another token behind those of the image.

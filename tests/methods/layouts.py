@@ -50,7 +50,16 @@ def made_config(backbone: str, method: str, **settings):
 def defaults(backbone: str, method: str) -> dict:
     """Small enough for these tiny widths and maps."""
     side, prompt = {"width": 4}, {"rank": 1}
-    return {"side": side, "prompt": prompt, "s2a": {"side": side, "prompt": prompt}}.get(method, {})
+    return {
+        "side": side,
+        "prompt": prompt,
+        "s2a": {"side": side, "prompt": prompt},
+        "s2a_paper": {"prompt": prompt, "side": {"pooled": 2}},
+        "vpt_shallow": {"tokens": 3},
+        "vpt_deep": {"tokens": 3},
+        "fact_tt": {"rank": 4, "scale": 10.0},
+        "fact_tk": {"rank": 4, "scale": 10.0},
+    }.get(method, {})
 
 
 def randomise(model):
