@@ -55,6 +55,7 @@ def defaults(backbone: str, method: str) -> dict:
         "prompt": prompt,
         "s2a": {"side": side, "prompt": prompt},
         "s2a_paper": {"prompt": prompt, "side": {"pooled": 2}},
+        "qst": {"reduction": 4, "rank": 4},
         "vpt_shallow": {"tokens": 3},
         "vpt_deep": {"tokens": 3},
         "fact_tt": {"rank": 4, "scale": 10.0},

@@ -245,3 +245,30 @@ def test_the_ladder_leaves_the_gradients_of_the_backbone_alone(backbone):
     found = dict(made.model.named_parameters())
     for name, grad in wanted.items():
         torch.testing.assert_close(found[name].grad, grad, rtol=1e-4, atol=1e-7)
+
+
+# QST
+
+
+def test_the_side_network_mixes_its_state_with_what_it_reads_and_with_the_feature():
+    made = moved(make("vit", "qst"), 0.1)
+    states, features, network = [], [], copy.deepcopy(made.model.s2a["qst"]).double()
+    made.blocks[0].module.register_forward_pre_hook(lambda _, args: states.append(args[0].detach().double()))
+    for block in made.blocks:
+        block.module.register_forward_hook(lambda _, __, y: states.append(y.detach().double()))
+    made.model.norm.register_forward_hook(lambda _, __, y: features.append(y[:, 0].detach().double()))
+
+    def narrow(index, h):
+        down = network.downs[index]
+        return F.layer_norm(F.silu(h @ down.A.weight.T) @ down.B.weight.T, (12,), down.norm.weight, down.norm.bias)
+
+    with torch.no_grad():
+        logits = made.model.eval()(batch(made)[0])
+        s = narrow(0, states[0])
+        for index, h in enumerate(states[1:]):
+            z = torch.sigmoid(network.gates[index])
+            s = network.blocks[index](z * s + (1 - z) * narrow(index, h))
+        z = torch.sigmoid(network.gate)
+        feature = z * features[0] + (1 - z) * network.up(network.norm(s))[:, 0]
+        expected = F.linear(feature, made.model.head.weight.double(), made.model.head.bias.double())
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,88 @@
+"""Hands the backbone's head other features than those of the backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from s2a_cli.backbones import Backbone, Block, Hidden
+from s2a_cli.backbones.trace import trace
+from s2a_cli.common.errors import UserError
+
+
+class OwnFeatures(nn.Module):
+    """What a side network computes in place of the features that the head reads.
+
+    A subclass calls `hand_over` when it has them, [B, features], after the last block has run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._features: Tensor | None = None
+
+    def hand_over(self, features: Tensor) -> None:
+        """Keeps the features [B, features] for the layers of the head."""
+        self._features = features
+
+    def on_head_input(self, head: nn.Module, args: tuple) -> tuple:
+        """Replaces what a layer of the head is about to read. A hook of the layer.
+
+        Raises UserError where it does not read one vector of an image.
+        """
+        features = self._features
+        if features is None or features.numel() != args[0].numel():
+            raise UserError(
+                f"method: the head reads {list(args[0].shape)} of this backbone, not one vector an image: a side"
+                " network can't stand in"
+            )
+        return (features.reshape(args[0].shape).to(args[0].dtype), *args[1:])
+
+    def on_logits(self, model: nn.Module, args: tuple, logits: Tensor) -> None:
+        """Forgets the features. A hook of the model."""
+        self._features = None
+
+    def replace_features(self, backbone: Backbone) -> None:
+        """Registers the hooks by which the head reads these features.
+
+        Raises UserError where it reads those of another side network.
+        """
+        for layer in backbone.head.layers.values():
+            if any(
+                isinstance(getattr(hook, "__self__", None), OwnFeatures) for hook in layer._forward_pre_hooks.values()
+            ):
+                raise UserError("method: the head can read one side network only; name one of them")
+            layer.register_forward_pre_hook(self.on_head_input)
+        backbone.model.register_forward_hook(self.on_logits)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_features": None}
+
+
+def head_width(backbone: Backbone) -> int:
+    """Returns how many features a layer of the head reads."""
+    return next(iter(backbone.head.layers.values())).get_parameter("weight").shape[1]
+
+
+def summary(hidden: Hidden, tokens: Tensor) -> Tensor:
+    """Returns what stands for an image among tokens [B, N, C]: the class token, or the mean where there is none."""
+    return tokens[:, 0] if hidden.prefix else tokens.mean(1)
+
+
+def is_plain(blocks: Iterable[Block]) -> bool:
+    """Tells whether all hidden states are tokens of one shape, as in a plain ViT."""
+    hidden = [hidden for block in blocks for hidden in (block.input, block.output)]
+    return {(one.layout, one.shape) for one in hidden} == {("tokens", hidden[0].shape)}
+
+
+def takes_further_tokens(backbone: Backbone) -> bool:
+    """Tells whether a backbone to whose blocks tokens have been added still runs, by a forward pass without data.
+
+    Blocks whose attention has a bias or a rotation of each position do not.
+    """
+    try:
+        trace(backbone.model, backbone.image.size)
+    except Exception:  # models fail in ways of their own
+        return False
+    return True
