@@ -70,6 +70,7 @@ class Ladder(nn.Module):
         """Climbs from one hidden state to the next. A hook of the block that is read as number `index`."""
         average = cast(AveragedChannels, self.averages[index])
         tokens, shape = average(average.hidden.of(output))
+        tokens = tokens.to(self.norm.weight.dtype)
         before, self._state = self._state, None
         if index == 0 or before is None:
             self._state = self.layers[index](tokens), shape
