@@ -5,19 +5,22 @@ Nothing outside this package asks which family a model belongs to.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from s2a_cli.backbones.branches import Branch, find_branches, linear_layers
+from s2a_cli.backbones.branches import Branch, find_branches, is_linear, linear_layers
 from s2a_cli.backbones.head import Head
 from s2a_cli.backbones.hidden import Hidden
-from s2a_cli.backbones.trace import LayoutError, find_blocks, layouts, trace
+from s2a_cli.backbones.trace import LayoutError, find_blocks, layouts, run_without_data, trace
 from s2a_cli.backbones.weight_quant import Stored
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import first_line
@@ -138,6 +141,32 @@ class Backbone:
         """Tells whether the module of this name runs, rather than that its parent reads its tensors."""
         return self._order[name] != self._order.get(name.rpartition(".")[0], 0)
 
+    def embedding(self) -> nn.Linear | nn.Conv2d | None:
+        """Returns the last linear layer or convolution that runs before the blocks; None where there is none."""
+        first = self._order[self.blocks[0].name]
+        layers = [(self._order[name], module) for name, module in self.model.named_modules() if is_linear(module)]
+        before = [(order, module) for order, module in layers if order < first]
+        return cast(nn.Linear | nn.Conv2d, max(before, key=lambda pair: pair[0])[1]) if before else None
+
+    def takes_more_tokens(self, blocks: Sequence[Block]) -> bool:
+        """Tells whether these blocks work with another token behind those of the image.
+
+        Blocks that know how many there are don't, as position biases between tokens and rotary embeddings do. The one
+        more is no multiple of any window, so that blocks that attend in windows are found out.
+        """
+        if any(hidden.layout != "tokens" for block in blocks for hidden in (block.input, block.output)):
+            return False
+        with ExitStack() as stack:
+            for block in blocks:
+                more = block.module.register_forward_pre_hook(functools.partial(_one_more, block), with_kwargs=True)
+                stack.callback(more.remove)
+                stack.callback(block.module.register_forward_hook(functools.partial(_one_less, block)).remove)
+            try:
+                run_without_data(self.model, self.image.size)
+            except Exception:  # models fail in ways of their own
+                return False
+        return True
+
     def add(self, name: str, module: nn.Module) -> None:
         """Adds a trainable module as `model.s2a.<name>`, which is trained and saved with the run.
 
@@ -185,3 +214,17 @@ class Backbone:
             "head": head,
             "percent": 100 * trainable / self._pretrained_parameters,
         }
+
+
+def _one_more(block: Block, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Appends a token to the hidden state that a block takes."""
+    x = block.input.of((args, kwargs))
+    return block.input.replaced((args, kwargs), torch.cat([x, x[:, :1]], dim=1))
+
+
+def _one_less(block: Block, module: nn.Module, args: tuple, output: Any) -> Any:
+    """Takes the last token off again. Raises ValueError where it is not there."""
+    x = block.output.of(output)
+    if x.shape[1] != block.output.positions + 1:
+        raise ValueError(f"{block.name} changes the number of tokens")
+    return block.output.replaced(output, x[:, :-1])

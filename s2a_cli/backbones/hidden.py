@@ -47,13 +47,13 @@ class Hidden:
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Splits a hidden state into its prefix tokens [B, P, C] and its map [B, C, H, W].
 
-        The map of tokens that are no square is [B, C, N, 1].
+        The map of tokens that are no square is [B, C, N, 1]. Tokens behind those of the image are left out.
         """
         if x.ndim == 4:
             maps = x if self.layout == "channels_first" else x.permute(0, 3, 1, 2)
             return x.new_empty(x.shape[0], 0, self.channels), maps
         tokens = x.transpose(1, 2) if self.layout == "channels_first" else x
-        patches = tokens[:, self.prefix :].transpose(1, 2)
+        patches = tokens[:, self.prefix : self.positions].transpose(1, 2)
         side = math.isqrt(patches.shape[-1])
         square = (side, side) if side * side == patches.shape[-1] else (patches.shape[-1], 1)
         return tokens[:, : self.prefix], patches.unflatten(-1, square)

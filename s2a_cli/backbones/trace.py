@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +97,27 @@ class Trace:
     output: Any  # of the model
 
 
+def run_without_data(model: nn.Module, image_size: int, watched: AbstractContextManager | None = None) -> Any:
+    """Returns what the model returns in evaluation for BATCH images of this size, with nothing in any tensor.
+
+    watched: entered around the pass. Raises what the model raises where it can't take the images.
+    """
+    training, parameter = model.training, next(model.parameters())
+    with ExitStack() as stack:
+        stack.callback(model.train, training)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        # in evaluation the fast path runs a whole nn.TransformerEncoderLayer as one operator
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(torch.no_grad())
+        if parameter.device.type != "meta":
+            stack.enter_context(Dataless())
+            stack.enter_context(dataless_tensors(model))
+            parameter = next(model.parameters())
+        stack.enter_context(watched or nullcontext())
+        images = torch.empty(BATCH, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+        return model.eval()(images)
+
+
 def trace(model: nn.Module, image_size: int) -> Trace:
     """Runs the model once on images of this size in pixels. Raises what the model raises where it can't take them."""
     names = {module: name for name, module in model.named_modules()}
@@ -120,23 +141,11 @@ def trace(model: nn.Module, image_size: int) -> Trace:
             (place, found.input), (out, found.output) = next(changed, (found.states[0], returned[0]))
             found.places = place, out
 
-    training, parameter = model.training, next(model.parameters())
     with ExitStack() as stack:
         for module in names:
             stack.callback(module.register_forward_pre_hook(begins, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(ends).remove)
-        stack.callback(model.train, training)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        # in evaluation the fast path runs a whole nn.TransformerEncoderLayer as one operator
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.enter_context(torch.no_grad())
-        if parameter.device.type != "meta":
-            stack.enter_context(Dataless())
-            stack.enter_context(dataless_tensors(model))
-            parameter = next(model.parameters())
-        stack.enter_context(_Evidence(running))
-        images = torch.empty(BATCH, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
-        output = model.eval()(images)
+        output = run_without_data(model, image_size, _Evidence(running))
     order = {found.name: found.order for found in ran.values()}
     for name in names.values():
         if name not in order:  # a module whose parent computes with its tensors takes the place of that parent

@@ -27,7 +27,15 @@ BACKBONES = {
     "convnext_b": "convnext_b_in21k",
     "resnet50": "resnet50_in1k",
 }
-METHODS = {"bias": "bitfit"}
+METHODS = {  # ours -> as sources call it
+    "bias": "bitfit",
+    "dtl_plus": "dtl+",
+    "fact_tt": "fact",
+    "partial": "partial1",
+    "repadapter": "rep_adapter",
+    "side_tuning": "sidetune",
+}
+SETTINGS = {"partial1": {"config.method.k": 1}}  # of a method there
 METRICS = {"test_top1": ("top1", "%"), "trainable": ("trainable_params", "M")}
 WEIGHTS = {  # published backbone: timm's model with these weights
     "vit_b16_in21k": "vit_base_patch16_224.orig_in21k",
@@ -42,6 +50,7 @@ VTAB_MEANS = {
 VTAB_MEANS[EVERY] = {1: "vtab_mean19", len(vtab.VTAB): "vtab_group_mean"}
 PROTOCOLS = {  # protocol: our settings that reproduce it
     "VTAB-1k": {"config.backbone.image_size": 224, "config.optim.epochs": 100},
+    "VTAB-1k, tuned": {"config.backbone.image_size": 224, "config.optim.epochs": 100},  # each task, on 200 images
     "FGVC": {"config.backbone.image_size": 224, "config.optim.epochs": 100},
 }
 SAME = {"config.quant.name": "none", "config.precision": "fp32"}  # what no source quantises or says otherwise
@@ -140,7 +149,7 @@ def _fits(published: pd.DataFrame, ours: dict[str, str], runs: pd.DataFrame) -> 
 
 def _differs(runs: pd.DataFrame, line: dict[str, Any]) -> list[str]:
     """Returns the settings of our runs that are not those of a published line."""
-    wanted = SAME | PROTOCOLS.get(line["protocol"], {})
+    wanted = SAME | PROTOCOLS.get(line["protocol"], {}) | SETTINGS.get(line["method"], {})
     wanted |= {"config.backbone.timm": WEIGHTS[line["backbone"]]} if line["backbone"] in WEIGHTS else {}
     said = []
     for name, right in wanted.items():
@@ -150,6 +159,6 @@ def _differs(runs: pd.DataFrame, line: dict[str, Any]) -> list[str]:
             values = [str(right) if value == "null" else value for value in values]  # timm's own size of these models
         if values != [str(right)]:
             said.append(f"{name.removeprefix('config.')} {', '.join(values)} (published: {right})")
-    if line["protocol"] == "VTAB-1k" and not str(runs["dataset"].iloc[0]).startswith("vtab_"):
+    if line["protocol"].startswith("VTAB-1k") and not str(runs["dataset"].iloc[0]).startswith("vtab_"):
         said.append("training images: 1,000, not the benchmark's own")
     return said

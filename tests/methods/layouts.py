@@ -50,10 +50,20 @@ def made_config(backbone: str, method: str, **settings):
 def defaults(backbone: str, method: str) -> dict:
     """Small enough for these tiny widths and maps."""
     side, prompt = {"width": 4}, {"rank": 1}
-    found = {"side": side, "prompt": prompt, "s2a": {"side": side, "prompt": prompt}}
-    found["hst"] = {"widths": [8, 12], "heads": [2, 4]}
-    found["repadapter"] = {"scale": 10}  # the second step of what stands before a factor of 0 is not rounded away
-    return found.get(method, {})
+    return {
+        "side": side,
+        "prompt": prompt,
+        "s2a": {"side": side, "prompt": prompt},
+        "s2a_paper": {"prompt": prompt, "side": {"pooled": 2}},
+        "qst": {"reduction": 4, "rank": 4},
+        "hst": {"widths": [8, 12], "heads": [2, 4]},
+        "vpt_shallow": {"tokens": 3},
+        "vpt_deep": {"tokens": 3},
+        # the second step of what stands before a factor of 0 is not rounded away
+        "fact_tt": {"rank": 4, "scale": 10.0},
+        "fact_tk": {"rank": 4, "scale": 10.0},
+        "repadapter": {"scale": 10.0},
+    }.get(method, {})
 
 
 def randomise(model):

@@ -254,6 +254,37 @@ def test_published_means_of_vtab(make_result):
     assert "vtab_mean19" not in shown(runs[:-1], rows="method", groups="vtab", against="published")
 
 
+def test_published_figures_tuned_for_each_task(make_result):
+    """16 methods on the 19 tasks, and their means."""
+    lines = published.load("published")
+    tuned = lines[lines["protocol"] == "VTAB-1k, tuned"].pivot(index="method", columns="dataset", values="value")
+    assert (
+        len(tuned) == 16 and not tuned.isna().any(axis=None) and {"bitfit", "fact_tt", "layernorm"} <= set(tuned.index)
+    )
+    tasks = {group: [f"vtab_{task}" for task in found] for group, found in published.vtab.VTAB.items()}
+    assert set(tuned.columns) - set(published.VTAB_MEANS[published.EVERY].values()) == {
+        *(task for found in tasks.values() for task in found),
+        *(f"vtab_{group}" for group in tasks),
+    }
+    means = pd.DataFrame({group: tuned[found].mean(axis=1) for group, found in tasks.items()})
+    assert (means - tuned[[f"vtab_{group}" for group in tasks]].to_numpy()).abs().max(axis=None) < 0.0051
+    assert (means.mean(axis=1) - tuned["vtab_group_mean"]).abs().max() < 0.0051
+    text = shown([vit_b(make_result)], rows="method", against="published")
+    assert "75.10" in text and "-2.10" in text and "OSU-MLB" in text and "[2]" in text
+
+
+def test_published_figures_of_partial_k_are_of_one_block(make_result):
+    def shown_of(k):
+        runs = [vit_b(make_result) for _ in published.EVERY]
+        for run, task in zip(runs, sorted(published.EVERY), strict=True):
+            run["data"]["name"], run["id"] = f"vtab_{task}", task
+            run["config"]["method"] = {"name": "partial", "lr": 1e-4, "k": k}
+        return shown(runs, rows="method", groups="vtab", against="published")
+
+    assert "69.44" in shown_of(1) and "method.k" not in shown_of(1).split("Against")[1]
+    assert "method.k 2 (published: 1)" in shown_of(2)
+
+
 def test_users_add_published_figures(make_result, tmp_path):
     path = tmp_path / "mine.csv"
     line = dict(
