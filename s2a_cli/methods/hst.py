@@ -16,7 +16,7 @@ from s2a_cli.config.schema import AT_LEAST_1
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Published, Structure
-from s2a_cli.methods.parts.own_features import OwnFeatures, head_width, is_plain, takes_further_tokens
+from s2a_cli.methods.parts.own_features import OwnFeatures, head_width, is_plain
 
 COUNTS = Rule("a list of integers of at least 1", lambda values: len(values) > 0 and min(values) >= 1)
 
@@ -179,6 +179,8 @@ class HST(Structure):
         blocks, settings = backbone.adapted_blocks(self.settings.blocks), self.settings
         if not is_plain(blocks):
             raise self.misfit(backbone, "its hidden states are no tokens of one shape throughout")
+        if not backbone.takes_more_tokens(blocks):
+            raise self.misfit(backbone, "its blocks take no further tokens")
         widths, heads, features = list(settings.widths), list(settings.heads), head_width(backbone)
         if len(heads) != len(widths) or any(width % n for width, n in zip(widths, heads)):
             raise UserError(f"method.heads={heads}: accepted are divisors of method.widths={widths}, one a stage")
@@ -197,8 +199,6 @@ class HST(Structure):
             block.module.register_forward_hook(take_off, prepend=True)
         network.replace_features(backbone)
         backbone.add("hst", network)
-        if not takes_further_tokens(backbone):
-            raise self.misfit(backbone, "its blocks take no further tokens")
         return Attachment(
             backbone,
             unmergeable="a side network stands beside the backbone: no weight of the backbone can hold it",

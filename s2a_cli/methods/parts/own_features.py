@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from s2a_cli.backbones import Backbone, Block, Hidden
-from s2a_cli.backbones.trace import trace
 from s2a_cli.common.errors import UserError
 
 
@@ -74,15 +73,3 @@ def is_plain(blocks: Iterable[Block]) -> bool:
     """Tells whether all hidden states are tokens of one shape, as in a plain ViT."""
     hidden = [hidden for block in blocks for hidden in (block.input, block.output)]
     return {(one.layout, one.shape) for one in hidden} == {("tokens", hidden[0].shape)}
-
-
-def takes_further_tokens(backbone: Backbone) -> bool:
-    """Tells whether a backbone to whose blocks tokens have been added still runs, by a forward pass without data.
-
-    Blocks whose attention has a bias or a rotation of each position do not.
-    """
-    try:
-        trace(backbone.model, backbone.image.size)
-    except Exception:  # models fail in ways of their own
-        return False
-    return True
