@@ -160,7 +160,8 @@ class Backbone:
             for block in blocks:
                 more = block.module.register_forward_pre_hook(functools.partial(_one_more, block), with_kwargs=True)
                 stack.callback(more.remove)
-                stack.callback(block.module.register_forward_hook(functools.partial(_one_less, block)).remove)
+                less = block.module.register_forward_hook(functools.partial(_one_less, block), prepend=True)
+                stack.callback(less.remove)
             try:
                 run_without_data(self.model, self.image.size)
             except Exception:  # models fail in ways of their own
