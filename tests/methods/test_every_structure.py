@@ -17,7 +17,7 @@ from s2a_cli.memory import saved_bytes
 from s2a_cli.methods import STRUCTURES, Attachment
 from s2a_cli.methods.parts.deep_supervision import losses_of
 from s2a_cli.training import checkpoints
-from s2a_cli.training.step import Step, train_mode
+from s2a_cli.training.step import Step, moving_norms, train_mode
 
 WEIGHTS = "0123456789ab"
 CLAIMED = [(name, family) for name, kind in STRUCTURES.items() for family in kind.families]
@@ -60,6 +60,8 @@ def check_steps(made: Attachment, method: str) -> None:
         expected.sum().backward()
         theirs.step()
         theirs.zero_grad()
+        for act in stock.after_step:
+            act(theirs)
         assert torch.equal(loss, expected.mean())
     for (name, one), two in zip(made.model.state_dict().items(), stock.model.state_dict().values()):
         assert torch.equal(one, two), f"{name} is not what stock PyTorch makes it"
@@ -80,17 +82,17 @@ def check_saved(made: Attachment, method: str, family: str, folder) -> None:
     other = make_attached(family, method)
     checkpoints.load(folder, other.model, WEIGHTS)
     assert torch.equal(logits(other), logits(made))
-    count = made.backbone.count()
-    buffers = sum(t.numel() for t in state.values()) - count["trainable"] - count["head"]
+    named = sum(len(getattr(module, checkpoints.TRAINED, ())) for module in made.model.modules())
+    buffers = len(state) - sum(p.requires_grad for p in made.model.parameters()) - named
+    assert buffers == sum(len(list(norm.buffers())) for norm in moving_norms(made.model))
     assert (folder / checkpoints.FILE).stat().st_size < 4 * sum(t.numel() for t in state.values()) + 40_000
-    assert buffers == 0 or method == "full"  # the statistics of BatchNorms
 
 
 def check_kept_bytes(made: Attachment) -> None:
-    """Codes of fewer bits never keep more."""
+    """Codes of fewer bits never keep more, but for the masks of ReLUs before a trained convolution, which keeps all."""
     train_mode(made.model)
     kept = [saved_bytes(lambda b=bits: loss_of(made.backbone, quant(b)), made.model) for bits in (None, 4, 2)]
-    assert kept == sorted(kept, reverse=True)
+    assert kept[1:] == sorted(kept[1:], reverse=True) and kept[1] <= 1.01 * kept[0]
 
 
 def check_merged(made: Attachment, plain) -> None:
