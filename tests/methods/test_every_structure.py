@@ -67,7 +67,8 @@ def check_steps(made: Attachment, method: str) -> None:
         assert torch.equal(one, two), f"{name} is not what stock PyTorch makes it"
     moved = {name for name, t in made.model.state_dict().items() if not torch.equal(t, before[name])}
     statistics = {name for name in before if name.rpartition(".")[2] in ("running_mean", "running_var")}
-    assert moved - statistics - {n for n in before if n.endswith("num_batches_tracked")} <= trained
+    statistics |= set(named_buffers(made.model)) | {n for n in before if n.endswith("num_batches_tracked")}
+    assert moved - statistics <= trained
     # the bias of a key moves no softmax, and a bias before a normalisation by batch statistics is taken off again
     biases = {name for name in trained if name.endswith("bias")}
     single = {f"s2a.side.readers.{i}.query" for i, b in enumerate(made.backbone.blocks) if b.output.positions == 1}
@@ -82,10 +83,14 @@ def check_saved(made: Attachment, method: str, family: str, folder) -> None:
     other = make_attached(family, method)
     checkpoints.load(folder, other.model, WEIGHTS)
     assert torch.equal(logits(other), logits(made))
-    named = sum(len(getattr(module, checkpoints.TRAINED, ())) for module in made.model.modules())
-    buffers = len(state) - sum(p.requires_grad for p in made.model.parameters()) - named
+    buffers = len(state) - sum(p.requires_grad for p in made.model.parameters()) - len(named_buffers(made.model))
     assert buffers == sum(len(list(norm.buffers())) for norm in moving_norms(made.model))
     assert (folder / checkpoints.FILE).stat().st_size < 4 * sum(t.numel() for t in state.values()) + 40_000
+
+
+def named_buffers(model) -> list[str]:
+    """Names of the buffers that modules say a run changes."""
+    return [f"{prefix}.{name}" for prefix, m in model.named_modules() for name in getattr(m, checkpoints.TRAINED, ())]
 
 
 def check_kept_bytes(made: Attachment) -> None:
