@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,8 @@ class ConvAdapter(nn.Module):
         self._x: Tensor | None = None  # what the attention beside it reads, until that returns
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, bias = self.scale, self.up.bias
-        return F.conv2d(self.act(self.down(x)), self.up.weight * scale.view(-1, 1, 1, 1), bias * scale)
+        weight = self.up.weight * self.scale.view(-1, 1, 1, 1)
+        return F.conv2d(self.act(self.down(x)), weight, cast(Tensor, self.up.bias) * self.scale)
 
     def on_output(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Adds y of what a module, a convolution or a whole block, takes. A hook of it."""
@@ -127,9 +127,7 @@ class ConvAdapterStructure(Structure):
         if max(conv.in_channels, conv.out_channels) > max(into.channels, out.channels):
             kernel, stride = conv.kernel_size, tuple(-(-a // b) for a, b in zip(into.shape[1:], out.shape[1:]))
             padding = tuple(k // 2 for k in kernel)
-            adapter = ConvAdapter(
-                into.channels, out.channels, reduction, act, kernel, stride=stride, padding=padding
-            )
+            adapter = ConvAdapter(into.channels, out.channels, reduction, act, kernel, stride=stride, padding=padding)
             block.module.register_forward_hook(adapter.on_output)
         else:
             geometry = {name: getattr(conv, name) for name in ("stride", "padding", "dilation")}

@@ -117,14 +117,12 @@ class LiteResidualStructure(Structure):
             raise self.misfit(backbone, "its hidden states are tokens, no maps")
         if settings.bias:
             Bias(SimpleNamespace(blocks=settings.blocks)).attach(backbone, beside)
-        modules = nn.ModuleList(
-            LiteResidual(block, settings.kernel, settings.groups, settings.expand) for block in blocks
-        )
+        modules = [LiteResidual(block, settings.kernel, settings.groups, settings.expand) for block in blocks]
         for block, module in zip(blocks, modules):
             if settings.bias:
                 module.norm2.bias.requires_grad_(False)
             block.module.register_forward_hook(module.on_block_output, with_kwargs=True)
-        backbone.add("lite_residual", modules)
+        backbone.add("lite_residual", nn.ModuleList(modules))
         return Attachment(
             backbone,
             unmergeable="a lite residual module has an activation of its own: no weight of the backbone can hold it",

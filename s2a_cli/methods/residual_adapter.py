@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from s2a_cli.config.rules import one_of
@@ -20,7 +19,7 @@ class ParallelAdapter(nn.Module):
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        self.adapter = nn.Conv2d(conv.in_channels, conv.out_channels, 1, conv.stride, bias=False)
+        self.adapter = nn.Conv2d(conv.in_channels, conv.out_channels, 1, (conv.stride[0], conv.stride[1]), bias=False)
         self._conv = [conv]  # in a list: it is no part of this module
         nn.init.kaiming_normal_(self.adapter.weight, mode="fan_out")
 
@@ -53,15 +52,13 @@ class SeriesAdapter(nn.Module):
         return output + self.adapter(self.norm(output))
 
 
-def is_adapted(layer: nn.Module) -> bool:
-    """Tells whether a layer is a k x k convolution, no depthwise one, at whose centre a 1 x 1 one reads the same."""
-    return (
-        isinstance(layer, nn.Conv2d)
-        and max(layer.kernel_size) > 1
-        and layer.groups < layer.in_channels
-        and isinstance(layer.padding, tuple)
-        and all(2 * p == d * (k - 1) for p, d, k in zip(layer.padding, layer.dilation, layer.kernel_size))
-    )
+def adapted(layer: nn.Module) -> nn.Conv2d | None:
+    """Returns a layer that is a k x k convolution, no depthwise one, at whose centre a 1 x 1 one reads the same."""
+    if not isinstance(layer, nn.Conv2d) or max(layer.kernel_size) == 1 or layer.groups == layer.in_channels > 1:
+        return None
+    sizes = zip(layer.padding, layer.dilation, layer.kernel_size)
+    centred = isinstance(layer.padding, tuple) and all(2 * p == d * (k - 1) for p, d, k in sizes)
+    return layer if centred else None
 
 
 @dataclass
@@ -89,10 +86,10 @@ class ResidualAdapter(Structure):
     def attach(self, backbone, beside=()):
         """Adds an adapter at every k x k convolution of the adapted blocks, and unfreezes their BatchNorms."""
         blocks, kind = backbone.adapted_blocks(self.settings.blocks), self.settings.position
-        convs = [layer for block in blocks for _, layer in block.layers if is_adapted(layer)]
+        convs = [conv for block in blocks for _, layer in block.layers if (conv := adapted(layer)) is not None]
         if not convs:
             raise self.misfit(backbone, "its blocks have no k x k convolutions but depthwise ones")
-        adapters = nn.ModuleList((ParallelAdapter if kind == "parallel" else SeriesAdapter)(conv) for conv in convs)
+        adapters = [ParallelAdapter(conv) if kind == "parallel" else SeriesAdapter(conv) for conv in convs]
         for conv, adapter in zip(convs, adapters):
             conv.register_forward_hook(adapter.on_output)
         if self.settings.norms:
@@ -100,12 +97,12 @@ class ResidualAdapter(Structure):
                 for module in block.module.modules():
                     if isinstance(module, nn.modules.batchnorm._BatchNorm):
                         module.requires_grad_(True)
-        backbone.add("residual_adapter", adapters)
+        backbone.add("residual_adapter", nn.ModuleList(adapters))
         if kind == "series":
             return Attachment(backbone, unmergeable="a series adapter has a bias that no convolution can hold")
         if any(conv.groups > 1 for conv in convs):
             return Attachment(backbone, unmergeable="a parallel adapter mixes groups that the convolution keeps apart")
-        return Attachment(backbone, merges=tuple(adapter.merge for adapter in adapters))
+        return Attachment(backbone, merges=tuple(one.merge for one in adapters if isinstance(one, ParallelAdapter)))
 
 
 STRUCTURE = ResidualAdapter

@@ -50,7 +50,8 @@ def made_config(backbone: str, method: str, **settings):
 def defaults(backbone: str, method: str) -> dict:
     """Small enough for these tiny widths and maps."""
     side, prompt = {"width": 4}, {"rank": 1}
-    return {"side": side, "prompt": prompt, "s2a": {"side": side, "prompt": prompt}}.get(method, {})
+    s2a, head2toe = {"side": side, "prompt": prompt}, {"select_after": 1}
+    return {"side": side, "prompt": prompt, "s2a": s2a, "head2toe": head2toe}.get(method, {})
 
 
 def randomise(model):
