@@ -15,7 +15,20 @@ from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Structure
 
-ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.ELU, nn.LeakyReLU)
+# Class names in lower case, of torch and of timm, which has some of its own.
+ACTIVATIONS = {
+    "relu",
+    "relu6",
+    "leakyrelu",
+    "elu",
+    "gelu",
+    "gelutanh",
+    "quickgelu",
+    "silu",
+    "swish",
+    "hardswish",
+    "mish",
+}
 ATTENTION_KERNEL = 7  # beside the attention of Swin, as in the source
 
 
@@ -65,7 +78,8 @@ class ConvAdapter(nn.Module):
 
 def activation(block: nn.Module) -> nn.Module:
     """Returns a copy of the first activation of a block; a ReLU where there is none."""
-    found = copy.deepcopy(next((module for module in block.modules() if isinstance(module, ACTIVATIONS)), nn.ReLU()))
+    found = next((module for module in block.modules() if type(module).__name__.lower() in ACTIVATIONS), nn.ReLU())
+    found = copy.deepcopy(found)
     if hasattr(found, "inplace"):
         setattr(found, "inplace", False)  # noqa: B010 (a property that no stub of nn.Module has)
     return found

@@ -99,7 +99,7 @@ class LiteResidualSettings(BlocksSettings):
     groups: int = setting(2, help="of the grouped convolution", rule=AT_LEAST_1)
     expand: float = setting(
         1.0,
-        help="width of a module, times the channels that its block takes",
+        help="width of a module, times the channels that its block takes: 1 for MobileNets, whose blocks take few",
         rule=number("a number above 0, at most 16", lambda value: 0 < value <= 16),
     )
 

@@ -100,6 +100,10 @@ class ResidualAdapter(Structure):
         backbone.add("residual_adapter", nn.ModuleList(adapters))
         if kind == "series":
             return Attachment(backbone, unmergeable="a series adapter has a bias that no convolution can hold")
+        if any(type(conv) is not nn.Conv2d for conv in convs):
+            return Attachment(
+                backbone, unmergeable="a convolution of this backbone uses its weight in a way of its own"
+            )
         if any(conv.groups > 1 for conv in convs):
             return Attachment(backbone, unmergeable="a parallel adapter mixes groups that the convolution keeps apart")
         return Attachment(backbone, merges=tuple(one.merge for one in adapters if isinstance(one, ParallelAdapter)))
