@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +20,21 @@ from s2a_cli.methods.parts.head_input import head_width, only_head
 LEAST = 63  # pixels of a side that AlexNet's three poolings take
 
 
+def alexnet_features() -> nn.Sequential:
+    """Returns the convolutions of AlexNet (arXiv 1404.5997), with random weights and the names of torchvision's."""
+    layers: list[nn.Module] = []
+    for into, out, kernel, stride, pooled in (
+        (3, 64, 11, 4, True),
+        (64, 192, 5, 1, True),
+        (192, 384, 3, 1, False),
+        (384, 256, 3, 1, False),
+        (256, 256, 3, 1, True),
+    ):
+        padding = 2 if kernel > 3 else 1
+        layers += [nn.Conv2d(into, out, kernel, stride, padding), nn.ReLU(), *([nn.MaxPool2d(3, 2)] * pooled)]
+    return nn.Sequential(*layers)
+
+
 class SideNetwork(nn.Module):
     """f' = sigmoid(a) f + (1 - sigmoid(a)) P g(image) for the feature f that the head reads; a = 0 at the start.
 
@@ -32,8 +46,7 @@ class SideNetwork(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        alexnet = torchvision.models.alexnet(weights=None)
-        self.features, self.pool = alexnet.features, alexnet.avgpool
+        self.features = alexnet_features()
         self.projection = nn.Linear(256 * 6 * 6, width, bias=False)
         self.alpha = nn.Parameter(torch.zeros(()))
         self._images: Tensor | None = None  # until the head runs
@@ -41,7 +54,7 @@ class SideNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if min(images.shape[-2:]) < LEAST:
             images = F.interpolate(images, (LEAST, LEAST), mode="bilinear")
-        return self.projection(self.pool(self.features(images)).flatten(1))
+        return self.projection(F.adaptive_avg_pool2d(self.features(images), 6).flatten(1))
 
     def on_model_input(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Notes the images. A pre-hook of the model."""
