@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from s2a_cli.backbones import Backbone
 from s2a_cli.backbones.weight_quant import restore
@@ -23,7 +24,9 @@ class Attachment:
     adapts: whether the backbone computes something else than before, or a gradient passes through it.
     learning_rates: (module, factor): the learning rate of the module's parameters is the run's times this.
     auxiliary: heads whose losses are back-propagated within the forward pass.
-    feature_head: what is trained, alone, where the backbone is not adapted; None where it can't be had of features.
+    feature_head: what is trained, alone, where the backbone is not adapted and what it is read of can be kept.
+    after_step: each is called with the optimizer after every update of the parameters. Bound methods of the modules, as
+    `merges`.
     unmergeable: why no plain weights of the backbone compute the same; empty where they do.
     merges: each moves what an added module computes into the backbone's own weights. Bound methods of the modules, so
     that a copy of the attachment merges its own.
@@ -34,6 +37,7 @@ class Attachment:
     learning_rates: tuple[tuple[nn.Module, float], ...] = ()
     auxiliary: tuple[AuxiliaryHeads, ...] = ()
     feature_head: FeatureHead | None = None
+    after_step: tuple[Callable[[Optimizer], None], ...] = ()
     unmergeable: str = ""
     merges: tuple[Callable[[], None], ...] = ()
 
@@ -79,12 +83,14 @@ class Attachment:
         first, adapts = parts[0], any(part.adapts for part in parts)
         heads = [part.feature_head for part in parts if part.feature_head is not None]
         heads.sort(key=lambda head: head.branch is None)
+        alone = len(heads) == len(parts) and sum(head.branch is not None for head in heads) < 2 and not adapts
         return Attachment(
             first.backbone,
             adapts,
             learning_rates=tuple(pair for part in parts for pair in part.learning_rates),
             auxiliary=tuple(heads for part in parts for heads in part.auxiliary),
-            feature_head=heads[0] if len(heads) == len(parts) and not adapts else None,
+            feature_head=heads[0] if alone else None,
+            after_step=tuple(act for part in parts for act in part.after_step),
             unmergeable="; ".join(part.unmergeable for part in parts if part.unmergeable),
             merges=tuple(merge for part in reversed(parts) for merge in part.merges),
         )

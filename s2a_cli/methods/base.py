@@ -61,6 +61,7 @@ class Structure:
     A structure's file defines one subclass, and `STRUCTURE = Subclass`; the first line of its docstring stands in
     `s2a ls`. `Settings` is a dataclass of its settings; `conf/method/<name>.yaml` has its name and learning rate.
     adapts: whether the backbone then computes something else, or a gradient passes through it.
+    keeps_features: whether a run can train on kept features of the backbone (dataset.cache=features).
     keeps_codable: whether anything is kept for the backward pass that codes of activations can stand for.
     starts_pretrained: whether the function at the start is that of the backbone.
     replaces_layers: whether it puts layers of its own in the place of the backbone's; such structures are attached
@@ -71,6 +72,7 @@ class Structure:
 
     Settings: type = NoSettings
     adapts = True
+    keeps_features = False
     keeps_codable = True
     starts_pretrained = True
     replaces_layers = False

@@ -9,6 +9,7 @@ class Linear(Structure):
     """linear probe: the classification head alone"""
 
     adapts = False
+    keeps_features = True
     keeps_codable = False
 
     def attach(self, backbone, beside=()):

@@ -101,6 +101,7 @@ class Side(Structure):
 
     Settings = SideSettings
     adapts = False
+    keeps_features = True
 
     def attach(self, backbone, beside: Sequence[Attachment] = (), borders: Sequence[Block] = ()):
         """Adds a lite side branch that reads the output of the blocks that `blocks` names.

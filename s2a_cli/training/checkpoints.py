@@ -34,16 +34,22 @@ KEYS = (
     "scaler",
 )  # of the state
 RENAMED = {".vote.": ".classifier."}  # parts of tensors' names in files of version 0.1.0 -> as they are now
+TRAINED = "trained_buffers"  # the attribute by which a module names buffers that a run changes
 CALIBRATION = "calibration."  # before the names of what the codes of a run were fitted to
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns copies on the CPU of what a run changes: trainable parameters, and statistics of BatchNorms that move."""
+    """Returns copies on the CPU of what a run changes.
+
+    These are trainable parameters, statistics of BatchNorms that move, and the buffers that a module names in
+    its `trained_buffers`.
+    """
     changed = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     moving = set(moving_norms(model))
     for prefix, module in model.named_modules():
         if module in moving:
             changed |= {f"{prefix}.{name}" for name, _ in module.named_buffers()}
+        changed |= {f"{prefix}.{name}" for name in getattr(module, TRAINED, ())}
     return {name: t.detach().cpu().clone() for name, t in model.state_dict().items() if name in changed}
 
 

@@ -15,7 +15,7 @@ from s2a_cli import backbones, data, methods
 from s2a_cli.backbones import Backbone, weight_quant
 from s2a_cli.common import distributed
 from s2a_cli.common.errors import RunError, UserError
-from s2a_cli.common.text import type_and_first_line
+from s2a_cli.common.text import listed, type_and_first_line
 from s2a_cli.config.rules import show
 from s2a_cli.config.settings import plain
 from s2a_cli.methods import Attachment
@@ -117,10 +117,11 @@ def attach(config: DictConfig, backbone: Backbone) -> Attachment:
         factor = config.optim.head_lr / config.optim.lr
         attached = attached.with_learning_rates(backbone.head.layers.values(), factor)
     if config.dataset.cache and not attached.feature_head:
-        accepted = " and ".join(name for name, kind in methods.STRUCTURES.items() if not kind.adapts)
+        accepted = listed([name for name, kind in methods.STRUCTURES.items() if kind.keeps_features])
+        why = "changes what the backbone computes" if attached.adapts else "reads more than features that can be kept"
         raise UserError(
-            f"dataset.cache={config.dataset.cache}: method={config.method.name} changes what the backbone computes, so"
-            f" that it has to run in every step; accepted are {accepted}"
+            f"dataset.cache={config.dataset.cache}: method={config.method.name} {why}, so that it has to run in every"
+            f" step; accepted are {accepted}"
         )
     if moving := moving_norms(backbone.model):
         blocks = {module for block in backbone.block_modules for module in block.modules()}

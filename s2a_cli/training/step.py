@@ -152,4 +152,6 @@ class Step:
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        for act in self.attached.after_step:
+            act(optimizer)
         return total

@@ -63,6 +63,7 @@ def defaults(backbone: str, method: str) -> dict:
         "fact_tt": {"rank": 4, "scale": 10.0},
         "fact_tk": {"rank": 4, "scale": 10.0},
         "repadapter": {"scale": 10.0},
+        "head2toe": {"select_after": 1},
     }.get(method, {})
 
 

@@ -62,12 +62,15 @@ def check_steps(made: Attachment, method: str) -> None:
         felt |= {name for name, p in stock.model.named_parameters() if p.grad is not None and p.grad.any()}
         theirs.step()
         theirs.zero_grad()
+        for act in stock.after_step:
+            act(theirs)
         assert torch.equal(loss, expected.mean())
     for (name, one), two in zip(made.model.state_dict().items(), stock.model.state_dict().values()):
         assert torch.equal(one, two), f"{name} is not what stock PyTorch makes it"
     moved = {name for name, t in made.model.state_dict().items() if not torch.equal(t, before[name])}
     statistics = {name for name in before if name.rpartition(".")[2] in ("running_mean", "running_var")}
-    assert moved - statistics - {n for n in before if n.endswith("num_batches_tracked")} <= trained
+    statistics |= set(named_buffers(made.model)) | {n for n in before if n.endswith("num_batches_tracked")}
+    assert moved - statistics <= trained
     # the bias of a key moves no softmax, and a bias before a normalisation by batch statistics is taken off again
     biases = {name for name in trained if name.endswith("bias")}
     single = {f"s2a.side.readers.{i}.query" for i, b in enumerate(made.backbone.blocks) if b.output.positions == 1}
@@ -83,17 +86,21 @@ def check_saved(made: Attachment, method: str, family: str, folder) -> None:
     other = make_attached(family, method)
     checkpoints.load(folder, other.model, WEIGHTS)
     assert torch.equal(logits(other), logits(made))
-    count = made.backbone.count()
-    statistics = sum(b.numel() for norm in moving_norms(made.model) for b in norm.buffers())
+    buffers = len(state) - sum(p.requires_grad for p in made.model.parameters()) - len(named_buffers(made.model))
+    assert buffers == sum(len(list(norm.buffers())) for norm in moving_norms(made.model))
     assert (folder / checkpoints.FILE).stat().st_size < 4 * sum(t.numel() for t in state.values()) + 40_000
-    assert sum(t.numel() for t in state.values()) == count["trainable"] + count["head"] + statistics
+
+
+def named_buffers(model) -> list[str]:
+    """Names of the buffers that modules say a run changes."""
+    return [f"{prefix}.{name}" for prefix, m in model.named_modules() for name in getattr(m, checkpoints.TRAINED, ())]
 
 
 def check_kept_bytes(made: Attachment) -> None:
-    """Codes of fewer bits never keep more."""
+    """Codes of fewer bits never keep more, but for the masks of ReLUs before a trained convolution, which keeps all."""
     train_mode(made.model)
     kept = [saved_bytes(lambda b=bits: loss_of(made.backbone, quant(b)), made.model) for bits in (None, 4, 2)]
-    assert kept == sorted(kept, reverse=True)
+    assert kept[1:] == sorted(kept[1:], reverse=True) and kept[1] <= 1.01 * kept[0]
 
 
 def check_merged(made: Attachment, plain) -> None:

@@ -125,7 +125,7 @@ def norm_backward(
         stop = start + g.shape[0]
         x = dequantize_rows(packed, scales, table, start, stop, width, group_size, bits, calibrated)
         g, factor = g.to(dtype), rstd[start:stop, None].to(dtype)
-        if centre and channels == width:
+        if centre and channels == width == count:
             dx, dw, db = _layer_norm_backward(g, x, affine)
             dweight[0] += dw
             dbias[0] += db
@@ -168,7 +168,8 @@ class Normalise(torch.autograd.Function):
             ctx.entries, ctx.layout = codebook.entries, (width, channels, centre, group_size, bits)
             ctx.save_for_backward(weight, *kept)
         else:
-            ctx.dims = tuple(range(x.dim() - bias.dim())) if channels == width else (0, *range(2, x.dim()))
+            over_last = channels == width and x.shape[-bias.dim() :] == bias.shape
+            ctx.dims = tuple(range(x.dim() - bias.dim())) if over_last else (0, *range(2, x.dim()))
         return run(x, weight, bias)
 
     @staticmethod

@@ -119,6 +119,20 @@ CASES = [
     Case("rms_norm-plain", lambda x: F.rms_norm(x, (11,), eps=1e-6), [X], normalised(21, 11)),
     Case("group_norm", lambda x, w, b: F.group_norm(x, 3, w, b), [IMAGE, (6,), (6,)], normalised(6, 180)),
     Case("group_norm-plain", lambda x: F.group_norm(x, 6), [IMAGE], normalised(12, 90)),
+    Case(
+        "group_norm-pooled",  # as many elements a group as channels
+        lambda x, w, b: F.group_norm(x, 3, w, b),
+        [(2, 12, 1, 1), (12,), (12,)],
+        normalised(6, 4),
+    ),
+    Case(
+        "group_norm-bias",
+        lambda x, w, b: F.group_norm(x, 3, w, b),
+        [(2, 12, 1, 1), (12,), (12,)],
+        nothing,
+        True,
+        frozen=(0, 1),
+    ),
     Case("batch_norm", batch_norm, [IMAGE, *[(6,)] * 4], lambda b: 24, True, frozen=(1, 2, 3)),  # the variance
     Case("conv2d", F.conv2d, [IMAGE, (4, 6, 3, 3), (4,)], nothing, True, frozen=(1,)),
     Case("conv2d-stride", partial(F.conv2d, stride=2, padding=1), [IMAGE, (4, 6, 3, 3)], nothing, True, frozen=(1,)),
