@@ -51,6 +51,7 @@ def check_steps(made: Attachment, method: str) -> None:
     ours, theirs = (
         torch.optim.SGD([p for p in one.model.parameters() if p.requires_grad], lr=0.1) for one in (made, stock)
     )
+    reached = set()  # by a gradient, whose step may be too small to move a value
     for number in range(2):
         images, targets = batch(made.backbone)
         torch.manual_seed(number)
@@ -58,6 +59,7 @@ def check_steps(made: Attachment, method: str) -> None:
         torch.manual_seed(number)
         expected = losses_of(stock.model(images), targets)
         expected.sum().backward()
+        reached |= {name for name, p in stock.model.named_parameters() if p.grad is not None and p.grad.any()}
         theirs.step()
         theirs.zero_grad()
         assert torch.equal(loss, expected.mean())
@@ -69,7 +71,8 @@ def check_steps(made: Attachment, method: str) -> None:
     # the bias of a key moves no softmax, and a bias before a normalisation by batch statistics is taken off again
     biases = {name for name in trained if name.endswith("bias")}
     single = {f"s2a.side.readers.{i}.query" for i, b in enumerate(made.backbone.blocks) if b.output.positions == 1}
-    assert trained - moved <= biases | single, f"have not moved: {sorted(trained - moved - biases - single)}"
+    still = trained - moved - reached - biases - single
+    assert not still, f"have not moved: {sorted(still)}"
     assert len(biases & moved) >= 0.5 * len(biases)
 
 
