@@ -3,7 +3,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,11 @@ class Peft(Structure):
     words: tuple[str, ...] = WORDS
     tuner = ""  # what a structure of its own name fixes
 
+    @property
+    def kind(self) -> str:
+        """Returns peft's name for the tuner."""
+        return self.tuner or self.settings.tuner
+
     def attach(self, backbone, beside=()):
         """Wraps each targeted layer, and leaves trainable what was so before.
 
@@ -110,47 +116,46 @@ class Peft(Structure):
         trains.
         """
         peft_library.imported(self.name)
-        kind, targets = self.tuner or self.settings.tuner, self._targets(backbone)
-        config_class, tuner = peft_library.find_tuner(kind)
-        given = self.settings.peft
-        fields = {**self.Settings().peft, **(given if isinstance(given, dict) else plain(given))}
-        names = list(targets)
-        if kind == "oft" and (odd := [name for name in names if max(getattr(targets[name], "kernel_size", (1,))) > 1]):
-            raise UserError(
-                f"method={self.name}: peft's oft cuts {odd[0]} into patches without its padding, and computes something"
-                " else than the layer; see method.target"
-            )
-        config = peft_library.make_config(config_class, fields, "|".join(map(re.escape, names)))
-        if kind == "ia3":
-            config.feedforward_modules = self._read_by_mlp(backbone, names)
-        if kind == "boft":
-            peft_library.BlockDiagonals.install()
+        targets = self._targets(backbone)
         trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
-        layers = TunedLayers(backbone.model, names)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tuner(backbone.model, config, ADAPTER)
-        except Exception as error:  # tuners check layers and fields in ways of their own
-            at = next((name for name, layer in layers if layer is targets[name]), names[0])
-            why = f"peft's {kind} refuses {at} ({type(targets[at]).__name__}): {first_line(error)}"
-            if self.settings.target in self.words and fields == self.Settings().peft:
-                raise self.misfit(backbone, why) from None
-            raise UserError(f"method={self.name}: {why}; see method.target and method.peft") from None
-        del backbone.model.peft_config
+        self._wrap(backbone, targets)
         for parameter in trained:
             parameter.requires_grad_(True)
+        layers = TunedLayers(backbone.model, list(targets))
         for name, layer in layers:
-            own = () if layer is targets[name] else (p for p in layer.parameters() if p.requires_grad)
-            if set(own) <= set(targets[name].parameters()):
-                raise UserError(f"method={self.name}: peft's {kind} trains nothing at {name}; see method.target")
+            adapters = set() if layer is targets[name] else {*layer.parameters()} - {*targets[name].parameters()}
+            if not any(parameter.requires_grad for parameter in adapters):
+                raise UserError(f"method={self.name}: peft's {self.kind} trains nothing at {name}; see method.target")
             move_hooks(targets[name], layer)
         return Attachment(
             backbone,
             learning_rates=tuple((module, self.settings.lr_scale) for module in layers.adapters()),
-            merges=() if kind in UNMERGEABLE else (layers.merge,),
-            unmergeable=UNMERGEABLE.get(kind, ""),
+            merges=() if self.kind in UNMERGEABLE else (layers.merge,),
+            unmergeable=UNMERGEABLE.get(self.kind, ""),
         )
+
+    def _wrap(self, backbone: Backbone, targets: dict[str, nn.Module]) -> None:
+        """Has peft put its layers in the places of these. Raises UserError for what it refuses."""
+        config_class, tuner = peft_library.find_tuner(self.kind)
+        peft_library.check_layers(self.name, self.kind, targets)
+        given = self.settings.peft
+        fields = {**self.Settings().peft, **(given if isinstance(given, dict) else plain(given))}
+        config = peft_library.make_config(config_class, fields, "|".join(map(re.escape, targets)))
+        if self.kind == "ia3":
+            config.feedforward_modules = self._read_by_mlp(backbone, targets)
+        reads, model = self.kind in peft_library.READ_VALUES, backbone.model
+        with peft_library.values_in(model, targets.values()) if reads else nullcontext(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                tuner(model, config, ADAPTER)
+            except Exception as error:  # tuners check layers and fields in ways of their own
+                layers = TunedLayers(model, list(targets))
+                at = next((name for name, layer in layers if layer is targets[name]), "the layers")
+                why = f"peft's {self.kind} refuses {at}: {first_line(error)}"
+                if self.settings.target in self.words and fields == self.Settings().peft:
+                    raise self.misfit(backbone, why) from None
+                raise UserError(f"method={self.name}: {why}; see method.target and method.peft") from None
+        del model.peft_config
 
     def _targets(self, backbone: Backbone) -> dict[str, nn.Module]:
         """Returns the layers that the settings name. Raises UserError where one of them can't be wrapped, or none."""
@@ -159,7 +164,7 @@ class Peft(Structure):
         for name, layer in found.items():
             if backbone.model.get_submodule(name) is not layer:
                 raise UserError(f"method={self.name}: another structure has replaced {name}; see method.target")
-            if type(layer).__module__.partition(".")[0] != "torch":
+            if type(layer).__module__.partition(".")[0] != "torch" and is_linear(layer):
                 raise UserError(
                     f"method={self.name}: {name} is a {type(layer).__name__}, which computes in a way of its own that"
                     " peft does not know; see method.target"
@@ -192,7 +197,7 @@ class Peft(Structure):
 
     def _matched(self, backbone: Backbone) -> dict[str, nn.Module]:
         """Returns the layers of the adapted blocks, and of what runs beside them, whose whole names match."""
-        target, norms = self.settings.target, (self.tuner or self.settings.tuner) == "ln_tuning"
+        target, norms = self.settings.target, self.kind == "ln_tuning"
         known = {
             name: module
             for name, module in backbone.adapted_modules(self.settings.blocks)
@@ -213,7 +218,7 @@ class Peft(Structure):
             )
         return running
 
-    def _read_by_mlp(self, backbone: Backbone, names: list[str]) -> str:
+    def _read_by_mlp(self, backbone: Backbone, names: Iterable[str]) -> str:
         """Returns the regular expression of the last layers of MLPs, whose input IA3 scales instead of their output."""
         branches = [branch for block in backbone.blocks for branch in block.branches if branch.kind == "mlp"]
         last = {branch.linears[-1][0] for branch in branches if branch.linears}

@@ -9,10 +9,13 @@ import importlib
 import re
 import typing
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import brief, first_line, nearest
@@ -42,6 +45,7 @@ UNFIT_FIELDS = {  # of configs -> why they can't be set; those without a reason 
     **dict.fromkeys(("save_projection", "save_indices", "save_precomputed_indices"), "a run saves what it trains"),
     **dict.fromkeys(("save_only_topk_weights", "progressbar", "runtime_offload_base_weight"), "a run decides it"),
 }
+READ_VALUES = ("adamss", "frod", "shira")  # tuners that begin with what they read of the weights, or of a mask
 UNFIT_INITS = ("eva", "corda", "loftq", "lora_ga")  # these need images, or weights of another kind
 WORDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
 WORDS |= {"list": "a list", "dict": "settings {name: value}"}
@@ -101,7 +105,8 @@ def make_config(kind: type, settings: dict[str, Any], targets: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return kind(**settings, target_modules=targets)
+            quiet = {"progressbar": False} if "progressbar" in hints else {}
+            return kind(**settings, **quiet, target_modules=targets)
     except Exception as error:  # configs check their fields in ways of their own
         raise UserError(f"method.peft={brief(show(settings))}: peft refuses it: {first_line(error)}") from None
 
@@ -126,6 +131,34 @@ def _choices(hint: Any) -> list[Any]:
     if typing.get_origin(hint) is typing.Literal:
         return list(typing.get_args(hint))
     return [choice for inner in typing.get_args(hint) for choice in _choices(inner)]
+
+
+def check_layers(method: str, kind: str, layers: dict[str, nn.Module]) -> None:
+    """Raises UserError, in the name of a method, for a layer around which a tuner computes something else.
+
+    Makes ready what the tuner needs.
+    """
+    if kind == "boft":
+        BlockDiagonals.install()
+    for name, layer in layers.items():
+        if kind == "oft" and max(getattr(layer, "kernel_size", (1,))) > 1:
+            raise UserError(
+                f"method={method}: peft's oft cuts the input of {name} into patches without its padding, and computes"
+                " something else than the layer; see method.target"
+            )
+
+
+@contextmanager
+def values_in(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Gives layers of a model on the meta device random weights within, for a tuner that reads them."""
+    on_meta = [(layer, name, p) for layer in layers for name, p in layer.named_parameters() if p.is_meta]
+    for layer, name, parameter in on_meta:
+        setattr(layer, name, nn.Parameter(torch.randn(parameter.shape, dtype=parameter.dtype)))
+    yield
+    for layer, name, parameter in on_meta:
+        setattr(layer, name, parameter)
+    if on_meta:
+        model.to("meta")  # what the tuner has added
 
 
 class BlockDiagonals:
