@@ -22,19 +22,17 @@ from s2a_cli.methods.base import BlocksSettings, Structure
 from s2a_cli.methods.parts import peft_library
 
 ADAPTER = "default"  # peft's name for the one adapter of a layer
+LONGEST = 500  # characters of a regular expression
 WORDS = ("qkv", "attention", "mlp", "all")
 HOOKS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
 )
-UNMERGEABLE = {  # tuner -> why no plain weights compute the same
-    "lily": "Lily weighs its factors anew for each image",
-}
 
 
 def _compiles(value: str) -> bool:
     try:
-        return bool(re.compile(value))
+        return len(value) <= LONGEST and bool(re.compile(value))
     except re.error:
         return False
 
@@ -93,8 +91,9 @@ class Peft(Structure):
     """any tuner of the peft library, by method.tuner, on the layers that method.target names
 
     The layers are replaced by peft's, as its `get_peft_model` does it. The parameters' names are peft's, too.
-    Departures: the head is trained as it is, not as a copy (`modules_to_save`); AdaLoRA, OSF and what is made for
-    language models are refused, as are fields that add losses or need images beforehand; BOFT runs without a compiler.
+    Departures: the head is trained as it is, not as a copy (`modules_to_save`); AdaLoRA, OSF, Lily and what is made
+    for language models are refused, as are fields that add losses or need images beforehand; BOFT runs without a
+    compiler.
     """
 
     Settings = PeftSettings
@@ -130,8 +129,7 @@ class Peft(Structure):
         return Attachment(
             backbone,
             learning_rates=tuple((module, self.settings.lr_scale) for module in layers.adapters()),
-            merges=() if self.kind in UNMERGEABLE else (layers.merge,),
-            unmergeable=UNMERGEABLE.get(self.kind, ""),
+            merges=(layers.merge,),
         )
 
     def _wrap(self, backbone: Backbone, targets: dict[str, nn.Module]) -> None:

@@ -115,6 +115,7 @@ def test_regular_expressions_reach_layers_beside_the_blocks():
     [
         ("vit", "peft", {"tuner": "lra"}, r"method.tuner=lra: expected one of .*beft.*\(did you mean 'lora'\?\)"),
         ("vit", "peft", {"tuner": "adalora"}, "method.tuner=adalora: moves ranks"),
+        ("vit", "peft", {"tuner": "lily"}, "method.tuner=lily: weighs its factors by all images of a batch"),
         ("vit", "peft", {"tuner": "p_tuning"}, "method.tuner=p_tuning: is made for language models"),
         (
             "vit",
@@ -124,6 +125,7 @@ def test_regular_expressions_reach_layers_beside_the_blocks():
         ),
         ("vit", "lora", {"peft": {"task_type": "a"}}, "method.peft.task_type: LoraConfig of peft has no such field"),
         ("vit", "lora", {"peft": {"r": "big"}}, "method.peft.r=big: expected an integer"),
+        ("vit", "lora", {"peft": {"lora_dropout": float("nan")}}, "lora_dropout=nan: expected at most 1,000,000"),
         ("vit", "lora", {"peft": {"r": 0}}, "method=lora: peft's lora refuses blocks.0.attn.qkv: .*positive integer"),
         ("vit", "lora", {"peft": {"target_modules": "a"}}, "target_modules: can't be set: method.target"),
         ("vit", "lora", {"peft": {"megatron_core": "os"}}, "megatron_core: can't be set"),
@@ -218,17 +220,13 @@ def test_frozen_weights_of_wrapped_layers_are_stored_in_fewer_bits(method, kind)
         made.merge()
 
 
-@pytest.mark.parametrize("tuner", ["lily", "vblora", "adamss", "beft", "shira"])
+@pytest.mark.parametrize("tuner", ["peanut", "vblora", "beft", "shira"])
 def test_tuners_without_a_name_of_their_own(tuner):
-    fields = {"lily": {"r": 4}, "vblora": {"vector_length": 8, "num_vectors": 8}, "shira": {"r": 2}}
-    fields["adamss"] = {"r": 8, "num_subspaces": 2}
+    fields = {"peanut": {"r": 4}, "vblora": {"vector_length": 8, "num_vectors": 8}, "shira": {"r": 2}}
     made = make_attached("vit", "peft", tuner=tuner, peft=fields.get(tuner, {}))
     twin = copy.deepcopy(made)
     before, after = logits(made), train(made)
     assert torch.equal(logits(twin), before) and torch.equal(train(twin), after) and not torch.equal(after, before)
-    if made.unmergeable:
-        assert tuner == "lily"
-        return
     plain = make("vit")
     plain.model.load_state_dict(made.merge().state_dict(), strict=True)
     torch.testing.assert_close(plain.model.eval()(batch(plain)[0]), after, rtol=1e-4, atol=2e-6)
@@ -252,9 +250,10 @@ def test_butterfly_factors_need_no_compiler(monkeypatch):
     assert torch.equal(BlockDiagonals.backward(grad, blocks)[0], expected)
 
 
-def test_a_layer_that_reads_by_keyword_is_recomputed():
-    """HRA calls F.linear by keyword."""
-    made, found = make_attached("vit", "hra"), []
+@pytest.mark.parametrize("tuner", ["hra", "shira"])
+def test_odd_operators_are_recomputed(tuner):
+    """HRA calls F.linear by keyword, SHiRA makes sparse tensors."""
+    made, found = make_attached("vit", "peft", tuner=tuner, peft={"r": 2}), []
     train_mode(made.model)
     for settings in (QuantConfig(name="exact", recompute="block"), None):
         images, targets = batch(made.backbone)

@@ -24,6 +24,7 @@ from s2a_cli.config.rules import show
 LANGUAGE = "is made for language models"
 UNFIT = {  # tuner -> why it can't be trained here
     "adalora": "moves ranks from layer to layer between steps, and adds a loss of its own",
+    "lily": "weighs its factors by all images of a batch: what it computes for one depends on the others",
     "osf": "projects gradients in hooks that a copy of the model would lose, and trains nothing of a convolution",
     "poly": "routes by the number of a task, of which an image has none",
     "xlora": "mixes adapters that were trained before",
@@ -47,6 +48,7 @@ UNFIT_FIELDS = {  # of configs -> why they can't be set; those without a reason 
 }
 READ_VALUES = ("adamss", "frod", "shira")  # tuners that begin with what they read of the weights, or of a mask
 UNFIT_INITS = ("eva", "corda", "loftq", "lora_ga")  # these need images, or weights of another kind
+LARGEST = 10**6  # of the numbers in a config
 WORDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
 WORDS |= {"list": "a list", "dict": "settings {name: value}"}
 
@@ -100,6 +102,8 @@ def make_config(kind: type, settings: dict[str, Any], targets: str) -> Any:
         if type(value).__name__ not in accepted and not (value is None and "NoneType" in accepted):
             words = " or ".join(words for one, words in WORDS.items() if one in accepted)
             raise UserError(f"{key}={brief(show(value))}: expected {words}")
+        if isinstance(value, int | float) and not abs(value) <= LARGEST:
+            raise UserError(f"{key}={brief(show(value))}: expected at most {LARGEST:,}")
         if name.startswith("init") and str(value).startswith(UNFIT_INITS):
             raise UserError(f"{key}={brief(str(value))}: needs images before the first step, or other weights")
     try:
