@@ -15,7 +15,7 @@ class BoftSettings(TunerSettings):
 class Boft(Peft):
     """BOFT (arXiv 2311.06243): rotates the input of q, k and v by a product of butterfly factors, through peft
 
-    Four factors of blocks of 4 channels, as with DINOv2 on VTAB-1k, and a scale of each output; the identity at the
+    Four factors of blocks of 4 channels, BOFT(m=4, b=4) of the paper, and a scale of each output; the identity at the
     start. Learning rate: that of LoRA here. peft compiles a CUDA extension for this at its first use, and without one
     silently takes a single factor, which is OFT; here PyTorch's own operators take the extension's place.
     """

@@ -20,8 +20,9 @@ class Fourierft(Peft):
 
     n = 3000 and a scale of 300 as published for ViT-B; the coefficients' learning rate is 300 times the head's (the
     authors' experiment/ViT/exec.py, which searches the head's below 1e-3). They are N(0, 1) at the start, so that the
-    function is not the pretrained one. Departure: q, k and v are one layer in most backbones, and share the
-    coefficients that q and v have each.
+    function is not the pretrained one. The update's standard deviation is scale * sqrt(n) / (inputs * outputs):
+    narrower backbones need a smaller scale, `method.peft={scaling: 30}` for ViT-Ti. Departure: q, k and v are one layer
+    in most backbones, and share the coefficients that q and v have each.
     """
 
     Settings = FourierftSettings
