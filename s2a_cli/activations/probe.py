@@ -66,7 +66,7 @@ def probe(call: Call, inputs: list[Tensor]) -> Probe:
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal last
-        storage = tensor.untyped_storage()
+        storage = (tensor._values() if tensor.is_sparse else tensor).untyped_storage()
         if tensor.shape not in own:
             kept[storage._cdata], last = storage.nbytes(), counters.linears
         return tensor.detach()  # not itself: a node that holds its own output is never freed

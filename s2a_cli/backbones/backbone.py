@@ -84,7 +84,10 @@ class Backbone:
             raise UserError(f"backbone.image_size={size}: {kind} can't take it: {first_line(error)}") from None
         if not isinstance(seen.output, Tensor) or seen.output.shape[1:] != (self.head.classes,):
             raise UserError(f"backbone: {kind} does not return one logit a class, so it can't be fine-tuned here")
-        self._order, self._blocks, self._problem = seen.order, [], f"no repeated blocks were found in {kind}"
+        # Kept by module: one that a method puts into another keeps its place, whatever its name is then.
+        self._order = {module: seen.order[name] for name, module in self.model.named_modules()}
+        self._ran = {found.module for found in seen.ran}
+        self._blocks, self._problem = [], f"no repeated blocks were found in {kind}"
         found = find_blocks(self.model, seen)
         self.parts = {block.name: block.module for block in found}  # the blocks, also where their layouts are not known
         try:
@@ -130,23 +133,22 @@ class Backbone:
     def adapted_modules(self, blocks: str) -> Iterator[tuple[str, nn.Module]]:
         """Yields (name, module) of what runs in or after the first adapted block; with `all`, of every module.
 
-        Leaves out the head and what a method added.
+        Leaves out the head and what a method added, also around or within modules of the backbone.
         """
-        start = 0 if blocks == "all" else self._order[self.adapted_blocks(blocks)[0].name]
+        start, head = 0 if blocks == "all" else self._order[self.adapted_blocks(blocks)[0].module], self.head.layers
         for name, module in self.model.named_modules():
-            if name not in self.head.layers and not name.startswith(f"{ADDED}.") and self._order.get(name, -1) >= start:
+            if module not in head.values() and self._order.get(module, -1) >= start:
                 yield name, module
 
     def runs(self, name: str) -> bool:
         """Tells whether the module of this name runs, rather than that its parent reads its tensors."""
-        return self._order[name] != self._order.get(name.rpartition(".")[0], 0)
+        return self.model.get_submodule(name) in self._ran
 
     def embedding(self) -> nn.Linear | nn.Conv2d | None:
         """Returns the last linear layer or convolution that runs before the blocks; None where there is none."""
-        first = self._order[self.blocks[0].name]
-        layers = [(self._order[name], module) for name, module in self.model.named_modules() if is_linear(module)]
-        before = [(order, module) for order, module in layers if order < first]
-        return cast(nn.Linear | nn.Conv2d, max(before, key=lambda pair: pair[0])[1]) if before else None
+        first = self._order[self.blocks[0].module]
+        before = [module for module, order in self._order.items() if is_linear(module) and order < first]
+        return cast(nn.Linear | nn.Conv2d, max(before, key=self._order.__getitem__)) if before else None
 
     def takes_more_tokens(self, blocks: Sequence[Block]) -> bool:
         """Tells whether these blocks work with another token behind those of the image.

@@ -66,6 +66,7 @@ class Structure:
     starts_pretrained: whether the function at the start is that of the backbone.
     replaces_layers: whether it puts layers of its own in the place of the backbone's; such structures are attached
     after those that look for layers by their kind.
+    needs: the package that it needs beside those that are always there; an extra of this one has its name.
     families: those of FAMILIES that it fits, and that the common tester holds it to.
     published: what its source says of the number of trained parameters, if anything.
     """
@@ -76,6 +77,7 @@ class Structure:
     keeps_codable = True
     starts_pretrained = True
     replaces_layers = False
+    needs = ""
     families: tuple[str, ...] = tuple(FAMILIES)
     published: Published | None = None
 

@@ -119,7 +119,8 @@ class Predictor:
             first = type_and_first_line(error)
             if "allocate memory" in first:
                 first += "; this system gives no address space beyond its memory: see vm.overcommit_memory"
-            raise UserError(f"{config.backbone.timm} can't be predicted: {first}") from error
+            what = f"{config.backbone.timm} with method={config.method.name}"
+            raise UserError(f"{what} can't be predicted: {first}") from error
 
 
 def sizes(dataset: DatasetConfig) -> tuple[int, int, str | None]:

@@ -34,6 +34,8 @@ def make(backbone: str, method: str | None = None, **settings):
 
 
 def make_attached(backbone: str, method: str | None = None, **settings) -> Attachment:
+    if method and (needs := STRUCTURES[method].needs):
+        pytest.importorskip(needs, reason=f"method={method} needs {needs}, which is not installed")
     torch.manual_seed(0)
     made = backbones.build(BackboneConfig(name=backbone, pretrained=False, **BACKBONES[backbone]), CLASSES)
     randomise(made.model)
@@ -50,7 +52,16 @@ def made_config(backbone: str, method: str, **settings):
 def defaults(backbone: str, method: str) -> dict:
     """Small enough for these tiny widths and maps."""
     side, prompt = {"width": 4}, {"rank": 1}
-    return {
+    tuners = {
+        "boft": {"boft_n_butterfly_factor": 2},
+        "c3a": {"block_size": 8},
+        "fourierft": {"n_frequency": 20, "scaling": 10.0},
+        "miss": {"r": 4},
+        "oft": {"oft_block_size": 4},
+        "road": {"group_size": 8},
+        "vera": {"r": 8},
+    }
+    found = {name: {"peft": fields} for name, fields in tuners.items()} | {
         "side": side,
         "prompt": prompt,
         "s2a": {"side": side, "prompt": prompt},
@@ -64,7 +75,8 @@ def defaults(backbone: str, method: str) -> dict:
         "fact_tk": {"rank": 4, "scale": 10.0},
         "repadapter": {"scale": 10.0},
         "head2toe": {"select_after": 1},
-    }.get(method, {})
+    }
+    return found.get(method, {})
 
 
 def randomise(model):
