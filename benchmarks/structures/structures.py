@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ HERE = Path(__file__).parent
 FIGURES, REFERENCES = HERE / "structures.json", HERE / "references.csv"
 PAGE = HERE.parents[1] / "docs" / "results" / "structures.md"
 BACKBONES = {"vit_b": "ViT-B", "convnext_b": "ConvNeXt-B", "swin_b": "Swin-B"}
+NUMBER = re.compile(r"\d\.\d+e[+-]\d+")
 OF_FAMILY = {"vit": "vit_b", "convnext": "convnext_b", "swin": "swin_b"}
 TEXT = """# Every structure, verified
 
@@ -54,6 +56,7 @@ not measured.
 
 {peaks}
 """
+References = dict[str, list[dict[str, str]]]  # structure -> the comparisons of its forward function
 Figures = dict[str, dict[str, dict[str, Any]]]  # structure -> "backbone codes" -> what `predicted` returns
 
 
@@ -71,7 +74,9 @@ def main() -> None:
             files.atomic_write(FIGURES, json.dumps(dict(sorted(figures.items())), indent=1) + "\n")
             progress.add(1)
     with REFERENCES.open(newline="") as file:
-        references = {row["structure"]: row for row in csv.DictReader(file)}
+        references: References = {}
+        for row in csv.DictReader(file):
+            references.setdefault(row["structure"], []).append(row)
     shown = {name: figures[name] for name in STRUCTURES if name in figures}
     files.atomic_write(PAGE, page(shown, references))
     print(f"written: {FIGURES}, {PAGE}")
@@ -87,13 +92,13 @@ def _figure(name: str, key: str) -> dict[str, Any]:
     return predicted(backbone, [f"method={name}"], codes)
 
 
-def page(figures: Figures, references: dict[str, dict[str, str]]) -> str:
+def page(figures: Figures, references: References) -> str:
     """The page in markdown."""
     verified, peaks = "\n".join(_verified(figures, references)), "\n".join(_peaks(figures))
     return TEXT.format(verified=verified, peaks=peaks)
 
 
-def _verified(figures: Figures, references: dict[str, dict[str, str]]) -> list[str]:
+def _verified(figures: Figures, references: References) -> list[str]:
     lines = _head("`method=`", "trained, M", "published, M", "starts pretrained", "merges", "fits", "compared with")
     notes = []
     for name, found in figures.items():
@@ -110,15 +115,19 @@ def _verified(figures: Figures, references: dict[str, dict[str, str]]) -> list[s
         merges = {True: "yes", False: "", None: ""}[any_figure["merges"]]
         fits = "all" if set(kind.families) == set(FAMILIES) else ", ".join(kind.families)
         cells = [f"`{name}`", trained, published, "yes" if kind.starts_pretrained else "", merges, fits]
-        lines.append(_row(*cells, _reference(references.get(name))))
+        lines.append(_row(*cells, _reference(references.get(name, []))))
     return [*lines, "", *notes]
 
 
-def _reference(row: dict[str, str] | None) -> str:
-    if row is None:
+def _reference(rows: list[dict[str, str]]) -> str:
+    """Where the public code is, and the largest of all differences from it."""
+    if not rows:
         return ""
-    where = f"{row['repository']}@{row['commit'][:7]}" if row["commit"] else row["repository"]
-    return f"{where}: {row['largest difference']}" if row["largest difference"] else where
+    where = f"{rows[0]['repository']}@{rows[0]['commit'][:7]}" if rows[0]["commit"] else rows[0]["repository"]
+    differences = [row["largest difference"] for row in rows]
+    numbers = [float(text) for text in differences if NUMBER.fullmatch(text)]
+    largest = f"{max(numbers):.0e}" if any(numbers) else "0" if numbers else differences[0]
+    return f"{where}: {largest}"
 
 
 def _peaks(figures: Figures) -> list[str]:
