@@ -47,6 +47,7 @@ def rows(entries: dict[str, Entry]) -> pd.DataFrame:
             "mean": mean(seeds),
             "std": stdev(seeds) if len(seeds) > 1 else float("nan"),
             "trained %": entry.get("percent"),
+            "x full's images/s": entry.get("speed_ratio", float("nan")),
             **{f"{codes} MiB": peak for codes, peak in entry["peaks"].items()},
         }
     table = pd.DataFrame.from_dict(found, orient="index").sort_values("mean", ascending=False)
@@ -67,7 +68,7 @@ def report(entries: dict[str, Entry], out: Path, backbone: str) -> None:
     floats = table.select_dtypes("number").columns
     text = table.astype(object)
     for name in floats:
-        digits = {"p": 3, "trained %": 3}.get(name, 0 if name.endswith("MiB") else 1)
+        digits = {"p": 3, "trained %": 3, "x full's images/s": 2}.get(name, 0 if name.endswith("MiB") else 1)
         text[name] = [("" if pd.isna(value) else f"{value:,.{digits}f}") for value in table[name]]
     files.atomic_write(out / "table.md", text.to_markdown(disable_numparse=True) + "\n")
     draw(table, backbone, out / "structures.png")
