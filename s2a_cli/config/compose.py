@@ -23,7 +23,7 @@ from omegaconf.errors import InterpolationResolutionError, InterpolationToMissin
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import brief, first_line, nearest
 from s2a_cli.config.checks import check
-from s2a_cli.config.overrides import CONF, groups, read, refuse_explosions
+from s2a_cli.config.overrides import CONF, groups, offered, read, refuse_explosions
 from s2a_cli.config.rules import Rule, show
 from s2a_cli.config.schema import OLDER_VALUES, STRUCTURES, MethodConfig, RunConfig, SweepConfig
 from s2a_cli.config.settings import (
@@ -186,7 +186,7 @@ def _readable(overrides: list[str], conf: Path, problems: Problems) -> list[str]
             words.append(word)
         elif group != "experiment" or value is not None:
             odd = [str(one) for one in (value if isinstance(value, list) else [value]) if one not in known[group]]
-            accepted = ", ".join(known[group]) + nearest(odd[0] if odd else "", known[group])
+            accepted = offered(group, known[group]) + nearest(odd[0] if odd else "", known[group])
             problems[group] = f"{group}={brief(show(value))}: expected one of {accepted}"
     return words
 
@@ -238,7 +238,7 @@ def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
     if name and all(one in STRUCTURES for one in name.split("+")):
         typed.method = OmegaConf.structured(method_schema(name))
     else:
-        accepted = f"{', '.join(STRUCTURES)}{nearest(str(name), STRUCTURES)}"
+        accepted = offered("method", list(STRUCTURES)) + nearest(str(name), STRUCTURES)
         found["method"] = f"method.name={brief(show(name))}: expected one of {accepted}"
     _fit(loaded, typed, "", found)
     for key in sorted(missing(typed) - found.keys() - {"method"}):

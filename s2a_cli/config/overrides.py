@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,12 @@ LONGEST_KEY = 200
 LARGEST = 2**63  # no integer of a setting reaches it
 MOST_REFERENCES = 16  # ${...} in all words together: thirty, each of two others, would make a text of a billion letters
 MOST_RUNS = 10_000  # of a grid
+LISTED = 20  # options that an error lists by name
+
+
+def offered(group: str, names: Sequence[str]) -> str:
+    """Returns the options of a config group for an error; many of them as the command that lists them."""
+    return ", ".join(names) if len(names) <= LISTED else f"the {len(names)} that `s2a ls {group}s` lists"
 
 
 def groups(conf: Path = CONF) -> dict[str, list[str]]:
@@ -134,7 +140,7 @@ def _values(word: str) -> list[str]:
         found = value.filter(known)
         if not found:
             raise UserError(
-                f"{brief(word)}: matches nothing; there are {', '.join(known)}{nearest(value.include[0], known)}"
+                f"{brief(word)}: matches nothing; there are {offered(key, known)}{nearest(value.include[0], known)}"
             )
     elif not override.is_discrete_sweep():
         raise UserError(f"{brief(word)}: an interval has no end of values; give some, or use it with s2a search")

@@ -27,7 +27,7 @@ from s2a_cli.cli.completion import SCRIPTS, complete, script
         ("s2a", []),
         ("", []),
         ("s2a train meth", ["method.", "method="]),
-        ("s2a train method=s", ["method=s2a", "method=side"]),
+        ("s2a train method=si", ["method=side", "method=side_tuning"]),
         ("s2a validate quant=int4 method=prompt method.r", ["method.rank="]),
         (
             "s2a train method=s2a method.side.",
@@ -76,17 +76,17 @@ def path(tmp_path):
 
 
 def test_bash_replaces_what_follows_the_equals_sign(path):
-    typed = "s2a train method=s2"
+    typed = "s2a train method=sid"
     commands = f"""
         {script("bash")}
         complete -p s2a
-        COMP_LINE='{typed}' COMP_POINT={len(typed)} COMP_WORDS=(s2a train method = s2) COMP_CWORD=4
+        COMP_LINE='{typed}' COMP_POINT={len(typed)} COMP_WORDS=(s2a train method = sid) COMP_CWORD=4
         _s2a 2>/dev/null
         printf '<%s>\\n' "${{COMPREPLY[@]}}"
     """
     done = subprocess.run(["bash", "-c", commands], env=os.environ | {"PATH": path}, capture_output=True, text=True)
-    bound, offered = done.stdout.splitlines()
-    assert bound.endswith("-F _s2a s2a") and offered == "<s2a>", done.stderr
+    bound, *offered = done.stdout.splitlines()
+    assert bound.endswith("-F _s2a s2a") and offered == ["<side>", "<side_tuning>"], done.stderr
 
 
 @pytest.mark.parametrize("shell", SCRIPTS)

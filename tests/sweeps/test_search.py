@@ -118,7 +118,7 @@ def test_the_space_in_hydras_grammar():
         "d": "d=choice(0,1e-4,true)",
         "e": "e=tag(log,int(interval(1,64)))",
         "f": "f=0.5,null",
-        "method": "method=glob(*s*)",
+        "method": "method=glob(b*)",
     }
     found = search.Space(ranges, []).distributions()
     of = optuna.distributions
@@ -129,9 +129,8 @@ def test_the_space_in_hydras_grammar():
         "d": of.CategoricalDistribution(["0", "0.0001", "True"]),
         "e": of.IntDistribution(1, 64, log=True),
         "f": of.CategoricalDistribution(["0.5", "null"]),
-        "method": of.CategoricalDistribution(["bias", "s2a", "side"]),
+        "method": of.CategoricalDistribution(["bias", "bitfit", "boft"]),
     }
-    assert {"bias", "s2a", "side"} <= set(found["method"].choices)
 
 
 @pytest.mark.parametrize(
