@@ -45,7 +45,7 @@ def check_steps(made: Attachment, method: str) -> None:
     stock = copy.deepcopy(made)
     for one in (made, stock):
         train_mode(one.model)
-    before = {name: t.clone() for name, t in made.model.state_dict().items()}
+    before, norms = {name: t.clone() for name, t in made.model.state_dict().items()}, moving_norms(made.model)
     trained = {name for name, p in made.model.named_parameters() if p.requires_grad}
     step = Step(compose([f"method={method}", "quant=none"]), torch.device("cpu"), made)
     ours, theirs = (
@@ -68,9 +68,8 @@ def check_steps(made: Attachment, method: str) -> None:
     for (name, one), two in zip(made.model.state_dict().items(), stock.model.state_dict().values()):
         assert torch.equal(one, two), f"{name} is not what stock PyTorch makes it"
     moved = {name for name, t in made.model.state_dict().items() if not torch.equal(t, before[name])}
-    statistics = {name for name in before if name.rpartition(".")[2] in ("running_mean", "running_var")}
-    statistics |= set(named_buffers(made.model)) | {n for n in before if n.endswith("num_batches_tracked")}
-    assert moved - statistics <= trained
+    statistics = {f"{name}.{b}" for name, m in made.model.named_modules() if m in norms for b, _ in m.named_buffers()}
+    assert moved - statistics - set(named_buffers(made.model)) <= trained
     # the bias of a key moves no softmax, and a bias before a normalisation by batch statistics is taken off again
     biases = {name for name in trained if name.endswith("bias")}
     single = {f"s2a.side.readers.{i}.query" for i, b in enumerate(made.backbone.blocks) if b.output.positions == 1}
@@ -97,10 +96,10 @@ def named_buffers(model) -> list[str]:
 
 
 def check_kept_bytes(made: Attachment) -> None:
-    """Codes of fewer bits never keep more, but for the masks of ReLUs before a trained convolution, which keeps all."""
+    """Codes of 4 bits keep no more, but for masks of ReLUs before a trained convolution, which keeps all."""
     train_mode(made.model)
-    kept = [saved_bytes(lambda b=bits: loss_of(made.backbone, quant(b)), made.model) for bits in (None, 4, 2)]
-    assert kept[1:] == sorted(kept[1:], reverse=True) and kept[1] <= 1.01 * kept[0]
+    exact, coded = (saved_bytes(lambda b=bits: loss_of(made.backbone, quant(b)), made.model) for bits in (None, 4))
+    assert coded <= 1.01 * exact
 
 
 def check_merged(made: Attachment, plain) -> None:
