@@ -18,6 +18,7 @@ from s2a_cli.training import export, forecast, trainer
 from s2a_cli.training.run import prepare
 
 QUICK = [
+    *("dataset.val_fraction=0.05", "dataset.test_fraction=0.05"),  # 90 images each
     "dataset=digits", "dataset.shots=4", "backbone=vit_micro", "optim.epochs=1", "optim.batch_size=16", "device=cpu",
 ]  # fmt: skip
 ALONE = """

@@ -24,6 +24,7 @@ from s2a_cli.training import checkpoints, forecast, loop, trainer
 from s2a_cli.training import run as run_module
 
 QUICK = [
+    *("dataset.val_fraction=0.05", "dataset.test_fraction=0.05"),  # 90 images each
     *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=bias", "device=cpu", "workers=0"),
     *("optim.epochs=2", "optim.batch_size=20", "save_steps=1"),  # 4 steps an epoch
 ]

@@ -21,6 +21,7 @@ from s2a_cli.training import run as run_module
 from s2a_cli.training import step as steps
 
 QUICK = [
+    *("dataset.val_fraction=0.05", "dataset.test_fraction=0.05"),  # 90 images each
     "dataset=digits", "dataset.shots=8", "backbone=vit_micro", "optim.epochs=2", "optim.batch_size=16", "device=cpu",
 ]  # fmt: skip
 
