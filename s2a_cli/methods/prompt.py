@@ -10,7 +10,7 @@ from s2a_cli.backbones import Hidden
 from s2a_cli.common.distributed import is_main_process
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import listed
-from s2a_cli.config.schema import AT_LEAST_1
+from s2a_cli.config.schema import AT_LEAST_1, POSITIVE
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Structure
@@ -40,6 +40,7 @@ class LowRankPrompt(nn.Module):
 @dataclass
 class PromptSettings:
     rank: int = setting(8, help="of A [positions, rank] and B [rank, channels]", rule=AT_LEAST_1)
+    lr_scale: float = setting(1.0, help="the prompts' learning rate is optim.lr times this", rule=POSITIVE)
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Prompt(Structure):
         backbone.add("prompt", prompts)
         return Attachment(
             backbone,
+            learning_rates=((prompts, self.settings.lr_scale),),
             unmergeable="a low-rank prompt adds another value at each position of a hidden state: no weight of the"
             " backbone can hold it",
         )

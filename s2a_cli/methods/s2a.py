@@ -41,7 +41,8 @@ class S2A(Structure):
         if settings.bias:
             parts.append(Bias(blocks).attach(backbone, parts))
         if settings.prompt:
-            prompt = SimpleNamespace(blocks=settings.blocks, rank=settings.prompt.rank)
+            of_prompt = settings.prompt
+            prompt = SimpleNamespace(blocks=settings.blocks, rank=of_prompt.rank, lr_scale=of_prompt.lr_scale)
             parts.append(Prompt(prompt).attach(backbone, parts))
         if settings.side:
             parts.append(Side(settings.side).attach(backbone, [*beside, *parts], ends))

@@ -55,7 +55,8 @@ class S2APaper(Structure):
 
     def attach(self, backbone, beside=()):
         settings, blocks = self.settings, backbone.adapted_blocks(self.settings.blocks)
-        whole = SimpleNamespace(blocks=settings.blocks, rank=settings.prompt.rank)
+        of_prompt = settings.prompt
+        whole = SimpleNamespace(blocks=settings.blocks, rank=of_prompt.rank, lr_scale=of_prompt.lr_scale)
         parts = [Bias(whole).attach(backbone), Prompt(whole).attach(backbone)]
         mean = sum(block.output.channels for block in blocks) / len(blocks)
         width = max(round(mean / settings.side.pooled / HEADS), 1) * HEADS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ NOT_IDENTITY = (
 )
 # Settings that are younger than schema 1: at these values a run is the one that it was before there were any.
 YOUNGER = {"dataset.cache": None, "dataset.layout": None, "method.segments": 1, "optim.head_lr": None}
+YOUNGER |= {"method.lr_scale": 1.0, "method.prompt.lr_scale": 1.0}
 
 
 Status = Literal["ok", "oom", "failed", "interrupted"]  # the last also while the run is going on
@@ -157,9 +159,10 @@ def content(config: dict[str, Any], revision: str, weights: str) -> str:
         parent, _, name = key.rpartition(".")
         (kept[parent] if parent else kept).pop(name, None)
     for key, value in YOUNGER.items():
-        parent, name = key.split(".")
-        if kept[parent].get(name, value) == value:
-            kept[parent].pop(name, None)
+        *parents, name = key.split(".")
+        node = functools.reduce(lambda node, parent: node.get(parent) or {}, parents, kept)
+        if node.get(name, value) == value:
+            node.pop(name, None)
     for key, values in OLDER_VALUES.items():
         parent, name = key.split(".")
         for before, now in values.items():

@@ -11,8 +11,8 @@ import pytest
 from s2a_cli.cli.main import main
 
 WORDS = [
-    *("method=s2a", "method.prompt.rank=1", "method.side.width=2", "method.side.heads=1", "dataset.fraction=0.2"),
-    *("workers=0", "device=cpu", "optim.batch_size=16"),
+    *("method=s2a", "method.prompt.rank=1", "method.prompt.lr_scale=1", "method.side.width=2", "method.side.heads=1"),
+    *("dataset.fraction=0.2", "workers=0", "device=cpu", "optim.batch_size=16"),
 ]
 
 
