@@ -131,7 +131,8 @@ BAD = [
     ("method.prompt.rank=0", "method.prompt.rank=0: expected an integer of at least 1"),
     (
         "method.prompt=3",
-        "method.prompt=3: expected its settings (method.prompt.rank, method.prompt.lr_scale), or false",
+        "method.prompt=3: expected its settings (method.prompt.rank, ",
+        "), or false",
     ),
     ("method.blocks=last:0", "method.blocks=last:0: expected all or last:K"),
     ("method.bias=maybe", "method.bias=maybe: expected true or false"),
