@@ -45,10 +45,16 @@ SPECIAL = {  # contenders that are no plain list of structures -> their words
     "s2a, last 5 blocks": ["method=s2a", "method.blocks=last:5"],
     "s2a, 3 segments": ["method=s2a", "method.segments=3"],
     "bias + prompt": ["method=s2a", "method.side=null"],
+    "head2toe": ["method=head2toe", "method.select_after=50"],  # of some hundred steps
 }
 PRETRAINED = ("full", "partial")  # structures that change pretrained weights, by smaller steps
 MOST = 8  # learning rates that are tried at most
-KNOBS: dict[str, dict[str, tuple[float, ...]]] = {}  # contender -> the number that its paper tunes a task, values
+SCALES, TOKENS = {"method.scale": (0.1, 1, 10)}, {"method.tokens": (5, 10, 50)}
+KNOBS: dict[str, dict[str, tuple[float, ...]]] = {  # contender -> the number that its paper tunes a task, its values
+    **dict.fromkeys(("fact_tt", "fact_tk", "repadapter", "convpass", "adaptformer"), SCALES),
+    **dict.fromkeys(("vpt_shallow", "vpt_deep"), TOKENS),
+    "adapter_plus": {"method.dim": (2, 8, 32)},
+}
 
 
 def words_of(name: str) -> list[str]:
