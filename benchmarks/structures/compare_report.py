@@ -57,7 +57,7 @@ def rows(entries: dict[str, Entry]) -> pd.DataFrame:
         corrected = dict(zip(others, holm(gap.p for gap in gaps), strict=True))
         shown = {name: f"{gap.mean:+.1f} ± {gap.error:.1f}" for name, gap in zip(others, gaps, strict=True)}
         position = list(table.columns).index("std") + 1
-        table.insert(position, f"− {AGAINST}", [shown.get(name, "") for name in table.index])
+        table.insert(position, f"- {AGAINST}", [shown.get(name, "") for name in table.index])
         table.insert(position + 1, "p", [corrected.get(name, float("nan")) for name in table.index])
     return table
 
