@@ -49,8 +49,10 @@ SPECIAL = {  # contenders that are no plain list of structures -> their words
 }
 PRETRAINED = ("full", "partial")  # structures that change pretrained weights, by smaller steps
 MOST = 8  # learning rates that are tried at most
-SCALES, TOKENS = {"method.scale": (0.1, 1, 10)}, {"method.tokens": (5, 10, 50)}
-KNOBS: dict[str, dict[str, tuple[float, ...]]] = {  # contender -> the number that its paper tunes a task, its values
+Knob = dict[str, tuple[float, ...]]  # a key -> its values
+SCALES: Knob = {"method.scale": (0.1, 1, 10)}
+TOKENS: Knob = {"method.tokens": (5, 10, 50)}
+KNOBS: dict[str, Knob] = {  # contender -> the number that its paper tunes a task
     **dict.fromkeys(("fact_tt", "fact_tk", "repadapter", "convpass", "adaptformer"), SCALES),
     **dict.fromkeys(("vpt_shallow", "vpt_deep"), TOKENS),
     "adapter_plus": {"method.dim": (2, 8, 32)},
