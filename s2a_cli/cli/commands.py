@@ -154,14 +154,18 @@ def evaluate(words: list[str]) -> int:
     return 0 if equal else 1
 
 
+def _of_export(words: list[str]) -> Any:
+    """Returns the config of the run that `s2a export` writes."""
+    return _recompose([word for word in words if not word.startswith("out=")])
+
+
 def export(words: list[str]) -> int:
     """Writes the model of a finished run as plain weights."""
     force, words = "--force" in words, [word for word in words if word != "--force"]
     outs = [word.removeprefix("out=") for word in words if word.startswith("out=")]
     if len(outs) != 1 or not outs[0]:
         raise UserError("out=FOLDER is needed once: where the model goes")
-    words = [word for word in words if not word.startswith("out=")]
-    config = _recompose(words)
+    config = _of_export(words)
     from s2a_cli.training import export as exporting
 
     folder, _ = _finished(words)
@@ -367,6 +371,7 @@ COMMANDS = {
             "s2a export run=runs/pets/vit_b/lora/0123456789ab out=pets_model --force",
         ),
         words=("run=", "out="),
+        config=_of_export,
         flags={"--force": "replace the folder of an earlier export"},
     ),
     "ls": Command(

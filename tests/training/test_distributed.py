@@ -48,7 +48,8 @@ def agree(one, two):
             assert first[key] == pytest.approx(second[key], rel=1e-4), key
     assert one[1].keys() == two[1].keys()
     for name, tensor in one[1].items():
-        torch.testing.assert_close(two[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+        # sums in another order may move one number of a feature to the next of its codes of 8 bits
+        torch.testing.assert_close(two[1][name], tensor, rtol=1e-3, atol=5e-5, msg=name)
 
 
 def test_two_processes_train_what_one_does(tmp_path):

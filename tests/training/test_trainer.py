@@ -156,9 +156,10 @@ def test_weight_decay_spares_biases_norms_and_prompts():
     assert {"head.bias", "s2a.prompt.0.A", "s2a.prompt.0.B", "s2a.side.readers.0.norm.weight"} <= spared
     assert not any(name.endswith(("bias", ".A", ".B")) or "norm" in name for name in decayed)
     rates = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
-    scale = run.config.method.side.lr_scale
-    assert scale != 1
-    assert all(rate == run.config.optim.lr * (scale if ".side." in name else 1) for name, rate in rates.items())
+    scales = {name: run.config.method[name].lr_scale for name in ("prompt", "side")}
+    assert 1 not in scales.values()
+    scale = {name: scales.get(name.split(".")[1], 1) if name.startswith("s2a.") else 1 for name in rates}
+    assert rates == {name: run.config.optim.lr * scale[name] for name in rates}
 
 
 def test_the_head_may_learn_at_a_rate_of_its_own():
