@@ -52,8 +52,9 @@ def export(config: DictConfig, folder: Path, out: Path, force: bool = False) -> 
     checkpoints.load(folder, backbone.model, weights)
     size = backbone.image.size
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    backbone.model.float()  # what is written; in 16 bits a merged weight would be rounded once more
     trained = _logits(backbone.model, images)
-    model = attached.merge().float()
+    model = attached.merge()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
@@ -64,10 +65,14 @@ def export(config: DictConfig, folder: Path, out: Path, force: bool = False) -> 
         (made / WEIGHTS).write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
         (made / CONFIG).write_text(json.dumps(_description(config, backbone, classes), indent=2) + "\n")
         difference = _difference(made, images, trained)
-        if out.is_dir():
-            shutil.rmtree(out)
         os.chmod(made, 0o755)
-        made.rename(out)
+        if out.is_dir():  # the earlier export goes when this one is in its place
+            earlier = made.with_name(f"{made.name}.earlier")
+            out.rename(earlier)
+            made.rename(out)
+            shutil.rmtree(earlier)
+        else:
+            made.rename(out)
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return difference
@@ -113,5 +118,5 @@ def _difference(made: Path, images: Tensor, trained: Tensor) -> float:
 
 @torch.no_grad()
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Returns the logits [B, classes] of images in evaluation, in fp32."""
-    return model.eval()(images.to(next(model.parameters()).dtype)).float()
+    """Returns the logits [B, classes] of images in evaluation."""
+    return model.eval()(images)

@@ -57,9 +57,12 @@ def test_timm_loads_what_was_trained(tmp_path, capsys):
     assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_weights_in_fewer_bits_become_those_that_were_computed_with(tmp_path):
-    run = trained(tmp_path / "run", "method=bias", "backbone.weights=int8")
-    assert main(["export", f"run={run}", f"out={tmp_path / 'model'}"]) == 0
+@pytest.mark.parametrize("words", [["backbone.weights=int8"], ["precision=bf16"]])
+def test_weights_in_fewer_bits_become_those_that_were_computed_with(tmp_path, words):
+    run = trained(tmp_path / "run", "method=bias", *words)
+    for more in ([], ["--force"]):
+        assert main(["export", f"run={run}", f"out={tmp_path / 'model'}", *more]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
 
 
 def test_what_cannot_be_exported_leaves_nothing(tmp_path, capsys):
