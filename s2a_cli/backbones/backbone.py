@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -139,6 +139,13 @@ class Backbone:
         for name, module in self.model.named_modules():
             if module not in head.values() and self._order.get(module, -1) >= start:
                 yield name, module
+
+    def unfreeze(self, blocks: str, chosen: Callable[[str, nn.Module], bool] = lambda name, module: True) -> None:
+        """Has parameters of the `adapted_modules` trained: those for whose name and module `chosen` is true."""
+        for path, module in self.adapted_modules(blocks):
+            for name, parameter in module.named_parameters(path, recurse=False):
+                if chosen(name, module):
+                    parameter.requires_grad_(True)
 
     def runs(self, name: str) -> bool:
         """Tells whether the module of this name runs, rather than that its parent reads its tensors."""

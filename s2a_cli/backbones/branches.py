@@ -59,6 +59,11 @@ def linear_layers(parent: ModuleTrace) -> tuple[tuple[str, nn.Module], ...]:
     return tuple((found.name, found.module) for found in parent.descendants() if is_linear(found.module))
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Tells whether a module is one normalisation layer, by the name of its class: timm has many of its own."""
+    return "norm" in type(module).__name__.lower()
+
+
 def is_linear(module: nn.Module) -> bool:
     """Tells whether a module is one linear layer or convolution."""
     return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)

@@ -34,6 +34,16 @@ class Hidden:
         """Returns N, or H * W."""
         return math.prod(self.shape) // self.channels
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Returns the height and the width of the map of positions, (N, 1) for patches that are no square."""
+        if len(self.shape) == 3:
+            height, width = self.shape[1:] if self.layout == "channels_first" else self.shape[:2]
+            return height, width
+        patches = self.positions - self.prefix
+        side = math.isqrt(patches)
+        return (side, side) if side * side == patches else (patches, 1)
+
     def from_tokens(self, x: Tensor) -> Tensor:
         """Brings [..., N, C] into this layout: [..., N, C], [..., H, W, C], [..., C, H, W] or [..., C, N]."""
         if self.layout == "channels_first":
@@ -54,9 +64,7 @@ class Hidden:
             return x.new_empty(x.shape[0], 0, self.channels), maps
         tokens = x.transpose(1, 2) if self.layout == "channels_first" else x
         patches = tokens[:, self.prefix : self.positions].transpose(1, 2)
-        side = math.isqrt(patches.shape[-1])
-        square = (side, side) if side * side == patches.shape[-1] else (patches.shape[-1], 1)
-        return tokens[:, : self.prefix], patches.unflatten(-1, square)
+        return tokens[:, : self.prefix], patches.unflatten(-1, self.grid)
 
     def of(self, values: Any) -> Tensor:
         """Returns this hidden state among the values (in any containers) that a block takes, or returns."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from s2a_cli.backbones.branches import is_norm
 from s2a_cli.backbones.hidden import Hidden
 from s2a_cli.common.dataless import Dataless
 from s2a_cli.memory.predict import dataless_tensors
@@ -69,7 +70,7 @@ class ModuleTrace:
     @property
     def normalises(self) -> bool:
         """Tells whether it is a normalisation layer."""
-        return not self.within and "norm" in type(self.module).__name__.lower()
+        return not self.within and is_norm(self.module)
 
     def descendants(self) -> Iterator[ModuleTrace]:
         """Yields the modules that ran within it, in order."""

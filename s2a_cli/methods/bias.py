@@ -11,12 +11,8 @@ class Bias(Structure):
 
     def attach(self, backbone, beside=()):
         """Unfreezes every bias vector of the adapted blocks: of Linear, Conv and normalisation layers alike."""
-        for _, module in backbone.adapted_modules(self.settings.blocks):
-            for name, parameter in module.named_parameters(recurse=False):
-                if name == "bias" or name.endswith(
-                    "_bias"
-                ):  # EVA and BEiT keep q_bias and v_bias as vectors of their own
-                    parameter.requires_grad_(True)
+        # EVA and BEiT keep q_bias and v_bias as vectors of their own
+        backbone.unfreeze(self.settings.blocks, lambda name, module: f".{name}".endswith((".bias", "_bias")))
         return Attachment(backbone)
 
 

@@ -17,10 +17,7 @@ class BitFit(Structure):
     published = Published(0.102912, "OSU-MLB/ViT_PEFT_Vision (arXiv 2409.16434), tune_output/default_vtab, bitfit")
 
     def attach(self, backbone, beside=()):
-        for path, module in backbone.adapted_modules(self.settings.blocks):
-            for name, parameter in module.named_parameters(recurse=False):
-                if "bias" in f"{path}.{name}":
-                    parameter.requires_grad_(True)
+        backbone.unfreeze(self.settings.blocks, lambda name, module: "bias" in name)
         return Attachment(backbone)
 
 

@@ -10,9 +10,7 @@ class Full(Structure):
     Settings = BlocksSettings
 
     def attach(self, backbone, beside=()):
-        for _, module in backbone.adapted_modules(self.settings.blocks):
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(True)
+        backbone.unfreeze(self.settings.blocks)
         return Attachment(backbone)
 
 

@@ -30,10 +30,7 @@ class PooledState(nn.Module):
         self.hidden = hidden
         cells = max(1, target // hidden.channels)
         self.is_map = len(hidden.shape) == 3
-        self.cells = min(math.isqrt(cells), *self.map_size()) if self.is_map else min(cells, hidden.positions)
-
-    def map_size(self) -> tuple[int, ...]:
-        return self.hidden.shape[1:] if self.hidden.layout == "channels_first" else self.hidden.shape[:2]
+        self.cells = min(math.isqrt(cells), *hidden.grid) if self.is_map else min(cells, hidden.positions)
 
     @property
     def size(self) -> int:

@@ -16,7 +16,8 @@ from s2a_cli.config.schema import AT_LEAST_1
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Published, Structure
-from s2a_cli.methods.parts.own_features import OwnFeatures, head_width, is_plain
+from s2a_cli.methods.parts.head_input import head_width
+from s2a_cli.methods.parts.own_features import OwnFeatures, is_plain
 
 COUNTS = Rule("a list of integers of at least 1", lambda values: len(values) > 0 and min(values) >= 1)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from s2a_cli.backbones.branches import is_norm
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Published, Structure
 
@@ -16,10 +17,7 @@ class LayerNorm(Structure):
     published = Published(0.0384, "OSU-MLB/ViT_PEFT_Vision (arXiv 2409.16434), tune_output/default_vtab, ln")
 
     def attach(self, backbone, beside=()):
-        for _, module in backbone.adapted_modules(self.settings.blocks):
-            if "norm" in type(module).__name__.lower():
-                for parameter in module.parameters(recurse=False):
-                    parameter.requires_grad_(True)
+        backbone.unfreeze(self.settings.blocks, lambda name, module: is_norm(module))
         return Attachment(backbone)
 
 

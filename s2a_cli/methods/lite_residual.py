@@ -53,7 +53,7 @@ class LiteResidual(nn.Module):
         super().__init__()
         self.input, self.output = block.input, block.output
         channels, outputs = block.input.channels, block.output.channels
-        (before, _), (after, _) = map_size(block.input.shape, channels), map_size(block.output.shape, outputs)
+        (before, _), (after, _) = block.input.grid, block.output.grid
         pooled = max(1, before // 2)
         self.globally = pooled == 1
         kernel = 1 if self.globally else min(kernel, pooled - (pooled + 1) % 2)
@@ -78,14 +78,8 @@ class LiteResidual(nn.Module):
         """Adds y to the hidden state among what a block returns. A hook of the block."""
         _, x = self.input.split(self.input.of((args, kwargs)))
         h = self.output.of(output)
-        y = self(x, map_size(self.output.shape, self.output.channels))
+        y = self(x, self.output.grid)
         return self.output.replaced(output, h + self.output.from_tokens(y.flatten(2).transpose(1, 2)).to(h.dtype))
-
-
-def map_size(shape: tuple[int, ...], channels: int) -> tuple[int, int]:
-    """Returns the height and the width of a map, whose channels come first or last."""
-    height, width = shape[1:] if shape[0] == channels and shape[2] != channels else shape[:2]
-    return height, width
 
 
 @dataclass

@@ -1,17 +1,8 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-from s2a_cli.config.settings import setting
 from s2a_cli.methods.base import FAMILIES
-from s2a_cli.methods.peft import FIELDS_HELP, TARGET, TARGET_HELP, Peft, TunerSettings
-
-
-@dataclass
-class LokrSettings(TunerSettings):
-    target: str = setting("all", help=TARGET_HELP, rule=TARGET)
-    peft: dict[str, Any] = setting({"r": 8, "alpha": 8}, help=FIELDS_HELP)
+from s2a_cli.methods.loha import LohaSettings
+from s2a_cli.methods.peft import Peft
 
 
 class Lokr(Peft):
@@ -21,7 +12,7 @@ class Lokr(Peft):
     them, arXiv 2309.14859); zero at the start. Learning rate: peft's in its comparison of image models.
     """
 
-    Settings = LokrSettings
+    Settings = LohaSettings
     tuner = "lokr"
     families = tuple(FAMILIES)
 

@@ -13,7 +13,8 @@ from s2a_cli.config.schema import AT_LEAST_1, POSITIVE
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Published, Structure
-from s2a_cli.methods.parts.own_features import OwnFeatures, head_width, is_plain, summary
+from s2a_cli.methods.parts.head_input import head_width
+from s2a_cli.methods.parts.own_features import OwnFeatures, is_plain, summary
 from s2a_cli.methods.parts.side_transformer import NarrowBlock, prune_into
 
 

@@ -26,9 +26,7 @@ class Partial(Structure):
     Settings = PartialSettings
 
     def attach(self, backbone, beside=()):
-        for _, module in backbone.adapted_modules(f"last:{self.settings.k}"):
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(True)
+        backbone.unfreeze(f"last:{self.settings.k}")
         return Attachment(backbone)
 
 

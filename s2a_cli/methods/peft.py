@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from s2a_cli.backbones import Backbone, Block
-from s2a_cli.backbones.branches import is_linear
+from s2a_cli.backbones.branches import is_linear, is_norm
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import brief, first_line, listed, nearest
 from s2a_cli.config.rules import Rule
@@ -199,7 +199,7 @@ class Peft(Structure):
         known = {
             name: module
             for name, module in backbone.adapted_modules(self.settings.blocks)
-            if ("norm" in type(module).__name__.lower() if norms else is_linear(module))
+            if (is_norm(module) if norms else is_linear(module))
         }
         found = {name: module for name, module in known.items() if re.fullmatch(target, name)}
         running = {name: module for name, module in found.items() if backbone.runs(name)}

@@ -102,10 +102,8 @@ class SideTuning(Structure):
 
     def attach(self, backbone, beside=()):
         """Adds the side network, which reads the images and changes what the head reads."""
-        head = only_head(backbone)
-        if head is None:
-            raise UserError(f"method={self.name}: {type(backbone.model).__name__} has several heads, or none")
-        network = SideNetwork(head_width(head))
+        head = only_head(self.name, backbone)
+        network = SideNetwork(head_width(backbone))
         if self.settings.checkpoint and not next(backbone.model.parameters()).is_meta:
             network.load(Path(self.settings.checkpoint).expanduser())
         backbone.model.register_forward_pre_hook(network.on_model_input, with_kwargs=True)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2a_cli.backbones import Block, Hidden
-from s2a_cli.common.errors import UserError
 from s2a_cli.config.schema import AT_LEAST_1
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
@@ -78,11 +77,9 @@ class ParallelNetwork(nn.Module):
 
 def as_tokens(hidden: Hidden, h: Tensor, most: int) -> Tensor:
     """Returns a hidden state of any layout as [B, N, C]; pools maps of more than `most` positions to about that."""
-    if h.ndim == 3:
-        return h.transpose(1, 2) if hidden.layout == "channels_first" else h
-    _, maps = hidden.split(h)
-    if hidden.positions > most:
-        maps = F.avg_pool2d(maps, round((hidden.positions / most) ** 0.5))
+    if h.ndim == 3 or hidden.positions <= most:
+        return hidden.to_tokens(h)
+    maps = F.avg_pool2d(hidden.split(h)[1], round((hidden.positions / most) ** 0.5))
     return maps.flatten(2).transpose(1, 2)
 
 
@@ -102,10 +99,8 @@ class UniPT(Structure):
 
     def attach(self, backbone, beside=()):
         """Adds the parallel network, which reads the adapted blocks and changes what the head reads."""
-        blocks, head = backbone.adapted_blocks(self.settings.blocks), only_head(backbone)
-        if head is None:
-            raise UserError(f"method={self.name}: {type(backbone.model).__name__} has several heads, or none")
-        feature = head_width(head)
+        blocks, head = backbone.adapted_blocks(self.settings.blocks), only_head(self.name, backbone)
+        feature = head_width(backbone)
         network = ParallelNetwork(blocks, feature, max(1, feature // self.settings.reduction))
         blocks[0].module.register_forward_pre_hook(network.on_first_input, with_kwargs=True)
         for index, block in enumerate(blocks):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -41,11 +39,7 @@ class OnMap(nn.Module):
 
     def __init__(self, hidden: Hidden, module: nn.Module):
         super().__init__()
-        patches = hidden.positions - hidden.prefix
-        side = math.isqrt(patches)
-        square = (side, side) if side * side == patches else (patches, 1)
-        self.module, self.patches = module, patches
-        self.grid = hidden.shape[:2] if hidden.layout == "channels_last" else square
+        self.module, self.patches, self.grid = module, hidden.positions - hidden.prefix, hidden.grid
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(1, -2)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from torch import nn
 
 from s2a_cli.backbones import Backbone
+from s2a_cli.common.errors import UserError
 
 
-def only_head(backbone: Backbone) -> nn.Module | None:
-    """Returns the classifier, a linear layer or 1 x 1 convolution; None where there are several."""
+def only_head(method: str, backbone: Backbone) -> nn.Module:
+    """Returns the classifier, a linear layer or 1 x 1 convolution. Raises UserError, for a method, for several."""
     layers = list(backbone.head.layers.values())
-    return layers[0] if len(layers) == 1 else None
+    if len(layers) != 1:
+        raise UserError(f"method={method}: {type(backbone.model).__name__} has several heads, or none")
+    return layers[0]
 
 
-def head_width(head: nn.Module) -> int:
-    """Returns how many numbers an image it reads."""
-    return head.get_parameter("weight").shape[1]
+def head_width(backbone: Backbone) -> int:
+    """Returns how many numbers an image a layer of the head reads."""
+    return next(iter(backbone.head.layers.values())).get_parameter("weight").shape[1]

@@ -59,11 +59,6 @@ class OwnFeatures(nn.Module):
         return self.__dict__ | {"_features": None}
 
 
-def head_width(backbone: Backbone) -> int:
-    """Returns how many features a layer of the head reads."""
-    return next(iter(backbone.head.layers.values())).get_parameter("weight").shape[1]
-
-
 def summary(hidden: Hidden, tokens: Tensor) -> Tensor:
     """Returns what stands for an image among tokens [B, N, C]: the class token, or the mean where there is none."""
     return tokens[:, 0] if hidden.prefix else tokens.mean(1)
