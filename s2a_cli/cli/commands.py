@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ast
-import atexit
-import gc
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from s2a_cli.cli import finished
+from s2a_cli.cli.deferred import imports
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import is_there
 from s2a_cli.common.text import brief, nearest
@@ -31,23 +30,6 @@ class Command:
     words: tuple[str, ...] = ()  # completed as they stand
     config: Callable[[list[str]], Any] | None = None  # what `--cfg job` prints; its settings are completed as well
     flags: dict[str, str] = field(default_factory=dict)  # {--flag: meaning}, handed on to `run` among the words
-
-
-@contextmanager
-def imports() -> Iterator[None]:
-    """Stops the garbage collector for imports of torch.
-
-    It would look through a million new objects again and again, which takes a second.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()  # what is there now stays
-        atexit.register(gc.unfreeze)  # modules are to be taken down as ever
-        if was_on:
-            gc.enable()
 
 
 def composed(words: list[str]) -> Any:
@@ -103,78 +85,6 @@ def search(words: list[str]) -> int:
     return search.search(words)
 
 
-def _finished(words: list[str]) -> tuple[Path, list[str]]:
-    """Returns the folder behind `run=`, and the other words. Raises UserError unless there is exactly one."""
-    folders = [word.removeprefix("run=") for word in words if word.startswith("run=")]
-    if len(folders) != 1 or not folders[0]:
-        raise UserError("run=DIR is needed once: the folder of a finished run, which `s2a train` prints")
-    from s2a_cli.results.run_folder import settle
-
-    with suppress(OSError):  # on a read-only disk
-        settle(Path(folders[0]))
-    return Path(folders[0]), [word for word in words if not word.startswith("run=")]
-
-
-def _recompose(words: list[str]) -> Any:
-    """Returns the config of the run behind `run=`, with the changes that the other words ask for."""
-    from s2a_cli.results import record
-
-    folder, overrides = _finished(words)
-    stored = record.read_result(folder)["config"]
-    with imports():
-        import s2a_cli.methods  # noqa: F401
-    from s2a_cli.config.compose import recompose
-
-    return recompose(stored, overrides)
-
-
-def evaluate(words: list[str]) -> int:
-    """Tests a finished run again; returns 1 where a figure differs from the recorded one."""
-    config = _recompose(words)
-    from s2a_cli.results import record
-    from s2a_cli.training import evaluation
-
-    folder, _ = _finished(words)
-    scores = evaluation.evaluate(config, folder)
-    result = record.read_result(folder)
-    if result["status"] != "ok":
-        print(f"the run ended as {result['status']}: there is no recorded figure to compare with")
-        print(
-            *(f"test_{name}: {value} %" for name, value in scores.items() if name != "loss" and value is not None),
-            sep="\n",
-        )
-        return 0
-    recorded: Any = result["accuracy"]
-    equal = True
-    for name in ("top1", "top5"):
-        now, then = scores[name], recorded[f"test_{name}"]
-        if now is not None or then is not None:
-            equal &= now == then
-            print(f"test_{name}: {now} %, recorded {then} %: {'equal' if now == then else 'NOT EQUAL'}")
-    return 0 if equal else 1
-
-
-def _of_export(words: list[str]) -> Any:
-    """Returns the config of the run that `s2a export` writes."""
-    return _recompose([word for word in words if not word.startswith("out=")])
-
-
-def export(words: list[str]) -> int:
-    """Writes the model of a finished run as plain weights."""
-    force, words = "--force" in words, [word for word in words if word != "--force"]
-    outs = [word.removeprefix("out=") for word in words if word.startswith("out=")]
-    if len(outs) != 1 or not outs[0]:
-        raise UserError("out=FOLDER is needed once: where the model goes")
-    config = _of_export(words)
-    from s2a_cli.training import export as exporting
-
-    folder, _ = _finished(words)
-    difference = exporting.export(config, folder, Path(outs[0]), force)
-    print(f"{outs[0]}: plain weights; the largest difference from the run's logits is {difference:.1e} of the largest")
-    print(f'timm.create_model("local-dir:{outs[0]}", pretrained=True) makes the model, without s2a')
-    return 0
-
-
 def ls(words: list[str]) -> int:
     """Prints the options of each group with a line about each."""
     if odd := [word for word in words if word not in KINDS]:
@@ -186,9 +96,10 @@ def ls(words: list[str]) -> int:
         group = KINDS[kind]
         if len(words) != 1:
             print(f"{kind} ({group}=NAME)")
+        width = max((len(name) for name in options.get(group, [])), default=0)
         for name in options.get(group, []):
             about = _docstring(name) if kind == "methods" else _comment(CONF / group / f"{name}.yaml")
-            print(f"  {name:<16} {about}")
+            print(f"  {name:<{width}} {about}")
     return 0
 
 
@@ -350,7 +261,7 @@ COMMANDS = {
         flags=OVERWRITE,
     ),
     "eval": Command(
-        evaluate,
+        finished.evaluate,
         "s2a eval run=DIR [key=value ...]",
         "test a finished run again from its saved tensors; device, workers, dataset.root ... can change",
         (
@@ -359,10 +270,10 @@ COMMANDS = {
             "s2a eval run=runs/pets/vit_t/s2a/0123456789ab dataset.root=/data/pets workers=2",
         ),
         words=("run=",),
-        config=_recompose,
+        config=finished.recomposed,
     ),
     "export": Command(
-        export,
+        finished.export,
         "s2a export run=DIR out=FOLDER [key=value ...]",
         "write a finished run as plain weights that timm loads without s2a; what was added is merged into them",
         (
@@ -371,7 +282,7 @@ COMMANDS = {
             "s2a export run=runs/pets/vit_b/lora/0123456789ab out=pets_model --force",
         ),
         words=("run=", "out="),
-        config=_of_export,
+        config=finished.of_export,
         flags={"--force": "replace the folder of an earlier export"},
     ),
     "ls": Command(

@@ -6,7 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from s2a_cli.cli.commands import COMMANDS, imports
+from s2a_cli.cli.commands import COMMANDS
+from s2a_cli.cli.deferred import imports
 from s2a_cli.cli.main import FLAGS
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import nearest
