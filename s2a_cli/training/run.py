@@ -86,10 +86,7 @@ def prepare(config: DictConfig) -> Run:
     """
     device = choose_device(config.device)
     splits = data.load(config.dataset)
-    torch.manual_seed(config.seed)
-    backbone = backbones.build(config.backbone, len(splits.classes))
-    weights = backbone.fingerprint()
-    attached = attach(config, backbone)
+    attached, weights = build(config, len(splits.classes))
     processes = distributed.rank_and_world_size()[1]
     if config.dataset.cache:
         check_steady(attached)
@@ -104,6 +101,17 @@ def prepare(config: DictConfig) -> Run:
         )
     content = record.content(plain(config, resolve=True), splits.revision, weights)
     return Run(config, splits, attached, weights, device, content)
+
+
+def build(config: DictConfig, classes: int) -> tuple[Attachment, str]:
+    """Makes the backbone of a config with its method attached, on the CPU; returns it and its weights' fingerprint.
+
+    Seeds torch's generators. Raises UserError for what does not fit.
+    """
+    torch.manual_seed(config.seed)
+    backbone = backbones.build(config.backbone, classes)
+    weights = backbone.fingerprint()
+    return attach(config, backbone), weights
 
 
 def attach(config: DictConfig, backbone: Backbone) -> Attachment:
