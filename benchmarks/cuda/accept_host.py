@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import tempfile
@@ -24,6 +25,7 @@ WAITS = (
     "cudaEventSynchronize",
 )  # the host waits; at the end of a trace cudaDeviceSynchronize is ours
 WARMUP, PROFILED = 3, 2  # steps
+ENERGY_SECONDS = 1.0  # the counter moves every 20 to 100 ms
 
 
 class Operators(TorchDispatchMode):
@@ -43,10 +45,12 @@ def host_share(made: Made, host: Batch, steps: int) -> dict[str, Any]:
 
     wall_ms: with the device waited for at both ends; issued_ms: until the host has issued it; operators: dispatched, of
     PyTorch and of ours. On CUDA device_ms: in which kernels or copies run; host_share: of the wall time the part in
-    which none does; kernels, waits (the host for the device); these are None, and `problem` says why, where no trace
+    which none does; kernels, waits (the host for the device); joules: of the device; these are None, and `problem` says why,
+    where no trace
     can be had.
     """
     batch = host[0].to(made.device, made.step.dtype), host[1].to(made.device)
+    made.compile()
     optimizer = made.optimizer()
     for _ in range(WARMUP):
         made(made.model, optimizer, *batch)
@@ -63,6 +67,7 @@ def host_share(made: Made, host: Batch, steps: int) -> dict[str, Any]:
     found = {"wall_ms": 1e3 * statistics.median(wall), "issued_ms": 1e3 * statistics.median(issued)}
     found |= {"operators": operators.count.total(), "own_operators": operators.count["s2a"]}
     found |= dict.fromkeys(("device_ms", "host_share", "kernels", "waits", "problem"))
+    found["joules"] = joules(made, optimizer, batch)
     if made.device.type != "cuda":
         return found | {"problem": "a CPU has no other device to wait for"}
     try:
@@ -76,6 +81,26 @@ def host_share(made: Made, host: Batch, steps: int) -> dict[str, Any]:
             | {"problem": "the trace has no kernels: CUPTI can't be used here"}
         )
     return found | {"host_share": max(0.0, 1 - found["device_ms"] / found["wall_ms"])}
+
+
+def joules(made: Made, optimizer: torch.optim.Optimizer, batch: Batch) -> float | None:
+    """Energy of the device a step, idle power included, by NVML's counter; None where it can't be read."""
+    if made.device.type != "cuda":
+        return None
+    try:
+        import pynvml  # pyright: ignore[reportMissingImports] (nvidia-ml-py)
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(made.device).uuid}")
+        synchronize(made.device)
+        begun, start = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), time.perf_counter()
+        for count in itertools.count(1):
+            made(made.model, optimizer, *batch)
+            synchronize(made.device)
+            if time.perf_counter() - start > ENERGY_SECONDS:
+                return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - begun) / 1e3 / count
+    except Exception:  # no package, no right to read, no such counter
+        return None
 
 
 def traced(made: Made, optimizer: torch.optim.Optimizer, batch: Batch) -> list[dict[str, Any]]:

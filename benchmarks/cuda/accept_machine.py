@@ -39,5 +39,5 @@ def processes(total_mib: float | None, cores: int, host_gib: float) -> tuple[int
     """(that share the device, that predict beside them); no device: one of each."""
     if total_mib is None:
         return 1, 1
-    workers = max(1, int(min(4, cores // 4, total_mib / 1024 // FULL_GIB, host_gib // WORKER_GIB)))
-    return workers, max(1, int(min(8, cores - 2 * workers, (host_gib - WORKER_GIB * workers) // PREDICTOR_GIB)))
+    workers = max(1, int(min(8, cores // 2, total_mib / 1024 // FULL_GIB, host_gib // WORKER_GIB)))
+    return workers, max(1, int(min(8, cores - workers, (host_gib - WORKER_GIB * workers) // PREDICTOR_GIB)))

@@ -266,7 +266,7 @@ def host(result: Entry) -> str:
     if not entries:
         return ""
     head = ["backbone", "row", "wall, ms", "issued after, ms", "device busy, ms", "host's share"]
-    head += ["kernels", "host waits", "operators", "of them ours"]
+    head += ["kernels", "host waits", "operators", "of them ours", "energy, J"]
     lines = table_head(head)
     for e in entries:
         figures = [f"{e['wall_ms']:.1f}", f"{e['issued_ms']:.1f}"]
@@ -277,6 +277,7 @@ def host(result: Entry) -> str:
         figures += [
             f"{e[key]:,.0f}" if e[key] is not None else "" for key in ("kernels", "waits", "operators", "own_operators")
         ]
+        figures.append(f"{e['joules']:.2f}" if e.get("joules") else "")
         lines.append(row([f"{e['backbone']} {e['precision']}", f"`{e['row']}`", *figures]))
     said = [
         f"One step of {entries[0]['batch']} images. Wall: with the device waited for at both ends; issued: when the"

@@ -42,7 +42,7 @@ FIRST = (
 METHODS, QUANTS = ("full", "bias", "s2a", "side", "prompt"), ("none", "int4", "tiny", "paper", "int5", "exact")
 SIZES_GIB = (4, 6, 8, 12, 16, 24)  # of devices
 CHECKED = ("T1", "T2-int4", "T2", "T3")  # rows whose steps give the kernels their arguments
-PROFILED = ("bias", "T2-int4", "T3", "full")  # none, int4, tiny; and full fine-tuning
+PROFILED = ("bias", "T2-int4", "T3", "full", "bias-micro4", "bias-micro4-graph", "bias-ckpt", "T3-s2a", "T4")
 COMPILED = tuple(row.name for row in ROWS if row.budget is not None)
 LAST = (  # of the rows in a race: the first to go where there is no room, or no time
     *(
@@ -54,6 +54,12 @@ LAST = (  # of the rows in a race: the first to go where there is no room, or no
         "T5-T3-nf4",
         "T5-T4-nf4",
         "segments",
+        "segments-int4",
+        "T1",
+        "T2-s2a",
+        "T2-int4-micro8",
+        "T4-8",
+        "T5-T4-int8",
         "bias-offload",
     ),
 )
@@ -87,7 +93,7 @@ class Plan:
         ("resnet50", "bf16"),
         ("convnext_b", "bf16"),
     )
-    hosts: tuple[tuple[str, str], ...] = (("vit_b", "bf16"), ("vit_b", "tf32"))
+    hosts: tuple[tuple[str, str], ...] = (("vit_b", "bf16"),)
     profiled: tuple[str, ...] = PROFILED
 
     @classmethod

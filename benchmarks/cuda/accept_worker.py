@@ -64,7 +64,7 @@ def about(ask: Answer, device: torch.device, told: Told) -> Answer:
 def predict(ask: Answer, device: torch.device, told: Told) -> Answer:
     """MiB of a step, predicted; those that are `expected` have what CUDA is thought to add, bounds apart."""
     row = row_of(ask)
-    if row.offload or row.budget is not None:
+    if row.offload or row.graph or row.budget is not None:
         found = predicted(row, ask["words"], ask["batch"])
         return {"peak_mib": found.peak_mib, "static_mib": found.static_mib, "kept_mib": found.kept_mib}
     made = Made(row, ask["words"], torch.device("cpu"), meta=True)

@@ -26,7 +26,8 @@ import multiprocessing
 import os
 import re
 import signal
-from concurrent.futures import ProcessPoolExecutor
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import cast
@@ -49,6 +50,7 @@ SPECIAL = {  # contenders that are no plain list of structures -> their words
 }
 PRETRAINED = ("full", "partial")  # structures that change pretrained weights, by smaller steps
 MOST = 8  # learning rates that are tried at most
+BUSY = 3  # processes that one contender keeps busy: between its rounds they would wait
 Knob = dict[str, tuple[float, ...]]  # a key -> its values
 SCALES: Knob = {"method.scale": (0.1, 1, 10)}
 TOKENS: Knob = {"method.tokens": (5, 10, 50)}
@@ -175,18 +177,31 @@ def main() -> None:
         parser.error("give DATA: a folder of images")
     chosen = next((word for word in changes if word.startswith("backbone=")), "backbone=vit_b")
     backbone = chosen.removeprefix("backbone=")
-    threads = max(1, (os.cpu_count() or 1) // args.workers)
+    threads, lock = max(1, (os.cpu_count() or 1) // args.workers), threading.Lock()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.workers, mp_context=context, initializer=calm, initargs=(threads,)) as pool:
-        for name in args.only:
-            common = ["experiment=photos_112", f"backbone.checkpoint={args.weights}", *words_of(name), "quant=none"]
-            words = [*common, *changes]
-            best, scores = Search(pool, name, words, search, args.out).chosen()
-            found = tested(pool, name, [*words, *best], datas, args.seeds, args.out)
-            entry = {"words": [*words_of(name), *best], "validation": scores, "test": found}
-            entries = load(args.out) | {name: entry | costs(backbone, words_of(name))}
+
+    def compare(name: str) -> None:
+        """Searches and tests one contender, and adds it to the results."""
+        common = ["experiment=photos_112", f"backbone.checkpoint={args.weights}", *words_of(name), "quant=none"]
+        words = [*common, *changes]
+        best, scores = Search(pool, name, words, search, args.out).chosen()
+        found = tested(pool, name, [*words, *best], datas, args.seeds, args.out)
+        cost = pool.submit(costs, backbone, words_of(name)).result()
+        entry = {"words": [*words_of(name), *best], "validation": scores, "test": found} | cost
+        with lock:
+            entries = load(args.out) | {name: entry}
             files.atomic_write(args.out / RESULTS, json.dumps(entries, indent=1) + "\n")
             report(entries, args.out, backbone)
+
+    with (
+        ProcessPoolExecutor(args.workers, mp_context=context, initializer=calm, initargs=(threads,)) as pool,
+        ThreadPoolExecutor(max(1, args.workers // BUSY)) as contenders,
+    ):
+        try:
+            list(contenders.map(compare, args.only))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     print((args.out / "table.md").read_text())
 
 

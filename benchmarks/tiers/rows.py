@@ -19,6 +19,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from s2a_cli import backbones, memory, methods
 from s2a_cli.backbones import Backbone
@@ -40,6 +42,21 @@ def checkpoint(backbone: Backbone) -> None:
     if not hasattr(model, "set_grad_checkpointing"):
         raise UserError(f"timm's {type(model).__name__} has no gradient checkpointing")
     model.set_grad_checkpointing()
+
+
+def selective(backbone: Backbone) -> None:
+    """PyTorch's selective checkpointing, a segment a block: products and attention are kept, the rest is made again."""
+    aten = torch.ops.aten
+    kept = {
+        *(aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default),
+        *(aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default),
+        *(aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_cudnn_attention.default),
+    }
+    contexts = functools.partial(create_selective_checkpoint_contexts, list(kept))
+    for block in backbone.blocks:
+        block.module.forward = functools.partial(
+            torch_checkpoint, block.module.forward, use_reentrant=False, context_fn=contexts
+        )
 
 
 def unfuse(backbone: Backbone) -> None:
@@ -80,6 +97,7 @@ class Row:
     change: Callable[[Backbone], None] | None = None  # what others' code does to the model once the method is attached
     offload: bool = False  # what is kept lies in the host's memory
     budget: float | None = None  # of the compiler's activations
+    graph: bool = False  # forward and backward pass are replayed as CUDA graphs
 
 
 def _row(name: str, title: str, words: str, **settings) -> Row:
@@ -98,9 +116,30 @@ ROWS = (
     _row("lora-ckpt", "LoRA qkv r8 + timm's checkpointing", "method=linear quant=none", change=checkpointed_lora),
     _row("bias-budget0.3", "bias, compiled, memory budget 0.3", BIAS, budget=0.3),
     _row("bias-budget0.1", "bias, compiled, memory budget 0.1", BIAS, budget=0.1),
+    _row("bias-selective", "bias, selective checkpointing: products kept", BIAS, change=selective),
     _row("full-micro8", "full, micro-batches of 8", "method=full quant=none optim.micro_batch=8"),
+    _row(
+        "full-ckpt-micro8",
+        "full + timm's checkpointing, micro-batches of 8",
+        "method=full quant=none optim.micro_batch=8",
+        change=checkpoint,
+    ),
+    _row("bias-micro16", "bias, micro-batches of 16", f"{BIAS} optim.micro_batch=16"),
     _row("bias-micro8", "bias, micro-batches of 8", f"{BIAS} optim.micro_batch=8"),
+    _row("bias-micro4", "bias, micro-batches of 4", f"{BIAS} optim.micro_batch=4"),
+    _row("bias-micro4-graph", "bias, micro-batches of 4 in CUDA graphs", f"{BIAS} optim.micro_batch=4", graph=True),
     _row("bias-micro2", "bias, micro-batches of 2", f"{BIAS} optim.micro_batch=2"),
+    _row("bias-micro1", "bias, micro-batches of 1", f"{BIAS} optim.micro_batch=1"),
+    _row(
+        "bias-ckpt-micro16",
+        "bias + timm's checkpointing, micro-batches of 16",
+        f"{BIAS} optim.micro_batch=16",
+        change=checkpoint,
+    ),
+    _row("lora-micro4", "LoRA qkv r8, micro-batches of 4", "method=linear quant=none optim.micro_batch=4", change=lora),
+    _row("side", "side, stock PyTorch", "method=side quant=none"),
+    _row("s2a", "s2a, stock PyTorch", "method=s2a quant=none"),
+    _row("s2a-micro4", "s2a, micro-batches of 4", "method=s2a quant=none optim.micro_batch=4"),
     _row("bias-offload", "bias, save_on_cpu", BIAS, offload=True),
     _row("bias-recompute", "bias, recomputed blocks", f"{BIAS} quant.recompute=block", ours=True),
     _row("bias-recompute8", "the same in 8 pieces", f"{BIAS} quant.recompute=block quant.chunks=8", ours=True),
@@ -131,6 +170,12 @@ ROWS = (
     _row("only-norm", "bias, x^ alone in 4 bits", "method=bias quant=exact quant.norm=4", ours=True),
     _row("only-attention", "bias, q, k, v alone in 4 bits", "method=bias quant=exact quant.attention=4", ours=True),
     _row("T3", "T3: bias, quant=tiny", "method=bias quant=tiny", ours=True),
+    _row(
+        "T3-micro16",
+        "T3: bias, quant=tiny, micro-batches of 16",
+        "method=bias quant=tiny optim.micro_batch=16",
+        ours=True,
+    ),
     _row("T3-8", "T3 in 8 pieces", f"method=bias {TINY8}", ours=True),
     _row("T3-s2a", "T3: s2a, quant=tiny", "method=s2a quant=tiny", ours=True),
     _row("T3-s2a-8", "T3: s2a, in 8 pieces", f"method=s2a {TINY8}", ours=True),
@@ -179,6 +224,12 @@ class Made:
     def compile(self) -> None:
         if self.row.budget is not None:
             self.model.compile()
+        if self.row.graph:
+            if self.device.type != "cuda":
+                raise UserError("CUDA graphs need a CUDA device")
+            size, count = self.backbone.image.size, self.config.optim.micro_batch
+            images = torch.zeros(count, 3, size, size, dtype=self.step.dtype, device=self.device)
+            torch.cuda.make_graphed_callables(self.model, (images,))
 
     def around(self) -> AbstractContextManager:
         """What a step runs within."""
@@ -252,6 +303,8 @@ def predicted(row: Row, words: list[str], batch: int) -> memory.Memory:
     """The memory of a step of `batch` images in the steady state; of compiled rows what is kept alone, their peak is
     nan.
     """
+    if row.graph:
+        raise UserError("not predicted: what the pools of CUDA graphs take")
     made = Made(row, words, torch.device("cpu"), meta=True)
     size = made.backbone.image.size
     images = torch.empty(batch, 3, size, size, dtype=made.step.dtype), torch.empty(batch, dtype=torch.int64)
