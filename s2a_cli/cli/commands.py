@@ -260,6 +260,20 @@ COMMANDS = {
         config=first_of_memory,
         flags=OVERWRITE,
     ),
+    "predict": Command(
+        finished.predict,
+        "s2a predict run=DIR images=FILE|FOLDER|PATTERN ... [top=5] [out=FILE.csv|FILE.json] [gallery=FILE.html]"
+        " [key=value ...]",
+        "classify photos with a finished run: classes and probabilities; a page of thumbnails, the least certain first",
+        (
+            "s2a predict run=runs/pets/vit_b/s2a/0123456789ab images=photo.jpg",
+            "s2a predict run=runs/pets/vit_b/s2a/0123456789ab images=photos top=3 out=predictions.csv",
+            "s2a predict run=runs/pets/vit_b/s2a/0123456789ab images='photos/*.jpg' gallery=page.html device=cpu",
+        ),
+        words=("run=", "images=", "top=", "out=", "gallery="),
+        config=finished.of_predict,
+        flags=OVERWRITE,
+    ),
     "eval": Command(
         finished.evaluate,
         "s2a eval run=DIR [key=value ...]",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from s2a_cli.cli.deferred import imports
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.files import is_there
+from s2a_cli.common.text import counted, listed, printable
 
 
 def _finished(words: list[str]) -> tuple[Path, list[str]]:
@@ -20,6 +23,20 @@ def _finished(words: list[str]) -> tuple[Path, list[str]]:
     with suppress(OSError):  # on a read-only disk
         settle(Path(folders[0]))
     return Path(folders[0]), [word for word in words if not word.startswith("run=")]
+
+
+def _options(words: list[str], *names: str) -> tuple[dict[str, str], list[str]]:
+    """Returns the words `name=value` of these names, and the others. Raises UserError for an empty or a second one."""
+    options, others = {}, []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in names or not equals:
+            others.append(word)
+        elif not value or name in options:
+            raise UserError(f"{name}=: expected once, with a value")
+        else:
+            options[name] = value
+    return options, others
 
 
 def recomposed(words: list[str]) -> Any:
@@ -59,6 +76,71 @@ def evaluate(words: list[str]) -> int:
             equal &= now == then
             print(f"test_{name}: {now} %, recorded {then} %: {'equal' if now == then else 'NOT EQUAL'}")
     return 0 if equal else 1
+
+
+PREDICT = ("top", "out", "gallery")  # options of `s2a predict`
+
+
+def _photos(words: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the words that name photos, behind images= or as they stand, and the others."""
+    named = [word for word in words if "=" not in word or word.startswith("images=") or is_there(Path(word))]
+    return [word.removeprefix("images=") for word in named], [word for word in words if word not in named]
+
+
+def of_predict(words: list[str]) -> Any:
+    """Returns the config of the run that `s2a predict` uses."""
+    return recomposed(_photos(_options(words, *PREDICT)[1])[1])
+
+
+def predict(words: list[str]) -> int:
+    """Classifies photos with a finished run; returns 1 where one of them can't be read."""
+    force, words = "--force" in words, [word for word in words if word != "--force"]
+    options, words = _options(words, *PREDICT)
+    named, words = _photos(words)
+    folder, _ = _finished(words)
+    if not named or "" in named:
+        raise UserError("images=FILES, a folder or a pattern is needed: the photos to classify")
+    if not options.get("top", "5").isdecimal() or not int(options.get("top", "5")):
+        raise UserError(f"top={options['top']}: expected an integer of at least 1")
+    from s2a_cli.common.progress import Progress
+    from s2a_cli.results import formats, predictions
+
+    out, gallery = (Path(options[name]) if name in options else None for name in ("out", "gallery"))
+    if out:
+        predictions.check_out(out, force)
+    if gallery:
+        formats.check_out(gallery, "gallery", force)
+    config = recomposed(words)
+    from s2a_cli.data import photos
+    from s2a_cli.training import prediction
+    from s2a_cli.training.trained import load_as
+
+    paths = photos.find(named)
+    trained = load_as(folder, config)
+    top, page = min(int(options.get("top", "5")), len(trained.classes)), predictions.Gallery() if gallery else None
+    unreadable = 0
+    with (
+        predictions.writer(out, top) as made,
+        Progress("predicting", len(paths), " photos", quiet=out is None) as progress,
+    ):
+        for said in prediction.predict(trained, paths, top, thumbnails=bool(gallery)):
+            if said.trouble:
+                unreadable += 1
+                progress.warn(f"s2a: {printable(said.path)}: can't be read ({said.trouble})")
+            made.add(said)
+            if page:
+                page.add(said)
+            progress.add(1)
+        seconds = progress.seconds
+    if page and gallery:
+        page.save(gallery, f"{counted(len(paths), 'photo')} by {folder}", force)
+    failed = f", {unreadable} can't be read" if unreadable else ""
+    written = f": {listed([path for path in (out, gallery) if path])}" if out or gallery else ""
+    print(
+        f"{counted(len(paths), 'photo')} in {seconds:.1f} s, {len(paths) / seconds:.1f} a second{failed}{written}",
+        file=sys.stdout if out else sys.stderr,
+    )
+    return 1 if unreadable else 0
 
 
 def of_export(words: list[str]) -> Any:

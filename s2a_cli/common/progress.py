@@ -49,7 +49,12 @@ class Progress:
             self._bar.set_postfix(state, refresh=False)
             self._bar.update(amount)
         elif time.monotonic() - self._spoke >= SECONDS_BETWEEN_LINES:
-            self._say(self.line(time.monotonic() - self._start))
+            self._say(self.line(self.seconds))
+
+    @property
+    def seconds(self) -> float:
+        """The time since the start."""
+        return time.monotonic() - self._start
 
     def note(self, line: str, amount: int = 0) -> None:
         """Counts `amount` more as done, and prints a line that stays."""
@@ -58,7 +63,14 @@ class Progress:
             self._bar.write(line, file=sys.stderr)
             self._bar.update(amount)
         else:
-            self._say(f"{line}, {self._pace(time.monotonic() - self._start)}")
+            self._say(f"{line}, {self._pace(self.seconds)}")
+
+    def warn(self, line: str) -> None:
+        """Prints a line that stays, also where it is quiet: above the bar on a terminal."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def _say(self, line: str) -> None:
         self._spoke = time.monotonic()

@@ -15,7 +15,7 @@ from s2a_cli.results.frames import is_missing
 
 MADE_BY = "s2a figure"  # in the files of figures
 MAKER = {"svg": "Creator", "png": "Software", "pdf": "Creator"}  # what each kind of file calls the program that made it
-OURS = (b"<title>s2a report</title>", MADE_BY.encode())
+OURS = (b"<title>s2a report</title>", b"<title>s2a predictions</title>", MADE_BY.encode())
 FORMULA = ("=", "+", "-", "@")
 FORMATS = ("terminal", "md", "csv", "latex", "html")
 ESCAPED = {character: f"\\{character}" for character in "&%$#_{}"}
@@ -108,12 +108,13 @@ def render(tables: list[TextTable], notes: list[str], format: str) -> str:
 
 
 def as_csv(rows: pd.DataFrame) -> str:
-    """Returns the rows as CSV. A text that a spreadsheet would run as a formula has a ' before it."""
+    """Returns the rows as CSV, with cells as `safe_cell` makes them."""
+    return rows.map(safe_cell).rename(columns=safe_cell).to_csv(index=False).rstrip("\n")
 
-    def safe(value: object) -> object:
-        return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
-    return rows.map(safe).rename(columns=safe).to_csv(index=False).rstrip("\n")
+def safe_cell(value: object) -> object:
+    """Returns what stands in a cell of a CSV: a text that a spreadsheet would run as a formula has a ' before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def save(path: Path, data: bytes | str, word: str, force: bool = False) -> None:

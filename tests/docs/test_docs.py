@@ -97,7 +97,7 @@ def check(words: list[str]) -> None:
     elif words[0] in ("table", "report"):
         keys = {word.partition("=")[0] for word in rest if "=" in word}
         assert all(key in (*TABLE, "out") or "." in key for key in keys), words
-    elif words[0] in ("eval", "export"):
+    elif words[0] in ("eval", "export", "predict"):
         assert rest and all("=" in word for word in rest), words
     else:
         code, text = said([*words, "--cfg", "job"])

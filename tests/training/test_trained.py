@@ -7,21 +7,7 @@ import torch
 
 from s2a_cli import data
 from s2a_cli.common.errors import UserError
-from s2a_cli.config.compose import compose
-from s2a_cli.training import forecast, trainer
 from s2a_cli.training.trained import load
-
-QUICK = ["dataset=digits", "dataset.shots=4", "backbone=vit_micro", "optim.epochs=1", "device=cpu"]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder and the record of a short run with auxiliary heads."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forecast, "predict", lambda run: None)
-        result, _ = trainer.train(compose([*QUICK, "method=s2a", f"run_dir={folder}"]))
-    return folder, result
 
 
 def test_a_loaded_run_answers_as_it_was_tested(finished):
