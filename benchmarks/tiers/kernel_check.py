@@ -81,14 +81,14 @@ def left_to_plain() -> Iterator[Counter[str]]:
 
 
 def check_row(row: Row, words: list[str], device: torch.device) -> dict[str, Any]:
-    """A step of two images of a row, each operator beside its twin.
+    """A step of four images of a row, each operator beside its twin: of two, calibrated values are 1 and -1, which tie.
 
     On a CPU the kernels run in Triton's interpreter, which has to be set: TRITON_INTERPRET=1.
     """
     from s2a_cli.activations.kernels import OPERATORS, launch
 
     made = Made(row, words, device)
-    batch = [tensor.to(device) for tensor in noise(made.backbone.image.size, 2)]
+    batch = [tensor.to(device) for tensor in noise(made.backbone.image.size, 4)]
     other = PLAIN if device.type == "cuda" else {name: getattr(launch, name) for name in OPERATORS}
     with left_to_plain() as plain, Twins(OPERATORS, other) as twins:
         made(made.model, made.optimizer(), *batch)

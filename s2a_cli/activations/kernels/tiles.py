@@ -123,18 +123,23 @@ def load_codes(
 
 
 @triton.jit
+def _load_plane_at(packed, first, index, held, total, PLANE: tl.constexpr):
+    """Returns PLANE bits of each code, and where the next plane begins."""
+    EACH: tl.constexpr = 8 // PLANE  # codes a byte
+    place = (first % EACH).to(tl.int32) + index
+    data = tl.load(packed + first // EACH + place // EACH, held, other=0).to(tl.int32)
+    part = (data >> (place % EACH * PLANE).to(tl.int32)) & ((1 << PLANE) - 1)
+    return part, packed + (total * PLANE + 7) // 8
+
+
+@triton.jit
 def load_codes_at(packed, first, index, held, total, BITS: tl.constexpr):
     """Returns the codes (int32) of the elements first + index of `total`, those that are `held`; first: any int64."""
     codes = tl.zeros(index.shape, tl.int32)
     for power in tl.static_range(4):
         if BITS & (8 >> power):
-            EACH: tl.constexpr = 1 << power  # codes a byte
-            PLANE: tl.constexpr = 8 >> power
-            place = (first % EACH).to(tl.int32) + index
-            data = tl.load(packed + first // EACH + place // EACH, held, other=0).to(tl.int32)
-            part = (data >> (place % EACH * PLANE).to(tl.int32)) & ((1 << PLANE) - 1)
+            part, packed = _load_plane_at(packed, first, index, held, total, 8 >> power)
             codes |= part << (BITS // (16 >> power) * (16 >> power))
-            packed += (total * PLANE + 7) // 8
     return codes
 
 

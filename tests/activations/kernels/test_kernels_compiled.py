@@ -35,19 +35,19 @@ def quantize_normalized(width: int, bits: int = 4) -> resources.Call:
     return "quantize_normalized", (*given.items(), ("chances", None), ("seed", 0), ("channels", channels))
 
 
-def softmax_backward(width: int) -> resources.Call:
+def softmax_backward(width: int, bits: int = 4) -> resources.Call:
     count = 64 * 12 * width
     codes, scales = (
-        TENSOR((count * width // 2,), (1,), torch.uint8),
+        TENSOR((count * width * bits // 8,), (1,), torch.uint8),
         TENSOR((count, -(-width // 64)), (-(-width // 64), 1), torch.bfloat16),
     )
     given = {
         "grad": rows(width, count),
         "codes": codes,
         "scales": scales,
-        "levels": TENSOR((16,), (1,), torch.float32),
+        "levels": TENSOR((1 << bits,), (1,), torch.float32),
         "group": 64,
-        "bits": 4,
+        "bits": bits,
     }
     return "softmax_backward", tuple(given.items())
 
@@ -83,6 +83,12 @@ def test_layer_norm_takes_few_instructions(arch, dtype):
 def test_a_softmax_map_and_a_view_of_a_query_need_no_copy():
     checked(softmax_backward(197), "sm_90", "bf16")
     checked(query(), "sm_90", "bf16")
+
+
+def test_maps_of_a_window_with_codes_of_several_planes():
+    """Swin's 49 positions are no multiple of 8, and codes of 5 or 7 bits lie in two or three planes."""
+    for bits in (5, 7):
+        checked(softmax_backward(49, bits), "sm_90", "bf16")
 
 
 @pytest.mark.slow
