@@ -45,9 +45,8 @@ def host_share(made: Made, host: Batch, steps: int) -> dict[str, Any]:
 
     wall_ms: with the device waited for at both ends; issued_ms: until the host has issued it; operators: dispatched, of
     PyTorch and of ours. On CUDA device_ms: in which kernels or copies run; host_share: of the wall time the part in
-    which none does; kernels, waits (the host for the device); joules: of the device; these are None, and `problem` says why,
-    where no trace
-    can be had.
+    which none does; kernels; waits of the host for the device; joules of the device. These are None, and `problem` says
+    why, where no trace can be had.
     """
     batch = host[0].to(made.device, made.step.dtype), host[1].to(made.device)
     made.compile()

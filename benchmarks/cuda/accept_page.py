@@ -13,6 +13,7 @@ from accept_summary import error, errors
 
 from s2a_cli.memory.margin import Margin
 
+LISTED = 8  # names of a kind at most
 Entry = dict[str, Any]
 
 
@@ -311,10 +312,17 @@ def left_out(result: Entry) -> str:
     lines = ["## What is not here", ""]
     refused = Counter(tuple(e["problems"].values())[-1] for e in result["memory"] if e["refused"])
     for title, items in (
-        ("Dropped for want of time", result["dropped"]),
+        ("Dropped for want of time", counted_by_kind(result["dropped"])),
         ("Failed", failures(result)),
         ("Refused by s2a", [f"{reason} ({count} combinations)" for reason, count in refused.items()]),
         ("Processes that did not start", result["not_started"]),
     ):
         lines += [f"{title}: {len(items)}", *(f"- {item}" for item in items), ""]
     return "\n".join(lines).rstrip()
+
+
+def counted_by_kind(names: list[str]) -> list[str]:
+    """The names, or of each kind with many of them their number: the result file has them all."""
+    kinds = Counter(name.split()[0] for name in names)
+    few = [name for name in names if kinds[name.split()[0]] <= LISTED]
+    return few + [f"{kind}: {count}" for kind, count in kinds.items() if count > LISTED]

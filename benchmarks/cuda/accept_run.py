@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from accept_machine import cores, host_gib, processes
-from accept_plan import COMPILED, Plan, fitting, title
+from accept_plan import COMPILED, FIRST, Plan, fitting, title
 from accept_pool import Pool, Task
 from accept_summary import decisions, summary
 from speed import set_speed
@@ -60,7 +60,8 @@ class Run:
         total = self.head["environment"]["total_mib"]
         self.pool.size, self.predictors.size = processes(total, cores(), host_gib())
         self.pool.room = 0.92 * total - CONTEXT_MIB * self.pool.size if total else float("inf")
-        first = [*self.compilations, *self.checks, *self.measures]
+        lead = sum((task.ask["method"], task.ask["quant"]) in FIRST for task in self.measures)
+        first = [*self.compilations, *self.measures[:lead], *self.checks, *self.measures[lead:]]
         with Progress("acceptance", len(first) + len(self.profiles) + len(self.plan.races), " tasks") as self.progress:
             self._predict(MEMORY_UNTIL)
             self.pool.run(first, self.at(MEMORY_UNTIL), self._finished, self._needs, grace=20)

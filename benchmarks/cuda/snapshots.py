@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tiers"), str(Path(__file__).parents[2])]
 
-SNAPPED = ("full", "bias", "T3", "T2-s2a")
+SNAPPED = ("full", "bias", "T3")
 WORDS = ["backbone=vit_t", "backbone.pretrained=false", "backbone.image_size=112", "precision=fp32"]
 IMAGES, STEPS = 16, 3
 

@@ -77,7 +77,8 @@ def test_without_time_the_least_important_are_dropped_and_named(monkeypatch):
         and result["speed"]
         and "speed vit_b tf32" in result["dropped"]
     )
-    assert all(f"- {name}\n" in page for name in names[len(done) : -1])
+    memories = sum(name.startswith("memory") for name in result["dropped"])
+    assert f"- memory: {memories}" in page or memories <= accept_page.LISTED
     assert not accept_page.failures(result)  # cut off is not failed
 
 
