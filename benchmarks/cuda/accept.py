@@ -40,6 +40,7 @@ try:
     from accept_plan import Plan
     from accept_pool import Failed, Pool, Worker
     from accept_run import Run
+    from tiers_report import draw
 
     from s2a_cli.common import files as files_module
     from s2a_cli.common.errors import UserError
@@ -166,6 +167,20 @@ class Files:
                 )
             files_module.atomic_write(self.path.with_name(f"{self.path.name}.md"), page)
             self._last = time.monotonic()
+            if final and result["speed"]:
+                self.draw(result)
+
+    def draw(self, result: dict[str, Any]) -> None:
+        """Draws the first race: images a second over the peak beside the other rows, a curve a means."""
+        race = result["speed"][0]
+        points = {
+            row["name"]: (row["beside_mib"], row["images_per_second"])
+            for row in race["rows"]
+            if row.get("beside_mib") and row.get("images_per_second")
+        }
+        title = f"{race['backbone']}, {race['precision']}, on {result['environment']['device']}"
+        memory = f"peak memory of a step of {race['batch']} images, MiB (measured)"
+        draw(points, self.path.with_name(f"{self.path.name}.png"), title, memory, "images a second")
 
 
 def accept(argv: list[str]) -> Path:

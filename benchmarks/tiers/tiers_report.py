@@ -64,48 +64,63 @@ def heading(result: Result) -> str:
     return f"# {result['backbone']}\n\n" + "\n".join(lines + [f"\n    {result['command']}"])
 
 
-def figure(result: Result, path: Path) -> None:
-    """Peak memory against images a second, both as multiples of full fine-tuning."""
-    try:
-        import matplotlib
+# Rows of one means of saving memory, the least of it first.
+CURVES: dict[str, tuple[str, ...]] = {
+    "full: micro-batches": ("full", "full-micro8"),
+    "full: timm's checkpointing": ("full-ckpt", "full-ckpt-micro8"),
+    "linear probe": ("linear",),
+    "LoRA: micro-batches": ("lora", "lora-micro4"),
+    "bias: micro-batches": ("bias", "bias-micro16", "bias-micro8", "bias-micro4", "bias-micro2", "bias-micro1"),
+    "bias: micro-batches in CUDA graphs": ("bias-micro4-graph",),
+    "bias: timm's checkpointing": ("bias-ckpt", "bias-ckpt-micro16"),
+    "bias: selective checkpointing": ("bias-selective",),
+    "bias: the compiler's budget": ("bias-budget0.3", "bias-budget0.1"),
+    "bias: save_on_cpu": ("bias-offload",),
+    "bias: blocks recomputed in pieces": ("bias-recompute", "bias-recompute8"),
+    "bias: codes of 5 and 4 bits": ("T2", "T2-int4", "T2-int4-micro8"),
+    "bias: quant=tiny": ("T3", "T3-micro16", "T3-8", "T5-T3-int8", "T5-T3-nf4"),
+    "s2a: micro-batches": ("s2a", "s2a-micro4"),
+    "s2a: codes": ("T2-s2a", "T3-s2a", "T3-s2a-8"),
+    "side": ("side", "T4", "T4-8", "T5-T4-int8", "T5-T4-nf4"),
+}
+OURS = tuple(CURVES)[-6:]
 
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
+
+def figure(result: Result, path: Path) -> None:
+    """Images a second over peak memory, a curve a means of saving memory."""
+    kind = "measured" if result["rows"][0]["measured"] else "predicted"
+    points = {
+        row["name"]: (peak, row["images_per_second"])
+        for row in result["rows"]
+        if (peak := (row[kind] or {}).get("peak_mib")) and row["images_per_second"]
+    }
+    title = f"{result['backbone']}, {result['image_size']} px, {result['precision']}"
+    speed = f"images a second ({result['environment']['device']}, batch {result['time_batch']})"
+    draw(points, path, title, f"peak memory of a step of {result['batch']} images, MiB ({kind})", speed)
+
+
+def draw(points: dict[str, tuple[float, float]], path: Path, title: str, memory: str, speed: str) -> None:
+    """Draws {row: (peak MiB, images a second)} as curves, and the front of all; nothing where there are no points."""
+    try:
+        from matplotlib.figure import Figure
     except ImportError:
         print(f"{path.name} needs a package that is not here: pip install matplotlib", file=sys.stderr)
         return
-    kind = "measured" if result["rows"][0]["measured"] else "predicted"
-    points = [
-        (peak, row["images_per_second"], row["ours"], row["name"])
-        for row in result["rows"]
-        if (peak := (row[kind] or {}).get("peak_mib")) and row["images_per_second"]
-    ]
     if not points:
         return
-    fig, ax = plt.subplots(figsize=(9, 6))
-    for ours, colour, label in ((False, "tab:gray", "PyTorch, timm, peft"), (True, "tab:blue", "ours")):
-        mine = [point for point in points if point[2] == ours]
-        ax.scatter([p[0] for p in mine], [p[1] for p in mine], color=colour, label=label, zorder=3)
-        for peak, speed, _, name in mine:
-            ax.annotate(name, (peak, speed), xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
-    front = pareto([(peak, speed) for peak, speed, *_ in points])
-    ax.plot(
-        [p[0] for p in front],
-        [p[1] for p in front],
-        color="tab:orange",
-        lw=1,
-        drawstyle="steps-post",
-        label="best of all",
-    )
-    ax.set_xscale("log")
-    ax.set_xlabel(f"peak memory of a step of {result['batch']} images, MiB ({kind})")
-    ax.set_ylabel(f"images a second ({result['environment']['device']}, batch {result['time_batch']})")
-    ax.set_title(f"{result['backbone']}, {result['image_size']} px, {result['precision']}")
-    ax.grid(alpha=0.3, which="both")
-    ax.legend()
-    fig.tight_layout()
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    drawn = Figure(figsize=(11, 6), layout="constrained")
+    axes = drawn.add_subplot()
+    for number, (label, names) in enumerate(CURVES.items()):
+        found = sorted(points[name] for name in names if name in points)
+        if found:
+            style: Any = {"lw": 1.8, "marker": "o"} if label in OURS else {"lw": 1, "ls": "--", "marker": "x", "ms": 5}
+            axes.plot(*zip(*found, strict=True), color=f"C{number % 10}", label=label, **style)
+    front = pareto(list(points.values()))
+    axes.plot(*zip(*front, strict=True), color="black", lw=0.8, ls=":", drawstyle="steps-post", label="best of all")
+    axes.set(xscale="log", xlabel=memory, ylabel=speed, title=title)
+    axes.grid(alpha=0.3, which="both")
+    drawn.legend(loc="outside right upper", fontsize=8, title="solid: this package's codes, pieces and branch")
+    drawn.savefig(path, dpi=130)
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
