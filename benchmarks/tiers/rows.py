@@ -26,7 +26,7 @@ from s2a_cli.backbones import Backbone
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.memory.predict import dataless_tensors
-from s2a_cli.training.step import Step, make_optimizer, moving_norms, train_mode, weight_dtype
+from s2a_cli.training.step import AUTOCAST, Step, make_optimizer, moving_norms, train_mode, weight_dtype
 
 __all__ = ["BY_NAME", "ROWS", "Row"]  # of row_list.py, for those who make rows
 CLASSES = 100
@@ -53,9 +53,9 @@ class Made:
             raise UserError("BatchNorms that train see the whole batch: no pieces of it")
         self.model.to(weight_dtype(self.config.precision))
         if self.config.backbone.weights != "fp32":
-            from s2a_cli.backbones import weight_quant
+            from s2a_cli.backbones import frozen_weights
 
-            weight_quant.store(self.backbone, self.config.backbone.weights)
+            frozen_weights.store(self.backbone, self.config.backbone.weights, AUTOCAST.get(self.config.precision))
         if not meta:
             self.model.to(device)
         train_mode(self.model)

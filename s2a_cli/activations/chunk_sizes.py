@@ -68,6 +68,11 @@ def planned_for(device: str) -> Iterator[None]:
         _planned = before
 
 
+def planned_device(device: torch.device) -> str:
+    """Returns the type of device that work on this one is planned for: its own, or that of a prediction."""
+    return _planned or device.type
+
+
 def chunk_sizes(device: torch.device) -> ChunkSizes:
     """Returns the sizes for tensors on this device; those of CUDA for one that is not listed."""
-    return BY_DEVICE.get(_planned or device.type, BY_DEVICE["cuda"])
+    return BY_DEVICE.get(planned_device(device), BY_DEVICE["cuda"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from s2a_cli.backbones.branches import Branch, find_branches, is_linear, linear_layers
 from s2a_cli.backbones.head import Head
 from s2a_cli.backbones.hidden import Hidden
+from s2a_cli.backbones.stored import Stored
 from s2a_cli.backbones.trace import LayoutError, find_blocks, layouts, run_without_data, trace
-from s2a_cli.backbones.weight_quant import Stored
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import first_line
 from s2a_cli.data.transforms import ImageConfig
@@ -146,6 +146,14 @@ class Backbone:
             for name, parameter in module.named_parameters(path, recurse=False):
                 if chosen(name, module):
                     parameter.requires_grad_(True)
+
+    def in_order(self, layers: Iterable[nn.Module]) -> list[list[nn.Module]]:
+        """Returns layers as they run, in groups: those of each block, and each other one by itself."""
+        block_of = {inner: block for block in self.block_modules for inner in block.modules()}
+        groups: dict[nn.Module, list[nn.Module]] = {}
+        for layer in sorted(layers, key=lambda layer: self._order.get(layer, -1)):
+            groups.setdefault(block_of.get(layer, layer), []).append(layer)
+        return list(groups.values())
 
     def runs(self, name: str) -> bool:
         """Tells whether the module of this name runs, rather than that its parent reads its tensors."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from s2a_cli.backbones.backbone import Backbone
 from s2a_cli.backbones.head import Classified, Head, find_head, pooled
-from s2a_cli.backbones.pretrained import load_checkpoint, pretrained_cfg
+from s2a_cli.backbones.pretrained import load_checkpoint, map_tensors, pretrained_cfg
 from s2a_cli.common.dataless import Dataless
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import brief, first_line, nearest
@@ -58,6 +58,8 @@ def _build(config: BackboneConfig, num_classes: int, meta: bool) -> Backbone:
         head = find_head(model, other, num_classes)
         if config.checkpoint and config.pretrained and not meta:
             load_checkpoint(model, config.checkpoint, list(head.layers))
+        if config.weights == "offload" and config.pretrained and not meta:
+            map_tensors(model, config.checkpoint or "")
         image = _image_config(model, config)
         _set_image_size(model, image.size, config)
         if not head.layers:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
+import huggingface_hub
+import torch
 from torch import Tensor, nn
 
 from s2a_cli.common import tensor_files
@@ -31,21 +33,12 @@ def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
     Formats other than timm's go through timm's filter for the family. Raises UserError for a file that is missing,
     damaged, or does not fit; the message lists missing and unexpected keys.
     """
-    embedded = checkpoint.startswith(EMBEDDED)
-    path = (
-        Path(__file__).parents[1] / "weights" / checkpoint.removeprefix(EMBEDDED)
-        if embedded
-        else Path(checkpoint).expanduser()
-    )
+    path = _file(checkpoint)
     if not tensor_files.is_file(path):
         raise UserError(f"backbone.checkpoint={brief(checkpoint, 200)}: no such file")
     if path.suffix == ".npz":
         return _load_npz(model, path)
-    state = _read_tensors(path)
-    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if adapt:
-        with contextlib.suppress(Exception):  # another family's keys: reported below by name
-            state = adapt(state, model)
+    state = _read_tensors(path, model)
     classifiers = pretrained_cfg(model).get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     heads = tuple(f"{name}." for name in (*classifiers, *head))
@@ -69,13 +62,49 @@ def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
         raise UserError(f"backbone.checkpoint={checkpoint}: can't be loaded ({first_line(error)})") from None
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def map_tensors(model: nn.Module, checkpoint: str) -> None:
+    """Puts tensors of a .safetensors file in the place of the equal ones of a model, which it was loaded from.
+
+    They then are no memory of this process, but the system's cache of the file, which can be dropped and read again.
+    checkpoint: of the config; empty for the file that timm has downloaded. What differs from the file, as in its dtype,
+    stays as it is.
+    """
+    path = _file(checkpoint) if checkpoint else _downloaded(model)
+    if path is None or path.suffix != ".safetensors":
+        return
+    own = dict(model.named_parameters())
+    for name, tensor in _read_tensors(path, model).items():
+        there = own.get(name)
+        if there is not None and tensor.dtype == there.dtype and torch.equal(tensor, there):
+            there.data = tensor
+
+
+def _file(checkpoint: str) -> Path:
+    """Returns the path of a checkpoint."""
+    if checkpoint.startswith(EMBEDDED):
+        return Path(__file__).parents[1] / "weights" / checkpoint.removeprefix(EMBEDDED)
+    return Path(checkpoint).expanduser()
+
+
+def _downloaded(model: nn.Module) -> Path | None:
+    """Returns the .safetensors file from the hub that timm reads a model's weights from; None where there is none."""
+    repository = pretrained_cfg(model).get("hf_hub_id")
+    found = huggingface_hub.try_to_load_from_cache(repository, "model.safetensors") if repository else None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _read_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """Returns the tensors of a file by their names in the model. Raises UserError."""
     try:
         state = tensor_files.tensors(tensor_files.read(path), WRAPPERS, path.stat().st_size)
     except Unreadable as error:
         raise UserError(f"backbone.checkpoint={path}: can't be read as tensors: {error}") from None
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if adapt:
+        with contextlib.suppress(Exception):  # another family's keys: reported by name where they are missing
+            return adapt(state, model)
+    return state
 
 
 def _load_npz(model: Any, path: Path) -> None:

@@ -12,11 +12,9 @@ are. bitsandbytes (0.50) is not used: it refuses float64, and its int8 has 1.6 t
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from s2a_cli.activations.ops.autograd import first_order
 from s2a_cli.activations.ops.linear_conv import input_gradient
@@ -24,10 +22,7 @@ from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.codebooks import GROUP_BINS, Codebook
 from s2a_cli.activations.quant.primitives import SCALE, dequantize_groupwise, quantize_groupwise
 from s2a_cli.activations.quant.primitives import dequantize_int8 as dequantize_int8_codes
-from s2a_cli.common.errors import UserError
-
-if TYPE_CHECKING:
-    from s2a_cli.backbones.backbone import Backbone
+from s2a_cli.backbones.stored import Stored, computing_dtype
 
 GROUP = 64  # most elements of a row that share a scale
 INT8_MAX = 127  # largest code of int8; -128 is not used
@@ -97,77 +92,54 @@ CODECS = {
 }
 
 
-class Stored(nn.Module):
+class Quantized(Stored):
     """A layer with codes in place of its weight, whose rows [out, ...] are quantized in groups."""
 
-    stores_weights = True  # in its buffers
-    bias: Tensor | None
+    FORM = ("codes", "scales")
+    kind: str  # of the format, a key of CODECS
     codes: Tensor
     scales: Tensor | None
-    like: Tensor
 
-    def store(self, kind: str, weight: Tensor) -> None:
-        """Takes the weight in the format `kind`, a key of CODECS."""
-        quantize, self.dequantize = CODECS[kind]
-        self.shape = weight.shape
-        codes, *scales = quantize(weight.detach().flatten(1))
+    def take(self, weight: Tensor) -> None:
+        super().take(weight)
+        quantize, self.dequantize = CODECS[self.kind]
+        codes, *scales = quantize(weight.flatten(1))
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales[0] if scales else None)
-        self.register_buffer("like", weight.new_empty(0), persistent=False)  # Module.to(dtype) converts it
 
     def dequantized(self, codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Returns the weight that codes and scales of this layer stand for."""
         return self.dequantize(codes, scales, math.prod(self.shape[1:]), dtype).view(self.shape)
 
     @property
-    def elements(self) -> int:
-        """Returns how many elements the weight has, which is no parameter any more."""
-        return self.shape.numel()
-
-    @property
     def weight(self) -> Tensor:
-        """Returns the weight, dequantized at each call, for code that asks for its dtype or device."""
+        """Returns the weight, dequantized at each call."""
         return self.dequantized(self.codes, self.scales, self.like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return Apply.apply(x, self.bias, self.codes, self.scales, self)
 
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Returns the layer's output for a weight."""
-        raise NotImplementedError
-
     def input_gradient(self, grad: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
         """Returns the gradient of an input of this size for the gradient of the output."""
-        raise NotImplementedError
-
-
-class StoredLinear(Stored, nn.Linear):
-    """A Linear with codes in place of its weight [out, in]."""
-
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    def input_gradient(self, grad: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
+        if isinstance(self, nn.Conv2d):
+            return input_gradient(grad, weight, size[2:], self.stride, self.padding, self.dilation, self.groups)
         return grad.matmul(weight)
 
 
-class StoredConv2d(Stored, nn.Conv2d):
+class QuantizedLinear(Quantized, nn.Linear):
+    """A Linear with codes in place of its weight [out, in]."""
+
+
+class QuantizedConv2d(Quantized, nn.Conv2d):
     """A Conv2d with codes in place of its weight [out, in / groups, H, W]."""
-
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._conv_forward(x, weight, bias)
-
-    def input_gradient(self, grad: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
-        return input_gradient(grad, weight, size[2:], self.stride, self.padding, self.dilation, self.groups)
 
 
 class Apply(torch.autograd.Function):
     """Computes layer.run(x, the dequantized weight, bias) in the dtype in which PyTorch computes the plain layer."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor | None, layer: Stored):
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    def forward(ctx, x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor | None, layer: Quantized):
+        dtype = computing_dtype(x)
         ctx.layer, ctx.size, ctx.dtype = layer, x.shape, x.dtype
         ctx.save_for_backward(codes, scales)
         out = layer.run(x.to(dtype), layer.dequantized(codes, scales, dtype), None if bias is None else bias.to(dtype))
@@ -183,43 +155,3 @@ class Apply(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dbias = grad.sum_to_size(layer.shape[0], *[1] * (len(layer.shape) - 2)).flatten()
         return dx, dbias, None, None, None
-
-
-def store(backbone: Backbone, kind: str) -> None:
-    """Stores the frozen weights of a backbone, to which a method is attached, as `kind`; `fp32` leaves them.
-
-    Takes Linear and Conv2d layers whose forward is called, outside the head and what the method added. Biases stay
-    parameters. Raises UserError where there is no such weight.
-    """
-    if kind == "fp32":
-        return
-    stored = False
-    for name, module in backbone.adapted_modules("all"):
-        if type(module) not in LAYERS or module.weight.requires_grad or not backbone.runs(name):
-            continue
-        if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-            continue
-        weight = cast(Tensor, module.weight)
-        del module.weight
-        module.__class__ = LAYERS[type(module)]
-        cast(Stored, module).store(kind, weight)
-        stored = True
-    if not stored:
-        raise UserError(
-            f"backbone.weights={kind}: this method freezes no weight of a Linear or Conv2d of the backbone; use fp32"
-        )
-
-
-def restore(model: nn.Module) -> None:
-    """Turns the stored weights of a model back into parameters, of the values that it computes with."""
-    plain = {stored: layer for layer, stored in LAYERS.items()}
-    for module in model.modules():
-        if isinstance(module, Stored):
-            weight = module.weight
-            for name in ("codes", "scales", "like"):
-                delattr(module, name)
-            module.__class__ = plain[type(module)]
-            module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-
-
-LAYERS = {nn.Linear: StoredLinear, nn.Conv2d: StoredConv2d}

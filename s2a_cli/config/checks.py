@@ -57,6 +57,10 @@ def check(config: DictConfig) -> dict[str, str]:
             " graph at every operator (ViT-Ti with int4: 60 graphs, and on two CPU cores 1.13 times the time of a step"
             " without it)"
         )
+    if values.get("compile") and values.get("backbone.weights") == "offload":
+        problems["compile"] = (
+            "compile=true can't be with backbone.weights=offload: weights come and go between operators"
+        )
     if usable("dataset.shots", "dataset.fraction"):
         problems["dataset.fraction"] = "dataset.shots and dataset.fraction exclude each other: set one to null"
     if usable("dataset.test_domain") and values.get("dataset.domain") is None:

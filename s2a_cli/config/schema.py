@@ -65,8 +65,8 @@ class BackboneConfig:
     )
     weights: str = setting(
         "fp32",
-        help="fp32 | bf16 | int8 | nf4: how frozen weights are stored; they are unpacked layer by layer",
-        rule=one_of("fp32", "bf16", "int8", "nf4"),
+        help="fp32 | bf16 | int8 | nf4: how frozen weights are stored | offload: on the host, brought block by block",
+        rule=one_of("fp32", "bf16", "int8", "nf4", "offload"),
     )
     kwargs: dict[str, Any] = setting({}, help="passed on to timm.create_model")
 

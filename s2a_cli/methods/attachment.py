@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from s2a_cli.backbones import Backbone
-from s2a_cli.backbones.weight_quant import restore
+from s2a_cli.backbones.frozen_weights import restore
 from s2a_cli.common.errors import UserError
 from s2a_cli.methods.parts.deep_supervision import AuxiliaryHeads, Learn
 from s2a_cli.methods.parts.feature_head import FeatureHead

@@ -100,6 +100,7 @@ CHANGES = (  # cheapest in speed first
     (("quant=tiny",), "each block is computed twice"),
     (("optim.micro_batch={half}",), "more, smaller steps of the device"),
     (("method=side", "quant=tiny"), "another method: no gradient through the backbone"),
+    (("backbone.weights=offload",), "nothing but copies: frozen weights come from the host block by block"),
     (("backbone.weights=int8",), "frozen weights in 8 bits, unpacked layer by layer"),
     (("quant=tiny", "optim.micro_batch={half}"), "both"),
     (("quant=tiny", "backbone.weights=nf4"), "recomputation, frozen weights in 4 bits"),

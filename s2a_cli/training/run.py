@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from s2a_cli import backbones, data, methods
-from s2a_cli.backbones import Backbone, weight_quant
+from s2a_cli.backbones import Backbone, frozen_weights
 from s2a_cli.common import distributed
 from s2a_cli.common.errors import RunError, UserError
 from s2a_cli.common.text import listed, type_and_first_line
@@ -21,7 +21,7 @@ from s2a_cli.config.settings import plain
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.feature_head import FeatureHead
 from s2a_cli.results import record
-from s2a_cli.training.step import moving_norms, train_mode, weight_dtype
+from s2a_cli.training.step import AUTOCAST, moving_norms, train_mode, weight_dtype
 
 if TYPE_CHECKING:
     from s2a_cli.training.feature_cache import Cache
@@ -147,7 +147,7 @@ def attach(config: DictConfig, backbone: Backbone) -> Attachment:
             f" {len(backbone.block_modules) - 1}"
         )
     backbone.model.to(weight_dtype(config.precision))
-    weight_quant.store(backbone, config.backbone.weights)
+    frozen_weights.store(backbone, config.backbone.weights, AUTOCAST.get(config.precision))
     return attached
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from s2a_cli import backbones
 from s2a_cli.activations import REFERENCE, compress_activations
-from s2a_cli.backbones import weight_quant
+from s2a_cli.backbones import frozen_weights, weight_quant
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import BackboneConfig, QuantConfig
@@ -77,14 +77,14 @@ def gradients(backbone: backbones.Backbone, quant: QuantConfig = REFERENCE) -> d
     return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in trained}
 
 
-def stored_layers(backbone: backbones.Backbone) -> dict[str, weight_quant.Stored]:
-    return {name: m for name, m in backbone.model.named_modules() if isinstance(m, weight_quant.Stored)}
+def stored_layers(backbone: backbones.Backbone) -> dict[str, weight_quant.Quantized]:
+    return {name: m for name, m in backbone.model.named_modules() if isinstance(m, weight_quant.Quantized)}
 
 
 def pair(name: str, kind: str, dtype: torch.dtype = torch.float64) -> tuple[backbones.Backbone, backbones.Backbone]:
     """Returns a backbone with stored weights, and the same one with the dequantized weights as parameters."""
     backbone, twin = made(name, "bias", dtype), made(name, "bias", dtype)
-    weight_quant.store(backbone, kind)
+    frozen_weights.store(backbone, kind)
     layers, modules = stored_layers(backbone), dict(twin.model.named_modules())
     assert len(layers) > 4
     for where, layer in layers.items():
@@ -186,7 +186,7 @@ def test_autocast(kind, dtype):
 
 def test_second_derivatives_are_refused():
     backbone = made()
-    weight_quant.store(backbone, "int8")
+    frozen_weights.store(backbone, "int8")
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(loss_of(backbone), [backbone.model.blocks[0].norm1.bias], create_graph=True)
 
@@ -195,7 +195,7 @@ def test_second_derivatives_are_refused():
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_compiled(kind):
     backbone = made(dtype=torch.float32)
-    weight_quant.store(backbone, kind)
+    frozen_weights.store(backbone, kind)
     expected = gradients(backbone)
     backbone.model.compile(backend="eager")
     torch.testing.assert_close(gradients(backbone), expected)
@@ -203,7 +203,7 @@ def test_compiled(kind):
 
 def test_weights_that_a_parent_reads_stay():
     backbone = made("beit")
-    weight_quant.store(backbone, "int8")
+    frozen_weights.store(backbone, "int8")
     layers = stored_layers(backbone)
     assert "blocks.0.attn.qkv" not in layers
     assert {"patch_embed.proj", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"} <= layers.keys()
@@ -222,7 +222,7 @@ def test_weights_that_a_parent_reads_stay():
 def test_only_frozen_weights_of_the_backbone_are_stored(method, words):
     backbone = made("vit", method, torch.float32, *words)
     before, state = backbone.count(), checkpoints.trainable_state(backbone.model)
-    weight_quant.store(backbone, "nf4")
+    frozen_weights.store(backbone, "nf4")
     assert backbone.count() == before
     layers = stored_layers(backbone)
     assert len(layers) == 1 + 2 * 4
@@ -236,13 +236,13 @@ def test_only_frozen_weights_of_the_backbone_are_stored(method, words):
 
 def test_full_fine_tuning_has_nothing_to_store():
     with pytest.raises(UserError, match="backbone.weights=int8: this method freezes no weight"):
-        weight_quant.store(made("vit", "full"), "int8")
+        frozen_weights.store(made("vit", "full"), "int8")
 
 
 def test_a_weight_that_trains_stays():
     backbone = made()
     backbone.model.blocks[0].mlp.fc1.weight.requires_grad_(True)
-    weight_quant.store(backbone, "int8")
+    frozen_weights.store(backbone, "int8")
     assert "blocks.0.mlp.fc1" not in stored_layers(backbone) and "blocks.0.mlp.fc2" in stored_layers(backbone)
 
 
@@ -257,7 +257,7 @@ def test_nothing_decoded_is_kept(kind, autocast):
 
     before = kept()
     weights = sum(m.weight.numel() for m in backbone.model.modules() if type(m) in (nn.Linear, nn.Conv2d))
-    weight_quant.store(backbone, kind)
+    frozen_weights.store(backbone, kind)
     assert kept() <= before
     if autocast:  # PyTorch keeps a bfloat16 copy of each frozen weight whose gradient of the input is wanted
         assert before - kept() > weights
@@ -266,7 +266,7 @@ def test_nothing_decoded_is_kept(kind, autocast):
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_survive_changes_of_dtype_and_copies(kind):
     backbone = made("vit", "bias", torch.float32)
-    weight_quant.store(backbone, kind)
+    frozen_weights.store(backbone, kind)
     layer = stored_layers(backbone)["blocks.0.mlp.fc1"]
     before = layer.weight
     backbone.model.to(torch.bfloat16)
@@ -284,7 +284,7 @@ def test_codes_survive_changes_of_dtype_and_copies(kind):
 def test_predicted_memory_is_that_of_real_tensors(kind, quant):
     config = compose(["method=bias", f"quant={quant}", "optim.batch_size=4"])
     backbone = made("vit", "bias", torch.float32)
-    weight_quant.store(backbone, kind)
+    frozen_weights.store(backbone, kind)
     batch = images_for(backbone), torch.arange(4)
 
     def arguments() -> tuple:
@@ -305,7 +305,7 @@ def test_memory_of_vit_b(precision):
     for kind in ("fp32", *KINDS):
         backbone = backbones.build(config.backbone, 10, meta=True)
         attached = STRUCTURES["bias"](config.method).attach(backbone)
-        weight_quant.store(backbone, kind)
+        frozen_weights.store(backbone, kind)
         backbone.model.to(weight_dtype(precision))
         found[kind] = predict_step(attached, config, 64)
     whole = found["fp32"]
@@ -329,7 +329,7 @@ def test_real_weights_still_see_the_same(real_data):
         backbone = backbones.build(config.backbone, 1000)
         backbone.head.layers["head"].load_state_dict({key: classifier[f"head.{key}"] for key in ("weight", "bias")})
         STRUCTURES["linear"](config.method).attach(backbone)
-        weight_quant.store(backbone, kind)
+        frozen_weights.store(backbone, kind)
         transform = build_transform(backbone.image, config.dataset, False)
         files = sorted((real_data / "flowers5" / "test").glob("*/*"))
         files = files[:: max(1, len(files) // 40)]

@@ -15,7 +15,8 @@ from torch import nn
 import s2a_cli
 from s2a_cli import backbones, methods
 from s2a_cli.activations import compress_activations
-from s2a_cli.backbones import weight_quant
+from s2a_cli.backbones import frozen_weights
+from s2a_cli.backbones.stored import Stored
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import BackboneConfig, QuantConfig
@@ -203,17 +204,17 @@ def test_hooks_of_a_layer_act_around_what_the_tuner_computes():
     assert not layer._forward_hooks
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["int8", "nf4", "offload"])
 @pytest.mark.parametrize("method", ["lora", "hra"])
-def test_frozen_weights_of_wrapped_layers_are_stored_in_fewer_bits(method, kind):
+def test_frozen_weights_of_wrapped_layers_are_stored(method, kind):
     """Also where the tuner reads the weight: QLoRA, and the like for others."""
     made, exact = make_attached("vit", method), make_attached("vit", method)
     total = made.backbone.count()
-    weight_quant.store(made.backbone, kind)
+    frozen_weights.store(made.backbone, kind)
     inner = made.model.get_submodule("blocks.0.attn.qkv").get_base_layer()
-    assert isinstance(inner, weight_quant.StoredLinear) and made.backbone.count() == total
-    assert not any(isinstance(m, weight_quant.Stored) for n, m in made.model.named_modules() if ".lora_" in n)
-    torch.testing.assert_close(logits(made), logits(exact), rtol=0, atol={"int8": 0.02, "nf4": 0.3}[kind])
+    assert isinstance(inner, Stored) and made.backbone.count() == total
+    assert not any(isinstance(m, Stored) for n, m in made.model.named_modules() if ".lora_" in n)
+    torch.testing.assert_close(logits(made), logits(exact), rtol=0, atol={"int8": 0.02, "nf4": 0.3, "offload": 0}[kind])
     before = logits(made)
     trained = train(made)
     assert not torch.equal(trained, before)

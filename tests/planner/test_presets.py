@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from s2a_cli import backbones, methods
-from s2a_cli.backbones import weight_quant
+from s2a_cli.backbones import frozen_weights
 from s2a_cli.config.compose import compose
 from s2a_cli.memory import predict, track
 from s2a_cli.training import forecast, run
@@ -42,7 +42,7 @@ def test_what_is_predicted_is_what_real_tensors_take(method, quant, weights):
     backbone = backbones.build(config.backbone, 10)
     attached = methods.attach(config.method, backbone)
     train_mode(backbone.model)
-    weight_quant.store(backbone, weights)
+    frozen_weights.store(backbone, weights)
     size = backbone.image.size
     batch = torch.randn(16, 3, size, size), torch.arange(16) % 10
 

@@ -57,7 +57,7 @@ def test_timm_loads_what_was_trained(tmp_path, capsys):
     assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
 
 
-@pytest.mark.parametrize("words", [["backbone.weights=int8"], ["precision=bf16"]])
+@pytest.mark.parametrize("words", [["backbone.weights=int8"], ["backbone.weights=offload"], ["precision=bf16"]])
 def test_weights_in_fewer_bits_become_those_that_were_computed_with(tmp_path, words):
     run = trained(tmp_path / "run", "method=bias", *words)
     for more in ([], ["--force"]):
