@@ -276,15 +276,16 @@ COMMANDS = {
     ),
     "eval": Command(
         finished.evaluate,
-        "s2a eval run=DIR [key=value ...]",
-        "test a finished run again from its saved tensors; device, workers, dataset.root ... can change",
+        "s2a eval run=DIR [data=FOLDER | dataset=NAME dataset.KEY=value ...] [out=FOLDER] [key=value ...]",
+        "test a finished run, again on its own test split or on other labelled photos: accuracy by class, confusions",
         (
-            "s2a eval run=runs/digits/vit_micro/s2a/0123456789ab",
-            "s2a eval run=runs/pets/vit_t/s2a/0123456789ab device=cpu",
-            "s2a eval run=runs/pets/vit_t/s2a/0123456789ab dataset.root=/data/pets workers=2",
+            "s2a eval run=runs/pets/vit_t/s2a/0123456789ab",
+            "s2a eval run=runs/pets/vit_t/s2a/0123456789ab data=photos_of_2027 out=evaluation_2027",
+            "s2a eval run=runs/pets/vit_t/s2a/0123456789ab dataset.root=/data/pets workers=2 device=cpu",
         ),
-        words=("run=",),
-        config=finished.recomposed,
+        words=("run=", "data=", "out="),
+        config=finished.of_eval,
+        flags={"--force": "also into a folder that holds other files"},
     ),
     "export": Command(
         finished.export,

@@ -52,27 +52,73 @@ def recomposed(words: list[str]) -> Any:
     return recompose(stored, overrides)
 
 
-def evaluate(words: list[str]) -> int:
-    """Tests a finished run again; returns 1 where a figure differs from the recorded one."""
-    config = recomposed(words)
-    from s2a_cli.results import record
-    from s2a_cli.training import evaluation
+def of_eval(words: list[str]) -> Any:
+    """Returns the config of the run that `s2a eval` tests."""
+    options, words = _options(words, "data", "out")
+    return recomposed(_data(words, options.get("data"))[1])
 
-    folder, _ = _finished(words)
-    scores = evaluation.evaluate(config, folder)
-    result = record.read_result(folder)
-    if result["status"] != "ok":
-        print(f"the run ended as {result['status']}: there is no recorded figure to compare with")
-        print(
-            *(f"test_{name}: {value} %" for name, value in scores.items() if name != "loss" and value is not None),
-            sep="\n",
-        )
-        return 0
-    recorded: Any = result["accuracy"]
+
+def _data(words: list[str], root: str | None) -> tuple[list[str], list[str]]:
+    """Returns the words about other data to test on, and those about the run.
+
+    root: the folder behind data=. Settings of the data are about the run, unless the words say dataset=. Raises
+    UserError for two kinds of other data.
+    """
+    if not any(word.startswith("dataset=") for word in words):
+        root = root and root.replace("\\", "\\\\").replace('"', '\\"')
+        return ["dataset=folder", f'dataset.root="{root}"', "dataset.on_corrupt=skip"] if root else [], words
+    if root:
+        raise UserError("data= and dataset= both name the data to test on: give one of them")
+    other = [word for word in words if word.startswith(("dataset=", "dataset."))]
+    return other, [word for word in words if word not in other]
+
+
+def evaluate(words: list[str]) -> int:
+    """Tests a finished run; returns 1 where a figure on its own test split differs from the recorded one."""
+    force, words = "--force" in words, [word for word in words if word != "--force"]
+    options, words = _options(words, "data", "out")
+    out = Path(options["out"]) if "out" in options else None
+    elsewhere, own = _data(words, options.get("data"))
+    folder, _ = _finished(own)
+    config = recomposed(own)
+    from s2a_cli.config.compose import compose
+    from s2a_cli.results import evaluation, record
+
+    if out:
+        evaluation.check_out(out, force)
+    from s2a_cli.training import testing
+    from s2a_cli.training.trained import load_as
+
+    dataset = compose(elsewhere).dataset if elsewhere else None
+    recorded = record.read_result(folder)
+    labelled = testing.elsewhere(recorded["data"]["classes"], dataset) if dataset else testing.own_test(folder, config)
+    found = testing.evaluate(load_as(folder, config), labelled)
+    figures = found.figures()
+    print(evaluation.text(figures))
+    print(_written(out or folder / evaluation.folder_name(dataset and labelled.name), found, figures, bool(out)))
+    return _compared(figures, recorded) if labelled.same else 0
+
+
+def _written(folder: Path, found: Any, figures: dict[str, Any], asked: bool) -> str:
+    """Writes an evaluation to a folder; returns a line that says so, or why it can't be there unless it was asked."""
+    from s2a_cli.results import evaluation
+
+    try:
+        return f"\n{folder}: {listed([path.name for path in evaluation.write(folder, found, figures)])}"
+    except OSError as error:
+        if asked:
+            raise UserError(f"out={folder}: can't be written to ({error.strerror})") from None
+        return f"\nnot written, as nothing can be written to {folder} ({error.strerror}): set out=FOLDER"
+
+
+def _compared(figures: dict[str, Any], recorded: Any) -> int:
+    """Prints whether figures are those of the record; returns 1 where one is not."""
+    if recorded["status"] != "ok":
+        print(f"the run ended as {recorded['status']}: there is no recorded figure to compare with")
     equal = True
     for name in ("top1", "top5"):
-        now, then = scores[name], recorded[f"test_{name}"]
-        if now is not None or then is not None:
+        now, then = figures[name], recorded["accuracy"][f"test_{name}"]
+        if then is not None:
             equal &= now == then
             print(f"test_{name}: {now} %, recorded {then} %: {'equal' if now == then else 'NOT EQUAL'}")
     return 0 if equal else 1

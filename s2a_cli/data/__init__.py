@@ -40,6 +40,8 @@ __all__ = [
     "majority",
     "mix",
     "problems",
+    "read",
+    "title",
 ]
 
 DATASETS: dict[str, Callable[[DatasetConfig, Path], Source]] = {
@@ -56,9 +58,7 @@ def load(config: DatasetConfig) -> Splits:
     split, `val_fraction` of the training images becomes one. Then `shots` or `fraction` thins out the training images.
     All are drawn class by class with `split_seed`.
     """
-    if found := problems(config):
-        raise UserError("\n".join(found))
-    source = DATASETS[config.name](config, data_folder(config))
+    source = read(config)
     train, val, test, seed = source.train, source.val, source.test, config.split_seed
     if test is None:
         train, test = _split(train, config.test_fraction, seed, "test")
@@ -74,6 +74,13 @@ def load(config: DatasetConfig) -> Splits:
         setting = f"shots={config.shots}" if config.shots is not None else f"fraction={config.fraction}"
         left_out.append(f"{thinned} training images by dataset.{setting}")
     return Splits(title(config), train, val, test, source.classes, source.revision, left_out, source.notes, source.same)
+
+
+def read(config: DatasetConfig) -> Source:
+    """Reads a data set as it is published, after a download if need be. Raises UserError as `load` does."""
+    if found := problems(config):
+        raise UserError("\n".join(found))
+    return DATASETS[config.name](config, data_folder(config))
 
 
 def data_folder(config: DatasetConfig) -> Path:

@@ -27,8 +27,9 @@ NEXT = ".next"
 LOOKING = 1.0  # seconds; a sweep that looks at a run has its folder for a moment
 RECORD, CONFIG, METRICS, TRACEBACK = "result.json", "config.yaml", "metrics.jsonl", "traceback.txt"
 TENSORS, STATE = "trainable.safetensors", "state.pt"
+TEST_FILES = "test_files.json"
 LOG, JOBS = "log.txt", "slurm"  # of a sweep
-FILES = (RECORD, CONFIG, METRICS, TRACEBACK, TENSORS, STATE, LOG, "job.json", "memory_snapshot.pickle")
+FILES = (RECORD, CONFIG, METRICS, TRACEBACK, TENSORS, STATE, TEST_FILES, LOG, "job.json", "memory_snapshot.pickle")
 LITTER = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.[a-z0-9_]{{8}}")  # temporary files of `atomic_write`
 BEFORE_A_RECORD = (LOCK, LOG, JOBS, NEXT)  # what there may be of a run that was killed before it wrote its first file
 

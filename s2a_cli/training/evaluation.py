@@ -1,24 +1,18 @@
-"""Measures accuracy over a split, and tests a finished run again."""
+"""Measures accuracy over a split."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypedDict
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from s2a_cli import data
 from s2a_cli.common import distributed
-from s2a_cli.common.errors import UserError
 from s2a_cli.common.interrupts import guarded
-from s2a_cli.config.settings import plain
-from s2a_cli.results import record
-from s2a_cli.training import checkpoints
-from s2a_cli.training.run import Run, prepare
+from s2a_cli.training.run import Run
 from s2a_cli.training.step import Step
 
 
@@ -34,34 +28,6 @@ def judge(run: Run, top1: float | None) -> None:
     """Warns where a test accuracy in % is one that no training is needed for."""
     if (said := data.majority(run.splits, top1)) and distributed.is_main_process():
         print(f"s2a: {said}", file=sys.stderr)
-
-
-def evaluate(config: DictConfig, folder: Path) -> Scores:
-    """Tests a finished run again from its saved tensors: top1 and top5 in %.
-
-    Raises UserError when the data, its splits, the backbone's weights or the tensors are not those of the run.
-    """
-    recorded = record.read_result(folder)
-    for key, value in plain(config.dataset).items():
-        if (
-            key != "cache"
-            and f"dataset.{key}" not in record.NOT_IDENTITY
-            and value != recorded["config"]["dataset"].get(key)
-        ):
-            raise UserError(
-                f"dataset.{key}={value}: the run was made with {recorded['config']['dataset'].get(key)};"
-                " another split could hold images that it was trained on"
-            )
-    run = prepare(config)
-    if run.splits.revision != recorded["data"]["revision"]:
-        raise UserError(
-            f"{folder}: trained on data of revision {recorded['data']['revision']}, found {run.splits.revision}"
-        )
-    run.model.to(run.device)
-    checkpoints.load(folder, run.model, run.weights)
-    scores = accuracy(run, run.loader("test"))
-    judge(run, scores["top1"])
-    return scores
 
 
 def sent(batch: Tensor, device: torch.device) -> Tensor:

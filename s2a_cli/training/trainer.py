@@ -20,7 +20,7 @@ from s2a_cli.common.text import type_and_first_line
 from s2a_cli.config.schema import QuantConfig
 from s2a_cli.config.settings import merge, plain
 from s2a_cli.results import record, run_folder
-from s2a_cli.training import bit_allocation, checkpoints, feature_cache, forecast
+from s2a_cli.training import bit_allocation, checkpoints, feature_cache, forecast, testing
 from s2a_cli.training.compiling import compile_model
 from s2a_cli.training.environment import environment
 from s2a_cli.training.evaluation import judge
@@ -95,6 +95,7 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> record.Resul
         with ExitStack() as stack:
             if distributed.is_main_process():
                 atomic_write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+                testing.note_test_files(folder, run.splits)
             board = _tensorboard(folder, stack) if config.tensorboard and distributed.is_main_process() else None
             if distributed.is_main_process():
                 print(data.describe(run.splits))

@@ -17,7 +17,7 @@ from s2a_cli.cli import commands
 from s2a_cli.cli.commands import COMMANDS, KINDS
 from s2a_cli.cli.main import main
 from s2a_cli.common.errors import RunError, UserError
-from s2a_cli.config.compose import compose, groups
+from s2a_cli.config.compose import groups
 
 CONFIGURED = ", ".join(name for name, command in COMMANDS.items() if command.config)
 
@@ -28,11 +28,10 @@ def run(*words, **kwargs):
 
 @pytest.fixture
 def training(monkeypatch):
-    """Stands in for the modules that train and test."""
+    """Stands in for the module that trains."""
     fake = SimpleNamespace()
-    for name in ("trainer", "evaluation"):
-        monkeypatch.setitem(sys.modules, f"s2a_cli.training.{name}", fake)
-        monkeypatch.setattr(s2a_cli.training, name, fake, raising=False)
+    monkeypatch.setitem(sys.modules, "s2a_cli.training.trainer", fake)
+    monkeypatch.setattr(s2a_cli.training, "trainer", fake, raising=False)
     return fake
 
 
@@ -154,25 +153,6 @@ def test_errors_of_a_run(training, capsys, error, code, expected):
     if isinstance(error, Exception):
         with pytest.raises(type(error)):
             main(["train", "--debug"])
-
-
-@pytest.mark.parametrize(("top1", "code", "word"), [(90.0, 0, "equal"), (89.9, 1, "NOT EQUAL")])
-def test_eval_compares_with_the_record(training, make_result, tmp_path, capsys, top1, code, word):
-    config = compose(["seed=4"])
-    from omegaconf import OmegaConf
-
-    record = make_result() | {"config": OmegaConf.to_container(config)}
-    (tmp_path / "result.json").write_text(json.dumps(record))
-    asked = []
-    training.evaluate = lambda config, folder: (
-        asked.append((config.seed, config.workers, folder)),
-        {"loss": 1.0, "top1": top1, "top5": None},
-    )[1]
-    assert main(["eval", f"run={tmp_path}", "workers=0"]) == code
-    assert asked == [(4, 0, tmp_path)]
-    assert capsys.readouterr().out == f"test_top1: {top1} %, recorded 90.0 %: {word}\n"
-    assert main(["eval", f"run={tmp_path}", "workers=-1"]) == 2
-    assert "workers=-1: expected" in capsys.readouterr().err
 
 
 def test_table_reads_runs_of_this_folder(write_result, tmp_path, capsys, monkeypatch):

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from again import figures_again
 from PIL import Image
 
 from s2a_cli import data
@@ -21,7 +22,6 @@ from s2a_cli.config.settings import plain
 from s2a_cli.methods.parts.feature_head import Features
 from s2a_cli.results import record
 from s2a_cli.training import checkpoints, feature_cache, forecast, loop, trainer
-from s2a_cli.training import evaluation as evaluation_module
 from s2a_cli.training import run as run_module
 from s2a_cli.training.feature_cache import Kept
 
@@ -93,7 +93,7 @@ def test_a_run_on_kept_taps_is_the_run_without(tmp_path, words):
     agree(outcome(tmp_path / "with"), outcome(tmp_path / "without"))
     result = record.read_result(tmp_path / "with")
     for cached in (CACHE, "dataset.cache=null"):  # the saved tensors are those of the whole model
-        scores = evaluation_module.evaluate(recompose(result["config"], [cached]), tmp_path / "with")
+        scores = figures_again(recompose(result["config"], [cached]), tmp_path / "with")
         assert scores["top1"] == result["accuracy"]["test_top1"]
 
 

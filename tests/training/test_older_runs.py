@@ -27,7 +27,7 @@ def test_an_older_run_is_listed(older, capsys):
     assert "s2a,int4" in capsys.readouterr().out
 
 
-def test_an_older_run_is_tested_again(older, capsys):
+def test_an_older_run_is_figures_again(older, capsys):
     recorded = json.loads((older / "finished" / "result.json").read_text())["accuracy"]["test_top1"]
     main(["eval", f"run={older / 'finished'}", "workers=0"])
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("test_top1"))

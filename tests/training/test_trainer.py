@@ -10,13 +10,14 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
+from again import figures_again
 from omegaconf import OmegaConf
 
 from s2a_cli.cli.main import main
 from s2a_cli.common.errors import RunError, UserError
 from s2a_cli.config.compose import compose, recompose
 from s2a_cli.results import record, run_folder
-from s2a_cli.training import evaluation, forecast, loop, trainer
+from s2a_cli.training import forecast, loop, trainer
 from s2a_cli.training import run as run_module
 from s2a_cli.training import step as steps
 
@@ -80,25 +81,25 @@ def test_a_micro_batch_changes_memory_and_not_the_result(tmp_path):
 @pytest.mark.parametrize("method", ["full", "s2a"])
 def test_a_finished_run_tests_the_same_again(tmp_path, method):
     result = train(tmp_path, f"method={method}")
-    scores = evaluation.evaluate(recompose(result["config"], []), tmp_path)
+    scores = figures_again(recompose(result["config"], []), tmp_path)
     assert scores["top1"] == result["accuracy"]["test_top1"] and scores["top5"] == result["accuracy"]["test_top5"]
 
 
 def test_a_run_is_not_tested_with_other_tensors_or_data(tmp_path):
     result = train(tmp_path / "a", "method=bias")
     with pytest.raises(UserError, match="not those of this backbone and method"):
-        evaluation.evaluate(recompose(result["config"], ["method.blocks=last:1"]), tmp_path / "a")
-    with pytest.raises(UserError, match="trained on data of revision"):
+        figures_again(recompose(result["config"], ["method.blocks=last:1"]), tmp_path / "a")
+    with pytest.raises(UserError, match="which images it was tested on is not known"):
         shutil.copytree(tmp_path / "a", tmp_path / "b")
-        result["data"]["revision"] = "other"
+        result["data"] |= {"revision": "other", "train": 7}
         record.write_result(tmp_path / "b", result)
-        evaluation.evaluate(compose([*QUICK, "method=bias"]), tmp_path / "b")
+        figures_again(compose([*QUICK, "method=bias"]), tmp_path / "b")
     with pytest.raises(UserError, match="trained on backbone weights"):
-        evaluation.evaluate(recompose(result["config"], ["backbone.pretrained=false"]), tmp_path / "a")
+        figures_again(recompose(result["config"], ["backbone.pretrained=false"]), tmp_path / "a")
     tensors = tmp_path / "a" / "trainable.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:1000])
     with pytest.raises(UserError, match="trainable.safetensors: damaged"):
-        evaluation.evaluate(compose([*QUICK, "method=bias"]), tmp_path / "a")
+        figures_again(compose([*QUICK, "method=bias"]), tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_how_a_run_ended_is_recorded(tmp_path, monkeypatch, error, status):
     result = train(tmp_path)
     assert result["status"] == status and json.loads((tmp_path / "result.json").read_text())["status"] == status
     assert len(lines(tmp_path)) == 1
-    scores = evaluation.evaluate(recompose(result["config"], []), tmp_path)  # the best epoch so far is there
+    scores = figures_again(recompose(result["config"], []), tmp_path)  # the best epoch so far is there
     assert 0 <= scores["top1"] <= 100
 
 
@@ -176,7 +177,7 @@ def test_low_precision_trains_and_tests_the_same_again(tmp_path, precision):
     words = [f"precision={precision}", "method=s2a", "optim.clip_grad=1.0", "dataset.shots=24", "optim.epochs=2"]
     result = train(tmp_path, *words)
     assert lines(tmp_path)[-1]["train_loss"] < lines(tmp_path)[0]["train_loss"]
-    scores = evaluation.evaluate(recompose(result["config"], []), tmp_path)
+    scores = figures_again(recompose(result["config"], []), tmp_path)
     assert scores["top1"] == result["accuracy"]["test_top1"] > 30
 
 
@@ -268,7 +269,7 @@ def test_a_run_with_settings_of_single_blocks_tests_the_same_again(tmp_path):
     result = train(tmp_path, "quant.blocks={1: {recompute: block, input: 8}}", "optim.epochs=1")
     stored = record.read_result(tmp_path)
     assert stored["config"] == result["config"] and stored["config"]["quant"]["blocks"][1]["input"] == 8
-    assert evaluation.evaluate(recompose(stored["config"], []), tmp_path)["top1"] == result["accuracy"]["test_top1"]
+    assert figures_again(recompose(stored["config"], []), tmp_path)["top1"] == result["accuracy"]["test_top1"]
 
 
 def test_a_block_that_is_not_there_is_refused():
@@ -324,7 +325,7 @@ def test_a_folder_that_holds_no_run_is_refused_before_anything_is_loaded(tmp_pat
 def test_another_split_is_refused_in_eval(tmp_path):
     result = train(tmp_path)
     with pytest.raises(UserError, match="dataset.split_seed=1: the run was made with 0"):
-        evaluation.evaluate(recompose(result["config"], ["dataset.split_seed=1"]), tmp_path)
+        figures_again(recompose(result["config"], ["dataset.split_seed=1"]), tmp_path)
 
 
 def test_tensorboard(tmp_path):
