@@ -62,7 +62,7 @@ def decisions(entries: list[Entry], context_mib: float) -> list[Entry]:
             entry["measured"]["peak_mib"],
             entry["measured"].get("reserved_mib") or entry["measured"]["peak_mib"],
         )
-        needed = Margin().needed(entry["predicted"]["peak_mib"] * MIB) / MIB
+        needed = Margin().around(_taken(entry["predicted"]) * MIB) / MIB
         for gib in SIZES_GIB:
             size = gib * 1024
             so = (
@@ -75,6 +75,11 @@ def decisions(entries: list[Entry], context_mib: float) -> list[Entry]:
             near = abs(needed / size - 1) <= NEAR
             found.append({"name": entry["name"], "gib": gib, "said": needed <= size, "so": so, "near": near})
     return found
+
+
+def _taken(predicted: Entry) -> float:
+    """The MiB that the allocator is predicted to take; of rows whose steps are not simulated, the peak."""
+    return predicted.get("reserved_mib") or predicted["peak_mib"]
 
 
 def judged(found: list[Entry]) -> Entry:

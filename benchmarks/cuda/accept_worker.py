@@ -32,7 +32,8 @@ from s2a_cli import memory
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import first_line
 from s2a_cli.memory import device as busy
-from s2a_cli.memory.cuda import differences, reserved
+from s2a_cli.memory.allocator import is_expandable
+from s2a_cli.memory.cuda import differences
 from s2a_cli.memory.result import MIB
 from s2a_cli.training.run import OUT_OF_MEMORY, choose_device
 
@@ -80,7 +81,7 @@ def predict(ask: Answer, device: torch.device, told: Told) -> Answer:
         "static_mib": found.static_mib,
         "kept_mib": found.kept_mib,
         "expected_mib": found.peak_mib + more,
-        "reserved_mib": (taken := reserved(profile.timeline, profile.begins_at) / MIB),
+        "reserved_mib": (taken := profile.reserved_bytes(is_expandable()) / MIB),
         "expected_reserved_mib": taken + more,
     }
 

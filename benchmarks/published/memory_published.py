@@ -25,7 +25,6 @@ from rows import checkpoint, lora
 from s2a_cli import memory, methods
 from s2a_cli.backbones import Backbone, build
 from s2a_cli.config.compose import compose
-from s2a_cli.memory.cuda import reserved
 from s2a_cli.memory.result import MIB
 from s2a_cli.training.step import Step, make_optimizer, train_mode
 
@@ -144,7 +143,7 @@ def main(path: str) -> None:
             if r["source"].startswith(case.source) and (r["backbone"], r["method"]) == (case.backbone, case.method)
         )
         published, found = float(row["value"]) * UNITS[row["unit"]], predicted(case)
-        memory, taken = found.memory, reserved(found.timeline, found.begins_at) / MIB
+        memory, taken = found.memory, found.reserved_bytes() / MIB
         source = row["source"].partition(",")[0].partition(" (")[0]
         precision = next(word for word in case.words if word.startswith("precision=")).partition("=")[2]
         figures = [published, memory.peak_mib, memory.peak_mib / published, memory.kept_mib, memory.static_mib, taken]

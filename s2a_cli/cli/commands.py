@@ -245,8 +245,8 @@ COMMANDS = {
     ),
     "memory": Command(
         memory,
-        "s2a memory [key=value,value ...] [fit=8GiB] [context=600MiB] [fragmentation=5%] [processes=N]"
-        " [figure=FILE.svg] [format=terminal|json|csv]",
+        "s2a memory [key=value,value ...] [fit=8GiB] [context=600MiB] [fragmentation=5%]"
+        " [expandable_segments=true] [processes=N] [snapshot=FILE] [figure=FILE.svg] [format=terminal|json|csv]",
         "predict the peak memory of runs and where it is, without a GPU, weights or images; what fits a device",
         (
             "s2a memory backbone=vit_b method=s2a dataset=cifar100 optim.batch_size=64",
@@ -254,7 +254,7 @@ COMMANDS = {
             "s2a memory backbone=swin_b method=bias quant=none precision=amp-bf16 fit=8GiB",
         ),
         words=(
-            *("figure=", "fit=", "context=", "fragmentation=", "processes="),
+            *("figure=", "fit=", "context=", "fragmentation=", "expandable_segments=", "processes=", "snapshot="),
             *("format=terminal", "format=json", "format=csv"),
         ),
         config=first_of_memory,

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from s2a_cli.memory.allocator import reserved
 from s2a_cli.memory.families import FAMILIES, family, keeps_result
 from s2a_cli.memory.result import Memory
 from s2a_cli.memory.watch import USES
@@ -46,6 +47,16 @@ class Profile:
     def peak_bytes(self) -> int:
         """The bytes that are alive at the peak."""
         return sum(part.bytes for part in self.parts)
+
+    def reserved_bytes(self, expandable: bool = False) -> int:
+        """Returns what PyTorch's allocator takes from the device for such steps, by a simulation of it.
+
+        expandable: with expandable segments.
+        """
+        known = self.__dict__.setdefault("_reserved", {})
+        if expandable not in known:
+            known[expandable] = reserved(self.timeline, self.begins_at, expandable=expandable)
+        return known[expandable]
 
     @property
     def phase(self) -> str:

@@ -2,15 +2,14 @@
 
 Two differences are part of a predicted peak, because PyTorch's documentation leaves no doubt: requests are rounded up
 to 512 bytes, and autocast runs more operators in fp32 than on a CPU (`CudaAutocast`). Others are reported beside the
-peak as bounds or estimates, because no CUDA device has confirmed them: `differences`, and what the allocator takes from
-the device (`reserved`). Not modelled are the kernels' own temporaries and NCCL's buffers. Neither is that autograd adds
-two gradients of one tensor in place where it can: a peak on a residual connection may be one gradient too high.
+peak as bounds or estimates: `differences`, and what the allocator takes from the device (allocator.py). Not modelled
+are the kernels' own temporaries and NCCL's buffers. Neither is that autograd adds two gradients of one tensor in place
+where it can: a peak on a residual connection may be one gradient too high.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -115,101 +114,3 @@ def _unfolded(call: Call) -> int:
     """
     weight, out = call.inputs[1], call.outputs[0]
     return out[0] * math.prod(out[2:]) * math.prod(weight[1:]) * call.dtype.itemsize if math.prod(weight[2:]) > 1 else 0
-
-
-# Of c10/cuda/CUDACachingAllocator: kSmallSize, kMinLargeAlloc, kRoundLarge, kSmallBuffer, kLargeBuffer.
-SMALL, LARGE, ROUND = 1 * MIB, 10 * MIB, 2 * MIB
-SMALL_SEGMENT, LARGE_SEGMENT = 2 * MIB, 20 * MIB
-
-
-class Allocator:
-    """Simulates PyTorch's caching allocator for CUDA with its default settings.
-
-    Requests up to 1 MiB come from segments of 2 MiB, up to 10 MiB from segments of 20 MiB, others from segments of
-    their own in steps of 2 MiB. The smallest free block that fits is taken, and split where enough remains. Free
-    neighbours are joined. Segments are never given back, because a device that is not full gives no cause to.
-    """
-
-    def __init__(self) -> None:
-        self.reserved = 0  # bytes
-        # small or not -> [(bytes, address)] of the free blocks, sorted
-        self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-        self._size: dict[int, int] = {}  # address -> bytes of every block
-        self._after: dict[int, int] = {}  # address -> that of the next block in the segment
-        self._ahead: dict[int, int] = {}  # address -> that of the block before
-        self._small: dict[int, bool] = {}  # address -> whether it is of a segment for small requests
-        self._next = 0  # address of the next segment
-
-    def take(self, size: int) -> int:
-        """Returns the address of a new block of `size` bytes, a multiple of 512."""
-        small = size <= SMALL
-        free = self._free[small]
-        place = bisect_left(free, (size, -1))
-        if place < len(free):
-            _, address = free.pop(place)
-        else:
-            address = self._segment(size, small)
-        rest = self._size[address] - size
-        if rest >= 512 if small else rest > SMALL:
-            self._split(address, size, small)
-        return address
-
-    def give(self, address: int) -> None:
-        """Frees a block, and joins it with free neighbours."""
-        small = self._small[address]
-        if (after := self._after.get(address)) is not None and self._is_free(small, after):
-            self._free[small].remove((self._size[after], after))
-            self._join(address, after)
-        if (ahead := self._ahead.get(address)) is not None and self._is_free(small, ahead):
-            self._free[small].remove((self._size[ahead], ahead))
-            self._join(ahead, address)
-            address = ahead
-        insort(self._free[small], (self._size[address], address))
-
-    def _is_free(self, small: bool, address: int) -> bool:
-        free, item = self._free[small], (self._size[address], address)
-        place = bisect_left(free, item)
-        return free[place : place + 1] == [item]
-
-    def _segment(self, size: int, small: bool) -> int:
-        length = SMALL_SEGMENT if small else LARGE_SEGMENT if size < LARGE else -(-size // ROUND) * ROUND
-        self.reserved += length
-        address, self._next = self._next, self._next + length
-        self._size[address], self._small[address] = length, small
-        return address
-
-    def _split(self, address: int, size: int, small: bool) -> None:
-        rest = address + size
-        self._size[rest], self._small[rest] = self._size[address] - size, small
-        self._size[address] = size
-        self._link(rest, self._after.pop(address, None))
-        self._link(address, rest)
-        insort(self._free[small], (self._size[rest], rest))
-
-    def _join(self, first: int, second: int) -> None:
-        self._size[first] += self._size.pop(second)
-        self._ahead.pop(second, None)
-        self._link(first, self._after.pop(second, None))
-
-    def _link(self, first: int, second: int | None) -> None:
-        if second is None:
-            self._after.pop(first, None)
-        else:
-            self._after[first], self._ahead[second] = second, first
-
-
-def reserved(timeline: Iterable[tuple[int, int]], begins_at: int, steps: int = 3) -> int:
-    """Returns the bytes that the allocator has taken from the device after some steps, fragmentation included.
-
-    timeline: (number of an allocation, bytes; below zero where it is released), of which the first `begins_at` precede
-    the step.
-    """
-    allocator, places = Allocator(), {}
-    timeline = list(timeline)
-    for entry in (*timeline[:begins_at], *timeline[begins_at:] * steps):
-        number, size = entry
-        if size > 0:
-            places[number] = allocator.take(size)
-        elif number in places:
-            allocator.give(places.pop(number))
-    return allocator.reserved

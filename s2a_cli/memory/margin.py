@@ -1,37 +1,47 @@
-"""Adds what a run needs on a device beyond its predicted peak, and compares it with the device."""
+"""Adds what a run needs on a device beyond what PyTorch's allocator takes, and compares it with the device."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from s2a_cli.memory.allocator import is_expandable
 from s2a_cli.memory.cuda import CUBLAS_MIB
 from s2a_cli.memory.result import MIB
+
+if TYPE_CHECKING:
+    from s2a_cli.memory.breakdown import Profile
 
 
 @dataclass(frozen=True)
 class Margin:
-    """What a run needs on a device beyond its predicted peak. Assumed, not measured.
+    """What a run needs on a device beyond what the simulated allocator takes. Assumed, not measured.
 
     context: bytes of the CUDA context with its kernels and the handles of cuBLAS and cuDNN, which lie outside of
-    PyTorch's allocator. fragmentation: of the peak, for blocks that the allocator can't use, and kernels' own
-    temporaries.
+    PyTorch's allocator. fragmentation: of what the allocator takes, for kernels' own temporaries and for what they
+    scatter. expandable_segments: the allocator's setting; by default the environment's.
     """
 
     context: int = 600 * MIB
     fragmentation: float = 0.05
+    expandable_segments: bool = field(default_factory=is_expandable)
 
-    def needed(self, peak_bytes: float) -> float:
-        """Returns the bytes of the device that a run with this peak needs, with cuBLAS' workspace of CUBLAS_MIB."""
-        return peak_bytes * (1 + self.fragmentation) + CUBLAS_MIB * MIB + self.context
+    def needed(self, profile: Profile) -> float:
+        """Returns the bytes of the device that a run with this profile needs."""
+        return self.around(profile.reserved_bytes(self.expandable_segments))
+
+    def around(self, taken: float) -> float:
+        """Returns them for the bytes that the allocator takes, with cuBLAS' workspace of CUBLAS_MIB."""
+        return taken * (1 + self.fragmentation) + CUBLAS_MIB * MIB + self.context
 
     def __str__(self) -> str:
         share = f"{self.fragmentation:.3g}" if self.fragmentation % 0.01 > 1e-9 else f"{self.fragmentation:.0%}"
+        segments = ", in expandable segments," if self.expandable_segments else ""
         return (
-            f"{self.context / MIB:,.0f} MiB for the CUDA context, {CUBLAS_MIB} MiB for cuBLAS, {share} of the peak for"
-            " fragmentation"
+            f"{self.context / MIB:,.0f} MiB for the CUDA context, {CUBLAS_MIB} MiB for cuBLAS, {share} of what the"
+            f" allocator takes{segments} for kernels' temporaries"
         )
 
 
@@ -46,7 +56,8 @@ def outlook(memory: dict[str, Any], device: torch.device) -> tuple[str, str | No
     )
     if device.type != "cuda":
         return said, None
-    total, needed = torch.cuda.get_device_properties(device).total_memory / MIB, Margin().needed(peak * MIB) / MIB
+    taken = memory.get("reserved_mib") or peak
+    total, needed = torch.cuda.get_device_properties(device).total_memory / MIB, Margin().around(taken * MIB) / MIB
     if needed <= total:
         return f"{said}; {device} has {total:,.0f} MiB", None
     hint = f"the same line under `s2a memory ... fit={total / 1024:.1f}GiB` tells what would fit"

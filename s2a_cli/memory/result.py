@@ -18,7 +18,7 @@ class Memory:
     peak_mib: float  # most bytes allocated at any moment of a step: the headline
     static_mib: float  # between steps: weights, buffers and optimiser state; gradients and images are not there
     kept_mib: float  # after the forward pass less static: what waits for the backward pass, images and loss included
-    reserved_mib: float | None = None  # measured-cuda only: what the allocator took from the device
+    reserved_mib: float | None = None  # what the allocator took from the device; predicted by a simulation of it
     full_finetune_peak_mib: float | None = None  # the same composition under full fine-tuning
     full_finetune_kind: str | None = None
 

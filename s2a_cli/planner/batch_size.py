@@ -54,7 +54,7 @@ def largest_batch(
 
     def needed(batch: int) -> float:
         """Returns the bytes of the device that a batch of this size needs."""
-        return margin.needed(predictor(Composition.of(with_batch_size(config, batch))).peak_bytes)
+        return margin.needed(predictor(Composition.of(with_batch_size(config, batch))))
 
     return largest(needed, device_bytes, Composition.of(config).images, least=predictor.processes)
 
@@ -123,7 +123,7 @@ def options(words: list[str], device_bytes: int, margin: Margin, predictor: Pred
                 profile = predictor(Composition.of(compose(changed(words, added))))
             except UserError:
                 break
-            needed = margin.needed(profile.peak_bytes)
+            needed = margin.needed(profile)
             if needed <= device_bytes or half <= 1 or not any("{half}" in word for word in change):
                 yield Option(added, needed, costs)
                 break

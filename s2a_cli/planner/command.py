@@ -12,13 +12,15 @@ from s2a_cli.common.text import nearest
 from s2a_cli.config.compose import compose
 from s2a_cli.config.overrides import expand
 from s2a_cli.memory.margin import Margin
+from s2a_cli.memory.replay import replay
 from s2a_cli.planner import report
 from s2a_cli.planner.batch_size import device_size, largest_batch, options, size
 from s2a_cli.planner.report import Fitted, Prediction, Row
 from s2a_cli.planner.run_memory import Composition, Predictor
 from s2a_cli.training.run import choose_device
 
-OPTIONS = ("format", "figure", "fit", "context", "fragmentation", "processes")  # words that are not of the composition
+# Words that are not of the composition.
+OPTIONS = ("format", "figure", "fit", "context", "fragmentation", "expandable_segments", "processes", "snapshot")
 FORMATS = ("terminal", "json", "csv")
 FIGURES = (".png", ".svg", ".pdf")
 
@@ -33,6 +35,11 @@ def run(words: list[str]) -> int:
         raise UserError(f"format={form}: expected one of {', '.join(FORMATS)}{nearest(form, FORMATS)}")
     if figure and figure.suffix not in FIGURES:
         raise UserError(f"figure={figure}: expected a file that ends in one of {', '.join(FIGURES)}")
+    if "snapshot" in given:
+        if rest or len(given) > 1:
+            raise UserError("snapshot=FILE replays what a device has recorded, and takes no other word")
+        print(report.replayed(replay(Path(given["snapshot"]).expanduser())))
+        return 0
     if figure:
         from s2a_cli.results import formats
 
@@ -76,14 +83,14 @@ def _predict(
         row.problem = " ".join(str(error).splitlines())
         return
     if available is not None:
-        needed = margin.needed(row.predicted.profile.peak_bytes)
+        needed = margin.needed(row.predicted.profile)
         largest = largest_batch(row.composition.config, available, margin, predictor)
         tried = list(options(words, available, margin, predictor)) if alone and needed > available else []
         row.fitted = Fitted(available, margin, needed, largest, tried)
 
 
 def _margin(given: dict[str, str]) -> Margin:
-    """Returns the margin that `context=` and `fragmentation=` ask for. Raises UserError for values that can't be."""
+    """Returns the margin that these options ask for. Raises UserError for values that can't be."""
     margin = Margin()
     if "context" in given:
         margin = replace(margin, context=size("context", given["context"]))
@@ -93,9 +100,14 @@ def _margin(given: dict[str, str]) -> Margin:
         share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
         if not 0 <= share < 1:
             raise UserError(
-                f"fragmentation={text}: expected a share of the peak of at least 0 and below 1, such as 0.05 or 5%"
+                f"fragmentation={text}: expected a share of what the allocator takes, at least 0 and below 1, such as"
+                " 0.05 or 5%"
             )
         margin = replace(margin, fragmentation=share)
+    if (text := given.get("expandable_segments")) is not None:
+        if text not in ("true", "false"):
+            raise UserError(f"expandable_segments={text}: expected true or false, as PYTORCH_CUDA_ALLOC_CONF sets it")
+        margin = replace(margin, expandable_segments=text == "true")
     return margin
 
 

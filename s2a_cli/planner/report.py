@@ -13,8 +13,9 @@ from tabulate import tabulate
 
 from s2a_cli.common.text import natural
 from s2a_cli.memory.breakdown import Profile
-from s2a_cli.memory.cuda import Difference, differences, reserved
+from s2a_cli.memory.cuda import Difference, differences
 from s2a_cli.memory.margin import Margin
+from s2a_cli.memory.replay import Replay
 from s2a_cli.memory.result import MIB
 from s2a_cli.memory.watch import USES
 from s2a_cli.planner.batch_size import Option
@@ -127,15 +128,28 @@ def cuda_lines(profile: Profile) -> list[str]:
     found = [
         f"  {d.name}: {'at most ' if d.is_bound else ''}{d.mib:,.1f} MiB ({d.why})" for d in differences(profile.calls)
     ]
-    taken = reserved(profile.timeline, profile.begins_at)
+    taken, growing = profile.reserved_bytes(), profile.reserved_bytes(expandable=True)
     return [
         "on CUDA, beside the peak (modelled from documentation, not confirmed on a device):",
         *found,
         (
-            f"  taken from the device by PyTorch's allocator, a simulation of it: {mib(taken)} MiB; the CUDA context"
-            " comes on top"
+            f"  taken from the device by PyTorch's allocator, a simulation of it: {mib(taken)} MiB, with"
+            f" expandable_segments {mib(growing)} MiB; the CUDA context comes on top"
         ),
     ]
+
+
+def replayed(replay: Replay) -> str:
+    """Returns what an allocator took from its device, beside what the simulation has it take."""
+    as_set, other = ("true", "false") if replay.expandable else ("false", "true")
+    lines = [
+        [f"expandable_segments={as_set}, as recorded", mib(replay.recorded), mib(replay.simulated)],
+        [f"expandable_segments={other}", "–", mib(replay.otherwise)],
+    ]
+    said = f"cuda:{replay.device}: {replay.events:,} blocks came or went, {mib(replay.allocated)} MiB at the most"
+    if replay.before:
+        said += f"; {replay.before:,} blocks were there before the recording, placed one behind the other"
+    return "\n".join([said, "", _table(lines, ["taken from the device, MiB", "recorded", "simulated"])])
 
 
 def fit_lines(fitted: Fitted, batch: int) -> list[str]:
@@ -224,7 +238,8 @@ def _plain(row: Row) -> dict[str, Any]:
                 {"use": p.use, "family": p.family, "place": p.place, "mib": p.bytes / MIB} for p in profile.parts
             ],
             "cuda": {
-                "reserved_mib": reserved(profile.timeline, profile.begins_at) / MIB,
+                "reserved_mib": profile.reserved_bytes() / MIB,
+                "reserved_expandable_mib": profile.reserved_bytes(expandable=True) / MIB,
                 "differences": [_difference(d) for d in differences(profile.calls)],
             },
         }
@@ -234,6 +249,7 @@ def _plain(row: Row) -> dict[str, Any]:
             "available_mib": fitted.available / MIB,
             "context_mib": fitted.margin.context / MIB,
             "fragmentation": fitted.margin.fragmentation,
+            "expandable_segments": fitted.margin.expandable_segments,
             "needed_mib": fitted.needed / MIB,
             "largest_batch": fitted.largest,
             "options": [

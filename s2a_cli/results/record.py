@@ -59,7 +59,7 @@ class MemoryRecord(TypedDict):
     static_mib: float  # weights, buffers, optimiser state
     kept_mib: float  # for the backward pass: after the forward pass, less static
     full_finetune_peak_mib: float  # of full fine-tuning, same backbone, batch and precision, quant=none
-    reserved_mib: float | None  # measured-cuda only: what the allocator took from the device
+    reserved_mib: float | None  # what the allocator took from the device; predicted by a simulation of it
     full_finetune_kind: str  # predicted
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from s2a_cli.common import distributed
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import type_and_first_line
 from s2a_cli.config.settings import merge
+from s2a_cli.memory.allocator import is_expandable
+from s2a_cli.memory.result import MIB
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.feature_head import FeatureHead, Features
 from s2a_cli.training import feature_cache
@@ -28,12 +31,13 @@ def predict(run: Run) -> dict[str, Any] | None:
     """Predicts the memory of this run's step, with full fine-tuning's beside it; None where it can't be predicted."""
     images = len(run.splits.train)
     try:
-        mine = predict_step(run.attached, run.config, images)
+        mine = profile_step(run.attached, run.config, images, distributed.rank_and_world_size()[1])
         full = predict_step(*full_finetuning(run.config, len(run.splits.classes)), images)
     except Exception as error:  # a model of timm whose forward pass reads values can't run without data
         print(f"s2a: the memory of this run can't be predicted: {type_and_first_line(error)}", file=sys.stderr)
         return None
-    return mine.against(full).as_dict()
+    taken = mine.reserved_bytes(is_expandable()) / MIB
+    return replace(mine.memory, reserved_mib=taken).against(full).as_dict()
 
 
 def full_finetuning(config: DictConfig, classes: int) -> tuple[Attachment, DictConfig]:

@@ -11,54 +11,8 @@ import torch.nn.functional as F
 
 from s2a_cli.common.dataless import Dataless
 from s2a_cli.memory import Tracker
-from s2a_cli.memory.cuda import Allocator, CudaAutocast, attention_kernel, differences, reserved
+from s2a_cli.memory.cuda import CudaAutocast, attention_kernel, differences
 from s2a_cli.memory.result import MIB
-
-
-@pytest.mark.parametrize(
-    "sizes, expected",
-    [
-        ([512], 2),  # the small pool
-        ([MIB, MIB], 2),
-        ([MIB, MIB, 512], 4),
-        ([MIB + 512], 20),  # the large one
-        ([9 * MIB, 9 * MIB], 20),
-        ([9 * MIB, 9 * MIB, 9 * MIB], 40),
-        ([10 * MIB], 10),  # a segment of its own, in steps of 2 MiB
-        ([11 * MIB], 12),
-        ([11 * MIB, 2 * MIB], 32),
-    ],
-)
-def test_segments(sizes, expected):
-    allocator = Allocator()
-    addresses = [allocator.take(size) for size in sizes]
-    assert len(set(addresses)) == len(sizes) and allocator.reserved == expected * MIB
-
-
-def test_blocks_are_joined_and_used_again():
-    allocator = Allocator()
-    blocks = [allocator.take(5 * MIB) for _ in range(4)]
-    assert allocator.reserved == 20 * MIB
-    for block in (blocks[1], blocks[3], blocks[2]):
-        allocator.give(block)
-    assert allocator.take(15 * MIB) == blocks[1] and allocator.reserved == 20 * MIB
-
-
-def test_a_hole_that_is_too_small_is_fragmentation():
-    allocator = Allocator()
-    a, b = allocator.take(12 * MIB), allocator.take(12 * MIB)
-    allocator.give(a)
-    allocator.take(11 * MIB + 512)  # what is left of the hole, less than 1 MiB, is not split off
-    allocator.take(MIB - 512)
-    assert allocator.reserved == 26 * MIB
-    allocator.give(b)
-    allocator.take(13 * MIB)
-    assert allocator.reserved == 26 * MIB + 14 * MIB
-
-
-def test_repeated_steps_take_no_more():
-    step = [(0, 30 * MIB), (1, 3 * MIB), (2, 25 * MIB), (1, -3 * MIB), (2, -25 * MIB)]
-    assert reserved(step, begins_at=1, steps=1) == reserved(step, begins_at=1, steps=9) == (30 + 20 + 26) * MIB
 
 
 @pytest.mark.parametrize("function", [F.softmax, torch.softmax, torch.Tensor.softmax, F.log_softmax])

@@ -90,7 +90,9 @@ def test_the_figure_of_one(s2a, tmp_path):
         ("fit=0GiB", "above 0"),
         ("fit=cuda:99", "CUDA device" if not torch.cuda.is_available() else "there are cuda:0"),
         ("context=1", "context=600MiB".partition("=")[0]),
-        ("fragmentation=1.5", "share of the peak"),
+        ("fragmentation=1.5", "share of what the allocator takes"),
+        ("expandable_segments=yes", "expected true or false"),
+        ("snapshot=missing.pickle", "takes no other word"),
         ("processes=0", "at least 1"),
         ("processes=17", "can't be shared by 17 processes"),
         ("format=xml", "expected one of terminal, json, csv"),
@@ -112,9 +114,7 @@ def test_bad_input_is_one_line_and_exit_code_2(s2a, word, said):
 
 
 def needed(batch, config, margin=Margin()):
-    return margin.needed(
-        Predictor()(Composition.of(OmegaConf.merge(config, {"optim": {"batch_size": batch}}))).peak_bytes
-    )
+    return margin.needed(Predictor()(Composition.of(OmegaConf.merge(config, {"optim": {"batch_size": batch}}))))
 
 
 @pytest.mark.parametrize(
