@@ -1,6 +1,6 @@
 """Simulates PyTorch's caching allocator for CUDA: what it takes from the device, fragmentation included.
 
-The rules are those of c10/cuda/CUDACachingAllocator.cpp. snapshot.py holds the simulation against what the allocator
+The rules are those of c10/cuda/CUDACachingAllocator.cpp. replay.py holds the simulation against what the allocator
 itself has recorded.
 """
 
