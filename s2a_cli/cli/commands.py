@@ -289,16 +289,17 @@ COMMANDS = {
     ),
     "export": Command(
         finished.export,
-        "s2a export run=DIR out=FOLDER [key=value ...]",
-        "write a finished run as plain weights that timm loads without s2a; what was added is merged into them",
+        "s2a export run=DIR out=PATH [to=timm|safetensors|onnx|torchscript|torch-export] [images=FOLDER]"
+        " [key=value ...]",
+        "write the model of a finished run for others, who need no s2a, and check it on photos",
         (
-            "s2a export run=runs/digits/vit_micro/bias/0123456789ab out=digits",
             "s2a export run=runs/pets/vit_b/lora/0123456789ab out=pets_model",
-            "s2a export run=runs/pets/vit_b/lora/0123456789ab out=pets_model --force",
+            "s2a export run=runs/pets/vit_b/s2a/0123456789ab out=pets.onnx to=onnx",
+            "s2a export run=runs/pets/vit_b/s2a/0123456789ab out=pets.pt2 to=torch-export images=photos --force",
         ),
-        words=("run=", "out="),
+        words=("run=", "out=", "to=timm", "to=safetensors", "to=onnx", "to=torchscript", "to=torch-export", "images="),
         config=finished.of_export,
-        flags={"--force": "replace the folder of an earlier export"},
+        flags={"--force": "replace an earlier export"},
     ),
     "ls": Command(
         ls,

@@ -189,22 +189,35 @@ def predict(words: list[str]) -> int:
     return 1 if unreadable else 0
 
 
+EXPORT = ("to", "out")  # options of `s2a export`
+
+
 def of_export(words: list[str]) -> Any:
     """Returns the config of the run that `s2a export` writes."""
-    return recomposed([word for word in words if not word.startswith("out=")])
+    return recomposed(_photos(_options(words, *EXPORT)[1])[1])
 
 
 def export(words: list[str]) -> int:
-    """Writes the model of a finished run as plain weights."""
+    """Writes the model of a finished run in a form that others load without this package."""
     force, words = "--force" in words, [word for word in words if word != "--force"]
-    outs = [word.removeprefix("out=") for word in words if word.startswith("out=")]
-    if len(outs) != 1 or not outs[0]:
-        raise UserError("out=FOLDER is needed once: where the model goes")
-    config = of_export(words)
-    from s2a_cli.training import export as exporting
-
+    options, words = _options(words, *EXPORT)
+    images, words = _photos(words)
     folder, _ = _finished(words)
-    difference = exporting.export(config, folder, Path(outs[0]), force)
-    print(f"{outs[0]}: plain weights; the largest difference from the run's logits is {difference:.1e} of the largest")
-    print(f'timm.create_model("local-dir:{outs[0]}", pretrained=True) makes the model, without s2a')
+    if "out" not in options:
+        raise UserError("out=PATH is needed: where the model goes")
+    from s2a_cli.results import export_files
+
+    out, to = Path(options["out"]), options.get("to", "timm")
+    export_files.check(to, out, force)
+    config = recomposed([*words, "device=cpu"])
+    with imports():
+        from s2a_cli.training import export as exporting
+
+    made = exporting.export(config, folder, out, to, images, force)
+    print(f"{out}: {listed([path.name for path in made.files])}")
+    print(
+        f"loaded again: its logits on {counted(made.photos, 'photo')} differ from the run's by at most"
+        f" {made.difference:.1e} of the largest"
+    )
+    print(*(f"  {line}" for line in made.use.splitlines()), sep="\n")
     return 0

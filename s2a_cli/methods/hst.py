@@ -117,7 +117,9 @@ class HierarchicalSideNetwork(OwnFeatures):
         """Puts the meta tokens of block `index` before its tokens. A hook of that block."""
         hidden = self.hiddens[index][0]
         h = hidden.of((args, kwargs))
-        return hidden.replaced((args, kwargs), torch.cat([self.meta[index].to(h.dtype).expand(len(h), -1, -1), h], 1))
+        return hidden.replaced(
+            (args, kwargs), torch.cat([self.meta[index].to(h.dtype).expand(h.shape[0], -1, -1), h], 1)
+        )
 
     def on_block_output(self, index: int, block: nn.Module, args: tuple, output: Any) -> Any:
         """Takes the meta tokens off, and the side network past block `index`. A hook of that block."""

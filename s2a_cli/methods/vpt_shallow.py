@@ -33,7 +33,7 @@ class Prompts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [B, N + tokens, C] for x [B, N, C]."""
-        return torch.cat([x, self.dropout(self.prompts.expand(len(x), -1, -1)).to(x.dtype)], dim=1)
+        return torch.cat([x, self.dropout(self.prompts.expand(x.shape[0], -1, -1)).to(x.dtype)], dim=1)
 
 
 class ShallowPrompts(Prompts):

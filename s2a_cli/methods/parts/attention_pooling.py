@@ -41,7 +41,12 @@ class Feature(nn.Module):
 
 
 def batch_chunks(h: Tensor) -> tuple[Tensor, ...]:
-    """A hidden state as the parts of the batch that are read at a time: all at once would be the peak of a step."""
+    """A hidden state as the parts of the batch that are read at a time: all at once would be the peak of a step.
+
+    A graph that is recorded for a batch of any size reads it whole.
+    """
+    if torch.jit.is_tracing() or isinstance(h.shape[0], torch.SymInt):
+        return (h,)
     return h.split(max(1, chunk_sizes(h.device).pooled * len(h) // h.numel()))
 
 
@@ -120,6 +125,9 @@ class Reader(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         coded = not tokens.is_floating_point()
-        seen = Attend.apply(tokens, self.query) if coded else attend(tokens.to(self.query.dtype), self.query)[0]
+        if coded and torch.is_grad_enabled():
+            seen = Attend.apply(tokens, self.query)
+        else:
+            seen = attend(tokens.to(self.query.dtype) * (STEP if coded else 1), self.query)[0]
         read = torch.einsum("bhc,hcw->bhw", seen, self.value)
         return self.classifier(self.norm(read.flatten(1)))

@@ -11,4 +11,4 @@ def per_sample(values: Tensor, x: Tensor, last: bool = True) -> Tensor:
     A product with them keeps codes of x under `quant.attention`; PyTorch's own, with values [C], keeps x.
     """
     shape = (*(1,) * (x.ndim - 1), -1) if last else (1, -1, *(1,) * (x.ndim - 2))
-    return values.to(x.dtype).view(shape).expand(len(x), *(-1,) * (x.ndim - 1))
+    return values.to(x.dtype).view(shape).expand(x.shape[0], *(-1,) * (x.ndim - 1))

@@ -86,7 +86,7 @@ class Ladder(nn.Module):
             self._state = None
         x, *others = args
         shape = (-1, 1, 1) if isinstance(head, nn.Conv2d) else (*[1] * (x.ndim - 2), -1)
-        return (x + added.to(x.dtype).view(len(x), *shape), *others)
+        return (x + added.to(x.dtype).view(x.shape[0], *shape), *others)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_state": None}
