@@ -24,7 +24,7 @@ from s2a_cli.data.source import Source
 from s2a_cli.data.sources import domainnet
 from s2a_cli.data.splits import few_shots, hold_out, share
 from s2a_cli.data.summary import Splits, describe, majority
-from s2a_cli.data.transforms import ImageConfig, Transform, build_transform
+from s2a_cli.data.transforms import ImageConfig, Transform, build_transform, normalised
 
 __all__ = [
     "DATASETS",
@@ -39,6 +39,7 @@ __all__ = [
     "loader",
     "majority",
     "mix",
+    "normalised",
     "problems",
     "read",
     "title",

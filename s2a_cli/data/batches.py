@@ -16,7 +16,7 @@ from s2a_cli.data.transforms import Transform
 
 
 class Loader:
-    """Iterates over one split in batches (images [B, 3, H, W] float32, labels [B] int64), once an epoch.
+    """Iterates over one split in batches (images [B, 3, H, W] as transformed, labels [B] int64), once an epoch.
 
     Set `epoch` before each pass: the order is a function of (seed, epoch), the augmentation of an image of (seed,
     epoch, index). Set `skip` to leave out the first batches of a pass. Where several processes share each batch, this

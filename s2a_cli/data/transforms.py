@@ -38,7 +38,7 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class Transform:
-    """Turns an RGB PIL image into a normalised float32 tensor [3, size, size]."""
+    """Turns an RGB PIL image into a tensor [3, size, size]: normalised in float32, or pixels in uint8."""
 
     steps: v2.Compose
     at_least: int  # pixels of the shorter side; a larger image would not give another result
@@ -47,11 +47,12 @@ class Transform:
         return self.steps(image)
 
 
-def build_transform(image: ImageConfig, config: DatasetConfig, train: bool) -> Transform:
+def build_transform(image: ImageConfig, config: DatasetConfig, train: bool, normalise: bool = True) -> Transform:
     """Returns the transform of training or of evaluation.
 
     Training: a random resized crop of `config.scale` of the area (null: as in evaluation) and a horizontal flip with
-    probability `config.hflip`. Evaluation: the shorter side resized to size / crop_pct, then the centre crop. Raises
+    probability `config.hflip`. Evaluation: the shorter side resized to size / crop_pct, then the centre crop.
+    normalise: false leaves pixels in uint8, for `normalised` to turn into the same values where they are needed. Raises
     UserError for an interpolation that torchvision does not have.
     """
     if image.interpolation not in INTERPOLATIONS:
@@ -69,5 +70,18 @@ def build_transform(image: ImageConfig, config: DatasetConfig, train: bool) -> T
         steps = [v2.Resize(image.resize, interpolation=mode, antialias=True), v2.CenterCrop(image.size)]
     if train and config.hflip > 0:
         steps.append(v2.RandomHorizontalFlip(config.hflip))
-    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(image.mean), list(image.std))]
+    steps.append(v2.ToImage())
+    if normalise:
+        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(image.mean), list(image.std))]
     return Transform(v2.Compose(steps), at_least=math.ceil(2 * side))
+
+
+def normalised(pixels: Tensor, image: ImageConfig) -> Tensor:
+    """Returns uint8 pixels [B, 3, H, W] in float32, as a transform that ends in them would give them.
+
+    Numbers instead of tensors of them need no copy to the device.
+    """
+    found = pixels.to(torch.float32).mul_(1 / 255)
+    for channel, mean, std in zip(found.unbind(1), image.mean, image.std):
+        channel.sub_(mean).div_(std)
+    return found

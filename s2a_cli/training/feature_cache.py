@@ -231,10 +231,10 @@ def opened(run: Run) -> Cache:
 
     @torch.no_grad()
     def read(images: Tensor) -> tuple[Features, Tensor]:
-        return head.capture(lambda: step.logits(model, images.to(device, step.dtype)))
+        return head.capture(lambda: step.logits(model, images.to(device)))
 
     model.eval()
-    loaded = data.build_transform(run.backbone.image, config.dataset, train=False)
+    loaded = data.build_transform(run.backbone.image, config.dataset, train=False, normalise=False)
     few = run.splits.train.subset(range(min(fill_size(config), len(run.splits.train))))
     images, _ = next(iter(data.loader(few, loaded, len(few), workers=0)))
     features, logits = read(images)  # also where nothing is to be filled: for the measured peak, and as a check
@@ -323,7 +323,7 @@ def _fill(run: Run, split: str, kept: Kept, read: Callable[[Tensor], tuple[Featu
             return
         for litter in kept.path.parent.glob(f".{kept.path.name}.????????"):  # of a process that was killed
             litter.unlink(missing_ok=True)
-        transform = data.build_transform(run.backbone.image, config.dataset, train=False)
+        transform = data.build_transform(run.backbone.image, config.dataset, train=False, normalise=False)
         loader = data.loader(
             images, transform, fill_size(config), workers=config.workers, pin_memory=run.device.type == "cuda"
         )

@@ -24,7 +24,7 @@ from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.feature_head import FeatureHead, Features
 from s2a_cli.training import feature_cache
 from s2a_cli.training.run import Run, attach
-from s2a_cli.training.step import Step, make_optimizer, train_mode, weight_dtype
+from s2a_cli.training.step import Step, make_optimizer, stays_in_pixels, train_mode, weight_dtype
 
 
 def predict(run: Run) -> dict[str, Any] | None:
@@ -71,8 +71,9 @@ def profile_step(attached: Attachment, config: DictConfig, images: int, processe
     backbone, model = attached.backbone, attached.model
     train_mode(model)
     count, size = -(-min(config.optim.batch_size, images) // processes), backbone.image.size
+    in_pixels = stays_in_pixels(config.optim) or config.dataset.cache
     batch = (
-        torch.empty(count, 3, size, size, dtype=weight_dtype(config.precision)),
+        torch.empty(count, 3, size, size, dtype=torch.uint8 if in_pixels else weight_dtype(config.precision)),
         torch.empty(count, dtype=torch.int64),
     )
     step = Step(config, torch.device("cpu"), attached)

@@ -32,7 +32,7 @@ from s2a_cli.results import record
 from s2a_cli.training import checkpoints
 from s2a_cli.training.evaluation import accuracy, sent
 from s2a_cli.training.pending import Pending
-from s2a_cli.training.step import Step, make_optimizer, train_mode
+from s2a_cli.training.step import Step, make_optimizer, stays_in_pixels, train_mode
 
 if TYPE_CHECKING:
     from s2a_cli.training.run import Run
@@ -162,8 +162,10 @@ class TrainLoop:
         pending = Pending(device, at.step + 1, count)
         if meter:
             meter.step_begins()
-        images, targets = self.mix(sent(images, device), sent(targets, device))
-        images = images.to(self.step.dtype)  # here, where no copy stays beside it
+        images, targets = sent(images, device), sent(targets, device)
+        if not stays_in_pixels(self.optim):  # here, where no copy stays beside it
+            images, targets = self.mix(self.step.normalised(images), targets)
+            images = images.to(self.step.dtype)
         after = [meter.after_forward] if meter else []
         loss = self.step(self.run.trained, self.optimizer, images, targets, *after, of=count)
         pending.ends(loss)

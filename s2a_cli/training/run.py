@@ -69,7 +69,7 @@ class Run:
         config, dataset = self.config, getattr(self.splits, split)
         return data.loader(
             dataset,
-            data.build_transform(self.backbone.image, config.dataset, train),
+            data.build_transform(self.backbone.image, config.dataset, train, normalise=False),
             config.optim.batch_size,
             seed=config.seed,
             train=train,

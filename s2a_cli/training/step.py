@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from s2a_cli import data
 from s2a_cli.activations import ActivationMode, compress_activations
 from s2a_cli.config.schema import OptimConfig, QuantConfig, RunConfig
 from s2a_cli.methods import Attachment
@@ -20,6 +21,7 @@ from s2a_cli.methods.parts.feature_head import Features
 from s2a_cli.training.gradient_sum import GradientSum
 
 Batch = Tensor | Features  # images [B, 3, H, W], or what a feature head reads of them
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 AUTOCAST = {"amp-bf16": torch.bfloat16, "amp-fp16": torch.float16}
 
 
@@ -35,6 +37,11 @@ def set_matmul_precision(precision: str) -> None:
     """
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def stays_in_pixels(config: OptimConfig | DictConfig) -> bool:
+    """Tells whether a batch is in uint8 on the device until a micro-batch needs it; mixed images are none."""
+    return config.micro_batch is not None and not (config.mixup or config.cutmix)
 
 
 def moving_norms(model: nn.Module) -> list[nn.Module]:
@@ -72,7 +79,8 @@ class Step:
     """Runs forward, backward and update of one batch under a run's precision, quantisation and accumulation.
 
     attached: what is trained; quant.recompute and quant.chunks are about its blocks. Call: step(model, optimizer,
-    images [B, 3, H, W] normalised, targets [B] or [B, classes]) -> mean loss, a detached scalar; over the auxiliary
+    images [B, 3, H, W], targets [B] or [B, classes]) -> mean loss, a detached scalar; images are normalised, or pixels
+    in uint8, which are normalised a micro-batch at a time; over the auxiliary
     heads too, whose losses are back-propagated within the forward pass. `after_forward` is called after each forward
     pass, when all that is kept for the backward pass is alive (with local-loss segments: of the last one). Where
     several processes share a batch, `of` is its number of images, and the losses returned add up to its mean loss.
@@ -109,10 +117,16 @@ class Step:
     def autocast(self):
         return torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
 
+    def normalised(self, images: AnyBatch) -> AnyBatch:
+        """Returns images normalised, those in uint8 in float32."""
+        if isinstance(images, Tensor) and images.dtype == torch.uint8:
+            return cast(AnyBatch, data.normalised(images, self.attached.backbone.image))
+        return images
+
     def logits(self, model: nn.Module, images: Batch) -> Tensor:
         """Returns [B, classes] in fp32; [heads, B, classes] with auxiliary heads in training."""
         with self.memory, self.autocast():
-            return model(images.to(self.dtype)).float()
+            return model(self.normalised(images).to(self.dtype)).float()
 
     def losses(self, model: nn.Module, images: Batch, targets: Tensor) -> Tensor:
         """Returns the mean loss over the batch of each head, [heads]."""

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.schema import DatasetConfig
-from s2a_cli.data import ImageConfig, Loader, build_transform, load, loader
+from s2a_cli.data import ImageConfig, Loader, build_transform, load, loader, normalised
 from s2a_cli.data.images import ImageArray, ImageFiles
 
 IMAGE = ImageConfig(size=8, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic", crop_pct=0.9)
@@ -157,3 +157,14 @@ def test_what_a_transform_needs_of_an_image(tmp_path):
     assert split.image(0, whole.at_least).size == (80, 60)
     close = (whole(split.image(0, whole.at_least)) - whole(split.image(0))).abs().mean()
     assert close < 0.03 and isinstance(whole.steps, v2.Compose)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_pixels_are_normalised_to_the_bit_where_they_are_needed(train):
+    found = []
+    for normalise in (True, False):
+        torch.manual_seed(0)
+        found.append(build_transform(IMAGE, DatasetConfig(name="digits"), train, normalise)(picture(1, size=(40, 20))))
+    expected, pixels = found
+    assert pixels.dtype == torch.uint8 and expected.dtype == torch.float32
+    assert torch.equal(normalised(pixels[None], IMAGE)[0], expected)
