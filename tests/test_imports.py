@@ -11,7 +11,7 @@ import s2a_cli
 PACKAGE = Path(s2a_cli.__file__).parent
 ROOMS = (
     *("common", "config", "activations", "memory", "data", "backbones"),
-    *("methods", "results", "training", "planner", "sweeps", "cli"),
+    *("methods", "results", "training", "planner", "library", "sweeps", "cli"),
 )
 
 

@@ -1,6 +1,6 @@
 """Keeps less between the forward and the backward pass.
 
-    memory = compress_activations(config, blocks)
+    memory = compress_activations("tiny", blocks)
     for images, labels in loader:
         with memory:
             loss = criterion(model(images), labels)
@@ -27,16 +27,67 @@ from s2a_cli.config.schema import QuantConfig
 REFERENCE = QuantConfig(name="none", lossless=False)  # what PyTorch keeps by itself
 
 
-def compress_activations(config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> AbstractContextManager[Any]:
+def compress_activations(
+    config: QuantConfig | str | None = None, blocks: Iterable[nn.Module] = (), **settings: Any
+) -> AbstractContextManager[Any]:
     """Returns the context for forward passes, to be made once and entered in every step.
 
-    It belongs to the thread that enters it, as torch.no_grad does. A config that keeps what PyTorch keeps gives a
-    context that changes nothing at all.
+        memory = compress_activations(bits=4)
+        memory = compress_activations("tiny", model.blocks)
 
-    blocks: the modules that `recompute` and `chunks` are about; each maps one tensor [B, ...] to one, sample by sample.
+    It belongs to the thread that enters it, as torch.no_grad does. Settings that keep what PyTorch keeps give a context
+    that changes nothing at all.
+
+    config: settings, or the name of some: "int4", "tiny" and what else `s2a ls quants` lists. Without it, the gradient
+        stays as it is and less is kept only where that costs nothing.
+    blocks: the modules that `recompute` and `chunks` are about; each maps hidden states [B, ...] to others, sample by
+        sample.
+    settings: of QuantConfig, in place of those of `config`.
 
     Raises ValueError for settings that are out of range or say nothing.
     """
+    if config is None:
+        config = QuantConfig(name="own")
+    elif isinstance(config, str):
+        config = QuantConfig.named(config)
+    elif config == QuantConfig(name=config.name) and _means_more(config):
+        raise ValueError(
+            f"QuantConfig(name={config.name!r}) has a name and no settings; those of that name are"
+            f" QuantConfig.named({config.name!r})"
+        )
+    return context_of(config.changed(**settings), blocks)
+
+
+def _means_more(config: QuantConfig) -> bool:
+    """Tells whether the name of a config stands for other settings than it has."""
+    try:
+        return QuantConfig.named(config.name) != config
+    except ValueError:  # a name of one's own
+        return False
+
+
+def checkpointed(
+    blocks: Iterable[nn.Module], *, bits: int | None = None, chunks: int | None = 1
+) -> AbstractContextManager[Any]:
+    """Returns the context for forward passes whose blocks keep only their input and are computed again in backward.
+
+        memory = checkpointed(model.blocks)
+
+    blocks: modules that map hidden states [B, ...] to others, sample by sample. bits: of the inputs that are kept, 1 to
+    8, or 16 for bfloat16; None keeps them as they are, and gradients with them. chunks: of the batch, in which a block
+    runs; None: as many as pay on the device. Raises ValueError for settings that are out of range.
+    """
+    config = QuantConfig(name="checkpointed", lossless=False, recompute="block", input=bits, chunks=chunks)
+    return context_of(config, blocks)
+
+
+def context_of(config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> AbstractContextManager[Any]:
+    """Returns the context for forward passes under a config whose name says no more than a table shows.
+
+    Raises ValueError as `compress_activations` does.
+    """
+    if isinstance(blocks, nn.Module) and not hasattr(blocks, "__iter__"):
+        raise ValueError(f"blocks: expected the modules in a list, not one {type(blocks).__name__}")
     if problems := check_quant(config):
         raise ValueError("; ".join(problems))
     if config.recompute == "block" and not (blocks := list(blocks)):
@@ -44,4 +95,4 @@ def compress_activations(config: QuantConfig, blocks: Iterable[nn.Module] = ()) 
     return nullcontext() if config.is_reference else ActivationMode(config, blocks)
 
 
-__all__ = ["REFERENCE", "ActivationMode", "compress_activations", "kernels"]
+__all__ = ["REFERENCE", "ActivationMode", "checkpointed", "compress_activations", "context_of", "kernels"]

@@ -7,16 +7,23 @@ while a memory is active in any thread.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+COMPILED = (
+    "a model that torch.compile has compiled within compress_activations: codes and recomputation break the compiler's"
+    " graph at every operator. Call the model itself (of torch.compile(model): compiled._orig_mod), or train the"
+    " compiled one without compress_activations"
+)
 _names: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, str]] = WeakKeyDictionary()  # of a root's modules
 
 
@@ -91,7 +98,7 @@ class _Followed(threading.local):
 
 
 _followed = _Followed()
-_lock, _users, _handles = threading.Lock(), 0, []
+_lock, _users, _following = threading.Lock(), 0, ExitStack()
 
 
 @contextmanager
@@ -101,8 +108,11 @@ def follow(sites: Sites) -> Iterator[None]:
     with _lock:
         _users += 1
         if _users == 1:
-            _handles.append(register_module_forward_pre_hook(_before))
-            _handles.append(register_module_forward_hook(_after))
+            _following.callback(register_module_forward_pre_hook(_before).remove)
+            _following.callback(register_module_forward_hook(_after).remove)
+            if "torch._dynamo.decorators" in sys.modules:  # else nothing can be compiled, and to load it takes seconds
+                # What torch.compile made runs as it was, so that the hooks see it.
+                _following.enter_context(torch.compiler.set_stance("force_eager"))
     before, _followed.sites = _followed.sites, sites
     try:
         yield
@@ -111,8 +121,7 @@ def follow(sites: Sites) -> Iterator[None]:
         with _lock:
             _users -= 1
             if _users == 0:
-                while _handles:
-                    _handles.pop().remove()
+                _following.close()
 
 
 def _before(module: nn.Module, inputs: tuple) -> None:
@@ -122,6 +131,8 @@ def _before(module: nn.Module, inputs: tuple) -> None:
                 "nn.DataParallel runs the model in threads of its own, in which nothing would be coded;"
                 " use one process a device (DistributedDataParallel) instead"
             )
+        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
+            raise RuntimeError(COMPILED)
         _followed.sites.enters(module)
 
 

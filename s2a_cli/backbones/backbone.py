@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,7 +21,7 @@ from s2a_cli.backbones.branches import Branch, find_branches, is_linear, linear_
 from s2a_cli.backbones.head import Head
 from s2a_cli.backbones.hidden import Hidden
 from s2a_cli.backbones.stored import Stored
-from s2a_cli.backbones.trace import LayoutError, find_blocks, layouts, run_without_data, trace
+from s2a_cli.backbones.trace import LayoutError, Sample, find_blocks, images_of, layouts, run_without_data, trace
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import first_line
 from s2a_cli.data.transforms import ImageConfig
@@ -55,27 +55,38 @@ class Block:
 class Backbone:
     """A classification model in which every parameter but the head's is frozen.
 
-    `model` is the one nn.Module. Modules that a method adds live in `model.s2a` and act through forward hooks. Raises
-    UserError where the model can't take its images, or does not return one logit a class.
+    `model` is the one nn.Module. Modules that a method adds live in `model.s2a` and act through forward hooks.
+    sample: what the model takes for one sample; an image [3, size, size] where it is left out. blocks: its repeated
+    blocks, where they are not to be found. Raises UserError where the model can't take its images, or does not return
+    one logit a class.
     """
 
-    def __init__(self, model: nn.Module, image: ImageConfig, head: Head):
+    def __init__(
+        self,
+        model: nn.Module,
+        image: ImageConfig,
+        head: Head,
+        *,
+        sample: Sample | None = None,
+        blocks: Collection[nn.Module] = (),
+    ):
         self.model, self.image, self.head = model, image, head
+        self._sample = sample or images_of(image.size)
         model.requires_grad_(False)
         for parameter in head.parameters():
             parameter.requires_grad_(True)
-        self._find_blocks()
+        self._find_blocks(blocks)
         self._pretrained = [name for name in model.state_dict() if not head.holds(name)]
         self._pretrained_parameters = sum(p.numel() for name, p in model.named_parameters() if not head.holds(name))
 
-    def _find_blocks(self) -> None:
+    def _find_blocks(self, given: Collection[nn.Module]) -> None:
         """Finds the blocks, or why there are none, by a forward pass without data.
 
         Raises UserError where the model can't take its images, or does not return one logit a class.
         """
         kind, size = type(self.model).__name__, self.image.size
         try:
-            seen = trace(self.model, size)
+            seen = trace(self.model, self._sample)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UserError(
                 f"backbone: what {kind} computes depends on values of its images: {first_line(error)}"
@@ -88,7 +99,7 @@ class Backbone:
         self._order = {module: seen.order[name] for name, module in self.model.named_modules()}
         self._ran = {found.module for found in seen.ran}
         self._blocks, self._problem = [], f"no repeated blocks were found in {kind}"
-        found = find_blocks(self.model, seen)
+        found = find_blocks(self.model, seen, given)
         self.parts = {block.name: block.module for block in found}  # the blocks, also where their layouts are not known
         try:
             states = layouts(found, seen, getattr(self.model, "num_prefix_tokens", 0))
@@ -180,7 +191,7 @@ class Backbone:
                 less = block.module.register_forward_hook(functools.partial(_one_less, block), prepend=True)
                 stack.callback(less.remove)
             try:
-                run_without_data(self.model, self.image.size)
+                run_without_data(self.model, self._sample)
             except Exception:  # models fail in ways of their own
                 return False
         return True

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,8 @@ from s2a_cli.backbones.hidden import Hidden
 from s2a_cli.common.dataless import Dataless
 from s2a_cli.memory.predict import dataless_tensors
 
-BATCH = 2  # images of the pass
+Sample = tuple[Tensor, ...]  # what a model is called with for one sample: tensors without the dimension of the batch
+BATCH = 2  # samples of the pass
 COVERS = 0.5  # share of a module's parameters that the blocks within it must have to replace it
 CHANNELS: dict[Callable, int] = {  # function -> the dimension in which its input has the channels
     **dict.fromkeys((F.linear, F.layer_norm, F.rms_norm, torch.layer_norm), -1),
@@ -54,7 +55,7 @@ class ModuleTrace:
     within: list[ModuleTrace] = field(default_factory=list)  # modules that ran directly within it, in order
     widths: set[int] = field(default_factory=set)  # numbers of channels of what layers within it read and return
     reads: int | None = None  # the dimension that a layer within it reads as the channels of `input`
-    joined: set[int] = field(default_factory=set)  # numbers of elements of what it adds up or concatenates by itself
+    joined: set[int] = field(default_factory=set)  # sizes of what it adds up or concatenates by itself, behind a layer
     attends: bool = False  # whether a softmax or fused attention runs within it
 
     @property
@@ -98,10 +99,16 @@ class Trace:
     output: Any  # of the model
 
 
-def run_without_data(model: nn.Module, image_size: int, watched: AbstractContextManager | None = None) -> Any:
-    """Returns what the model returns in evaluation for BATCH images of this size, with nothing in any tensor.
+def images_of(size: int) -> tuple[Tensor]:
+    """Returns what a model of square images takes for one sample: [3, size, size], without data."""
+    return (torch.empty(3, size, size, device="meta"),)
 
-    watched: entered around the pass. Raises what the model raises where it can't take the images.
+
+def run_without_data(model: nn.Module, sample: Sample, watched: AbstractContextManager | None = None) -> Any:
+    """Returns what the model returns in evaluation for BATCH samples, with nothing in any tensor.
+
+    sample: what it takes for one; only shapes are read, and dtypes where they are not floating. watched: entered around
+    the pass. Raises what the model raises where it can't take them.
     """
     training, parameter = model.training, next(model.parameters())
     with ExitStack() as stack:
@@ -115,12 +122,13 @@ def run_without_data(model: nn.Module, image_size: int, watched: AbstractContext
             stack.enter_context(dataless_tensors(model))
             parameter = next(model.parameters())
         stack.enter_context(watched or nullcontext())
-        images = torch.empty(BATCH, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
-        return model.eval()(images)
+        dtypes = [parameter.dtype if x.is_floating_point() else x.dtype for x in sample]
+        inputs = [torch.empty(BATCH, *x.shape, device=parameter.device, dtype=d) for x, d in zip(sample, dtypes)]
+        return model.eval()(*inputs)
 
 
-def trace(model: nn.Module, image_size: int) -> Trace:
-    """Runs the model once on images of this size in pixels. Raises what the model raises where it can't take them."""
+def trace(model: nn.Module, sample: Sample) -> Trace:
+    """Runs the model once on BATCH samples like this one. Raises what the model raises where it can't take them."""
     names = {module: name for name, module in model.named_modules()}
     ran: dict[nn.Module, ModuleTrace] = {}
     running: list[ModuleTrace] = []
@@ -146,7 +154,7 @@ def trace(model: nn.Module, image_size: int) -> Trace:
         for module in names:
             stack.callback(module.register_forward_pre_hook(begins, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(ends).remove)
-        output = run_without_data(model, image_size, _Evidence(running))
+        output = run_without_data(model, sample, _Evidence(running))
     order = {found.name: found.order for found in ran.values()}
     for name in names.values():
         if name not in order:  # a module whose parent computes with its tensors takes the place of that parent
@@ -174,7 +182,7 @@ class _Evidence(TorchFunctionMode):
                 found.widths |= {x.shape[CHANNELS[func]] for x in (args[0], out) if x.ndim > 1}
                 if args[0] is found.input and found.reads is None:
                     found.reads = CHANNELS[func] % args[0].ndim
-        elif func in JOINS and isinstance(out, Tensor) and self.running:
+        elif func in JOINS and isinstance(out, Tensor) and self.running and self.running[-1].widths:
             self.running[-1].joined.add(out.numel())
         elif func in ATTENDS:
             for found in self.running:
@@ -182,19 +190,22 @@ class _Evidence(TorchFunctionMode):
         return out
 
 
-def find_blocks(model: nn.Module, seen: Trace) -> list[ModuleTrace]:
+def find_blocks(model: nn.Module, seen: Trace, given: Collection[nn.Module] = ()) -> list[ModuleTrace]:
     """Returns the repeated blocks of a model, each of which maps one hidden state to the next, in order; maybe none.
 
-    They are the blocks that timm counts for its layer decay. Where such a block is a sequence of finer ones, the finer
-    ones are taken, down to modules that add something to their input. Where timm names none, they are found from the
-    root down.
+    given: the blocks, where they are known. Otherwise they are the blocks that timm counts for its layer decay. Where
+    such a block is a sequence of finer ones, the finer ones are taken, down to modules that add something to their
+    input. Where timm names none, they are found from the root down; where nothing adds to its input, they are the
+    modules of one class with most of the parameters that run one after another.
     """
+    if given:
+        return [found for found in seen.ran if found.module in given and found.maps]
     root, patterns = seen.ran[0], _block_patterns(model)
     named = [r for r in seen.ran if r is not root and any(re.fullmatch(p.rstrip("$"), r.name) for p in patterns)]
     named = _without_shared_inputs([r for r in named if r.maps and r.layers], seen.ran)
     if not named:
         inner = [block for unit in _units(root) for block in _expanded(unit)]
-        named = [block for block in inner if block.is_residual and block.input is not root.input]
+        named = [block for block in inner if block.is_residual and block.input is not root.input] or _repeated(seen.ran)
     return sorted({block for found in named for block in _expanded(found)}, key=lambda block: block.order)
 
 
@@ -206,6 +217,20 @@ def _block_patterns(model: nn.Module) -> list[str]:
     if isinstance(patterns, str):
         return [patterns]
     return [pattern for pattern, fixed in patterns if fixed is None]
+
+
+def _repeated(ran: list[ModuleTrace]) -> list[ModuleTrace]:
+    """Returns the modules of one class, with modules within, that run beside each other; maybe none.
+
+    Of several such groups it is the one with most parameters.
+    """
+    groups: dict[tuple[ModuleTrace, type], list[ModuleTrace]] = {}
+    for parent in ran:
+        for found in parent.within:
+            if found.maps and found.layers and found.within:
+                groups.setdefault((parent, type(found.module)), []).append(found)
+    repeated = (group for group in groups.values() if len({id(found.input) for found in group}) == len(group) > 1)
+    return max(repeated, key=lambda group: sum(found.size for found in group), default=[])
 
 
 def _without_shared_inputs(blocks: list[ModuleTrace], ran: list[ModuleTrace]) -> list[ModuleTrace]:

@@ -11,7 +11,7 @@ import math
 import re
 import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field, is_dataclass, make_dataclass
 from pathlib import Path
@@ -113,6 +113,24 @@ def recompose(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
             except UNFIT as error:
                 problems[key] = f"{brief(override.input_line)}: can't be set ({first_line(error)})"
     return _judged(loaded, problems)
+
+
+def compose_method(names: Sequence[str], settings: Mapping[str, Any]) -> DictConfig:
+    """Returns the config of a method that is made of these structures, with its settings as Python values.
+
+    Settings of one structure among several stand under its name: {"side": {"heads": 2}}. Raises UserError as `compose`
+    does.
+    """
+    problems: Problems = {}
+    words = _readable([f"method=[{','.join(map(str, names))}]"], CONF, problems)
+    if problems:
+        raise UserError("\n".join(problems.values()))
+    loaded = _load(words, CONF, problems)
+    try:
+        loaded.method = merge(loaded.method, settings)
+    except UNFIT as error:
+        raise UserError(f"method: can't be set ({first_line(error)})") from None
+    return _judged(loaded, problems).method
 
 
 def composable(overrides: list[str]) -> list[str]:
@@ -376,6 +394,8 @@ def _unknown(values: DictConfig, typed: DictConfig, key: str, prefix: str) -> st
         full, inner = f"{full}.{next(iter(inner))}", inner._get_node(next(iter(inner)))
     root = cast(DictConfig, typed._get_root())
     paths = [path for path, _ in leaves(root)]
+    nodes = dict.fromkeys(path.rsplit(".", up)[0] for path in paths for up in range(1, path.count(".")))
+    paths += nodes
     last = {path: path.split(".")[-1] for path in paths}
     close = difflib.get_close_matches(full.split(".")[-1], set(last.values()), n=1)  # or the right name elsewhere
     same = [path for path in paths if last[path] in close]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, cast
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
+from s2a_cli.common.text import nearest
+from s2a_cli.config.overrides import CONF
 from s2a_cli.config.rules import NAME, PATH, number, numbers, one_of, pattern
 from s2a_cli.config.settings import setting
 
@@ -79,7 +81,8 @@ OF_BITS: Any = "${.bits}"  # a default that refers to `bits` of the same config
 class QuantConfig:
     """Settings of what is kept for the backward pass: bits an element, and what is computed again.
 
-    A family of operators without bits (null) keeps what PyTorch itself keeps.
+    A family of operators without bits (null) keeps what PyTorch itself keeps. In Python, `QuantConfig(bits=4)` makes
+    one from its settings, and `QuantConfig.named("tiny")` one of those that `s2a ls quants` lists.
     """
 
     name: str = setting(help="the name in tables", rule=NAME)
@@ -133,6 +136,27 @@ class QuantConfig:
             setattr(made, name, OF_BITS)
         return made
 
+    @classmethod
+    def named(cls, name: str, **settings: Any) -> QuantConfig:
+        """Returns the settings that a name such as "tiny" stands for on the command line, with these changes.
+
+        Raises ValueError for another name, for "auto", which measures a model first, and for unknown settings.
+        """
+        known = [path.stem for path in sorted((CONF / "quant").glob("*.yaml")) if path.stem != "auto"]
+        if name not in known:
+            raise ValueError(f"quant={name!r}: expected one of {', '.join(known)}{nearest(str(name), known)}")
+        stored = OmegaConf.to_container(OmegaConf.load(CONF / "quant" / f"{name}.yaml"))
+        return cls(**cast(dict[str, Any], stored)).changed(**settings)
+
+    def changed(self, **settings: Any) -> QuantConfig:
+        """Returns these settings with changes. Raises ValueError for those that there are not."""
+        names = [field.name for field in fields(self)]
+        if odd := next((name for name in settings if name not in names), None):
+            raise ValueError(f"{odd}: no such setting; accepted: {', '.join(names)}{nearest(odd, names)}")
+        if "bits" in settings:  # of those families that follow it
+            settings = {name: settings["bits"] for name in CODED if getattr(self, name) == self.bits} | settings
+        return replace(self, **settings)
+
     @property
     def is_reference(self) -> bool:
         """Whether exactly what PyTorch itself keeps is kept, by one pass over the batch."""
@@ -141,10 +165,7 @@ class QuantConfig:
 
     def of_block(self, number: int) -> QuantConfig:
         """Returns the settings of one block: these, changed by what `blocks` says about it."""
-        own = dict(self.blocks.get(number, {}))
-        if "bits" in own:
-            own = {name: own["bits"] for name in CODED if getattr(self, name) == self.bits} | own
-        return replace(self, **own)
+        return self.changed(**self.blocks.get(number, {}))
 
 
 @dataclass

@@ -7,7 +7,7 @@ takes about a second and next to no memory. What a CUDA device does differently 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,6 +110,25 @@ def saved_bytes(function: Callable[[], Any], model: nn.Module | None = None) -> 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = function()  # noqa: F841  held until the count is done
     return sum(storage.nbytes() for storage in saved.values())
+
+
+def inputs_of(model: nn.Module, batch: Tensor | Sequence[Tensor] | Sequence[int]) -> list[Tensor]:
+    """Returns the tensors that a model is called with, as described: one, several, or the shape of one.
+
+    A shape stands for a tensor on the meta device in the dtype of the weights. Raises ValueError for what is neither.
+    """
+    if isinstance(batch, Tensor):
+        return [batch]
+    tensors = [item for item in batch if isinstance(item, Tensor)]
+    shape = [item for item in batch if isinstance(item, int) and item > 0]
+    if tensors and len(tensors) == len(batch):
+        return tensors
+    if not shape or len(shape) < len(batch):
+        raise ValueError(
+            f"batch={list(batch)}: expected tensors, or a shape of integers of at least 1, such as (64, 3, 224, 224)"
+        )
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return [torch.empty(shape, device="meta", dtype=dtype)]
 
 
 @contextmanager

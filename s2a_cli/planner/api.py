@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from s2a_cli.activations import compress_activations
 from s2a_cli.config.schema import QuantConfig
 from s2a_cli.memory.breakdown import Profile
-from s2a_cli.memory.predict import profile
+from s2a_cli.memory.predict import inputs_of, profile
 from s2a_cli.training.step import AUTOCAST
 
 
@@ -25,7 +25,7 @@ def predict_memory(
     targets: Tensor | None = None,
     optimizer: Callable[[list[nn.Parameter]], Optimizer] = torch.optim.AdamW,
     precision: str = "fp32",
-    quant: QuantConfig | None = None,
+    quant: QuantConfig | str | None = None,
     blocks: Mapping[str, nn.Module] | None = None,
 ) -> Profile:
     """Predicts the memory of one training step of a model on CUDA: forward, loss, backward, update. Needs no GPU.
@@ -41,7 +41,8 @@ def predict_memory(
     targets: of the batch, such as torch.empty(64, dtype=torch.long).
     optimizer: called with the list of trainable parameters.
     precision: fp32 (the model and the batch as they are), amp-bf16 or amp-fp16 (under autocast).
-    quant: what is kept for the backward pass, as `compress_activations` takes it; None keeps what PyTorch itself keeps.
+    quant: what is kept for the backward pass, as `compress_activations` takes it: a QuantConfig, or a name such as
+        "tiny"; None keeps what PyTorch itself keeps.
     blocks: {name: module} that the breakdown tells apart, and that `quant.recompute` and `quant.chunks` are about.
 
     Returns a Profile: `memory` (peak, static and kept MiB; its kind is "predicted"), `parts` (what is alive at the
@@ -55,7 +56,7 @@ def predict_memory(
         raise ValueError("the model has no parameter with requires_grad: there is nothing to train")
     if targets is not None and loss is None:
         raise ValueError("targets need a loss(output, targets)")
-    inputs = _inputs(model, batch)
+    inputs = inputs_of(model, batch)
     compressing = compress_activations(quant, (blocks or {}).values()) if quant else nullcontext()
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "amp-fp16")
 
@@ -78,22 +79,6 @@ def predict_memory(
         return optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
 
     return profile(model, [*inputs, *([] if targets is None else [targets])], step, make_optimizer, blocks)
-
-
-def _inputs(model: nn.Module, batch: Tensor | Sequence[Tensor] | Sequence[int]) -> list[Tensor]:
-    """Returns the tensors that the model is called with. Raises ValueError for what is neither tensors nor a shape."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    tensors = [item for item in batch if isinstance(item, Tensor)]
-    shape = [item for item in batch if isinstance(item, int) and item > 0]
-    if tensors and len(tensors) == len(batch):
-        return tensors
-    if not shape or len(shape) < len(batch):
-        raise ValueError(
-            f"batch={list(batch)}: expected tensors, or a shape of integers of at least 1, such as (64, 3, 224, 224)"
-        )
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return [torch.empty(shape, device="meta", dtype=dtype)]
 
 
 def _mean(output: object) -> Tensor:

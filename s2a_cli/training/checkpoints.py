@@ -38,8 +38,8 @@ TRAINED = "trained_buffers"  # the attribute by which a module names buffers tha
 CALIBRATION = "calibration."  # before the names of what the codes of a run were fitted to
 
 
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns copies on the CPU of what a run changes.
+def trained_names(model: nn.Module) -> set[str]:
+    """Returns the names of the tensors of a model that training changes.
 
     These are trainable parameters, statistics of BatchNorms that move, and the buffers that a module names in
     its `trained_buffers`.
@@ -50,6 +50,12 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
         if module in moving:
             changed |= {f"{prefix}.{name}" for name, _ in module.named_buffers()}
         changed |= {f"{prefix}.{name}" for name in getattr(module, TRAINED, ())}
+    return changed
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Returns copies on the CPU of what a run changes, see `trained_names`."""
+    changed = trained_names(model)
     return {name: t.detach().cpu().clone() for name, t in model.state_dict().items() if name in changed}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, TypeVar, cast
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from s2a_cli import data
-from s2a_cli.activations import ActivationMode, compress_activations
+from s2a_cli.activations import ActivationMode, context_of
 from s2a_cli.config.schema import OptimConfig, QuantConfig, RunConfig
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.deep_supervision import losses_of
@@ -44,18 +44,27 @@ def stays_in_pixels(config: OptimConfig | DictConfig) -> bool:
     return config.micro_batch is not None and not (config.mixup or config.cutmix)
 
 
-def moving_norms(model: nn.Module) -> list[nn.Module]:
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Returns the BatchNorms of a model."""
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def moving_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """Returns the BatchNorms whose weight trains: they use the batch's statistics and move their running ones."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    return [norm for norm in norms if norm.weight is not None and norm.weight.requires_grad]
+    return [norm for norm in batch_norms(model) if norm.weight is not None and norm.weight.requires_grad]
 
 
 def train_mode(model: nn.Module) -> None:
     """Puts a model into training mode, in which all other BatchNorms stay on their pretrained statistics."""
-    moving = set(moving_norms(model.train()))
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in moving:
-            module.eval()
+    hold_norms(model.train())
+
+
+def hold_norms(model: nn.Module) -> None:
+    """Puts the BatchNorms of a model that do not train on their pretrained statistics."""
+    moving = set(moving_norms(model))
+    for norm in batch_norms(model):
+        if norm not in moving:
+            norm.eval()
 
 
 def make_optimizer(config: OptimConfig, model: nn.Module, attached: Attachment | None = None) -> Optimizer:
@@ -64,15 +73,24 @@ def make_optimizer(config: OptimConfig, model: nn.Module, attached: Attachment |
     Weight decay is on weight matrices only, never on biases, norms and prompts. attached: what multiplies the learning
     rate of some modules.
     """
-    rates = attached.learning_rates if attached else ()
+    groups = parameter_groups(model, config.lr, config.weight_decay, attached.learning_rates if attached else ())
+    return SGD(groups, momentum=config.momentum) if config.name == "sgd" else AdamW(groups)
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, rates: Iterable[tuple[nn.Module, float]] = ()
+) -> list[dict[str, Any]]:
+    """Returns the trainable parameters of a model as groups for an optimiser, by learning rate and weight decay.
+
+    Weight decay is on weight matrices only. rates: (module, factor) of modules whose learning rate is another.
+    """
     scales = {p: factor for module, factor in rates for p in module.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # (learning rate, weight decay)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            decay = config.weight_decay if name.endswith("weight") and p.ndim > 1 else 0.0
-            groups.setdefault((config.lr * scales.get(p, 1.0), decay), []).append(p)
-    listed = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
-    return SGD(listed, momentum=config.momentum) if config.name == "sgd" else AdamW(listed)
+            decay = weight_decay if name.endswith("weight") and p.ndim > 1 else 0.0
+            groups.setdefault((lr * scales.get(p, 1.0), decay), []).append(p)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
 class Step:
@@ -94,7 +112,7 @@ class Step:
         self.dtype = weight_dtype(config.precision)
         # Operators read it at every call: a plain dataclass is ten times faster.
         quant = OmegaConf.to_object(config.quant) if isinstance(config.quant, DictConfig) else config.quant
-        self.memory = compress_activations(cast(QuantConfig, quant), attached.blocks)
+        self.memory = context_of(cast(QuantConfig, quant), attached.blocks)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
         self._sum: GradientSum | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp-fp16")

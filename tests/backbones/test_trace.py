@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from s2a_cli import backbones
-from s2a_cli.backbones.trace import LayoutError, find_blocks, layouts, trace
+from s2a_cli.backbones.trace import LayoutError, find_blocks, images_of, layouts, trace
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import BackboneConfig
@@ -175,7 +175,7 @@ class Ambiguous(Plain):
 
 def test_a_layout_that_can_not_be_known_is_refused():
     model = Ambiguous()
-    seen = trace(model, 32)
+    seen = trace(model, images_of(32))
     blocks = find_blocks(model, seen)
     assert [block.name for block in blocks] == ["blocks.0", "blocks.1"]
     with pytest.raises(LayoutError, match=r"the layout of \[16, 16, 16\] at blocks.0 can't be told"):

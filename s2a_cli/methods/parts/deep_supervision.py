@@ -26,6 +26,17 @@ def losses_of(
     return torch.stack([criterion(one, targets) for one in (logits if logits.ndim == 3 else [logits])])
 
 
+def mean_logits(logits: Tensor) -> Tensor:
+    """Returns the mean of the logits of several heads [heads, B, classes], [B, classes].
+
+    Its probabilities are the heads' geometric mean, normalised (the logarithmic opinion pool, Heskes 1998). With
+    p_h = softmax(logits[h]) and targets t that add up to 1, its cross entropy is mean_h CE(logits[h], t) - D, where
+    D = -log sum_c prod_h p_h(c)^(1 / heads) >= 0 is the heads' disagreement, which knows no targets. The gradient of
+    each head's logits is (softmax(mean) - t) / heads.
+    """
+    return logits.mean(0)
+
+
 class AuxiliaryHeads(nn.Module):
     """Collects the auxiliary logits of a forward pass.
 

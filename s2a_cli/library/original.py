@@ -1,0 +1,73 @@
+"""Remembers a model as it was found: its modules, hooks, flags and the tensors that are about to be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# The tables of a module: what it holds, and the hooks around its calls.
+TABLES = (
+    *("_modules", "_parameters", "_buffers"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
+
+
+@dataclass
+class Tables:
+    """Holds the tables of one module, each with a copy of what is in it, and whether the module was in training."""
+
+    tables: dict[str, tuple[dict[Any, Any], dict[Any, Any]]]
+    training: bool
+
+
+class Original:
+    """Holds what a model is before something is attached to it, and puts it back.
+
+    It keeps the tables themselves, so that the handles of hooks that were there before go on working.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._modules = {
+            module: Tables(
+                {name: (table, dict(table)) for name in TABLES for table in [getattr(module, name)]}, module.training
+            )
+            for module in model.modules()
+        }
+        self._flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        self._values: list[tuple[Tensor, Tensor]] = []  # a tensor of the model, and a copy of it
+
+    def keep_values(self, names: Iterable[str]) -> None:
+        """Copies the tensors of these names that were there before: their values come back, too."""
+        before = {id(tensor) for module in self._modules.values() for tensor in self._tensors(module)}
+        state = self.model.state_dict(keep_vars=True)
+        self._values = [(state[name], state[name].detach().clone()) for name in names if id(state[name]) in before]
+
+    @staticmethod
+    def _tensors(module: Tables) -> list[Tensor]:
+        """Returns the parameters and buffers that a module had."""
+        tables = (module.tables[name][1] for name in ("_parameters", "_buffers"))
+        return [tensor for table in tables for tensor in table.values() if tensor is not None]
+
+    def put_back_flags(self) -> None:
+        """Has the parameters of before require a gradient as they did then."""
+        for parameter, flag in self._flags.items():
+            parameter.requires_grad_(flag)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Makes the model what it was."""
+        for module, found in self._modules.items():
+            for name, (table, content) in found.tables.items():
+                table.clear()
+                table.update(content)
+                setattr(module, name, table)
+            module.training = found.training
+        self.put_back_flags()
+        for tensor, value in self._values:
+            tensor.copy_(value)
