@@ -110,7 +110,7 @@ def _classifiers(model: nn.Module, known: dict, seen: Trace, classes: int) -> di
     weights = [layer.get_parameter("weight") for layer in found.values()]
     if not weights or any(len(w) != classes or w[0].numel() != w.shape[1] for w in weights):
         raise UserError(
-            f"{type(model).__name__} has no classifier: its last linear layer does not return the {classes} numbers that"
-            " it returns; give it one (of timm: num_classes=), or name it as head="
+            f"{type(model).__name__} has no classifier: its last linear layer does not return the {classes} numbers"
+            " that it returns; give it one (of timm: num_classes=), or name it as head="
         )
     return found

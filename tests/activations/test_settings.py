@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import nn
 
-from s2a_cli.activations import ActivationMode, compress_activations
+from s2a_cli.activations import ActivationMode, checkpointed, compress_activations
 from s2a_cli.config.compose import compose, groups
 from s2a_cli.config.schema import CODED, QuantConfig
 
@@ -28,10 +31,50 @@ def test_a_preset_is_the_same_from_python(name):
     composed = OmegaConf.to_object(compose([f"quant={name}"]).quant)
     usual = QuantConfig(bits=composed.bits)
     given = {key: value for key, value in vars(composed).items() if value != getattr(usual, key)}
-    assert QuantConfig(bits=composed.bits, **given) == composed
+    assert QuantConfig(bits=composed.bits, **given) == composed == QuantConfig.named(name)
     said = compose([f"quant={name}", "quant.bits=3"]).quant
     follow = [family for family in CODED if getattr(composed, family) == composed.bits]
+    assert QuantConfig.named(name, bits=3) == OmegaConf.to_object(said)
     assert all(said[family] == (3 if family in follow else getattr(composed, family)) for family in CODED)
+
+
+def test_a_name_and_keywords_make_the_same_context():
+    block = nn.Sequential(nn.Linear(2, 2))
+    for found, wanted in (
+        (compress_activations(bits=4, norm=8), QuantConfig(bits=4, norm=8)),
+        (compress_activations("int4", group=32), QuantConfig.named("int4", group=32)),
+        (compress_activations("tiny", block), QuantConfig(recompute="block", input=8, chunks=None)),
+        (checkpointed(block, bits=16), QuantConfig(lossless=False, recompute="block", input=16)),
+        (compress_activations(), QuantConfig()),
+    ):
+        assert isinstance(found, ActivationMode) and replace(found.config, name=wanted.name) == wanted
+    assert isinstance(compress_activations("none"), nullcontext)
+
+
+def test_checkpointed_blocks_have_the_gradients_of_stock():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.LayerNorm(6)) for _ in range(3))).double()
+    x, found = torch.randn(4, 6, dtype=torch.float64), []
+    for memory in (nullcontext(), checkpointed(model), checkpointed(model, chunks=2)):
+        with memory:
+            loss = model(x).square().sum()
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+    for exact, whole, halves in zip(*found):
+        assert torch.equal(whole, exact)
+        torch.testing.assert_close(halves, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("tinny", "quant='tinny': expected one of .*did you mean 'tiny'"),
+        ("auto", "quant='auto': expected one of"),
+        (QuantConfig(name="tiny"), r"has a name and no settings; those of that name are QuantConfig\.named\('tiny'\)"),
+    ],
+    ids=str,
+)
+def test_a_name_that_does_not_do_what_it_says_is_refused(config, said):
+    with pytest.raises(ValueError, match=said):
+        compress_activations(config)
 
 
 def test_settings_of_one_block():
