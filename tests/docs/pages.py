@@ -10,7 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NEEDS = ("network", "gpu", "photos", "minutes", "a SLURM cluster", "lightning")
+PACKAGES = ("lightning",)  # whose blocks are run where they are installed
+NEEDS = ("network", "gpu", "photos", "minutes", "a SLURM cluster", *PACKAGES)
 FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"<!-- (needs|given): ([^()\n]+?)(?: \(.*\))? -->\n\Z")
 PROGRAMS = (

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import NEEDS, PAGES, ROOT, applied, blocks, commands, name, printed, slug
+from pages import NEEDS, PACKAGES, PAGES, ROOT, applied, blocks, commands, name, printed, slug
 
 from s2a_cli.cli.commands import COMMANDS, TABLE
 from s2a_cli.cli.main import main
@@ -136,7 +136,8 @@ def test_blocks_run(page, place, tmp_path):
     for block in blocks(page):
         if block.given == "the files above" or block.title:
             continue
-        if block.language == "python" and all(map(importlib.util.find_spec, block.needs)):  # a package, or none
+        there = all(need in PACKAGES and importlib.util.find_spec(need) for need in block.needs)
+        if block.language == "python" and there:
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
                 exec(compile(block.text, block.place, "exec"), {"__name__": "__main__"})
