@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from s2a_cli.common import tensor_files
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.tensor_files import Unreadable
-from s2a_cli.common.text import brief, first_line, listed
+from s2a_cli.common.text import first_line, listed
+from s2a_cli.config.paths import EMBEDDED, missing_checkpoint
 
-EMBEDDED = "embedded:"  # prefix of a checkpoint that ships in s2a_cli/weights/
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")  # keys under which training scripts save
 BESIDE = 64 * 2**20  # bytes of a .npz beside four times the model's: a head of 21,843 classes
 
@@ -35,7 +35,7 @@ def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
     """
     path = _file(checkpoint)
     if not tensor_files.is_file(path):
-        raise UserError(f"backbone.checkpoint={brief(checkpoint, 200)}: no such file")
+        raise UserError(missing_checkpoint(checkpoint))
     if path.suffix == ".npz":
         return _load_npz(model, path)
     state = _read_tensors(path, model)

@@ -55,7 +55,7 @@ class ModuleTrace:
     within: list[ModuleTrace] = field(default_factory=list)  # modules that ran directly within it, in order
     widths: set[int] = field(default_factory=set)  # numbers of channels of what layers within it read and return
     reads: int | None = None  # the dimension that a layer within it reads as the channels of `input`
-    joined: set[int] = field(default_factory=set)  # sizes of what it adds up or concatenates by itself, behind a layer
+    joined: set[int] = field(default_factory=set)  # numbers of elements of what it adds up or concatenates by itself
     attends: bool = False  # whether a softmax or fused attention runs within it
 
     @property
@@ -182,8 +182,9 @@ class _Evidence(TorchFunctionMode):
                 found.widths |= {x.shape[CHANNELS[func]] for x in (args[0], out) if x.ndim > 1}
                 if args[0] is found.input and found.reads is None:
                     found.reads = CHANNELS[func] % args[0].ndim
-        elif func in JOINS and isinstance(out, Tensor) and self.running and self.running[-1].widths:
-            self.running[-1].joined.add(out.numel())
+        elif func in JOINS and isinstance(out, Tensor) and self.running:
+            if not any(isinstance(x, nn.Parameter) for x in args[:2]):  # as positions of tokens are: a bias, no branch
+                self.running[-1].joined.add(out.numel())
         elif func in ATTENDS:
             for found in self.running:
                 found.attends = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,8 +35,6 @@ class Command:
 
 def composed(words: list[str]) -> Any:
     """Returns the config that the words compose; raises UserError with all that is wrong with them."""
-    with imports():
-        import s2a_cli.methods  # noqa: F401 (its structures declare their settings)
     from s2a_cli.config.compose import compose
 
     return compose(words)
@@ -48,6 +47,11 @@ def train(words: list[str]) -> int:
 
         words = resolved(words)
     config = composed([word for word in words if not word.startswith("--")])
+    from s2a_cli.config.paths import check_paths
+
+    check_paths(config)
+    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun the first alone speaks
+        print(f"{_headline(config)}, seed {config.seed}", flush=True)
     with imports():
         from s2a_cli.common.distributed import silenced
         from s2a_cli.results import aggregate, summary
@@ -128,9 +132,13 @@ def validate(words: list[str]) -> int:
 
     config = composed(words)
     keys = ("optim.lr", "optim.epochs", "optim.batch_size", "precision", "seed")
-    chosen = [f"{group}={config[group].name}" for group in ("backbone", "method", "quant", "dataset", "optim")]
-    print("ok:", *chosen, *(f"{key}={OmegaConf.select(config, key)}" for key in keys))
+    print("ok:", _headline(config), *(f"{key}={OmegaConf.select(config, key)}" for key in keys))
     return 0
+
+
+def _headline(config: Any) -> str:
+    """Returns the groups of a config with what was chosen of each."""
+    return " ".join(f"{group}={config[group].name}" for group in ("backbone", "method", "quant", "dataset", "optim"))
 
 
 # The options of `table`; other words choose runs.

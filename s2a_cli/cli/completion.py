@@ -7,14 +7,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from s2a_cli.cli.commands import COMMANDS
-from s2a_cli.cli.deferred import imports
 from s2a_cli.cli.main import FLAGS
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import nearest
 from s2a_cli.config.compose import composable, hydra_on, method_schema
 from s2a_cli.config.overrides import CONF
-from s2a_cli.config.schema import STRUCTURES, RunConfig
+from s2a_cli.config.schema import RunConfig
 from s2a_cli.config.settings import merge, plain, rule_of, walk
+from s2a_cli.config.structures import STRUCTURES
 
 SCRIPTS = {
     "bash": r"""
@@ -80,9 +80,6 @@ def _settings(before: list[str], word: str) -> list[str]:
     rule = next((rule_of(schema, name) for full, schema, name in walk(RunConfig) if full == key), None)
     if equals and rule and rule.choices:
         return [f"{key}={choice}" for choice in rule.choices if choice.startswith(value)]
-    if word.startswith("method."):
-        with imports():
-            import s2a_cli.methods  # noqa: F401 (its structures declare their settings)
     with hydra_on(CONF) as loader:
         with_schema: Any = _WithSchema(loader)
         found = DefaultCompletionPlugin(with_schema)._query("config", " ".join([*composable(before), word]))
@@ -106,6 +103,6 @@ class _WithSchema:
         del schema["method"]
         merged = merge(schema, loaded)
         name = loaded.method.get("name")
-        if name in STRUCTURES:  # filled where a setting of a structure is asked for
+        if name in STRUCTURES:
             merged.method = merge(plain(OmegaConf.structured(method_schema(name))), merged.method)
         return merged

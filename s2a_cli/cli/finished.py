@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from s2a_cli.cli.deferred import imports
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import is_there
 from s2a_cli.common.text import counted, listed, printable
@@ -45,8 +44,6 @@ def recomposed(words: list[str]) -> Any:
 
     folder, overrides = _finished(words)
     stored = record.read_result(folder)["config"]
-    with imports():
-        import s2a_cli.methods  # noqa: F401
     from s2a_cli.config.compose import recompose
 
     return recompose(stored, overrides)

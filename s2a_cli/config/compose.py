@@ -25,7 +25,7 @@ from s2a_cli.common.text import brief, first_line, nearest
 from s2a_cli.config.checks import check
 from s2a_cli.config.overrides import CONF, groups, offered, read, refuse_explosions
 from s2a_cli.config.rules import Rule, show
-from s2a_cli.config.schema import OLDER_VALUES, STRUCTURES, MethodConfig, RunConfig, SweepConfig
+from s2a_cli.config.schema import OLDER_VALUES, MethodConfig, RunConfig, SweepConfig
 from s2a_cli.config.settings import (
     declared,
     default_of,
@@ -38,6 +38,7 @@ from s2a_cli.config.settings import (
     rule_of,
     schema_of,
 )
+from s2a_cli.config.structures import STRUCTURES
 from s2a_cli.config.trust import check_kwargs, check_stored
 
 OmegaConf.register_new_resolver("times", lambda *factors: math.prod(map(float, factors)), replace=True)
@@ -244,8 +245,6 @@ def _options(loader: Any, group: str, words: list[str]) -> list[str]:
 
 def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
     """Returns `loaded` as a resolved RunConfig. Raises UserError with all problems when there are any."""
-    if not STRUCTURES:
-        raise RuntimeError("import s2a_cli.methods first: its structures declare the settings of method=")
     typed = OmegaConf.structured(RunConfig)
     found: Problems = {}
     for key, values in OLDER_VALUES.items():

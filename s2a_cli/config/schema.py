@@ -13,7 +13,6 @@ from s2a_cli.config.rules import NAME, PATH, number, numbers, one_of, pattern
 from s2a_cli.config.settings import setting
 
 OLDER_VALUES = {"dataset.cache": {"taps": "features"}}  # of version 0.1.0 -> as they are called now
-STRUCTURES: dict[str, type] = {}  # name -> the settings of a structure; s2a_cli.methods fills it when imported
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet
 
 AT_LEAST_1 = number("an integer of at least 1", lambda value: value >= 1)

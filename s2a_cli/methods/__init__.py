@@ -12,7 +12,6 @@ import pkgutil
 from typing import Any
 
 from s2a_cli.backbones import Backbone
-from s2a_cli.config.schema import STRUCTURES as SETTINGS
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import Structure
 
@@ -23,7 +22,6 @@ STRUCTURES: dict[str, type[Structure]] = {
     for module in pkgutil.iter_modules(__path__)
     if module.name not in ("base", "attachment") and not module.ispkg
 }
-SETTINGS.update({name: structure.Settings for name, structure in STRUCTURES.items()})
 
 
 def keeps_codable(name: str) -> bool:

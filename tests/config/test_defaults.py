@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-import s2a_cli.methods  # noqa: F401 (its structures declare their settings)
 from s2a_cli.config.overrides import CONF
 from s2a_cli.config.schema import (
-    STRUCTURES,
     BackboneConfig,
     DatasetConfig,
     MethodConfig,
@@ -18,6 +16,7 @@ from s2a_cli.config.schema import (
     SweepConfig,
 )
 from s2a_cli.config.settings import help_of, plain, walk
+from s2a_cli.config.structures import STRUCTURES
 
 GROUPS = {"backbone": BackboneConfig, "quant": QuantConfig, "dataset": DatasetConfig, "optim": OptimConfig}
 SCHEMAS = {

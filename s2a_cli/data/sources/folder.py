@@ -9,6 +9,7 @@ from pathlib import Path
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import reason, sha256_of
 from s2a_cli.common.text import counted, listed, printable
+from s2a_cli.config.paths import missing_folder
 from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data.archives import SUFFIXES, extract_once
 from s2a_cli.data.images import EXTENSIONS, INSTALL, ImageFiles
@@ -64,7 +65,7 @@ def _open_root(root: Path, cache: Path) -> Path:
     except OSError as error:  # a folder above that may not be entered, a name too long
         raise UserError(f"dataset.root={printable(root)} cannot be read ({reason(error)})") from error
     if not there:
-        raise UserError(f"dataset.root={printable(root)} does not exist; give a folder of images, or an archive of one")
+        raise UserError(missing_folder("root", root))
     if not root.name.lower().endswith(SUFFIXES):
         raise UserError(f"dataset.root={printable(root)} is neither a folder nor an archive ({', '.join(SUFFIXES)})")
     digest = sha256_of(root)
