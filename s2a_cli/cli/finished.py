@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from s2a_cli.cli.deferred import imports
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import is_there
 from s2a_cli.common.text import counted, listed, printable
