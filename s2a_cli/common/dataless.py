@@ -8,6 +8,7 @@ faster than fake tensors throughout, and dispatch, autocast and autograd are tho
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any, ClassVar
 
@@ -19,22 +20,29 @@ from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 AS_IT_IS = object()  # marks an operator that is run as it is: it touches no data, or returns its input's storage
+MAKES_SPARSE = (aten._sparse_coo_tensor_with_dims_and_tensors.default, aten._sparse_coo_tensor_unsafe.default)
+CHOOSES = (aten.nonzero.default, aten.masked_select.default, aten.index.Tensor)  # as many as a mask has that are true
 DETERMINISTIC: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
 
 
 class Dataless(TorchDispatchMode):
     """A mode in which views are real, in-place operators do nothing and all others return new dataless tensors.
 
-    Reading a value (`loss.item()`, Adam's step counter) gives 1, and a GradScaler finds all gradients finite. Raises
-    torch's DataDependentOutputException or DynamicOutputShapeException where a shape depends on values.
+    Reading a value (`loss.item()`, Adam's step counter) gives 1, and a GradScaler finds all gradients finite. A sparse
+    tensor is made of dataless ones. Raises torch's DataDependentOutputException or DynamicOutputShapeException where a
+    shape depends on values, and NotImplementedError for other operators on sparse tensors than those of autograd; each
+    names the operator.
+
+    at_most: masks choose all that they can, so that what depends on their values has its largest shape.
     """
 
     active = 0  # how many of these modes are entered
     _returns: ClassVar[dict[Any, Any]] = {}  # operator -> what _returns says of it
     _known: ClassVar[dict[tuple, Any]] = {}  # operator and what it was called with -> its results; for all predictions
 
-    def __init__(self) -> None:
+    def __init__(self, at_most: bool = False) -> None:
         super().__init__()
+        self._at_most = at_most
         self._fake = FakeTensorMode()
         self._fake.cache_enabled = False  # PyTorch's cache takes longer than it saves, as nothing is asked twice
         self._finite: dict[int, weakref.ref] = {}  # address -> storage of a GradScaler's flag of infinite gradients
@@ -69,7 +77,12 @@ class Dataless(TorchDispatchMode):
         if None not in returns:  # in place
             same = [args[i] if i < len(args) else kwargs[func._schema.arguments[i].name] for i in returns]
             return tuple(same) if len(same) > 1 else same[0] if same else None
-        key = func, _described(args), _described(tuple(kwargs.items()))
+        if func is aten.sparse_mask.default:
+            return _masked(*args)
+        try:
+            key = func, self._at_most and func in CHOOSES, _described(args), _described(tuple(kwargs.items()))
+        except SparseError:
+            raise NotImplementedError(f"{func} of a sparse tensor can't be run without data") from None
         results = self._known.get(key)
         if results is None:
             results = self._known[key] = self._ask(func, args, kwargs)
@@ -81,7 +94,8 @@ class Dataless(TorchDispatchMode):
             args, kwargs = tree_map(_like, (args, kwargs))
             given: set[int] = set()
             tree_map(lambda x: given.add(x.untyped_storage()._cdata) if isinstance(x, Tensor) else None, (args, kwargs))
-            out = func(*args, **kwargs)
+            chooses = self._at_most and func in CHOOSES
+            out = _all_chosen(func, *args, **kwargs) if chooses else func(*args, **kwargs)
             results = out if isinstance(out, tuple | list) else [out]
             if any(isinstance(x, Tensor) and x.untyped_storage()._cdata in given for x in results):
                 return AS_IT_IS
@@ -94,6 +108,10 @@ class Dataless(TorchDispatchMode):
         return value if tensor.dtype.is_floating_point else tensor.dtype is torch.bool or 1
 
 
+class SparseError(Exception):
+    """Means that an operator is called with a sparse tensor."""
+
+
 def is_dataless(tensor: Tensor) -> bool:
     """Tells whether a tensor has no values to read: within `Dataless`, and while the compiler traces."""
     return Dataless.active > 0 or isinstance(tensor, FakeTensor)
@@ -104,6 +122,8 @@ def _returns(func) -> Any:
 
     The entry is the position of the argument that the operator returns (in place), or None for a new tensor.
     """
+    if func in MAKES_SPARSE:
+        return AS_IT_IS
     schema = func._schema
     aliases = [result.alias_info for result in schema.returns]
     if torch.Tag.inplace_view in func.tags or any(alias and not alias.is_write for alias in aliases):
@@ -122,10 +142,34 @@ def _described(x: Any) -> Any:
     if kind is int or kind is str or x is None:
         return x
     if isinstance(x, Tensor):
+        if x.layout is not torch.strided:
+            raise SparseError
         return x.shape, x.stride(), x.dtype
     if isinstance(x, tuple | list):
         return tuple([_described(inner) for inner in x])
     return kind, x
+
+
+def _masked(x: Tensor, mask: Tensor) -> Tensor:
+    """Returns the elements of x [...] at the places of a sparse mask."""
+    values = torch.empty_like(mask._values(), dtype=x.dtype)
+    return torch.sparse_coo_tensor(mask._indices(), values, mask.shape, check_invariants=False)
+
+
+def _all_chosen(func, x: Tensor, mask: Any = None) -> Tensor:
+    """Returns what an operator of CHOOSES returns where each mask chooses all."""
+    if func is aten.nonzero.default:
+        return x.new_empty(x.numel(), x.dim(), dtype=torch.int64)
+    if func is aten.masked_select.default:
+        return x.new_empty(math.prod(torch.broadcast_shapes(x.shape, mask.shape)))
+    return func(x, [place for index in mask for place in _places(index)])
+
+
+def _places(index: Tensor | None) -> list[Tensor | None]:
+    """Returns what stands for an index: for a mask of n dimensions, n lists of the places of all its elements."""
+    if index is None or index.dtype not in (torch.bool, torch.uint8):
+        return [index]
+    return [index.new_empty(index.numel(), dtype=torch.int64) for _ in range(index.dim())]
 
 
 def _like(x: Any) -> Any:

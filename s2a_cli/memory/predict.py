@@ -80,10 +80,12 @@ def profile(
     make_optimizer: called with the model; must take the parameters from it.
     blocks: {name: module of the model} that the breakdown tells apart, beside the model's own children.
 
-    Raises ValueError when the step does not call `f()`, torch's DataDependentOutputException or
-    DynamicOutputShapeException where memory depends on the data, and whatever the step raises.
+    Where a mask chooses elements, all are taken to be chosen. Raises ValueError when the step does not call `f()`,
+    torch's DataDependentOutputException or DynamicOutputShapeException where memory depends on the data in another way
+    and NotImplementedError for an operator on sparse tensors that can't be run without data, each with the name of the
+    operator, and whatever the step raises.
     """
-    with Dataless(), dataless_tensors(model):
+    with Dataless(at_most=True), dataless_tensors(model):
         return observe(model, [_dataless(tensor) for tensor in batch], step, make_optimizer, blocks)
 
 

@@ -37,6 +37,11 @@ class Allocation:
         self.readers: set[str] = set()  # families of operators that read it in a forward pass, and may keep it
 
 
+def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Returns the tensors with storages that a tensor is made of: indices and values of a sparse one, or itself."""
+    return (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
+
+
 class Call(NamedTuple):
     """A call of an operator that CUDA runs in another way than a CPU."""
 
@@ -71,8 +76,8 @@ class Tracker(TorchDispatchMode):
 
     def add(self, tensors: Iterable[Tensor], operator: Any = None) -> None:
         """Counts the storages of `tensors`, where they are not counted yet."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
+        for part in (part for tensor in tensors for part in dense_parts(tensor)):
+            storage = part.untyped_storage()
             address, size = storage._cdata, -(-storage.nbytes() // ALLOCATION) * ALLOCATION
             reference, known = self._storages.get(address, (None, None))
             if size == (known.bytes if known else 0):
@@ -88,8 +93,8 @@ class Tracker(TorchDispatchMode):
             self.peak, self.peak_at = self.live, len(self.events)
 
     def allocation(self, tensor: Tensor) -> Allocation | None:
-        """Returns the record of a tensor's storage; None where it is not counted, or empty."""
-        return self._storages.get(tensor.untyped_storage()._cdata, (None, None))[1]
+        """Returns the record of a tensor's storage, or of its values'; None where it is not counted, or empty."""
+        return self._storages.get(dense_parts(tensor)[-1].untyped_storage()._cdata, (None, None))[1]
 
     def alive(self) -> Iterator[Allocation]:
         """Returns the records of all storages that are alive."""

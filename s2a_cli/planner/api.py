@@ -46,9 +46,10 @@ def predict_memory(
     blocks: {name: module} that the breakdown tells apart, and that `quant.recompute` and `quant.chunks` are about.
 
     Returns a Profile: `memory` (peak, static and kept MiB; its kind is "predicted"), `parts` (what is alive at the
-    peak, in bytes that add up to it), `phase` and `place` of the peak, `timeline`. Raises ValueError for settings that
-    don't fit, torch's DataDependentOutputException or DynamicOutputShapeException where memory depends on the data, and
-    whatever the model raises.
+    peak, in bytes that add up to it), `phase` and `place` of the peak, `timeline`. Where a mask chooses elements, all
+    are taken to be chosen. Raises ValueError for settings that don't fit, torch's DataDependentOutputException or
+    DynamicOutputShapeException where memory depends on the data in another way and NotImplementedError for an operator
+    on sparse tensors that can't be run without data, each with the name of the operator, and whatever the model raises.
     """
     if precision not in ("fp32", *AUTOCAST):
         raise ValueError(f"precision={precision!r}: expected one of fp32, {', '.join(AUTOCAST)}")

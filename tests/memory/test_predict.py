@@ -342,3 +342,40 @@ def test_result_block():
     }  # fmt: skip
     assert block["kind"] == block["full_finetune_kind"] == "predicted" and block["reserved_mib"] is None
     assert block["full_finetune_peak_mib"] == round(full.peak_mib, 2) > block["peak_mib"]
+
+
+class Odd(nn.Module):
+    """A layer whose weight has a sparse change, of which a mask chooses the values."""
+
+    def __init__(self, reads: str = ""):
+        super().__init__()
+        self.weight, self.reads = nn.Parameter(torch.randn(64, 32), requires_grad=False), reads
+        self.change = nn.Parameter(torch.randn(100))
+        self.register_buffer("places", torch.stack([torch.arange(100) % 64, torch.arange(100) % 32]))
+        self.register_buffer("mask", torch.ones(100, dtype=torch.bool))
+
+    def forward(self, x):
+        places, values = self.places[:, self.mask], self.change.masked_select(self.mask)
+        sparse = torch.sparse_coo_tensor(places[:, self.mask.nonzero()[:, 0]], values, self.weight.shape)
+        if self.reads == "sparse":
+            return torch.sparse.mm(sparse, x.mT).mT
+        if self.reads == "data":
+            return x @ self.weight.new_empty(32, torch.unique(places).numel())
+        weight = self.weight.clone()
+        weight += sparse
+        return x @ weight.mT
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_sparse_tensors_and_masks_that_choose_all_agree_to_the_byte():
+    arguments = Odd(), (torch.randn(8, 32), torch.arange(8)), train_step, optimizer_for
+    assert predict(*arguments) == track(*arguments)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize(
+    "reads, operator", [("sparse", "aten._sparse_addmm|aten._sparse_mm|addmm"), ("data", "unique")]
+)
+def test_an_operator_that_cannot_be_predicted_is_named(reads, operator):
+    with pytest.raises((NotImplementedError, RuntimeError), match=operator):
+        predict(Odd(reads), (torch.randn(8, 32), torch.arange(8)), train_step, optimizer_for)
