@@ -114,8 +114,8 @@ def _compared(figures: dict[str, Any], recorded: Any) -> int:
     if recorded["status"] != "ok":
         print(f"the run ended as {recorded['status']}: there is no recorded figure to compare with")
     equal = True
-    for name in ("top1", "top5"):
-        now, then = figures[name], recorded["accuracy"][f"test_{name}"]
+    for name in ("top1", "top5", "balanced", "map"):
+        now, then = figures.get(name), recorded["accuracy"][f"test_{name}"]
         if then is not None:
             equal &= now == then
             print(f"test_{name}: {now} %, recorded {then} %: {'equal' if now == then else 'NOT EQUAL'}")

@@ -108,6 +108,16 @@ def broadcast(make: Callable[[], T]) -> T:
     return made[0]
 
 
+def gather(value: T) -> list[T]:
+    """Returns what each process has, in the order of their ranks, in all of them."""
+    world_size = rank_and_world_size()[1]
+    if world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def barrier() -> None:
     """Waits until all processes have come here."""
     if rank_and_world_size()[1] > 1:

@@ -8,8 +8,8 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from s2a_cli.common.text import nearest
-from s2a_cli.config.rules import show
-from s2a_cli.config.schema import QuantConfig
+from s2a_cli.config.rules import one_of, show
+from s2a_cli.config.schema import DOMAINS, QuantConfig
 from s2a_cli.config.settings import declared, members, rule_of
 
 
@@ -63,9 +63,20 @@ def check(config: DictConfig) -> dict[str, str]:
         )
     if usable("dataset.shots", "dataset.fraction"):
         problems["dataset.fraction"] = "dataset.shots and dataset.fraction exclude each other: set one to null"
-    if usable("dataset.test_domain") and values.get("dataset.domain") is None:
+    domains = values.get("dataset.domain"), values.get("dataset.test_domain")
+    problems |= domain_problems(values.get("dataset.name"), *domains)
+    if domains[1] and not domains[0] and values.get("dataset.name") != "folder":
         problems["dataset.test_domain"] = "dataset.test_domain is set without dataset.domain, the domain to train on"
     return problems
+
+
+def domain_problems(dataset: str | None, domain: str | None, test_domain: str | None) -> dict[str, str]:
+    """Returns the problems of the domains of DomainNet; those of a folder are checked where it is read."""
+    if dataset != "domainnet":
+        return {}
+    given, rule = {"dataset.domain": domain, "dataset.test_domain": test_domain}, one_of(*DOMAINS)
+    odd = {key: value for key, value in given.items() if value is not None and not rule.test(value)}
+    return {key: rule.problem(key, value, optional=True) for key, value in odd.items()}
 
 
 def check_quant(quant: QuantConfig) -> list[str]:

@@ -12,8 +12,8 @@ from s2a_cli.config.overrides import CONF
 from s2a_cli.config.rules import NAME, PATH, number, numbers, one_of, pattern
 from s2a_cli.config.settings import setting
 
-OLDER_VALUES = {"dataset.cache": {"taps": "features"}}  # of version 0.1.0 -> as they are called now
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet
+OLDER_VALUES = {"dataset.cache": {"taps": "features"}}  # of version 0.1.0 -> as they are called now
 
 AT_LEAST_1 = number("an integer of at least 1", lambda value: value >= 1)
 POSITIVE = number("a number above 0", lambda value: value > 0)
@@ -174,12 +174,32 @@ class DatasetConfig:
     name: str = setting(help="the name in tables and paths")
     root: str | None = setting(None, help="where the data is or goes; null: $S2A_DATA or ~/.cache/s2a", rule=PATH)
     download: bool = setting(True, help="false: only what lies under root")
+    file: str | None = setting(
+        None,
+        help="table: a .csv, .tsv or .parquet file with a line for each image; root is its folder by default",
+        rule=PATH,
+    )
+    image_column: str | None = setting(None, help="table: the column of paths, relative to root; null finds it")
+    label_column: str | None = setting(None, help="table: the column of labels; null finds it")
+    class_columns: list[str] | None = setting(None, help="table: columns of 0 and 1, one a class; null finds them")
+    split_column: str | None = setting(None, help="table: the column of train, val and test; null finds it")
+    separator: str | None = setting(None, help="table: what stands between the labels of an image that has several")
+    multi_label: bool | None = setting(
+        None, help="table: whether an image can have several labels, or none; null: what the labels look like"
+    )
+    test_root: str | None = setting(
+        None, help="folder: class folders elsewhere, of which all images are test", rule=PATH
+    )
+    hold_out: str | None = setting(
+        None,
+        help="images of one animal or place stay in one split: a column; folder: parent, or an expression for paths",
+    )
     domain: str | None = setting(
-        None, help="domainnet: real | clipart | infograph | painting | quickdraw | sketch", rule=one_of(*DOMAINS)
+        None,
+        help="domainnet: clipart | infograph | painting | quickdraw | real | sketch; folder: one below root, null: all"
+        " but test_domain",
     )
-    test_domain: str | None = setting(
-        None, help="domainnet: test on another domain than trained on", rule=one_of(*DOMAINS)
-    )
+    test_domain: str | None = setting(None, help="test on another domain than trained on")
     shots: int | None = setting(None, help="training images a class", rule=AT_LEAST_1)
     fraction: float | None = setting(
         None,
@@ -187,15 +207,15 @@ class DatasetConfig:
         rule=number("a number above 0, at most 1", lambda value: 0 < value <= 1),
     )
     val_fraction: float = setting(0.2, help="of train, where there is no official validation split", rule=SHARE)
-    test_fraction: float = setting(0.2, help="of a folder that is one tree", rule=SHARE)
+    test_fraction: float = setting(0.2, help="of images without a test split", rule=SHARE)
     split_seed: int = setting(
         0, help="seeds the splits, shots and fraction; independent of the run's seed", rule=NOT_NEGATIVE
     )
     on_corrupt: str = setting("stop", help="stop | skip: what a damaged image does", rule=one_of("stop", "skip"))
     layout: str | None = setting(
         None,
-        help="splits | classes: what the folders below root are; null: what their names say",
-        rule=one_of("splits", "classes"),
+        help="splits | classes | domains: what the folders below root are; null: what their names say",
+        rule=one_of("splits", "classes", "domains"),
     )
     scale: list[float] | None = setting(
         [0.5, 1.0],
@@ -242,7 +262,16 @@ class OptimConfig:
         help="images a forward pass; gradients accumulate up to batch_size; memory: a smaller number reduces it",
         rule=AT_LEAST_1,
     )
-    label_smoothing: float = setting(0.0, help="share of the target that all classes divide", rule=BELOW_1)
+    label_smoothing: float = setting(
+        0.0,
+        help="share of the target that all classes divide; with several labels an image, that 0 and 1 do",
+        rule=BELOW_1,
+    )
+    balance: str = setting(
+        "none",
+        help="none | weights | sampler: rare classes count as much as others, in the loss or by how often they are drawn",
+        rule=one_of("none", "weights", "sampler"),
+    )
     clip_grad: float | None = setting(None, help="the gradient's greatest global norm", rule=POSITIVE)
     mixup: float = setting(0.0, help="alpha of the Beta distribution; 0: off", rule=MIX)
     cutmix: float = setting(0.0, help="likewise; with both on, one of them for each batch", rule=MIX)

@@ -9,20 +9,22 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.text import nearest
-from s2a_cli.config.schema import DatasetConfig
+from s2a_cli.common.text import listed, nearest
+from s2a_cli.config.checks import domain_problems
+from s2a_cli.config.schema import DOMAINS, DatasetConfig
 from s2a_cli.config.settings import rule_of
 from s2a_cli.data import sources
+from s2a_cli.data.balance import class_weights, image_weights
 from s2a_cli.data.batches import Loader, loader, mix
 from s2a_cli.data.images import Images
 from s2a_cli.data.source import Source
-from s2a_cli.data.sources import domainnet
-from s2a_cli.data.splits import few_shots, hold_out, share
+from s2a_cli.data.splits import few_shots, hold_out, hold_out_groups, share
 from s2a_cli.data.summary import Splits, describe, majority
 from s2a_cli.data.transforms import ImageConfig, Transform, build_transform, normalised
 
@@ -34,7 +36,9 @@ __all__ = [
     "Splits",
     "Transform",
     "build_transform",
+    "class_weights",
     "describe",
+    "image_weights",
     "load",
     "loader",
     "majority",
@@ -52,12 +56,22 @@ DATASETS: dict[str, Callable[[DatasetConfig, Path], Source]] = {
 }
 
 
+OWN = ("folder", "table")  # the user's own images
+FOR = {  # setting -> the data sets that it is for
+    **dict.fromkeys(("on_corrupt", "hold_out"), OWN),
+    **dict.fromkeys(("layout", "test_root"), ("folder",)),
+    **dict.fromkeys(("file", "image_column", "label_column", "class_columns"), ("table",)),
+    **dict.fromkeys(("split_column", "separator", "multi_label"), ("table",)),
+    **dict.fromkeys(("domain", "test_domain"), ("domainnet", "folder")),
+}
+
+
 def load(config: DatasetConfig) -> Splits:
     """Reads a data set, after a download if need be, and splits it. Raises UserError for bad settings and bad data.
 
     Official splits are kept. Without a test split, `test_fraction` of the images becomes one. Without a validation
     split, `val_fraction` of the training images becomes one. Then `shots` or `fraction` thins out the training images.
-    All are drawn class by class with `split_seed`.
+    All are drawn class by class with `split_seed`; images of one group of `hold_out` stay together.
     """
     source = read(config)
     train, val, test, seed = source.train, source.val, source.test, config.split_seed
@@ -87,10 +101,10 @@ def read(config: DatasetConfig) -> Source:
 def data_folder(config: DatasetConfig) -> Path:
     """Returns the folder of a data set's files: its name below `root`, else below $S2A_DATA, else below ~/.cache/s2a.
 
-    For dataset=folder, whose `root` is the data itself, it is the folder of the cache. Raises UserError for a home
-    folder that there is not.
+    For the user's own images, where `root` is the data itself, it is the folder of the cache. Raises UserError for a
+    home folder that there is not.
     """
-    given = None if config.name == "folder" else config.root
+    given = None if config.name in OWN else config.root
     root = given or os.environ.get("S2A_DATA") or "~/.cache/s2a"
     try:
         return Path(root).expanduser() / config.name
@@ -99,11 +113,17 @@ def data_folder(config: DatasetConfig) -> Path:
 
 
 def title(config: DatasetConfig) -> str:
-    """Returns the name in tables and paths: pets, domainnet-real, domainnet-real-to-sketch, or that of the folder."""
+    """Returns the name in tables and paths: pets, domainnet-real-to-sketch, that of a folder, or birds-labels."""
+    named = config.name
+    if config.name == "table" and config.file:
+        table = Path(config.file).expanduser().resolve()
+        return f"{table.parent.name}-{table.stem}".lstrip("-")
     if config.name == "folder" and config.root:
-        return Path(config.root).expanduser().resolve().name.split(".")[0]
+        named = Path(config.root).expanduser().resolve().name.split(".")[0]
+        if config.test_domain and not config.domain:
+            return f"{named}-to-{config.test_domain}"
     domains = [domain for domain in (config.domain, config.test_domain) if domain]
-    return f"{config.name}-{'-to-'.join(domains)}" if domains else config.name
+    return f"{named}-{'-to-'.join(domains)}" if domains else named
 
 
 def problems(config: DatasetConfig) -> list[str]:
@@ -119,22 +139,39 @@ def problems(config: DatasetConfig) -> list[str]:
         found.append("dataset.shots and dataset.fraction exclude each other: set one to null")
     if config.name == "folder" and not config.root:
         found.append("dataset=folder needs dataset.root=FOLDER, your images")
-    if config.name != "folder" and config.on_corrupt == "skip":
-        found.append(
-            "dataset.on_corrupt=skip is for dataset=folder; the other data sets are whole or refused by checksum"
-        )
-    if config.name != "folder" and config.layout:
-        found.append("dataset.layout is for dataset=folder: it says what the folders below dataset.root are")
+    if config.name == "table" and not config.file:
+        found.append("dataset=table needs dataset.file=FILE, a table of paths and labels")
+    for key, names in FOR.items():
+        if config.name not in names and getattr(config, key) not in (None, "stop"):
+            found.append(f"dataset.{key} is for {' and '.join(f'dataset={name}' for name in names)}, not {config.name}")
+    if config.label_column and config.class_columns:
+        found.append("dataset.label_column and dataset.class_columns exclude each other: set one to null")
+    if config.layout in ("splits", "classes") and (config.domain or config.test_domain):
+        found.append(f"dataset.layout={config.layout} has no domains: leave it out with dataset.domain or test_domain")
+    if config.test_root and config.test_domain:
+        found.append("dataset.test_root and dataset.test_domain exclude each other: set one to null")
+    if config.name == "folder" and config.hold_out and config.hold_out != "parent":
+        try:
+            re.compile(config.hold_out)
+        except re.error as error:
+            found.append(f"dataset.hold_out={config.hold_out}: is no regular expression ({error}); or say parent")
     if config.name == "domainnet" and config.domain is None:
-        found.append(f"dataset=domainnet needs dataset.domain=: one of {', '.join(domainnet.FILES)}")
-    if config.name != "domainnet" and (config.domain or config.test_domain):
-        found.append(f"dataset.domain and dataset.test_domain are for dataset=domainnet, not {config.name}")
-    return found
+        found.append(f"dataset=domainnet needs dataset.domain=: one of {', '.join(DOMAINS)}")
+    return [*found, *domain_problems(config.name, config.domain, config.test_domain).values()]
 
 
 def _split(images: Images, fraction: float, seed: int, purpose: str) -> tuple[Images, Images]:
-    """Splits images into (kept, held out). Raises UserError where no class has two images."""
-    kept, held = hold_out(images.labels, fraction, seed, purpose)
+    """Splits images into (kept, held out). Raises UserError where no class has two images, or two groups of them."""
+    if images.groups is None and images.classes is None:
+        kept, held = hold_out(images.labels, fraction, seed, purpose)
+    else:
+        several = images.labels if images.classes is not None else [(label,) for label in images.labels]
+        kept, held = hold_out_groups(several, images.groups, fraction, seed, purpose)
+    if images.groups and not (held and kept):
+        raise UserError(
+            f"dataset.hold_out: no class has the two groups that a {purpose} split needs: all images are of"
+            f" {listed(sorted(set(images.groups)), 3)}"
+        )
     if not held:
         raise UserError(
             f"no class has the two images that a {purpose} split needs; add images, or give a {purpose} folder"

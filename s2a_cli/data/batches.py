@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -18,16 +20,18 @@ from s2a_cli.data.transforms import Transform
 class Loader:
     """Iterates over one split in batches (images [B, 3, H, W] as transformed, labels [B] int64), once an epoch.
 
+    Where images have several labels, labels are float32 [B, classes] of 0 and 1.
+
     Set `epoch` before each pass: the order is a function of (seed, epoch), the augmentation of an image of (seed,
     epoch, index). Set `skip` to leave out the first batches of a pass. Where several processes share each batch, this
     one gets the share of its rank. Torch's global generators stay as they were. Worker processes live as long as the
     loader. Raises UserError with the name of the file when an image cannot be read, which ends the loader.
     """
 
-    def __init__(self, split, transform, batch_size, *, seed, epoch, train, workers, pin_memory, part):
+    def __init__(self, split, transform, batch_size, *, seed, epoch, train, workers, pin_memory, part, weights=None):
         if batch_size < 1:
             raise UserError(f"batch size {batch_size} is not positive")
-        self._batches = Batches(len(split), batch_size, seed, epoch, train, part)
+        self._batches = Batches(len(split), batch_size, seed, epoch, train, part, weights)
         workers = default_workers(split) if workers is None else workers
         self._loader = DataLoader(
             _Samples(split, transform, seed),
@@ -82,12 +86,14 @@ def loader(
     workers: int | None = None,
     pin_memory: bool = False,
     part: tuple[int, int] = (0, 1),
+    weights: np.ndarray | None = None,
 ) -> Loader:
     """Returns a `Loader` of `split`.
 
     train: shuffle, and leave out a last batch of one image, with which BatchNorm can't train, or of fewer images than
     processes. workers: how many processes load images; None for the number of default_workers. part: (rank, number) of
-    the processes that share each batch.
+    the processes that share each batch. weights: with train, draws as many images as there are, with replacement, each
+    with a probability in proportion to its weight.
     """
     return Loader(
         split,
@@ -99,6 +105,7 @@ def loader(
         workers=workers,
         pin_memory=pin_memory,
         part=part,
+        weights=weights,
     )
 
 
@@ -111,11 +118,25 @@ def default_workers(split: Images) -> int:
 
 
 class Batches:
-    """A batch sampler that yields lists of (epoch, index): workers outlive an epoch and must know which one it is."""
+    """A batch sampler that yields lists of (epoch, index): workers outlive an epoch and must know which one it is.
 
-    def __init__(self, length: int, batch_size: int, seed: int, epoch: int, train: bool, part: tuple[int, int]):
+    An image that `weights` have drawn before in the epoch comes as (epoch, index, how often before), and is augmented
+    in another way.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        train: bool,
+        part: tuple[int, int],
+        weights: np.ndarray | None = None,
+    ):
         self.length, self.batch_size, self.seed, self.epoch, self.train = length, batch_size, seed, epoch, train
         self.rank, self.world = part
+        self.weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float64)
         self.skip = 0  # batches
 
     def __len__(self) -> int:
@@ -123,34 +144,49 @@ class Batches:
         least = max(2, self.world) if self.train and full else 1  # images of a last batch
         return full + (rest >= least)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         epoch, order = self.epoch, range(self.length)
+        copies: Sequence[tuple[int, ...]] = [()] * self.length
         if self.train:
             generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-            order = torch.randperm(self.length, generator=generator).tolist()
+            if self.weights is None:
+                order = torch.randperm(self.length, generator=generator).tolist()
+            else:
+                order = torch.multinomial(self.weights, self.length, replacement=True, generator=generator).tolist()
+                copies = _copies(order)
         for batch in range(self.skip, len(self)):
             start = batch * self.batch_size
-            if mine := order[start : start + self.batch_size][self.rank :: self.world]:
-                yield [(epoch, index) for index in mine]
+            if mine := range(start, min(start + self.batch_size, self.length))[self.rank :: self.world]:
+                yield [(epoch, order[place], *copies[place]) for place in mine]
+
+
+def _copies(order: Sequence[int]) -> list[tuple[int, ...]]:
+    """Returns () for the first time that an index is drawn, (1,) for the second, (2,) for the third."""
+    drawn: dict[int, int] = {}
+    found = []
+    for index in order:
+        found.append((drawn[index],) if index in drawn else ())
+        drawn[index] = drawn.get(index, 0) + 1
+    return found
 
 
 class _Samples(Dataset):
-    """A map-style data set of (transformed image [3, H, W], label), or the UserError of an image that can't be read."""
+    """A map-style data set of (transformed image [3, H, W], target), or the UserError of an image that is no image."""
 
     def __init__(self, split: Images, transform: Transform, seed: int):
         self.split, self.transform, self.seed = split, transform, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | UserError:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, ...]) -> tuple[Tensor, Any] | UserError:
+        index = key[1]
         try:
             image = self.split.image(index, self.transform.at_least)
         except UserError as error:
             return error  # raised from a worker it would arrive wrapped in that worker's traceback
         state = torch.get_rng_state()
         # not torch.manual_seed, which also seeds the accelerators
-        torch.default_generator.manual_seed(mix(self.seed, epoch, index))
+        torch.default_generator.manual_seed(mix(self.seed, *key))
         try:
-            return self.transform(image), self.split.labels[index]
+            return self.transform(image), self.split.target(index)
         finally:
             torch.set_rng_state(state)
 

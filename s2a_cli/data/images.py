@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -27,7 +28,7 @@ EXTENSIONS = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
     *([".avif"] if AVIF else []), *([".heic", ".heif"] if HEIF else []),
 )  # fmt: skip
-INSTALL = {".avif": "Pillow 11.3 or newer", ".heic": "pillow-heif", ".heif": "pillow-heif"}
+INSTALL = {".avif": "Pillow 11.3 or newer", ".heic": "s2a[heic]", ".heif": "s2a[heic]"}
 FLOAT_RANGES = ((0, 1), (-1, 1), (0, 255), (0, 65535))  # of (black, white) in images of floats
 MIN_SAMPLE = 280, 340  # tags of a TIFF: MinSampleValue, SMinSampleValue
 MAX_SAMPLE = 281, 341  # MaxSampleValue, SMaxSampleValue
@@ -36,16 +37,31 @@ MAX_SAMPLE = 281, 341  # MaxSampleValue, SMaxSampleValue
 class Images:
     """A map-style data set of (RGB PIL image, label).
 
-    `labels[i]` is the class of image i, an index into the class names of its `Splits`.
+    `labels[i]` is the class of image i, an index into the class names of its `Splits`. Where an image may have several
+    labels, `classes` is the number of class names and `labels[i]` a tuple of such indices, which may be empty.
+    `groups[i]` names what image i is of, such as one animal; None where that is not known.
     """
 
-    labels: list[int]
+    labels: list[Any]
+    classes: int | None = None
+    groups: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
         return self.image(index), self.labels[index]
+
+    def target(self, index: int) -> int | np.ndarray:
+        """Returns what a loss compares with: the label, or float32 [classes] of 0 and 1 where there may be several."""
+        if self.classes is None:
+            return self.labels[index]
+        return np.isin(np.arange(self.classes), self.labels[index]).astype(np.float32)
+
+    def counts(self, classes: int) -> np.ndarray:
+        """Returns the number of images of each class, [classes]; an image of several labels counts for each."""
+        labels = self.labels if self.classes is None else [label for several in self.labels for label in several]
+        return np.bincount(np.asarray(labels, dtype=np.int64), minlength=classes)
 
     def image(self, index: int, at_least: int | None = None) -> Image.Image:
         """Returns image `index` in RGB. It may be reduced as long as its shorter side keeps `at_least` pixels."""
@@ -61,10 +77,18 @@ class Images:
 
 
 class ImageFiles(Images):
-    """Image files under `root`; `files` are relative paths with forward slashes."""
+    """Image files under `root`; `files` are relative paths with forward slashes, or absolute ones."""
 
-    def __init__(self, root: Path, files: Sequence[str], labels: Sequence[int]):
-        self.root, self.files, self.labels = root, list(files), list(labels)
+    def __init__(
+        self,
+        root: Path,
+        files: Sequence[str],
+        labels: Sequence[Any],
+        classes: int | None = None,
+        groups: Sequence[str] | None = None,
+    ):
+        self.root, self.files, self.labels, self.classes = root, list(files), list(labels), classes
+        self.groups = None if groups is None else list(groups)
 
     def image(self, index, at_least=None):
         path = self.root / self.files[index]
@@ -77,7 +101,9 @@ class ImageFiles(Images):
         return str(self.root / self.files[index])
 
     def subset(self, indices):
-        return ImageFiles(self.root, [self.files[i] for i in indices], [self.labels[i] for i in indices])
+        groups = None if self.groups is None else [self.groups[i] for i in indices]
+        files, labels = [self.files[i] for i in indices], [self.labels[i] for i in indices]
+        return ImageFiles(self.root, files, labels, self.classes, groups)
 
 
 class ImageArray(Images):

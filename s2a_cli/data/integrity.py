@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import file_digest, sha256
@@ -13,12 +13,13 @@ from typing import cast
 
 import PIL
 
+from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import NotRegular, atomic_write, open_regular, reason, stamp
 from s2a_cli.common.progress import Progress
-from s2a_cli.common.text import one_line, size
+from s2a_cli.common.text import listed, one_line, printable, size
 from s2a_cli.data.images import FORMATS, open_rgb
 
-SCHEMA = 2  # of the kept reports
+SCHEMA = 3  # of the kept reports
 LARGEST = 2 << 30  # bytes of a file; Pillow refuses images of so many pixels that they would be larger
 DARK = 16  # of 255, below which all values lie where a file of 16 bits holds 12
 
@@ -30,7 +31,59 @@ class Report:
     revision: str  # 12 hex digits of a hash of relative paths and contents, wherever the folder lies
     damaged: dict[str, str]  # relative path: why it cannot be decoded
     dark: list[str]  # images without a value of DARK or more
-    same: list[list[str]]  # groups of files with the same bytes
+    digests: dict[str, str]  # relative path of an image that can be decoded: 16 hex digits of its SHA-256
+
+    @property
+    def same(self) -> list[list[str]]:
+        """Groups of files with the same bytes."""
+        by_digest: dict[str, list[str]] = {}
+        for file, digest in self.digests.items():
+            by_digest.setdefault(digest, []).append(file)
+        return [group for group in by_digest.values() if len(group) > 1]
+
+    def refuse_damaged(self, root: Path) -> None:
+        """Raises UserError where an image can't be decoded."""
+        if not self.damaged:
+            return
+        (first, why), *more = self.damaged.items()
+        others = f", and {len(more)} more: {listed([file for file, _ in more])}" if more else ""
+        raise UserError(
+            f"{printable(root / first)} is not a readable image ({why}){others}; "
+            "mend or remove it, or leave such images out with dataset.on_corrupt=skip"
+        )
+
+    def left_out(self) -> list[str]:
+        """Returns a phrase on the images that can't be decoded."""
+        if not self.damaged:
+            return []
+        first = [f"{file}: {why}" for file, why in self.damaged.items()]
+        return [f"{len(first)} that can't be read ({listed(first, 10)})"]
+
+    def notes(self) -> list[str]:
+        """Returns a sentence on images that look wrong."""
+        if not self.dark:
+            return []
+        return [
+            f"nearly black: {len(self.dark)} ({listed(self.dark, 3)}): no value reaches {DARK} of 255;"
+            " do these files hold fewer bits than they have room for?"
+        ]
+
+
+def merged(reports: Mapping[Path, Report], root: Path) -> Report:
+    """Returns the reports on several folders as one; files of another folder than `root` have absolute paths."""
+    if list(reports) == [root]:
+        return reports[root]
+
+    def path(folder: Path, file: str) -> str:
+        return file if folder == root else str(folder / file)
+
+    revisions = " ".join(report.revision for report in reports.values())
+    return Report(
+        sha256(revisions.encode()).hexdigest()[:12],
+        {path(folder, file): why for folder, report in reports.items() for file, why in report.damaged.items()},
+        [path(folder, file) for folder, report in reports.items() for file in report.dark],
+        {path(folder, file): digest for folder, report in reports.items() for file, digest in report.digests.items()},
+    )
 
 
 def examine(root: Path, files: Sequence[str], cache: Path) -> Report:
@@ -75,13 +128,13 @@ def _kept(path: Path) -> Report | None:
             report = Report(**json.load(stream))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    kinds = ((report.revision, str), (report.damaged, dict), (report.dark, list), (report.same, list))
+    kinds = ((report.revision, str), (report.damaged, dict), (report.dark, list), (report.digests, dict))
     return report if all(isinstance(value, kind) for value, kind in kinds) else None
 
 
 def _read_all(root: Path, files: Sequence[str]) -> tuple[Report, bool]:
     """Returns the report, and whether it holds until a file changes: not where one could not be opened for now."""
-    content, damaged, dark, by_digest, lasting = sha256(), {}, [], {}, True
+    content, damaged, dark, digests, lasting = sha256(), {}, [], {}, True
     pool = ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 1))  # decoders release the interpreter's lock
     try:
         with Progress(f"checking {root.name}", len(files), "images") as progress:
@@ -92,13 +145,12 @@ def _read_all(root: Path, files: Sequence[str]) -> tuple[Report, bool]:
                 if found.dark:
                     dark.append(file)
                 if found.digest and not found.trouble:
-                    by_digest.setdefault(found.digest, []).append(file)
+                    digests[file] = found.digest[:16]
                 lasting &= found.lasting
                 progress.add(1)
     finally:
         pool.shutdown(cancel_futures=True)
-    same = [group for group in by_digest.values() if len(group) > 1]
-    return Report(content.hexdigest()[:12], damaged, dark, same), lasting
+    return Report(content.hexdigest()[:12], damaged, dark, digests), lasting
 
 
 @dataclass(frozen=True)

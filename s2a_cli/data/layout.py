@@ -9,7 +9,7 @@ from pathlib import Path
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import reason
-from s2a_cli.common.text import listed, printable
+from s2a_cli.common.text import listed, nearest, printable
 
 # split: the names of its folder, in upper or lower case
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -18,11 +18,30 @@ WORDS = dict(SPLITS) | {"val": (*SPLITS["val"], "dev"), "test": (*SPLITS["test"]
 SPLITS_OR_CLASSES = "say dataset.layout=splits or dataset.layout=classes"
 
 
-def split_folders(root: Path, layout: str | None) -> dict[str, str]:
+def domain_folders(root: Path, domain: str | None, test_domain: str | None) -> dict[str, list[str]]:
+    """Returns split -> its folders under `root`, each of which holds class folders.
+
+    train: `domain`, or all but `test_domain`. test: `test_domain`; without one there is no such split. Raises UserError
+    for a domain that is not there.
+    """
+    names = folders(root)
+    for setting, name in (("domain", domain), ("test_domain", test_domain)):
+        if name is not None and name not in names:
+            raise UserError(
+                f"dataset.{setting}={printable(name)}: {printable(root)} has no such folder, but"
+                f" {listed(names, 12) or 'none'}{nearest(name, names)}"
+            )
+    trees = {"train": [domain] if domain else [name for name in names if name != test_domain]}
+    if not trees["train"] or domain == test_domain is not None:
+        raise UserError(f"dataset.test_domain={printable(test_domain)} leaves no domain to train on")
+    return trees | ({"test": [test_domain]} if test_domain else {})
+
+
+def split_folders(root: Path, layout: str | None, test_elsewhere: bool = False) -> dict[str, str]:
     """Returns split -> its folder under `root`; {"train": ""} where all of `root` is one tree of classes.
 
-    layout: "splits" or "classes"; None: what the names of the folders say. Raises UserError where these could mean
-    either.
+    layout: "splits" or "classes"; None: what the names of the folders say. test_elsewhere: a test folder is not needed,
+    and is left out. Raises UserError where these could mean either.
     """
     names = folders(root)
     if layout == "classes":
@@ -39,7 +58,9 @@ def split_folders(root: Path, layout: str | None) -> dict[str, str]:
                 f"{printable(root)} has {' and '.join(of_split)}, both of which name the {split} split; keep one, or,"
                 f" {as_classes}"
             )
-    if missing := [split for split in ("train", "test") if split not in found]:
+    if test_elsewhere:
+        found.pop("test", None)
+    if missing := [split for split in ("train", *([] if test_elsewhere else ["test"])) if split not in found]:
         has = listed([name for of_split in found.values() for name in of_split] or names)
         raise UserError(
             f"{printable(root)} has {has} but no {' and no '.join(missing)}: as splits, give it the folders train, test"
@@ -82,7 +103,8 @@ def _refuse_hidden_splits(root: Path, names: list[str]) -> None:
         return  # classes with folders in them: as splits, these images would have no class
     raise UserError(
         f"{printable(root)} has {listed(names, 3)}, all of which hold the folders {listed(sorted(common), 3)}: "
-        f"splits of {len(common)} classes, or {len(names)} classes? {both}"
+        f"splits or domains of {len(common)} classes, or {len(names)} classes? {both}; for domains say"
+        " dataset.layout=domains"
     )
 
 
@@ -96,6 +118,8 @@ def _split_of(name: str) -> str | None:
 def class_folders(root: Path, layout: str | None = None) -> int:
     """Returns how many classes a folder has by the names of its folders alone, also where reading it would fail."""
     names = folders(root)
+    if layout == "domains":
+        return len({name for domain in names for name in folders(root / domain)})
     trees = [] if layout == "classes" else [name for name in names if name.lower() in SPLITS["train"]]
     return len(folders(root / trees[0])) if trees else len(names)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import numpy as np
 
@@ -29,33 +30,63 @@ class Splits:
     notes: list[str] = field(default_factory=list)  # what looks wrong with the images: a sentence each
     same: list[list[str]] = field(default_factory=list)  # groups of files with the same bytes
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return self.train.classes is not None
+
     def counts(self) -> np.ndarray:
-        """Returns the number of images by class and split, [classes, 3]."""
-        return np.stack([np.bincount(getattr(self, split).labels, minlength=len(self.classes)) for split in SPLITS], 1)
+        """Returns the number of images by class and split, [classes, 3]; one of several labels counts for each."""
+        return np.stack([getattr(self, split).counts(len(self.classes)) for split in SPLITS], 1)
 
 
 def describe(splits: Splits) -> str:
     """Returns a block of lines: classes and counts by split, what is left out and why, and what may mislead."""
     counts, title = splits.counts(), f"data: {printable(splits.name)}"
-    rows = [(brief(printable(name), WIDTH), cells, mark) for name, cells, mark in _rows(splits.classes, counts)]
+    images = [len(getattr(splits, split)) for split in SPLITS]
+    rows = _rows(splits.classes, counts, images)
+    rows = [(brief(printable(name), WIDTH), cells, mark) for name, cells, mark in rows]
     width = max(len(title), *(2 + len(name) for name, _, _ in rows))
     lines = [f"{title:<{width}}" + "".join(f"{split:>8}" for split in SPLITS)]
     for name, cells, mark in rows:
         lines.append((f"{'  ' + name:<{width}}" + "".join(f"{cell:>8}" for cell in cells) + f"  {mark}").rstrip())
     lines += [("  left out: " if number == 0 else " " * 12) + phrase for number, phrase in enumerate(splits.left_out)]
-    return "\n".join([*lines, *(f"  {note}" for note in [*splits.notes, *_shared(splits), *_untested(splits, counts)])])
+    notes = [*splits.notes, *_several(splits), *_groups(splits), *_shared(splits), *_untested(splits, counts)]
+    return "\n".join([*lines, *(f"  {note}" for note in notes)])
 
 
-def _rows(names: Sequence[str], counts: np.ndarray) -> list[tuple[str, Sequence[int], str]]:
+def _rows(
+    names: Sequence[str], counts: np.ndarray, images: Sequence[int]
+) -> list[tuple[str, Sequence[int] | np.ndarray, str]]:
     """Returns (name, images by split, mark) of each class, of many the largest and the smallest, and of all."""
     totals = counts.sum(1)
     largest, smallest = int(totals.argmax()), int(totals.argmin())
     marks = {} if totals[largest] == totals[smallest] else {largest: "largest", smallest: "smallest"}
-    every = f"all {len(names)} classes", counts.sum(0), ""
+    every = f"all {len(names)} classes", images, ""
     if len(names) > ROWS and (counts == counts[0]).all():
         return [(f"each of {len(names)} classes", counts[0], ""), every]
     labels = range(len(names)) if len(names) <= ROWS else (largest, smallest)
     return [*((names[label], counts[label], marks.get(label, "")) for label in labels), every]
+
+
+def _several(splits: Splits) -> list[str]:
+    """Returns a note on how many labels images have, where there may be several."""
+    if not splits.multi_label:
+        return []
+    each = [len(labels) for split in SPLITS for labels in getattr(splits, split).labels]
+    without = f", {counted(each.count(0), 'image')} without any" if 0 in each else ""
+    return [f"several labels an image: {sum(each) / len(each):.2f} on average, {max(each)} at most{without}"]
+
+
+def _groups(splits: Splits) -> list[str]:
+    """Returns a note on how many groups each split has, and on those that published splits tear apart."""
+    groups = {split: set(getattr(splits, split).groups or ()) for split in SPLITS}
+    if not all(groups.values()):
+        return []
+    torn = sorted(set().union(*(groups[a] & groups[b] for a, b in combinations(SPLITS, 2))))
+    held = ", ".join(f"{len(names)} in {split}" for split, names in groups.items())
+    shared = f"{len(torn)} in two splits ({listed(torn, 3)})" if torn else "none in two splits"
+    return [f"groups of dataset.hold_out: {held}, {shared}"]
 
 
 def _untested(splits: Splits, counts: np.ndarray) -> list[str]:
@@ -95,7 +126,7 @@ def majority(splits: Splits, top1: float | None) -> str | None:
     """Returns a note where always answering the most frequent test class reaches the accuracy `top1` in %, or None."""
     if top1 is None or not len(splits.test):
         return None
-    of_class = np.bincount(splits.test.labels, minlength=len(splits.classes))
+    of_class = splits.test.counts(len(splits.classes))
     label, count, total = int(of_class.argmax()), int(of_class.max()), len(splits.test)
     share = 100 * count / total
     if top1 > share + 0.005:  # figures have two decimals

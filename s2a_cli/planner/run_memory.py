@@ -13,6 +13,7 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import type_and_first_line
 from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.config.settings import merge, plain
+from s2a_cli.data.columns import count_classes
 from s2a_cli.data.layout import class_folders
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.methods import Attachment
@@ -134,7 +135,8 @@ def sizes(dataset: DatasetConfig) -> tuple[int, int, str | None]:
         classes, images, has_val = _class_folders(dataset), IMAGES, True
         if not classes:
             classes = CLASSES
-            assumed = f"{CLASSES} classes and at least a batch of images are assumed: dataset.root is not a folder here"
+            key = "file is not" if dataset.name == "table" else "root is not a folder"
+            assumed = f"{CLASSES} classes and at least a batch of images are assumed: dataset.{key} here"
     if not has_val:
         images = round(images * (1 - dataset.val_fraction))
     if dataset.shots is not None:
@@ -150,8 +152,11 @@ def with_batch_size(config: DictConfig, images: int) -> DictConfig:
 
 
 def _class_folders(dataset: DatasetConfig) -> int:
-    """Returns how many classes the folders of a data set name; 0 where they are not on this machine."""
+    """Returns how many classes the folders or the table of a data set name; 0 where they are not on this machine."""
+    if dataset.name == "table":
+        return count_classes(Path(dataset.file).expanduser(), dataset) if dataset.file else 0
     root = Path(dataset.root or "").expanduser()
     if not dataset.root or not root.is_dir():
         return 0
-    return class_folders(root, dataset.layout)
+    by_domain = dataset.layout == "domains" or dataset.domain or dataset.test_domain
+    return class_folders(root, "domains" if by_domain else dataset.layout)

@@ -9,9 +9,10 @@ import os
 import stat
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import atomic_write
@@ -26,24 +27,47 @@ DEEPEST, LONGEST = 50, 300  # levels of a record; characters of a name
 # Settings that do not change what a run computes: where it runs, where its files lie, what it logs.
 NOT_IDENTITY = (
     *("device", "busy", "workers", "tensorboard", "profile", "run_dir", "save_minutes", "save_steps"),
-    *("dataset.root", "dataset.download", "backbone.checkpoint"),
+    *("dataset.root", "dataset.file", "dataset.test_root", "dataset.download", "backbone.checkpoint"),
 )
 # Settings that are younger than schema 1: at these values a run is the one that it was before there were any.
 YOUNGER = {"dataset.cache": None, "dataset.layout": None, "method.segments": 1, "optim.head_lr": None}
-YOUNGER |= {"method.lr_scale": 1.0, "method.prompt.lr_scale": 1.0}
+YOUNGER |= {"method.lr_scale": 1.0, "method.prompt.lr_scale": 1.0, "optim.balance": "none"}
+YOUNGER |= {f"dataset.{name}": None for name in ("image_column", "label_column", "class_columns", "split_column")}
+YOUNGER |= {f"dataset.{name}": None for name in ("separator", "multi_label", "hold_out")}
 
 
 Status = Literal["ok", "oom", "failed", "interrupted"]  # the last also while the run is going on
 
 
 class Accuracy(TypedDict):
-    val_top1: float | None  # %, of the best epoch; null without a validation split
-    test_top1: float | None  # %
-    test_top5: float | None  # %; null with fewer than 6 classes
+    """Figures in %; those on validation are of the best epoch. With several labels an image all but mAP are null."""
+
+    val_top1: float | None
+    val_balanced: float | None
+    val_map: float | None
+    test_top1: float | None
+    test_top5: float | None  # null with fewer than 6 classes
+    test_balanced: float | None  # mean over the classes of the accuracy on the images of each
+    test_map: float | None  # mean over the classes of the average precision; null with one label an image
     best_epoch: int | None  # 1 is the first
 
 
-NO_ACCURACY: Accuracy = {"val_top1": None, "test_top1": None, "test_top5": None, "best_epoch": None}
+NO_ACCURACY = cast(Accuracy, dict.fromkeys(Accuracy.__annotations__))
+
+
+class Headline(NamedTuple):
+    """What a run is judged by, in %: top-1, or with several labels an image mAP."""
+
+    name: str
+    val: float | None
+    test: float | None
+
+
+def headline(accuracy: Accuracy) -> Headline:
+    """Returns the figures that stand for a run."""
+    if accuracy["val_map"] is not None or accuracy["test_map"] is not None:
+        return Headline("mAP", accuracy["val_map"], accuracy["test_map"])
+    return Headline("top-1", accuracy["val_top1"], accuracy["test_top1"])
 
 
 class Parameters(TypedDict):
@@ -109,13 +133,13 @@ class RecordBuilder:
     status: Status = "interrupted"  # as it stands if the process is killed
     error: str | None = "the run did not end"
 
-    def validated(self, top1: float | None, epoch: int) -> None:
-        """Notes the validation accuracy, in %, of the best epoch so far."""
-        self.accuracy = {**self.accuracy, "val_top1": top1, "best_epoch": epoch}
+    def validated(self, scores: Mapping[str, Any], epoch: int) -> None:
+        """Notes the figures on validation, in %, of the best epoch so far: top1, balanced, map."""
+        self.accuracy = cast(Accuracy, self.accuracy | _of_split("val", scores) | {"best_epoch": epoch})
 
-    def tested(self, top1: float | None, top5: float | None) -> None:
-        """Notes the test accuracy, in %."""
-        self.accuracy = {**self.accuracy, "test_top1": top1, "test_top5": top5}
+    def tested(self, scores: Mapping[str, Any]) -> None:
+        """Notes the figures on test, in %: top1, top5, balanced, map."""
+        self.accuracy = cast(Accuracy, self.accuracy | _of_split("test", scores))
 
     def predicted(self, memory: dict[str, Any] | None) -> None:
         """Notes the predicted memory of a step; None where it can't be predicted."""
@@ -147,6 +171,11 @@ class RecordBuilder:
             "weights": self.weights,
             "environment": self.environment,
         }
+
+
+def _of_split(split: str, scores: Mapping[str, Any]) -> dict[str, Any]:
+    names = {f"{split}_{name}": name for name in ("top1", "top5", "balanced", "map")}
+    return {key: scores.get(name) for key, name in names.items() if key in Accuracy.__annotations__}
 
 
 def content(config: dict[str, Any], revision: str, weights: str) -> str:

@@ -146,7 +146,7 @@ class Search:
             result = record.finished(member.folder, member.content)
             if result:
                 self.failures = 0
-                self.study.tell(number, result["accuracy"]["val_top1"], skip_if_finished=True)
+                self.study.tell(number, record.headline(result["accuracy"]).val, skip_if_finished=True)
                 continue
             self.failures += 1
             self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)

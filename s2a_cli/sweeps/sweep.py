@@ -145,10 +145,8 @@ def _figures(member: Member) -> str:
     result = record.read_result(member.folder)
     accuracy, memory = result["accuracy"], result["memory"]
     peak = f", peak {memory['peak_mib']:,.0f} MiB {memory['kind'].split('-')[0]}" if memory else ""
-    tested = accuracy["test_top1"] is not None
-    return (
-        f"top-1 {accuracy['test_top1']:.2f} %" if tested else f"val top-1 {accuracy['val_top1']:.2f} %, not tested"
-    ) + peak
+    name, val, test = record.headline(accuracy)
+    return (f"{name} {test:.2f} %" if test is not None else f"val {name} {val:.2f} %, not tested") + peak
 
 
 def _last_line(member: Member) -> str:

@@ -32,6 +32,7 @@ from s2a_cli.config.settings import merge
 from s2a_cli.memory import saved_bytes
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import Attachment
+from s2a_cli.training.criterion import Criterion
 from s2a_cli.training.step import Step, train_mode
 
 TOLERANCE = 0.045  # relative error of the gradient: a cosine of 0.999
@@ -117,11 +118,18 @@ def _span(bits: Iterable[int]) -> str:
 class Gradient:
     """Computes the gradient of a run on some of its images, under other quant settings.
 
-    batch: training images [B, 3, H, W] and targets, on any device.
+    batch: training images [B, 3, H, W] and targets, on any device. criterion: see Step.
     """
 
-    def __init__(self, config: DictConfig, attached: Attachment, batch: tuple[Tensor, Tensor], device: torch.device):
-        self.config, self.attached, self.device = config, attached, device
+    def __init__(
+        self,
+        config: DictConfig,
+        attached: Attachment,
+        batch: tuple[Tensor, Tensor],
+        device: torch.device,
+        criterion: Criterion | None = None,
+    ):
+        self.config, self.attached, self.device, self.criterion = config, attached, device, criterion
         self.images, self.targets = (tensor.to(device) for tensor in batch)
         self.base = replace(REFERENCE, recompute="block", group=config.quant.group)  # exact, in little memory
         train_mode(attached.model)
@@ -138,7 +146,7 @@ class Gradient:
 
     def _step(self, quant: QuantConfig) -> Step:
         changed = merge(self.config, {"quant": OmegaConf.structured(quant)})
-        return Step(changed, self.device, self.attached)
+        return Step(changed, self.device, self.attached, self.criterion)
 
     def _of(self, quant: QuantConfig) -> Tensor:
         """Returns the gradient of all that trains as one vector, under the same random numbers each time."""

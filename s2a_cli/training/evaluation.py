@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypedDict
 
 import torch
@@ -12,16 +12,33 @@ from torch import Tensor, nn
 from s2a_cli import data
 from s2a_cli.common import distributed
 from s2a_cli.common.interrupts import guarded
+from s2a_cli.results.metrics import mean_average_precision
 from s2a_cli.training.run import Run
 from s2a_cli.training.step import Step
 
 
 class Scores(TypedDict):
-    """What is measured over a split."""
+    """What is measured over a split: figures in %, which are None where images have several labels, all but `map`."""
 
     loss: float  # mean
-    top1: float  # %
-    top5: float | None  # %; None with fewer than six classes
+    top1: float | None
+    top5: float | None  # None with fewer than six classes
+    balanced: float | None  # mean over the classes of the accuracy on the images of each
+    map: float | None  # mean average precision; None with one label an image
+
+
+def chosen_by(run: Run) -> str:
+    """Returns the figure by which the best epoch is chosen on validation."""
+    if run.splits.multi_label:
+        return "map"
+    return "top1" if run.config.optim.balance == "none" else "balanced"
+
+
+def describe(scores: Scores) -> str:
+    """Returns the figures that a split is known by, to read: top-1 93.10 %."""
+    if scores["map"] is not None or scores["top1"] is None:
+        return f"mAP {scores['map'] or 0.0:.2f} %"
+    return f"top-1 {scores['top1']:.2f} %"
 
 
 def judge(run: Run, top1: float | None) -> None:
@@ -40,26 +57,57 @@ def sent(batch: Tensor, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: False) -> Scores:
-    """Returns mean loss, top-1 and top-5 in % over a split; top-5 is None with fewer than six classes.
+    """Returns the mean loss and the figures in % of a split, without class weights.
 
     Raises KeyboardInterrupt when it is asked to stop.
     """
+    if run.splits.multi_label:
+        return _multi_label(run, loader, asked)
+    classes, five = len(run.splits.classes), len(run.splits.classes) > 5
+    # Loss, top-1, top-5, and images and hits of each class are read once, at the end: the host does not wait for the
+    # device. Counts in fp32 are exact.
+    found = [torch.zeros(3 + 2 * classes, device=run.device)]
+    for logits, targets in _outputs(run, loader, asked):
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        hits = logits.argmax(1) == targets
+        top5 = (logits.topk(5).indices == targets[:, None]).sum() if five else torch.zeros_like(hits.sum())
+        of_class = targets[:, None] == torch.arange(classes, device=run.device)
+        counts = of_class.sum(0), (of_class & hits[:, None]).sum(0)
+        found.append(torch.cat([torch.stack([loss, hits.sum(), top5]), *counts]))
+    total = torch.stack(found).cpu().double().sum(0).tolist()
+    loss, top1, top5, *by_class = distributed.all_reduce_sum(*total)
+    images, correct = by_class[:classes], by_class[classes:]
+    count, recalls = sum(images), [hit / of for hit, of in zip(correct, images) if of]
+    return {
+        "loss": loss / count,
+        "top1": 100 * top1 / count,
+        "top5": 100 * top5 / count if five else None,
+        "balanced": 100 * sum(recalls) / len(recalls),
+        "map": None,
+    }
+
+
+def _multi_label(run: Run, loader: data.Loader, asked: Callable[[], bool]) -> Scores:
+    pairs = [(logits.cpu(), targets.cpu()) for logits, targets in _outputs(run, loader, asked)]
+    pairs = [pair for part in distributed.gather(pairs) for pair in part]
+    logits, targets = (torch.cat(tensors) for tensors in zip(*pairs))
+    loss = nn.functional.binary_cross_entropy_with_logits(logits, targets).item()
+    return {
+        "loss": loss,
+        "top1": None,
+        "top5": None,
+        "balanced": None,
+        "map": mean_average_precision(logits.numpy(), targets.numpy()),
+    }
+
+
+def _outputs(run: Run, loader: data.Loader, asked: Callable[[], bool]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields logits [B, classes] in fp32 and targets of each batch of this process, on the run's device."""
     run.model.eval()
     step = Step(run.config, run.device, run.attached)
-    # Loss, top-1 and top-5 of each batch are read once, at the end: the host does not wait for the device.
-    found = [torch.zeros(3, device=run.device)]
-    count = 0
-    five = len(run.splits.classes) > 5
     alone = distributed.rank_and_world_size()[1] == 1  # with others there is no stop before the sums that they wait for
     for images, targets in guarded(loader, asked):
         images, targets = sent(images, run.device), sent(targets, run.device)
-        logits = step.logits(run.trained, images)
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-        top1 = (logits.argmax(1) == targets).sum()
-        top5 = (logits.topk(5).indices == targets[:, None]).sum() if five else torch.zeros_like(top1)
-        found.append(torch.stack([loss, top1, top5]))  # counts in fp32 are exact
-        count += len(images)
+        yield step.logits(run.trained, images), targets
         if alone and asked():
             raise KeyboardInterrupt
-    loss, top1, top5, count = distributed.all_reduce_sum(*torch.stack(found).cpu().double().sum(0).tolist(), count)
-    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count if five else None}

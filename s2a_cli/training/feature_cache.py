@@ -32,6 +32,7 @@ import torch
 import torchvision
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from s2a_cli import data
 from s2a_cli.common.errors import RunError, UserError
@@ -52,7 +53,8 @@ HEADER = 4096  # bytes, or a multiple of it
 PRIVATE = 0o600  # what the backbone sees of photos, which may be private
 CHUNK = 1 << 22  # bytes
 IMAGES = 16  # in a forward pass that fills a file, at most
-ELSEWHERE = ("root", "download", "cache", "scale", "hflip")  # settings of a data set that change no kept image
+# Settings of a data set that change no kept image.
+ELSEWHERE = ("root", "file", "test_root", "download", "cache", "scale", "hflip")
 
 
 class Kept:
@@ -180,23 +182,34 @@ class FeatureLoader(data.Loader):
     Their order and mirror images are those of the `Loader` that loads the images themselves.
     """
 
-    def __init__(self, kept: Kept, labels: list[int], config: DictConfig, train: bool, part: tuple[int, int]):
-        self._batches = Batches(len(labels), config.optim.batch_size, config.seed, 0, train, part)
-        self.kept, self.labels = kept, torch.tensor(labels)
+    def __init__(
+        self,
+        kept: Kept,
+        images: data.Images,
+        config: DictConfig,
+        train: bool,
+        part: tuple[int, int],
+        weights: np.ndarray | None = None,
+    ):
+        self._batches = Batches(len(images), config.optim.batch_size, config.seed, 0, train, part, weights)
+        self.kept, self.images = kept, images
         self.seed, self.hflip = config.seed, config.dataset.hflip if train else 0.0
 
     def __iter__(self) -> Iterator[tuple[Features, Tensor]]:
         for batch in self._batches:
-            rows = [index * (1 + self.kept.mirrored) + self._mirrors(epoch, index) for epoch, index in batch]
-            yield self.kept.batch(rows), self.labels[[index for _, index in batch]]
+            rows = [key[1] * (1 + self.kept.mirrored) + self._mirrors(key) for key in batch]
+            yield self.kept.batch(rows), default_collate([self.images.target(key[1]) for key in batch])
 
-    def _mirrors(self, epoch: int, index: int) -> bool:
-        return self.hflip > 0 and mirrors(self.seed, epoch, index, self.hflip)
+    def _mirrors(self, key: tuple[int, ...]) -> bool:
+        return self.hflip > 0 and mirrors(self.seed, key, self.hflip)
 
 
-def mirrors(seed: int, epoch: int, index: int, probability: float) -> bool:
-    """Returns whether v2.RandomHorizontalFlip mirrors this image: the one random draw of a transform without a crop."""
-    generator = torch.Generator().manual_seed(data.mix(seed, epoch, index))
+def mirrors(seed: int, key: tuple[int, ...], probability: float) -> bool:
+    """Returns whether v2.RandomHorizontalFlip mirrors this image: the one random draw of a transform without a crop.
+
+    key: (epoch, index), see data.batches.Batches.
+    """
+    generator = torch.Generator().manual_seed(data.mix(seed, *key))
     return torch.rand(1, generator=generator).item() < probability
 
 
@@ -208,7 +221,8 @@ class Cache:
     peak_mib: float | None  # measured on CUDA, of the forward passes that fill them
 
     def loader(self, run: Run, split: str, train: bool, part: tuple[int, int]) -> FeatureLoader:
-        return FeatureLoader(self.kept[split], getattr(run.splits, split).labels, run.config, train, part)
+        weights = run.sampling if train else None
+        return FeatureLoader(self.kept[split], getattr(run.splits, split), run.config, train, part, weights)
 
 
 def fill_size(config: DictConfig) -> int:

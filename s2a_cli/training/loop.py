@@ -30,7 +30,7 @@ from s2a_cli.common.progress import Progress
 from s2a_cli.common.text import first_line
 from s2a_cli.results import record
 from s2a_cli.training import checkpoints
-from s2a_cli.training.evaluation import accuracy, sent
+from s2a_cli.training.evaluation import accuracy, chosen_by, describe, sent
 from s2a_cli.training.pending import Pending
 from s2a_cli.training.step import Step, make_optimizer, stays_in_pixels, train_mode
 
@@ -52,11 +52,13 @@ class TrainState:
     lr: float = 0.0  # of the last step
     rates: list[float] = field(default_factory=list)  # images a second, of each step
     lines: list[str] = field(default_factory=list)  # of metrics.jsonl
-    best: list[float] = field(default_factory=lambda: [-1.0, 0.0])  # validation top-1 and -loss: small splits tie often
+    best: list[float] = field(
+        default_factory=lambda: [-1.0, 0.0]
+    )  # what it is chosen by on validation, and -loss: small splits tie often
 
 
 class TrainLoop:
-    """Trains a run, keeps the tensors of the epoch with the best validation accuracy, tests these once.
+    """Trains a run, keeps the tensors of the epoch that is best on validation, tests these once.
 
     board: a SummaryWriter, or None. Call it with the run's state, if there is one:
     `TrainLoop(...)(checkpoints.load_state(folder))`. Notes accuracy, speed and, on CUDA, memory in `known`.
@@ -65,7 +67,7 @@ class TrainLoop:
     def __init__(self, run: Run, folder: Path, known: record.RecordBuilder, board: Any = None):
         self.run, self.folder, self.known, self.board = run, folder, known, board
         self.optim = run.config.optim
-        self.step = Step(run.config, run.device, run.attached)
+        self.step = Step(run.config, run.device, run.attached, run.criterion())
         self.optimizer = make_optimizer(self.optim, run.model, run.attached)
         self.loader, self.validation = run.loader("train", train=True), run.loader("val")
         self.schedule = LambdaLR(self.optimizer, lr_factor(self.optim, len(self.loader)))
@@ -97,7 +99,7 @@ class TrainLoop:
             distributed.barrier()  # the first one may still be writing
             checkpoints.load(self.folder, self.run.model, self.run.weights)
             scores = accuracy(self.run, self.run.loader("test"))
-            self.known.tested(scores["top1"], scores["top5"])
+            self.known.tested(scores)
 
     def _epoch(self, progress: Progress, asked: Callable[[], bool]) -> None:
         """Trains the rest of an epoch, validates, writes a line of metrics and saves a state.
@@ -128,9 +130,9 @@ class TrainLoop:
         except KeyboardInterrupt:
             self._save()
             raise
-        if (found := [scores["top1"], -scores["loss"]]) > at.best:
+        if (found := [scores[chosen_by(self.run)] or 0.0, -scores["loss"]]) > at.best:
             at.best = found
-            self.known.validated(scores["top1"], epoch)
+            self.known.validated(scores, epoch)
             if distributed.is_main_process():
                 state = checkpoints.trainable_state(self.run.model)
                 checkpoints.save(self.folder, state, self.step.fitted, self.run.weights)
@@ -138,7 +140,7 @@ class TrainLoop:
             "epoch": epoch,
             "train_loss": at.loss / at.images,  # with auxiliary heads the mean of all
             "val_loss": scores["loss"],
-            "val_top1": scores["top1"],
+            **{f"val_{name}": scores[name] for name in ("top1", "balanced", "map") if scores[name] is not None},
             "lr": at.lr,
             "seconds": time.perf_counter() - begun,
         }
@@ -146,9 +148,7 @@ class TrainLoop:
         if distributed.is_main_process():
             files.atomic_write(self.folder / "metrics.jsonl", "".join(self.sofar.lines))
         self._save()
-        progress.note(
-            f"epoch {epoch}/{self.optim.epochs}: loss {line['train_loss']:.3f}, val top-1 {line['val_top1']:.2f} %"
-        )
+        progress.note(f"epoch {epoch}/{self.optim.epochs}: loss {line['train_loss']:.3f}, val {describe(scores)}")
         for key in line.keys() - {"epoch"} if self.board else ():
             self.board.add_scalar(key, line[key], epoch)
 
@@ -224,7 +224,7 @@ class TrainLoop:
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             self.step.scaler.load_state_dict(state["scaler"])
-            self.known.accuracy = state["accuracy"]
+            self.known.accuracy = record.NO_ACCURACY | state["accuracy"]
             self.sofar = TrainState(**state["sofar"])
         except Exception as error:  # torch and Python raise kinds of their own for what is no such state
             raise checkpoints.damaged(self.folder / checkpoints.STATE, first_line(error)) from None

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import nn
@@ -21,6 +22,7 @@ from s2a_cli.config.settings import plain
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.feature_head import FeatureHead
 from s2a_cli.results import record
+from s2a_cli.training.criterion import Criterion, criterion_of
 from s2a_cli.training.step import AUTOCAST, moving_norms, train_mode, weight_dtype
 
 if TYPE_CHECKING:
@@ -63,6 +65,17 @@ class Run:
         """What the batches of `loader` go through: the model, or with kept features the part of it that is trained."""
         return self.feature_head if self.cache and self.feature_head else self.model
 
+    @property
+    def sampling(self) -> np.ndarray | None:
+        """What the chance that a training image is drawn is in proportion to; None where each is seen once an epoch."""
+        if self.config.optim.balance != "sampler":
+            return None
+        return data.image_weights(self.splits.train, len(self.splits.classes))
+
+    def criterion(self) -> Criterion:
+        """Returns the training loss."""
+        return criterion_of(self.config.optim, self.splits, self.device)
+
     def loader(self, split: str, train: bool = False) -> data.Loader:
         if self.cache:
             return self.cache.loader(self, split, train, distributed.rank_and_world_size())
@@ -76,6 +89,7 @@ class Run:
             workers=config.workers,
             pin_memory=self.device.type == "cuda",
             part=distributed.rank_and_world_size(),
+            weights=self.sampling if train else None,
         )
 
 

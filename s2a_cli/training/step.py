@@ -18,6 +18,7 @@ from s2a_cli.config.schema import OptimConfig, QuantConfig, RunConfig
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.deep_supervision import losses_of
 from s2a_cli.methods.parts.feature_head import Features
+from s2a_cli.training.criterion import Criterion
 from s2a_cli.training.gradient_sum import GradientSum
 
 Batch = Tensor | Features  # images [B, 3, H, W], or what a feature head reads of them
@@ -102,9 +103,16 @@ class Step:
     heads too, whose losses are back-propagated within the forward pass. `after_forward` is called after each forward
     pass, when all that is kept for the backward pass is alive (with local-loss segments: of the last one). Where
     several processes share a batch, `of` is its number of images, and the losses returned add up to its mean loss.
+    criterion: (logits [B, classes], targets) -> mean loss; by default cross-entropy with the config's label smoothing.
     """
 
-    def __init__(self, config: RunConfig | DictConfig, device: torch.device, attached: Attachment):
+    def __init__(
+        self,
+        config: RunConfig | DictConfig,
+        device: torch.device,
+        attached: Attachment,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
         self.optim, self.device, self.attached = config.optim, device, attached
         if device.type == "cuda":
             set_matmul_precision(config.precision)
@@ -113,7 +121,7 @@ class Step:
         # Operators read it at every call: a plain dataclass is ten times faster.
         quant = OmegaConf.to_object(config.quant) if isinstance(config.quant, DictConfig) else config.quant
         self.memory = context_of(cast(QuantConfig, quant), attached.blocks)
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
+        self.criterion = criterion or Criterion(label_smoothing=config.optim.label_smoothing)
         self._sum: GradientSum | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp-fp16")
 

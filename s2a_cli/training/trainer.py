@@ -169,7 +169,8 @@ def _allocate(run: Run) -> dict[str, Any]:
     images, targets = next(iter(loader))
     run.model.to(run.device)
     few = images[: bit_allocation.IMAGES], targets[: bit_allocation.IMAGES]
-    choice = bit_allocation.allocate(bit_allocation.Gradient(run.config, run.attached, few, run.device), peak)
+    gradient = bit_allocation.Gradient(run.config, run.attached, few, run.device, run.criterion())
+    choice = bit_allocation.allocate(gradient, peak)
     print(choice.describe())
     return plain(OmegaConf.structured(choice.quant))
 

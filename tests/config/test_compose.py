@@ -139,7 +139,11 @@ BAD = [
     ("precision=bf61", "precision=bf61: expected one of fp32", "(did you mean 'bf16'?)"),
     ("device=gpu", "device=gpu: expected auto, cpu, cuda, cuda:N or mps"),
     ("dataset.on_corrupt=ignore", "dataset.on_corrupt=ignore: expected one of stop, skip"),
-    ("dataset.domain=clip_art", "dataset.domain=clip_art: expected one of clipart", "(did you mean 'clipart'?)"),
+    (
+        "dataset=domainnet dataset.domain=clip_art",
+        "dataset.domain=clip_art: expected one of clipart",
+        "(did you mean 'clipart'?)",
+    ),
     ("dataset.shots=0", "dataset.shots=0: expected an integer of at least 1, or null"),
     ("dataset.fraction=1.5", "dataset.fraction=1.5: expected a number above 0, at most 1, or null"),
     ("dataset.scale=[1,0.5]", "dataset.scale=[1.0,0.5]: expected 2 numbers, 0 < smallest <= largest <= 1, or null"),

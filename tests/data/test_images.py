@@ -120,13 +120,13 @@ def test_heic_is_read_with_pillow_heif_and_else_left_out_with_its_count(tmp_path
     monkeypatch.setattr(
         folder, "EXTENSIONS", tuple(ending for ending in images.EXTENSIONS if not ending.startswith(".hei"))
     )
-    left_out = ["3 .heic (install pillow-heif to read them)", "1 without an ending", "1 .db", "1 .txt"]
+    left_out = ["3 .heic (install s2a[heic] to read them)", "1 without an ending", "1 .db", "1 .txt"]
     assert load(folder_config(root)).left_out == left_out
     (root / "bird").mkdir()
     (root / "bird" / "0.heic").write_bytes(b"")
     assert "no image in" in folder_refusal(
         root
-    ) and "but 1 .heic (install pillow-heif to read them); accepted: .jpg" in folder_refusal(root)
+    ) and "but 1 .heic (install s2a[heic] to read them); accepted: .jpg" in folder_refusal(root)
 
     class Heif:
         @staticmethod

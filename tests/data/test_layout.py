@@ -90,7 +90,7 @@ def test_classes_that_are_called_like_splits(tmp_path):
 
 def test_the_setting_is_judged(tmp_path):
     assert problems(DatasetConfig(name="folder", root="x", layout="tree")) == [
-        "dataset.layout=tree: expected one of splits, classes"
+        "dataset.layout=tree: expected one of splits, classes, domains"
     ]
     assert "dataset.layout is for dataset=folder" in problems(DatasetConfig(name="digits", layout="splits"))[0]
 

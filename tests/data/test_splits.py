@@ -85,7 +85,7 @@ def test_few_shots_come_out_of_what_validation_leaves(tmp_path):
         ({"scale": [0.5, 1.5]}, "dataset.scale="),
         ({"scale": [0.5]}, "dataset.scale="),
         ({"hflip": 2.0}, "dataset.hflip=2.0"),
-        ({"domain": "real"}, "are for dataset=domainnet"),
+        ({"domain": "real"}, "dataset.domain is for dataset=domainnet and dataset=folder, not digits"),
         ({"name": "domainnet"}, "needs dataset.domain"),
         ({"name": "domainnet", "domain": "reel"}, "did you mean 'real'"),
         ({"name": "folder"}, "needs dataset.root"),
@@ -111,7 +111,11 @@ def test_every_data_set_has_its_file_of_settings(name):
     assert text.startswith("# ") and len(text.splitlines()[0]) <= 120
     config = OmegaConf.merge(OmegaConf.structured(DatasetConfig), OmegaConf.create(text))
     assert config.name == name
-    assert problems(config) == (["dataset=folder needs dataset.root=FOLDER, your images"] if name == "folder" else [])
+    needed = {
+        "folder": ["dataset=folder needs dataset.root=FOLDER, your images"],
+        "table": ["dataset=table needs dataset.file=FILE, a table of paths and labels"],
+    }
+    assert problems(config) == needed.get(name, [])
 
 
 def test_good_settings_have_no_problems():

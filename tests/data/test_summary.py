@@ -22,13 +22,13 @@ def splits(*counts: tuple[int, int, int], names: list[str] | None = None) -> Spl
 
 def test_a_few_classes_get_a_line_each():
     found = splits((128, 32, 40), (3, 1, 1), names=["cat", "dog"])
-    found.left_out = ["27 .heic (install pillow-heif to read them)", "1 .txt"]
+    found.left_out = ["27 .heic (install s2a[heic] to read them)", "1 .txt"]
     assert describe(found).splitlines() == [
         "data: photos      train     val    test",
         "  cat               128      32      40  largest",
         "  dog                 3       1       1  smallest",
         "  all 2 classes     131      33      41",
-        "  left out: 27 .heic (install pillow-heif to read them)",
+        "  left out: 27 .heic (install s2a[heic] to read them)",
         "            1 .txt",
     ]
 

@@ -107,7 +107,7 @@ def test_an_image_is_mirrored_when_its_transform_would_mirror_it():
         for index in range(60):
             torch.manual_seed(data.mix(3, 7, index))
             seen.append(transform(image)[0, 0, 1].item() == 1)
-        assert seen == [feature_cache.mirrors(3, 7, index, probability) for index in range(60)]
+        assert seen == [feature_cache.mirrors(3, (7, index), probability) for index in range(60)]
         assert any(seen) == (probability > 0)
 
 

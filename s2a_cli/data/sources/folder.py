@@ -1,9 +1,11 @@
-"""Reads the user's own images: one folder a class, in train/[val/]test/ trees or in one tree that is split by seed."""
+"""Reads the user's own images: one folder a class, in trees of splits or domains, or in one tree."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from s2a_cli.common.errors import UserError
@@ -13,8 +15,8 @@ from s2a_cli.config.paths import missing_folder
 from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data.archives import SUFFIXES, extract_once
 from s2a_cli.data.images import EXTENSIONS, INSTALL, ImageFiles
-from s2a_cli.data.integrity import DARK, Report, examine
-from s2a_cli.data.layout import folders, hidden, is_folder, names_split, split_folders, within
+from s2a_cli.data.integrity import Report, examine, merged
+from s2a_cli.data.layout import domain_folders, folders, hidden, is_folder, names_split, split_folders, within
 from s2a_cli.data.source import Source
 
 
@@ -26,48 +28,99 @@ def read(config: DatasetConfig, cache: Path) -> Source:
     """
     assert config.root is not None, "data.problems asks for it"
     root = _open_root(Path(config.root).expanduser(), cache)
-    trees = split_folders(root, config.layout)
+    by_domain = config.layout == "domains" or config.domain or config.test_domain
+    if by_domain:
+        trees = domain_folders(root, config.domain, config.test_domain)
+    else:
+        found = split_folders(root, config.layout, test_elsewhere=config.test_root is not None)
+        trees = {split: [tree] for split, tree in found.items()}
     walk = _Walk(root)
-    found = {split: _class_files(walk, tree) for split, tree in trees.items()}
-    classes = sorted(found["train"])
-    for split, by_class in found.items():
+    images = {split: _merged(_class_files(walk, tree) for tree in of_split) for split, of_split in trees.items()}
+    reports = {root: _examine(root, images, config, cache)}
+    left_out = [*walk.left_out(), *_outside(root, trees, "not asked for" if by_domain else "no split")]
+    if config.test_root:
+        there = _open_root(Path(config.test_root).expanduser(), cache, "test_root")
+        test_walk = _Walk(there)
+        elsewhere = {"test": _class_files(test_walk, "")}
+        reports[there] = _examine(there, elsewhere, config, cache)
+        left_out += [*test_walk.left_out(), *_outside(there, {"test": [""]}, "")]
+        images["test"] = {name: [str(there / file) for file in files] for name, files in elsewhere["test"].items()}
+        trees["test"] = [str(there)]
+    report = merged(reports, root)
+    classes = sorted(images["train"])
+    for split, by_class in images.items():
         if extra := sorted(set(by_class) - set(classes)):
-            raise UserError(f"{printable(root / trees[split])} has classes that train does not have: {listed(extra)}")
+            where = listed([root / tree for tree in trees[split]])
+            raise UserError(f"{where} has classes that train does not have: {listed(extra)}")
     if len(classes) < 2:
-        (only,) = classes
-        inner = folders(root / trees["train"] / only)
-        hint = f"; is dataset.root={printable(root / only)} what you mean?" if not trees["train"] and inner[1:] else ""
-        raise UserError(
-            f"{printable(root / trees['train'])} has one class folder, {only!r}; two or more are needed{hint}"
-        )
-
-    files = sorted(file for by_class in found.values() for files in by_class.values() for file in files)
-    report = examine(root, files, cache / "checked")
-    if report.damaged and config.on_corrupt == "stop":
-        (first, why), *more = report.damaged.items()
-        others = f", and {len(more)} more: {listed([file for file, _ in more])}" if more else ""
-        raise UserError(
-            f"{printable(root / first)} is not a readable image ({why}){others}; "
-            "mend or remove it, or leave such images out with dataset.on_corrupt=skip"
-        )
-    splits = {split: _images(root, found[split], classes, report.damaged) for split in found}
-    left_out = [*walk.left_out(), *_outside(root, trees), *_damaged(report)]
+        (only,), tree = classes, trees["train"][0]
+        inner = folders(root / tree / only)
+        hint = f"; is dataset.root={printable(root / only)} what you mean?" if not tree and inner[1:] else ""
+        raise UserError(f"{printable(root / tree)} has one class folder, {only!r}; two or more are needed{hint}")
+    splits = {split: _images(root, images[split], classes, report.damaged) for split in images}
+    if config.hold_out:
+        for split, of_split in splits.items():
+            of_split.groups = groups_of(of_split.files, trees[split], config.hold_out)
+        if all(of_split.groups == of_split.files for of_split in splits.values()):
+            raise UserError(
+                f"dataset.hold_out={config.hold_out}: names no group of images; the first is"
+                f" {printable(splits['train'].files[0])}"
+            )
+    left_out += report.left_out()
     train, val, test = splits["train"], splits.get("val"), splits.get("test")
-    return Source(train, val, test, classes, report.revision, left_out, _dark(report), report.same)
+    return Source(train, val, test, classes, report.revision, left_out, report.notes(), report.same)
 
 
-def _open_root(root: Path, cache: Path) -> Path:
+def _examine(root: Path, images: dict[str, dict[str, list[str]]], config: DatasetConfig, cache: Path) -> Report:
+    files = sorted(file for by_class in images.values() for files in by_class.values() for file in files)
+    report = examine(root, files, cache / "checked")
+    if config.on_corrupt == "stop":
+        report.refuse_damaged(root)
+    return report
+
+
+def _merged(found: Iterable[dict[str, list[str]]]) -> dict[str, list[str]]:
+    """Returns class -> its files in all of several trees."""
+    together: dict[str, list[str]] = {}
+    for by_class in found:
+        for name, files in by_class.items():
+            together.setdefault(name, []).extend(files)
+    return together
+
+
+def groups_of(files: list[str], trees: list[str], hold_out: str) -> list[str]:
+    """Returns for each file of a split what it is of; an image that no group is named for is one by itself.
+
+    hold_out: "parent", the folder that a file lies in below that of its class, or a regular expression that is searched
+    in its path below the folder of the split; its first group, or else all that it matches, is the name.
+    """
+    found = []
+    for file in files:
+        tree = next((tree for tree in trees if tree and file.startswith(f"{tree}/")), "")
+        below = file.removeprefix(tree).lstrip("/")
+        if hold_out == "parent":
+            folder = below.rpartition("/")[0]
+            found.append(folder if "/" in folder else file)
+        else:
+            match = re.search(hold_out, below)
+            found.append(match[match.re.groups and 1] or file if match else file)
+    return found
+
+
+def _open_root(root: Path, cache: Path, setting: str = "root") -> Path:
     """Returns the folder of images: `root`, or what the archive `root` holds. Raises UserError where it is neither."""
     try:
         if root.is_dir():
             return root
         there = root.exists()
     except OSError as error:  # a folder above that may not be entered, a name too long
-        raise UserError(f"dataset.root={printable(root)} cannot be read ({reason(error)})") from error
+        raise UserError(f"dataset.{setting}={printable(root)} cannot be read ({reason(error)})") from error
     if not there:
-        raise UserError(missing_folder("root", root))
+        raise UserError(missing_folder(setting, root))
     if not root.name.lower().endswith(SUFFIXES):
-        raise UserError(f"dataset.root={printable(root)} is neither a folder nor an archive ({', '.join(SUFFIXES)})")
+        raise UserError(
+            f"dataset.{setting}={printable(root)} is neither a folder nor an archive ({', '.join(SUFFIXES)})"
+        )
     digest = sha256_of(root)
     tree = cache / f"{root.name.split('.')[0]}-{digest[:16]}"
     extract_once(root, tree, digest)
@@ -139,7 +192,7 @@ class _Walk:
         return again
 
     def left_out(self) -> list[str]:
-        """Returns what was passed over, a phrase each, such as "27 .heic (install pillow-heif to read them)"."""
+        """Returns what was passed over, a phrase each, such as "27 .heic (install s2a[heic] to read them)"."""
         named = sorted(self.endings.items(), key=lambda item: (item[0] not in INSTALL, -item[1], item[0]))
         phrases = [_ending(ending, count) for ending, count in named[:6]]
         if rest := sum(count for _, count in named[6:]):
@@ -175,12 +228,12 @@ def _class_files(walk: _Walk, tree: str) -> dict[str, list[str]]:
     return by_class
 
 
-def _outside(root: Path, trees: dict[str, str]) -> list[str]:
+def _outside(root: Path, trees: dict[str, list[str]], beside_is: str) -> list[str]:
     """Returns what lies beside the splits, and images beside the class folders: a phrase each."""
-    phrases = []
-    if trees["train"] and (beside := [name for name in folders(root) if name not in trees.values()]):
-        phrases.append(f"{listed([f'{name}/' for name in beside])}, which is no split")
-    for top in {root, *(root / tree for tree in trees.values())}:
+    phrases, read = [], [tree for of_split in trees.values() for tree in of_split]
+    if "" not in read and (beside := [name for name in folders(root) if name not in read]):
+        phrases.append(f"{listed([f'{name}/' for name in beside])}, which is {beside_is}")
+    for top in {root, *(root / tree for tree in read)}:
         with os.scandir(top) as entries:
             images = [
                 entry.name
@@ -190,22 +243,6 @@ def _outside(root: Path, trees: dict[str, str]) -> list[str]:
         if images:
             phrases.append(f"{counted(len(images), 'image')} in no class folder ({listed([str(top / min(images))])})")
     return phrases
-
-
-def _damaged(report: Report) -> list[str]:
-    if not report.damaged:
-        return []
-    first = [f"{file}: {why}" for file, why in report.damaged.items()]
-    return [f"{len(first)} that can't be read ({listed(first, 10)})"]
-
-
-def _dark(report: Report) -> list[str]:
-    if not report.dark:
-        return []
-    return [
-        f"nearly black: {len(report.dark)} ({listed(report.dark, 3)}): no value reaches {DARK} of 255;"
-        " do these files hold fewer bits than they have room for?"
-    ]
 
 
 def _images(root: Path, by_class: dict[str, list[str]], classes: list[str], damaged: dict[str, str]) -> ImageFiles:
