@@ -269,7 +269,7 @@ class OptimConfig:
     )
     balance: str = setting(
         "none",
-        help="none | weights | sampler: rare classes count as much as others, in the loss or by how often they are drawn",
+        help="none | weights | sampler: rare classes count as much as others, in the loss or by how often they come",
         rule=one_of("none", "weights", "sampler"),
     )
     clip_grad: float | None = setting(None, help="the gradient's greatest global norm", rule=POSITIVE)

@@ -169,8 +169,8 @@ def _split(images: Images, fraction: float, seed: int, purpose: str) -> tuple[Im
         kept, held = hold_out_groups(several, images.groups, fraction, seed, purpose)
     if images.groups and not (held and kept):
         raise UserError(
-            f"dataset.hold_out: no class has the two groups that a {purpose} split needs: all images are of"
-            f" {listed(sorted(set(images.groups)), 3)}"
+            f"dataset.hold_out: no class has the two groups of images that a {purpose} split needs; left are"
+            f" {listed(sorted(set(images.groups)), 3)}: give smaller groups, or a {purpose} split of your own"
         )
     if not held:
         raise UserError(

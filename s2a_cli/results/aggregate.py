@@ -30,6 +30,7 @@ NAMES = dict(zip(["data.name", "config.backbone.name", "config.method.name", "co
 KINDS = {"measured-cuda": "measured", "predicted": "predicted"}
 FIGURES = {
     "top1": "accuracy.test_top1",  # %
+    "map": "accuracy.test_map",  # %, where images have several labels
     "trainable": "parameters.trainable",  # head apart
     "percent": "parameters.percent",  # of the backbone, head apart
     "peak_mib": "memory.peak_mib",
@@ -159,7 +160,7 @@ def runs_of(frame: pd.DataFrame) -> pd.DataFrame:
 
     The names of data set, backbone, method and quant are in the columns of BASE. No column of FIGURES is missing.
     """
-    optional = [*FIGURES.values(), *SAME_STEP[2:], "memory.kind", "memory.full_finetune_kind"]
+    optional = [*FIGURES.values(), *SAME_STEP[2:], "accuracy.val_map", "memory.kind", "memory.full_finetune_kind"]
     frame = frame.reindex(columns=list(dict.fromkeys([*frame, *optional])))
     return frame.drop_duplicates(["id", "status", "memory.kind"]).rename(columns=NAMES).reset_index(drop=True)
 
@@ -308,7 +309,8 @@ class Differences:
 def environment_notes(frame: pd.DataFrame) -> list[str]:
     """Returns what differs between machines, versions and seeds, for tables that show all settings that differ."""
     runs = runs_of(frame)
-    counted = where(runs, (runs["status"] == "ok") & runs["accuracy.test_top1"].notna())
+    tested = columns(runs, ["accuracy.test_top1", "accuracy.test_map"]).notna().any(axis=1)
+    counted = where(runs, (runs["status"] == "ok") & tested)
     return Differences(counted, {*BASE, *settings_of(runs)}).notes(["method", "quant", "dataset", "backbone"])
 
 

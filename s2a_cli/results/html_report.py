@@ -105,10 +105,12 @@ def _curves(runs: pd.DataFrame, odd: list[str]) -> tuple[str, str]:
         for (method, quant), paths in settings.loc[place][: CURVES["lines"]].items():
             read = [points for path in paths[: CURVES["runs"]] if (points := _metrics(path, odd)) is not None]
             if read:
-                mean: pd.DataFrame = grouped(pd.concat(read), "epoch")[["val_top1"]].mean().reset_index()
+                mean: pd.DataFrame = grouped(pd.concat(read), "epoch")[["score"]].mean().reset_index()
                 lines.append((f"{method} {quant}", mean.iloc[:: -(-len(mean) // CURVES["points"])]))
         if lines:
-            found.append((" · ".join(place), lines))
+            of_place = where(runs, (runs["backbone"] == place[0]) & (runs["dataset"] == place[1]))
+            metric = "mAP" if any(column(of_place, "accuracy.val_map").notna()) else "top-1"
+            found.append((" · ".join(place), f"validation {metric} %", lines))
     if not found:
         return "", "No metrics.jsonl with validation beside the results."
     said = (
@@ -120,9 +122,9 @@ def _curves(runs: pd.DataFrame, odd: list[str]) -> tuple[str, str]:
 
 
 def _metrics(path: str, odd: list[str]) -> pd.DataFrame | None:
-    """Returns epoch and val_top1 of a run; None without the file or without validation, and where it can't be read.
+    """Returns epoch and score, top-1 or mAP in %, of a run; None without the file or without validation.
 
-    Adds a line to `odd` in the last case.
+    Returns None, too, where it can't be read, and adds a line to `odd`.
     """
     beside = Path(path).with_name(run_folder.METRICS)
     try:
@@ -132,7 +134,7 @@ def _metrics(path: str, odd: list[str]) -> pd.DataFrame | None:
     except (OSError, ValueError) as error:
         odd.append(printable(f"{beside}: {getattr(error, 'strerror', None) or first_line(error)}"))
         return None
-    return pd.DataFrame(points, columns=["epoch", "val_top1"]) if points else None
+    return pd.DataFrame(points, columns=["epoch", "score"]) if points else None
 
 
 def _bars(runs: pd.DataFrame) -> list[dict[str, Any]]:
@@ -176,10 +178,14 @@ def _folder(path: Any, beside: Path) -> str:
 
 def _runs(runs: pd.DataFrame, beside: Path) -> list[list[str]]:
     """Returns a line a run: data set, backbone, method, quant, seed, status, top-1, peak, memory, images/s, folder."""
-    shown = ["accuracy.test_top1", "memory.peak_mib", "memory.kind", "throughput.train_images_per_second", "path"]
+    shown = ["accuracy.test_top1", "accuracy.test_map", "memory.peak_mib", "memory.kind"]
+    shown += ["throughput.train_images_per_second", "path"]
     lines = []
-    for *names, seed, status, top1, peak, kind, speed, path in _values(runs, ["config.seed", "status", *shown]):
-        figures = [number(top1, 2), mib(peak), KINDS.get(kind, "–"), mib(speed)]
+    for *names, seed, status, top1, mean_ap, peak, kind, speed, path in _values(
+        runs, ["config.seed", "status", *shown]
+    ):
+        score = f"{number(mean_ap, 2)} mAP" if is_missing(top1) and not is_missing(mean_ap) else number(top1, 2)
+        figures = [score, mib(peak), KINDS.get(kind, "–"), mib(speed)]
         lines.append([*names, label(seed), status, *figures, _folder(path, beside)])
     return lines
 

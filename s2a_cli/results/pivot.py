@@ -51,6 +51,10 @@ _VALUES = (
     Value("test_top1", "accuracy.test_top1", "test top-1 %"),
     Value("val_top1", "accuracy.val_top1", "validation top-1 %"),
     Value("test_top5", "accuracy.test_top5", "test top-5 %"),
+    Value("test_balanced", "accuracy.test_balanced", "test accuracy %, mean over classes"),
+    Value("val_balanced", "accuracy.val_balanced", "validation accuracy %, mean over classes"),
+    Value("test_map", "accuracy.test_map", "test mAP %"),
+    Value("val_map", "accuracy.val_map", "validation mAP %"),
     Value("trainable", "parameters.trainable", "trainable M, head apart", -1, 3, False, 1e-6),
     Value("percent", "parameters.percent", "trainable % of the backbone, head apart", -1, 2, False),
     Value("peak", "memory.peak_mib", "peak MiB of a training step", -1, 1, False, measurable=True),
@@ -153,10 +157,15 @@ def value_of(name: str) -> Value:
 
 
 def make(
-    frame: pd.DataFrame, rows: list[str], cols: list[str], value: str = "test_top1", groups: str | None = None
+    frame: pd.DataFrame, rows: list[str], cols: list[str], value: str | None = None, groups: str | None = None
 ) -> Grid:
-    """Returns the grid of the runs in `frame`, see aggregate.load. Raises UserError for a wrong key, value or group."""
-    runs, chosen = runs_of(frame), value_of(value)
+    """Returns the grid of the runs in `frame`, see aggregate.load. Raises UserError for a wrong key, value or group.
+
+    value: one of VALUES; by default test_top1, or test_map where no run has the former.
+    """
+    runs = runs_of(frame)
+    top1, mean_ap = (any(column(runs, f"accuracy.test_{name}").notna()) for name in ("top1", "map"))
+    chosen = value_of(value or ("test_map" if mean_ap and not top1 else "test_top1"))
     shown = {key: column_of(runs, word, key) for word, keys in (("rows", rows), ("cols", cols)) for key in keys}
     if len(shown) < len(rows) + len(cols):
         raise UserError(f"rows={','.join(rows)} cols={','.join(cols)}: a key stands there twice")

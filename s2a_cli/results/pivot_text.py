@@ -75,7 +75,7 @@ def _extras(grid: Grid, line: Label) -> dict[str, str]:
 def table(grid: Grid) -> tuple[TextTable, list[str]]:
     """Returns the grid's table, and the notes under it."""
     counts = _counts(grid).nunique() > 1
-    extras = grid.value.name == "test_top1" and not grid.transposed
+    extras = grid.value.name in ("test_top1", "test_map") and not grid.transposed
     records, bold = [], set()
     for number_of, line in enumerate(grid.lines()):
         record, best = _record(grid, line, counts)
@@ -241,7 +241,7 @@ def show(frame: pd.DataFrame, options: dict[str, str]) -> str:
     rows, cols = (_keys(text) for text in _rows_and_cols(frame, options))
     if not rows:
         raise UserError("rows=: expected keys such as rows=method,quant")
-    grid = pivot.make(frame, rows, cols, options.get("value", "test_top1"), options.get("groups"))
+    grid = pivot.make(frame, rows, cols, options.get("value"), options.get("groups"))
     if format == "csv":
         return csv(grid)
     first, notes = against_reference(grid, options["reference"]) if "reference" in options else table(grid)

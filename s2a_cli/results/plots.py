@@ -19,6 +19,7 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import natural
 from s2a_cli.results import formats
 from s2a_cli.results.frames import column, grouped, groups_of, where
+from s2a_cli.results.summary import scored
 
 # Readable on white and on black (after Okabe & Ito); line and marker by quant where there are several.
 COLORS = ("#3b8fd0", "#e0702f", "#27a074", "#c263a0", "#b8941c", "#7c7cf0", "#d6504c", "#4aa8b8", "#8a8a8a", "#9b6a3c")
@@ -49,14 +50,15 @@ STYLE: Any = {  # of matplotlib.rc_context
 
 def frontier(points: pd.DataFrame, cost: str) -> pd.DataFrame:
     """Returns the points to which no other is as cheap and better, or as good and cheaper, by rising cost."""
-    ordered = points.sort_values([cost, "top1_mean"], ascending=[True, False])
-    top1 = column(ordered, "top1_mean")
+    ordered = points.sort_values([cost, "score_mean"], ascending=[True, False])
+    top1 = column(ordered, "score_mean")
     return where(ordered, top1 > top1.cummax().shift(fill_value=float("-inf")))
 
 
 def panels(rows: pd.DataFrame, cost: str) -> list[tuple[str, pd.DataFrame]]:
     """Returns (title, points) for each backbone and data set with two finished settings or more, the fullest first."""
-    points = where(rows, rows["top1_mean"].notna() & rows[cost].notna() & (rows["n"] > 0))
+    rows = scored(rows)
+    points = where(rows, rows["score_mean"].notna() & rows[cost].notna() & (rows["n"] > 0))
     groups = groups_of(points, ["backbone", "dataset"])
     found = [(" · ".join(names), group) for names, group in groups if len(group) > 1]
     return sorted(found, key=lambda panel: (-len(panel[1]), natural(panel[0])))
@@ -80,7 +82,7 @@ def pareto(rows: pd.DataFrame, cost: str) -> tuple[plt.Figure | None, str]:
         _draw_points(axis, group, cost, (color, marker))
         _scale_costs(axis, [value * _unit(cost) for value in group[cost]])
         axis.set_title(title)
-        axis.set(xlabel=AXES[cost], ylabel="test top-1 %")
+        axis.set(xlabel=AXES[cost], ylabel=f"test {group['metric'].iloc[0]} %")
     handles = [Line2D([], [], color=c, marker="o", ls="", label=name) for name, c in color.items()]
     if len(marker) > 1:
         handles += [Line2D([], [], color=GREY, marker=m, ls="", label=name) for name, m in marker.items()]
@@ -113,7 +115,7 @@ def _draw_points(axis: plt.Axes, points: pd.DataFrame, cost: str, styles: tuple[
         along = [*edge[cost] * scale, points[cost].max() * scale]  # on to the right: dearer settings are below it
         axis.step(
             along,
-            [*edge["top1_mean"], edge["top1_mean"].max()],
+            [*edge["score_mean"], edge["score_mean"].max()],
             where="post",
             color=GREY,
             lw=1.2,
@@ -123,8 +125,8 @@ def _draw_points(axis: plt.Axes, points: pd.DataFrame, cost: str, styles: tuple[
         for row in part.to_dict("records"):
             axis.errorbar(
                 row[cost] * scale,
-                row["top1_mean"],
-                yerr=row["top1_std"] if row["n"] > 1 else None,
+                row["score_mean"],
+                yerr=row["score_std"] if row["n"] > 1 else None,
                 fmt=marker[row["quant"]],
                 ms=6,
                 color=color[row["method"]],
@@ -148,23 +150,23 @@ def _scale_costs(axis: plt.Axes, costs: list[float]) -> None:
     axis.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def curves(found: list[tuple[str, list[tuple[str, pd.DataFrame]]]]) -> plt.Figure:
-    """Returns validation top-1 by epoch of [(panel's title, [(name, frame with epoch and val_top1)])]."""
+def curves(found: list[tuple[str, str, list[tuple[str, pd.DataFrame]]]]) -> plt.Figure:
+    """Returns scores on validation by epoch of [(panel's title, what they are, [(name, frame of epoch and score)])]."""
     figure, axes = _canvas(len(found))
-    color = _styles(pd.Series([name for _, lines in found for name, _ in lines]), COLORS)
+    color = _styles(pd.Series([name for *_, lines in found for name, _ in lines]), COLORS)
     dashes = {name: ("-", "--", ":", "-.")[place // len(COLORS) % 4] for place, name in enumerate(color)}
-    for axis, (title, lines) in zip(axes, found, strict=False):
+    for axis, (title, metric, lines) in zip(axes, found, strict=False):
         for name, points in lines:
             axis.plot(
                 points["epoch"],
-                points["val_top1"],
+                points["score"],
                 color=color[name],
                 ls=dashes[name],
                 lw=1.4,
                 marker="." if len(points) < 3 else "",
             )
         axis.set_title(title)
-        axis.set(xlabel="epoch", ylabel="validation top-1 %")
+        axis.set(xlabel="epoch", ylabel=metric)
         axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=6))
     _legend(figure, [Line2D([], [], color=color[name], ls=dashes[name], label=name) for name in color])
     return figure

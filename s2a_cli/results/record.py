@@ -347,7 +347,7 @@ def read_result(folder: Path) -> Result:
 
 
 def read_metrics(path: Path) -> list[tuple[int, float]]:
-    """Returns (epoch, validation top-1 in %) of a metrics.jsonl; a last line that was cut short is skipped.
+    """Returns (epoch, validation top-1 or mAP in %) of a metrics.jsonl; a last line that was cut short is skipped.
 
     Raises OSError for a file that can't be read, ValueError for one that a run does not write.
     """
@@ -355,7 +355,7 @@ def read_metrics(path: Path) -> list[tuple[int, float]]:
     for number, line in enumerate(lines, 1):
         try:
             point = json.loads(line)
-            epoch, top1 = point["epoch"], point.get("val_top1")
+            epoch, top1 = point["epoch"], point.get("val_top1", point.get("val_map"))
             if top1 is None:  # there was no validation
                 continue
             if (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, cast
 
 import pandas as pd
 
@@ -25,7 +26,7 @@ NOTES = (
     "top-1: %, test, mean ± standard deviation over n runs. trainable: M and % of the backbone, head apart.",
     "peak: MiB, memory of a training step. x: full fine-tuning's peak / this peak. images/s: training, images loaded.",
 )
-RIGHT = {"top-1 %", "n", "trainable M", "%", "peak MiB", "x", "images/s", "mean of top-1 %"}
+RIGHT = {"top-1 %", "mAP %", "n", "trainable M", "%", "peak MiB", "x", "images/s", "mean of top-1 %"}
 PREDICTED_FULL = "*: measured, against full fine-tuning's predicted peak; to measure that, run method=full quant=none."
 
 
@@ -33,9 +34,10 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     """Returns one row for each setting, over its seeds; numbers, not text.
 
     Columns: dataset, backbone, method, quant, then the settings in which rows differ, n (ok runs), status, top1_mean
-    and top1_std (%), trainable and percent (head apart), peak_mib, memory (measured | predicted), x_full,
-    x_full_against (measured | predicted), images_per_s. Measured and predicted peaks never share a row; a measured
-    peak and a speed are left empty when the runs of a row come from several devices.
+    and top1_std (%), map_mean and map_std (%) where images of a data set have several labels, trainable and percent
+    (head apart), peak_mib, memory (measured | predicted), x_full, x_full_against (measured | predicted), images_per_s.
+    Measured and predicted peaks never share a row; a measured peak and a speed are left empty when the runs of a row
+    come from several devices.
     """
     runs = runs_of(frame)
     settings = settings_of(runs)
@@ -51,15 +53,18 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     groups = kept.groupby(row, sort=False)
     rows = groups.first()
     rows = rows.assign(n=found.n["ok"], status=found.status, **{name: found.mean[name] for name in FIGURES})
-    rows["top1_std"] = found.std["top1"]
+    rows["top1_std"], rows["map_std"] = found.std["top1"], found.std["map"]
     several = groups["environment.device"].nunique() > 1
     rows.loc[several, "images_per_s"] = None
     rows.loc[several & (rows["memory"] == "measured"), "peak_mib"] = None
-    rows = add_full_ratio(rows.reset_index(drop=True), settings).rename(columns={"top1": "top1_mean"})
+    rows = add_full_ratio(rows.reset_index(drop=True), settings).rename(
+        columns={"top1": "top1_mean", "map": "map_mean"}
+    )
 
     extra = Differences(rows, BASE, exact).to_show()
     rows = rows.sort_values(BASE + extra, key=lambda values: values.map(exact), ignore_index=True)
-    shown = [*BASE, *extra, "n", "status", "top1_mean", "top1_std", "trainable", "percent", "peak_mib", "memory"]
+    scores = ["top1_mean", "top1_std", *(["map_mean", "map_std"] if any(column(rows, "map_mean").notna()) else [])]
+    shown = [*BASE, *extra, "n", "status", *scores, "trainable", "percent", "peak_mib", "memory"]
     rows = columns(rows, [*shown, "x_full", "x_full_against", "images_per_s"])
     return rows.rename(columns={name: name.removeprefix("config.") for name in extra})
 
@@ -71,14 +76,17 @@ def _settings_shown(rows: pd.DataFrame) -> list[str]:
 
 
 def by_dataset(rows: pd.DataFrame) -> pd.DataFrame | None:
-    """Returns method x dataset of top-1 texts with the mean over all datasets; None for a single dataset."""
+    """Returns method x dataset of top-1 texts with the mean over all datasets; None for a single dataset.
+
+    Where images of a data set have several labels, its texts are of mAP, and no mean is over it.
+    """
     datasets = sorted(column(rows, "dataset").unique())
     if len(datasets) < 2:
         return None
     index = [c for c in BASE if c != "dataset"]
     if rows.duplicated([*index, "dataset"]).any():  # several settings of a method on one dataset
         index += [*_settings_shown(rows), "memory"]
-    text = rows.assign(text=_top1(rows), **{c: column(rows, c).map(cell) for c in index})
+    text = rows.assign(text=_texts(scored(rows), "score"), **{c: column(rows, c).map(cell) for c in index})
     wide = text.pivot_table(index=index, columns="dataset", values="text", aggfunc="first", sort=True)
     mean = text.pivot_table(index=index, columns="dataset", values="top1_mean", aggfunc="first", dropna=False)
     mean = mean.reindex(index=wide.index, columns=datasets).mean(axis=1, skipna=False)
@@ -86,15 +94,26 @@ def by_dataset(rows: pd.DataFrame) -> pd.DataFrame | None:
     return wide.fillna("–").reset_index().rename_axis(columns=None)
 
 
-def _top1(rows: pd.DataFrame) -> list[str]:
-    pairs = zip(rows["top1_mean"], rows["top1_std"], strict=True)
+def scored(rows: pd.DataFrame) -> pd.DataFrame:
+    """Returns the rows of `table` with score_mean and score_std, in %, and metric: what they are, top-1 or mAP."""
+    several = rows["map_mean"].notna() if "map_mean" in rows else pd.Series(False, rows.index)
+    scores = {f"score_{of}": rows[f"top1_{of}"].where(~several, rows.get(f"map_{of}")) for of in ("mean", "std")}
+    return rows.assign(**scores, metric=several.map(cast(Any, {True: "mAP", False: "top-1"})))
+
+
+def _texts(rows: pd.DataFrame, name: str) -> list[str]:
+    pairs = zip(rows[f"{name}_mean"], rows[f"{name}_std"], strict=True)
     return [number(mean, 2) + ("" if pd.isna(std) else f" ± {std:.2f}") for mean, std in pairs]
 
 
 def readable(rows: pd.DataFrame) -> pd.DataFrame:
     """Returns the rows of `table` as text, units in the header."""
     text = columns(rows, BASE + _settings_shown(rows)).map(cell)
-    text["top-1 %"] = _top1(rows)
+    for name, title in {"top1": "top-1 %", "map": "mAP %"}.items():
+        if f"{name}_mean" in rows and (
+            name == "map" or "map_mean" not in rows or any(column(rows, "top1_mean").notna())
+        ):
+            text[title] = _texts(rows, name)
     text["n"] = rows["n"].astype(str)
     text["trainable M"] = [number(value / 1e6, 3) for value in rows["trainable"]]
     text["%"] = [number(value, 2) for value in rows["percent"]]

@@ -113,7 +113,7 @@ def test_only_failed_runs_make_a_page(write_result, tmp_path):
 
 
 def test_the_frontier_holds_what_nothing_beats():
-    points = pd.DataFrame({"peak_mib": [10, 10, 20, 30, 40], "top1_mean": [50.0, 60.0, 55.0, 70.0, 70.0]})
+    points = pd.DataFrame({"peak_mib": [10, 10, 20, 30, 40], "score_mean": [50.0, 60.0, 55.0, 70.0, 70.0]})
     assert plots.frontier(points, "peak_mib").index.tolist() == [1, 3]
 
 
