@@ -45,7 +45,8 @@ def result(
         "parameters": {"total": 5_500_000, "trainable": 51_000, "head": 7_000, "percent": 0.93},
         "memory": {"kind": kind, "full_finetune_kind": "predicted"} | memory if ok else None,
         "throughput": {"train_images_per_second": 33.0 if ok else None},
-        "data": {"name": dataset, "revision": "r1", "classes": ["cat", "dog"], "train": 3, "val": 1, "test": 1},
+        "data": {"name": dataset, "revision": "r1", "classes": ["cat", "dog"], "multi_label": False}
+        | {"train": 3, "val": 1, "test": 1},
         "weights": "w1",
         "environment": {"torch": "2.6.0", "device": device},
     }

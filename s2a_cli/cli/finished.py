@@ -80,7 +80,7 @@ def evaluate(words: list[str]) -> int:
     folder, _ = _finished(own)
     config = recomposed(own)
     from s2a_cli.config.compose import compose
-    from s2a_cli.results import evaluation, record
+    from s2a_cli.results import evaluation, multi_label, record
 
     if out:
         evaluation.check_out(out, force)
@@ -89,20 +89,21 @@ def evaluate(words: list[str]) -> int:
 
     dataset = compose(elsewhere).dataset if elsewhere else None
     recorded = record.read_result(folder)
-    labelled = testing.elsewhere(recorded["data"]["classes"], dataset) if dataset else testing.own_test(folder, config)
+    labelled = testing.elsewhere(recorded["data"], dataset) if dataset else testing.own_test(folder, config)
     found = testing.evaluate(load_as(folder, config), labelled)
     figures = found.figures()
-    print(evaluation.text(figures))
+    print((multi_label if "map" in figures else evaluation).text(figures))
     print(_written(out or folder / evaluation.folder_name(dataset and labelled.name), found, figures, bool(out)))
     return _compared(figures, recorded) if labelled.same else 0
 
 
 def _written(folder: Path, found: Any, figures: dict[str, Any], asked: bool) -> str:
     """Writes an evaluation to a folder; returns a line that says so, or why it can't be there unless it was asked."""
-    from s2a_cli.results import evaluation
+    from s2a_cli.results import evaluation, multi_label
 
+    write: Any = multi_label.write if "map" in figures else evaluation.write
     try:
-        return f"\n{folder}: {listed([path.name for path in evaluation.write(folder, found, figures)])}"
+        return f"\n{folder}: {listed([path.name for path in write(folder, found, figures)])}"
     except OSError as error:
         if asked:
             raise UserError(f"out={folder}: can't be written to ({error.strerror})") from None

@@ -58,6 +58,10 @@ class Images:
             return self.labels[index]
         return np.isin(np.arange(self.classes), self.labels[index]).astype(np.float32)
 
+    def present(self) -> set[int]:
+        """Returns the labels that occur."""
+        return set(self.labels) if self.classes is None else {label for several in self.labels for label in several}
+
     def counts(self, classes: int) -> np.ndarray:
         """Returns the number of images of each class, [classes]; an image of several labels counts for each."""
         labels = self.labels if self.classes is None else [label for several in self.labels for label in several]

@@ -95,6 +95,7 @@ class Data(TypedDict):
     name: str  # of the data set in tables
     revision: str  # hash of the data's content
     classes: list[str]
+    multi_label: bool  # whether an image may have several labels
     train: int  # images
     val: int
     test: int
@@ -315,6 +316,7 @@ def _completed(result: dict[str, Any]) -> Result:
     for key in ("id", "status", "weights"):
         result[key] = result[key]
     result["data"]["revision"] = result["data"]["revision"]
+    result["data"].setdefault("multi_label", False)
     for key in ("error", "allocation", "memory"):
         result.setdefault(key, None)
     for key in ("accuracy", "throughput"):

@@ -30,7 +30,7 @@ def _classified(trained: Trained, batch: list[Photo], top: int) -> Iterator[Pred
     readable = [photo.pixels for photo in batch if photo.pixels is not None]
     found: Iterator[list[tuple[str, float]]] = iter(())
     if readable:
-        likely = trained(torch.stack(readable)).softmax(-1).topk(min(top, len(trained.classes)))
+        likely = trained.probabilities(trained(torch.stack(readable))).topk(min(top, len(trained.classes)))
         found = iter(
             [(trained.classes[place], probability) for place, probability in zip(places, probabilities)]
             for places, probabilities in zip(likely.indices.tolist(), likely.values.tolist())

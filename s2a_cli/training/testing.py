@@ -23,6 +23,7 @@ from s2a_cli.data import Images
 from s2a_cli.data.images import ImageFiles
 from s2a_cli.results import record
 from s2a_cli.results.evaluation import Answers, Evaluation
+from s2a_cli.results.multi_label import MultiLabelEvaluation
 from s2a_cli.results.run_folder import TEST_FILES
 from s2a_cli.training.trained import Trained
 
@@ -86,7 +87,7 @@ def own_test(folder: Path, config: DictConfig) -> Labelled:
     notes = [f"{changed}: tested on the {len(there)} images of its test split that are there"]
     if gone:
         notes.append(f"{counted(len(gone), 'image')} of it can't be read or is gone: {listed(gone, 3)}")
-    images = ImageFiles(parts[0].root, there, [labels[file] for file in there])
+    images = ImageFiles(parts[0].root, there, [labels[file] for file in there], parts[0].classes)
     return Labelled(name, _relabelled(images, source.classes, known), False, notes)
 
 
@@ -103,17 +104,22 @@ def _test_files(folder: Path) -> list[str] | None:
     return files
 
 
-def elsewhere(known: list[str], dataset: DatasetConfig) -> Labelled:
-    """Returns the test split of a data set, or all of one without, for a run that knows the classes `known`.
+def elsewhere(trained_on: record.Data, dataset: DatasetConfig) -> Labelled:
+    """Returns the test split of a data set, or all of one without, for a run that was trained on `trained_on`.
 
-    Raises UserError for a class that the run does not know.
+    Raises UserError for a class that the run does not know,
+    and for images with one label where the run gives several, or the other way round.
     """
+    known, multi_label = trained_on["classes"], trained_on["multi_label"]
     source, name = data.read(dataset), data.title(dataset)
     images = source.train if source.test is None else source.test
     notes = [f"left out: {phrase}" for phrase in source.left_out]
     if source.test is not None:
         name = f"{name}, test split"
-    there = sorted({source.classes[label] for label in images.labels})
+    if multi_label != (images.classes is not None):
+        said = ("several labels", "one label") if multi_label else ("one label", "several labels")
+        raise UserError(f"data={name}: the run gives an image {said[0]}, and here it has {said[1]}")
+    there = sorted({source.classes[label] for label in images.present()})
     if unknown := [one for one in there if one not in known]:
         raise UserError(
             f"data={name}: has {listed(unknown)}, which the run was not trained on; its classes are {listed(known, 10)}"
@@ -127,21 +133,29 @@ def _relabelled(images: Images, classes: Sequence[str], known: Sequence[str]) ->
     """Returns images whose labels are indices into `known` in place of `classes`."""
     places = {place: known.index(name) for place, name in enumerate(classes) if name in known}
     changed = images.subset(range(len(images)))
-    changed.labels = [places[label] for label in images.labels]
+    if images.classes is None:
+        changed.labels = [places[label] for label in images.labels]
+    else:
+        changed.labels = [tuple(places[label] for label in of_image) for of_image in images.labels]
+        changed.classes = len(known)
     return changed
 
 
-@torch.no_grad()
-def answer(trained: Trained, images: Images) -> Answers:
-    """Returns what a run's model answers for labelled images, and shows the progress."""
-    config, five = trained.config, len(trained.classes) > 5
-    loader = data.loader(
+def _loader(trained: Trained, images: Images) -> data.Loader:
+    config = trained.config
+    return data.loader(
         images,
         trained.transform,
         config.optim.batch_size,
         workers=config.workers,
         pin_memory=trained.device.type == "cuda",
     )
+
+
+@torch.no_grad()
+def answer(trained: Trained, images: Images) -> Answers:
+    """Returns what a run's model answers for labelled images, and shows the progress."""
+    five, loader = len(trained.classes) > 5, _loader(trained, images)
     losses, predicted, confidence, in_top5 = [], [], [], []
     with Progress("testing", len(images), " images") as progress:
         for batch, targets in loader:
@@ -164,8 +178,34 @@ def answer(trained: Trained, images: Images) -> Answers:
     )
 
 
-def evaluate(trained: Trained, labelled: Labelled) -> Evaluation:
+@torch.no_grad()
+def label(trained: Trained, labelled: Labelled) -> MultiLabelEvaluation:
+    """Tests a run that gives an image several labels, and shows the progress."""
+    images, outputs, targets = labelled.images, [], []
+    loader = _loader(trained, images)
+    with Progress("testing", len(images), " images") as progress:
+        for batch, target in loader:
+            outputs.append(trained(batch).cpu())
+            targets.append(target)
+            progress.add(len(batch))
+    logits, target = torch.cat(outputs), torch.cat(targets)
+    return MultiLabelEvaluation(
+        str(trained.folder),
+        trained.record["id"],
+        labelled.name,
+        trained.classes,
+        [images.name(place) for place in range(len(images))],
+        target.numpy(),
+        logits.numpy(),
+        F.binary_cross_entropy_with_logits(logits, target).item(),
+        labelled.notes,
+    )
+
+
+def evaluate(trained: Trained, labelled: Labelled) -> Evaluation | MultiLabelEvaluation:
     """Tests a run on labelled images."""
+    if trained.multi_label:
+        return label(trained, labelled)
     answers = answer(trained, labelled.images)
     return Evaluation(
         str(trained.folder), trained.record["id"], labelled.name, trained.classes, answers, labelled.notes

@@ -41,6 +41,15 @@ class Trained:
         return self.record["data"]["classes"]
 
     @property
+    def multi_label(self) -> bool:
+        """Whether it gives an image several labels, or none: the sigmoid of each logit is then a probability."""
+        return self.record["data"]["multi_label"]
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Returns how probable each class is, [B, classes]; with several labels an image, each for itself."""
+        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
+
+    @property
     def model(self) -> nn.Module:
         return self.attached.model
 

@@ -186,6 +186,7 @@ def _begun(run: Run) -> record.RecordBuilder:
             "name": splits.name,
             "revision": splits.revision,
             "classes": list(splits.classes),
+            "multi_label": splits.multi_label,
             "train": len(splits.train),
             "val": len(splits.val),
             "test": len(splits.test),

@@ -142,15 +142,18 @@ def test_a_record_is_built_of_what_becomes_known(make_result, tmp_path):
     known, other, memory = begun(make_result), begun(make_result), make_result()["memory"]
     known.predicted(memory)
     before = known.result()
-    known.validated(70.0, 1)
-    known.validated(80.0, 2)
-    known.tested(75.0, None)
+    known.validated({"top1": 70.0, "loss": 1.0}, 1)
+    known.validated({"top1": 80.0, "balanced": 60.0, "loss": 0.9}, 2)
+    known.tested({"top1": 75.0, "top5": None, "balanced": 55.0, "loss": 0.9})
     measured = memory | {"kind": "measured-cuda", "peak_mib": 123.0, "reserved_mib": 200.0}
     known.measured(measured | {"full_finetune_peak_mib": None, "full_finetune_kind": None})
     known.images_per_second = 33.0
     known.ended("ok")
     result = known.result()
-    assert result["accuracy"] == {"val_top1": 80.0, "test_top1": 75.0, "test_top5": None, "best_epoch": 2}
+    figures = {"val_top1": 80.0, "val_balanced": 60.0, "test_top1": 75.0, "test_balanced": 55.0, "best_epoch": 2}
+    assert result["accuracy"] == dict.fromkeys(("val_map", "test_map", "test_top5")) | figures
+    assert records.headline(result["accuracy"]) == ("top-1", 80.0, 75.0)
+    assert records.headline(result["accuracy"] | {"val_map": 50.0}).name == "mAP"
     assert result["memory"] == measured, "full fine-tuning's peak stays the predicted one"
     assert (result["status"], result["error"]) == ("ok", None)
     assert before["accuracy"]["val_top1"] is None and before["memory"] == memory, "a record that was given stays"

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from s2a_cli.cli.main import main
 from s2a_cli.results.metrics import mean_average_precision
+from s2a_cli.training import forecast
 from s2a_cli.training.criterion import Criterion
 
 
@@ -73,6 +74,7 @@ def shapes(tmp_path_factory):
 
 
 def trained(shapes, folder, *words, monkeypatch):
+    monkeypatch.setattr(forecast, "predict", lambda run: None)
     monkeypatch.setenv("S2A_DATA", str(shapes.parent / "cache"))
     base = ["dataset=table", f"dataset.file={shapes}", "backbone=vit_micro", "device=cpu", "workers=0", "quant=none"]
     base += ["optim.epochs=1", "optim.warmup_epochs=0", "optim.batch_size=16", f"run_dir={folder}"]
