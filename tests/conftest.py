@@ -28,6 +28,16 @@ def real_data() -> Path:
     return Path(os.environ["S2A_REAL_DATA"])
 
 
+@pytest.fixture(autouse=True)
+def without_a_measured_pace(monkeypatch, request):
+    """Runs do not measure how fast they are, which has tests of its own."""
+    if "predicts" not in request.keywords:
+        from s2a_cli.training import duration
+
+        some = duration.Duration(7.0, 1, duration.Pace(0.0, 0.01, 0.01, 2), [])
+        monkeypatch.setattr(duration, "predict", lambda run, done=0: some)
+
+
 @pytest.fixture
 def set_chunk_sizes(monkeypatch):
     """set_chunk_sizes(block=1) changes a ChunkSizes for every device."""

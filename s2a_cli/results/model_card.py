@@ -22,6 +22,8 @@ def text(result: Result, description: dict[str, Any], use: str, difference: floa
     logits from the run's, relative to the largest, on so many photos.
     """
     data, images, license = result["data"], description["preprocessing"], description["license"]
+    several = "an image may have several classes: the sigmoid of a logit is the probability of its class"
+    probable = several if data["multi_label"] else "their softmax is the probability of each class"
     given, config = result["config"]["backbone"].get("checkpoint"), _handed_on(result["config"])
     front = {"license": license or "unknown", "tags": ["image-classification", "s2a"], "library_name": "timm"}
     of_weights = f"`{printable(description['weights'])}`{', from a file of the user' if given else ''}"
@@ -38,7 +40,7 @@ def text(result: Result, description: dict[str, Any], use: str, difference: floa
         f"- **Images**: shorter side resized to {images['resize_shorter_side']} px ({images['interpolation']},"
         f" antialiased), centre crop of {images['center_crop']} px, values of RGB from 0 to 1, less {images['mean']},"
         f" divided by {images['std']}; float32 [batch, 3, {images['center_crop']}, {images['center_crop']}]",
-        "- **Output**: logits [batch, classes]; their softmax is the probability of each class",
+        f"- **Output**: logits [batch, classes]; {probable}",
         f"- **Checked**: loaded again, its logits on {photos} photos differ from the run's in fp32 by at most"
         f" {difference:.1e} of the largest",
         f"- **Made by** s2a {__version__}, run {result['id']}\n",
@@ -58,7 +60,8 @@ def _handed_on(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _accuracy(result: Result) -> list[str]:
-    names = {"test_top1": "test top-1", "test_top5": "test top-5", "val_top1": "validation top-1"}
+    names = {"test_top1": "test top-1", "test_top5": "test top-5", "test_balanced": "test balanced accuracy"}
+    names |= {"test_map": "test mAP", "val_top1": "validation top-1", "val_map": "validation mAP"}
     found: dict[str, Any] = {key: value for key, value in result["accuracy"].items() if value is not None}
     said = [f"{name} {found[key]:.2f} %" for key, name in names.items() if key in found]
     if "test_top1" in found and (count := result["data"]["test"]):

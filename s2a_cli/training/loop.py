@@ -29,7 +29,7 @@ from s2a_cli.common.interrupts import guarded, stopping
 from s2a_cli.common.progress import Progress
 from s2a_cli.common.text import first_line
 from s2a_cli.results import record
-from s2a_cli.training import checkpoints
+from s2a_cli.training import checkpoints, duration
 from s2a_cli.training.evaluation import accuracy, chosen_by, describe, sent
 from s2a_cli.training.pending import Pending
 from s2a_cli.training.step import Step, make_optimizer, stays_in_pixels, train_mode
@@ -81,6 +81,8 @@ class TrainLoop:
             self._restore(state)
         images = self.optim.epochs * len(self.run.splits.train)
         done = (self.sofar.epoch - 1) * len(self.run.splits.train) + self.sofar.images
+        if done < images and duration.is_worth_saying(self.run):
+            print(duration.predict(self.run, done).describe(), flush=True)
         with (
             Progress("training", images, " images", done, quiet=not distributed.is_main_process()) as progress,
             stopping() as asked,
