@@ -16,6 +16,7 @@ from torch import nn
 
 from s2a_cli.backbones.backbone import Backbone
 from s2a_cli.backbones.head import Classified, Head, find_head, pooled
+from s2a_cli.backbones.hub import hub
 from s2a_cli.backbones.pretrained import load_checkpoint, map_tensors, pretrained_cfg
 from s2a_cli.common.dataless import Dataless
 from s2a_cli.common.errors import UserError
@@ -152,25 +153,24 @@ def _create(config: BackboneConfig, num_classes: int, from_hub: bool) -> nn.Modu
             model = create(pretrained=False)
     except Exception as error:  # models check their settings in ways of their own
         raise UserError(f"backbone: timm can't make {config.timm}: {first_line(error)}") from None
-    try:
-        return create(pretrained=True)
-    except RuntimeError as error:
-        if "Error(s) in loading state_dict" in str(error):
-            mismatch = " ".join(str(error).split())[:400]
-            raise UserError(
-                f"backbone: the weights of {config.timm} do not fit backbone.kwargs={config.kwargs}: {mismatch}"
-            ) from None
-        raise _not_downloaded(config, model, error) from error
-    except Exception as error:  # the hub raises many kinds: offline, not found, gated, disk full
-        raise _not_downloaded(config, model, error) from error
+    with hub() as unreachable:
+        try:
+            return create(pretrained=True)
+        except Exception as error:  # the hub raises many kinds: offline, not found, gated, disk full
+            if "Error(s) in loading state_dict" in str(error):
+                mismatch = " ".join(str(error).split())[:400]
+                raise UserError(
+                    f"backbone: the weights of {config.timm} do not fit backbone.kwargs={config.kwargs}: {mismatch}"
+                ) from None
+            raise _not_downloaded(config, model, unreachable or type(error).__name__) from error
 
 
-def _not_downloaded(config: BackboneConfig, model: nn.Module, error: Exception) -> UserError:
+def _not_downloaded(config: BackboneConfig, model: nn.Module, why: str) -> UserError:
     """Returns the error for weights that could not be downloaded, with what to do instead."""
     known = pretrained_cfg(model)
     where = known.get("hf_hub_id") or known.get("url") or "no known address"
     return UserError(
-        f"backbone: the weights of {config.timm} ({where}) could not be downloaded ({type(error).__name__}); give them"
+        f"backbone: the weights of {config.timm} ({where}) could not be downloaded ({why}); give them"
         " as backbone.checkpoint=FILE, or backbone.pretrained=false for random weights"
     )
 

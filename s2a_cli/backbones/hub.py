@@ -1,0 +1,32 @@
+"""Asks the hub of pretrained weights once whether it answers; its own client would try again for more than a minute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants, get_session
+
+PATIENCE = 3.0  # seconds
+
+
+@contextmanager
+def hub() -> Iterator[str]:
+    """Yields why the hub can't be reached; empty where it answers. Within, its client then reads its cache alone."""
+    before, why = constants.HF_HUB_OFFLINE, _unreachable()
+    constants.HF_HUB_OFFLINE = bool(why)  # which the client reads at every request
+    try:
+        yield why
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _unreachable() -> str:
+    """Returns why the hub can't be reached, in words; empty where it answers."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception as error:  # of the client, which differs by version: no name, no route, no answer in time
+        return f"{constants.ENDPOINT} can't be reached: {type(error).__name__}"
+    return ""
