@@ -16,7 +16,7 @@ from torch import nn
 
 from s2a_cli.backbones.backbone import Backbone
 from s2a_cli.backbones.head import Classified, Head, find_head, pooled
-from s2a_cli.backbones.hub import hub
+from s2a_cli.backbones.hub import WeightsMissing, hub
 from s2a_cli.backbones.pretrained import load_checkpoint, map_tensors, pretrained_cfg
 from s2a_cli.common.dataless import Dataless
 from s2a_cli.common.errors import UserError
@@ -165,11 +165,11 @@ def _create(config: BackboneConfig, num_classes: int, from_hub: bool) -> nn.Modu
             raise _not_downloaded(config, model, unreachable or type(error).__name__) from error
 
 
-def _not_downloaded(config: BackboneConfig, model: nn.Module, why: str) -> UserError:
+def _not_downloaded(config: BackboneConfig, model: nn.Module, why: str) -> WeightsMissing:
     """Returns the error for weights that could not be downloaded, with what to do instead."""
     known = pretrained_cfg(model)
     where = known.get("hf_hub_id") or known.get("url") or "no known address"
-    return UserError(
+    return WeightsMissing(
         f"backbone: the weights of {config.timm} ({where}) could not be downloaded ({why}); give them"
         " as backbone.checkpoint=FILE, or backbone.pretrained=false for random weights"
     )

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from huggingface_hub import constants, get_session
 
+from s2a_cli.common.errors import UserError
+
 PATIENCE = 3.0  # seconds
+
+
+class WeightsMissing(UserError):
+    """Means that pretrained weights are neither in the hub's cache nor to be had from it."""
 
 
 @contextmanager
 def hub() -> Iterator[str]:
     """Yields why the hub can't be reached; empty where it answers. Within, its client then reads its cache alone."""
-    before, why = constants.HF_HUB_OFFLINE, _unreachable()
-    constants.HF_HUB_OFFLINE = bool(why)  # which the client reads at every request
-    try:
+    why = _unreachable()
+    with cache_alone() if why else nullcontext():
         yield why
+
+
+@contextmanager
+def cache_alone() -> Iterator[None]:
+    """Has the hub's client read its cache alone within."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True  # which it reads at every request
+    try:
+        yield
     finally:
         constants.HF_HUB_OFFLINE = before
 

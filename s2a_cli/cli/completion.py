@@ -10,7 +10,8 @@ from s2a_cli.cli.commands import COMMANDS
 from s2a_cli.cli.main import FLAGS
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import nearest
-from s2a_cli.config.compose import composable, hydra_on, method_schema
+from s2a_cli.config.compose import composable, method_schema
+from s2a_cli.config.loading import hydra_on
 from s2a_cli.config.overrides import CONF
 from s2a_cli.config.schema import RunConfig
 from s2a_cli.config.settings import merge, plain, rule_of, walk

@@ -1,7 +1,7 @@
 """Turns the words of a command line into one typed, resolved and checked config, or reports all that is wrong.
 
-Hydra composes the files of `conf/`; it accepts any key behind `+` and stops at its first error. So every value
-override is given to it as `++key=value`, and the schema in schema.py judges keys, types and values afterwards.
+Hydra composes the files of `conf/`; it accepts any key behind `+` and stops at its first error. So values are set as
+`++key=value` sets them, whatever the key, and the schema in schema.py judges keys, types and values afterwards.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ import difflib
 import math
 import re
 import typing
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import field, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError, OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import brief, first_line, nearest
 from s2a_cli.config.checks import check
+from s2a_cli.config.loading import UNFIT, Problems, load
 from s2a_cli.config.overrides import CONF, groups, offered, read, refuse_explosions
 from s2a_cli.config.rules import Rule, show
 from s2a_cli.config.schema import OLDER_VALUES, MethodConfig, RunConfig, SweepConfig
@@ -43,11 +42,6 @@ from s2a_cli.config.trust import check_kwargs, check_stored
 
 OmegaConf.register_new_resolver("times", lambda *factors: math.prod(map(float, factors)), replace=True)
 
-SEVERAL = "_several"  # the option of `method` behind a list of others
-Problems = dict[str, str]  # key -> one line; the first one said about a key stays
-# What OmegaConf raises about a value.
-UNFIT = (OmegaConfBaseException, ArithmeticError, ValueError, TypeError, RecursionError)
-
 
 def compose(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
     """Returns the config of one run, resolved and typed: a RunConfig whose `method` is the method's own config.
@@ -63,7 +57,7 @@ def compose(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
     for word in words:
         if word.lstrip("+").startswith("sweep"):
             problems[word] = f"{word.lstrip('+')}: a setting of s2a sweep; this is one run"
-    loaded = _load(words, conf, problems)
+    loaded = load(words, conf, problems)
     loaded.pop("sweep", None)  # what an experiment brings along for a sweep
     return _judged(loaded, problems)
 
@@ -74,7 +68,7 @@ def compose_sweep(overrides: list[str]) -> SweepConfig:
     Raises UserError as `compose` does.
     """
     problems: Problems = {}
-    loaded = _load(_readable(overrides, CONF, problems), CONF, problems)
+    loaded = load(_readable(overrides, CONF, problems), CONF, problems)
     typed = OmegaConf.structured(SweepConfig)
     _fit(loaded.get("sweep") or OmegaConf.create(), typed, "sweep.", problems)
     for key, schema, name, value in declared(typed, "sweep."):
@@ -126,7 +120,7 @@ def compose_method(names: Sequence[str], settings: Mapping[str, Any]) -> DictCon
     words = _readable([f"method=[{','.join(map(str, names))}]"], CONF, problems)
     if problems:
         raise UserError("\n".join(problems.values()))
-    loaded = _load(words, CONF, problems)
+    loaded = load(words, CONF, problems)
     try:
         loaded.method = merge(loaded.method, settings)
     except UNFIT as error:
@@ -137,20 +131,6 @@ def compose_method(names: Sequence[str], settings: Mapping[str, Any]) -> DictCon
 def composable(overrides: list[str]) -> list[str]:
     """Returns those of the words that Hydra can compose, in a form in which it refuses none: for completion."""
     return _readable(overrides, CONF, {})
-
-
-@contextmanager
-def hydra_on(conf: Path = CONF) -> Iterator[Any]:
-    """Initialises Hydra on a folder of configs and yields its config loader."""
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Hydra 1.3 warns when version_base is left out, 1.4 when it is given
-        hydra = initialize_config_dir(str(conf), job_name="s2a", version_base="1.3")
-    with hydra:
-        yield GlobalHydra.instance().config_loader()
 
 
 def _parsed(overrides: list[str], known: dict[str, list[str]], problems: Problems) -> list[Any]:
@@ -210,39 +190,6 @@ def _readable(overrides: list[str], conf: Path, problems: Problems) -> list[str]
     return words
 
 
-def _load(words: list[str], conf: Path, problems: Problems) -> DictConfig:
-    """Returns what the files and the words say, not yet resolved. Raises UserError when nothing can be composed."""
-    import yaml
-    from hydra import compose as hydra_compose
-    from hydra.errors import HydraException
-
-    try:
-        with hydra_on(conf) as loader:
-            loaded = hydra_compose("config", overrides=words, return_hydra_config=True)
-            structures = [] if "method" in loaded.hydra.runtime.choices else _options(loader, "method", words)
-            if structures:  # several, chosen here or in an experiment, which Hydra has merged into one another
-                joined = f"method=[{','.join([*structures, SEVERAL])}]"
-                loaded = hydra_compose("config", overrides=[*words, joined], return_hydra_config=True)
-    except (HydraException, yaml.YAMLError, OSError, *UNFIT) as error:
-        said = " ".join(str(error).split()) + (f" ({error.__cause__})" if error.__cause__ else "")
-        problems["config"] = brief(said or type(error).__name__, 400)
-        raise UserError("\n".join(problems.values())) from error
-    OmegaConf.set_struct(loaded, False)
-    loaded.pop("hydra")
-    if structures:
-        _join(loaded.method, structures, conf)
-    return loaded
-
-
-def _options(loader: Any, group: str, words: list[str]) -> list[str]:
-    """Returns the options of a group that Hydra composes for these words, sorted, each once."""
-    from hydra.types import RunMode
-
-    found = loader.compute_defaults_list("config", overrides=words, run_mode=RunMode.RUN).defaults
-    paths = [default.config_path.split("/") for default in found if default.config_path]
-    return sorted({path[-1] for path in paths if path[:-1] == [group]})
-
-
 def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
     """Returns `loaded` as a resolved RunConfig. Raises UserError with all problems when there are any."""
     typed = OmegaConf.structured(RunConfig)
@@ -280,25 +227,6 @@ def method_schema(name: str) -> type:
         return make_dataclass("MethodConfig", [], bases=(STRUCTURES[name], MethodConfig))
     parts = [(one, STRUCTURES[one], field(default_factory=STRUCTURES[one])) for one in names]
     return make_dataclass("MethodConfig", parts, bases=(MethodConfig,))
-
-
-def _join(method: DictConfig, names: list[str], conf: Path) -> None:
-    """Makes one method of several structures, whose settings Hydra has merged: each gets its own under its name.
-
-    Its learning rate is the lowest of theirs, unless one was given.
-    """
-    rates = []
-    for name in names:
-        own = cast(DictConfig, OmegaConf.load(conf / "method" / f"{name}.yaml"))
-        rates.append(float(own.pop("lr")))
-        for key in ("defaults", "name"):
-            own.pop(key, None)
-        for key in set(own) - set(names):
-            method.pop(key, None)
-        method[name] = merge(own, method.get(name) or {})
-    method.name = "+".join(names)
-    if method.lr is None:
-        method.lr = min(rates)
 
 
 def _method_name(loaded: DictConfig) -> Any:

@@ -10,6 +10,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,24 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from s2a_cli import backbones, data
+from s2a_cli.backbones.hub import WeightsMissing, cache_alone
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.progress import Progress
 from s2a_cli.common.text import listed, nearest, printable
 from s2a_cli.config.compose import compose, compose_sweep
 from s2a_cli.config.overrides import expand
 from s2a_cli.config.rules import show
-from s2a_cli.config.schema import SweepConfig
+from s2a_cli.config.schema import DatasetConfig, SweepConfig
 from s2a_cli.config.settings import merge, plain
 from s2a_cli.methods import keeps_codable
 from s2a_cli.planner.batch_size import AUTO, need_device, resolved
+from s2a_cli.planner.run_memory import sizes
 from s2a_cli.results import record, run_folder
 from s2a_cli.training import forecast
 from s2a_cli.training.run import attach
 
+OF_MEMORY = ("backbone", "method", "quant", "optim", "precision", "compile")  # settings that the peak depends on
+OF_THE_RATE = ("lr", "epochs", "warmup_epochs", "schedule")  # and those of `optim` that it does not
 GROUPS = ("backbone", "method", "quant", "dataset", "optim")
 
 
@@ -46,6 +51,7 @@ class Member:
     folder: Path
     classes: int
     images: int  # to train on
+    known: bool = True  # false: without its data and weights, neither what it computes nor its folder is known
     peak_mib: float | None = None  # predicted, where it was asked for
     reported: bool = False  # that its record can't be read
 
@@ -55,10 +61,12 @@ class Member:
         return [*self.words, f"run_dir={self.folder}"]
 
     def state(self) -> str:
-        """Returns what its folder says: new | done | failed | oom | interrupted | running.
+        """Returns what its folder says: new | done | failed | oom | interrupted | running; or "unknown".
 
         A record that can't be read is reported on stderr, once.
         """
+        if not self.known:
+            return "unknown"
         state, damage = run_folder.state(self.folder, self.content)
         if damage and not self.reported:
             print(f"s2a: {printable(damage)}: to be trained anew", file=sys.stderr)
@@ -71,16 +79,18 @@ class Plan:
     """The runs of a grid, without those that are left out."""
 
     members: list[Member]
-    excluded: dict[str, list[str]] = field(default_factory=dict)  # reason -> names of runs
+    excluded: dict[str, list[str]] = field(default_factory=dict)  # why they are not wanted -> names of runs
+    unfit: dict[str, list[str]] = field(default_factory=dict)  # why they can't be run -> names of runs
+    missing: list[str] = field(default_factory=list)  # data and weights that are not here, a line each
     repeated: int = 0  # members of the grid that are the same run as another
     settings: SweepConfig = field(default_factory=SweepConfig)
 
 
-def plan(words: list[str]) -> Plan:
+def plan(words: list[str], dry: bool = False) -> Plan:
     """Returns the runs that the words of `s2a sweep` stand for.
 
-    Their data and weights are read or downloaded, because a run is known by them. Raises UserError for words that can't
-    be read, and when no run is left.
+    Their data and weights are read or downloaded, because a run is known by them. dry: what is not here stays away, and
+    is named. Raises UserError for words that can't be read, and when no run is left.
     """
     own = [word for word in words if word.removeprefix("++").startswith("sweep.")]
     rest = [word for word in words if word not in own]
@@ -93,26 +103,27 @@ def plan(words: list[str]) -> Plan:
     varied = [index for index in range(len(rest)) if len({member[index] for member in grid}) > 1]
     members: dict[str, Member] = {}  # by what each computes
     excluded: dict[str, list[str]] = {}
-    known = Known()
+    unfit: dict[str, list[str]] = {}
+    known = Known(dry)
     with Progress("planning", len(grid), " runs") as progress:
         for chosen in grid:
             name = " ".join(chosen[index] for index in varied) or "the only run"
             try:
                 chosen = known.sized(chosen)
                 config = compose(chosen)
-                reason = _excluded(config, settings.exclude)
-                if not reason:
+                if reason := _excluded(config, settings.exclude):
+                    excluded.setdefault(reason, []).append(name)
+                else:
                     member = known.member(chosen, config, name, Path(settings.dir))
                     members.setdefault(member.content, member)
             except UserError as error:
-                reason = str(error)
+                unfit.setdefault(str(error), []).append(name)
             progress.add(1)
-            if reason:
-                excluded.setdefault(reason, []).append(name)
     if not members:
-        raise UserError("\n".join(dict.fromkeys(line for reason in excluded for line in reason.splitlines())))
-    repeated = len(grid) - len(members) - sum(map(len, excluded.values()))
-    return Plan(list(members.values()), excluded, repeated, settings)
+        lines = [line for reason in unfit or excluded for line in reason.splitlines()]
+        raise UserError("\n".join(dict.fromkeys(lines)))
+    repeated = len(grid) - len(members) - sum(map(len, [*excluded.values(), *unfit.values()]))
+    return Plan(list(members.values()), excluded, unfit, list(known.missing.values()), repeated, settings)
 
 
 def _whole_gpus(settings: SweepConfig) -> None:
@@ -136,8 +147,10 @@ def _several(value: Any) -> str:
 
 def _excluded(config: DictConfig, rules: Iterable[dict[str, Any]]) -> str | None:
     """Returns why a run is left out; None if it is not. Raises UserError for a rule that names no setting."""
-    if config.quant.name not in ("none", "exact") and not keeps_codable(config.method.name):
-        return f"method={config.method.name} keeps nothing that quant= could code: it is run with quant=none"
+    quant, method = config.quant, config.method.name
+    only_codes = quant.recompute == "none" and quant.chunks == 1 and quant.name not in ("none", "exact")
+    if only_codes and not keeps_codable(method):
+        return f"method={method} keeps nothing that quant={quant.name} could code: it is the run with quant=none"
     for rule in rules:
         conditions = {key: value for key, value in rule.items() if key != "why"}
         if not conditions:
@@ -156,11 +169,16 @@ def _excluded(config: DictConfig, rules: Iterable[dict[str, Any]]) -> str | None
 
 
 class Known:
-    """Looks at the data, weights and structures of the runs of a plan, at each once."""
+    """Looks at the data, weights and structures of the runs of a plan, at each once.
 
-    def __init__(self) -> None:
-        self._data: dict[str, Any] = {}
-        self._weights: dict[str, str] = {}
+    dry: data and weights that are not here are not downloaded; `missing` then says what they are.
+    """
+
+    def __init__(self, dry: bool = False) -> None:
+        self.dry = dry
+        self.missing: dict[str, str] = {}  # name -> a line
+        self._data: dict[str, tuple[str | None, str, int, int]] = {}
+        self._weights: dict[str, str | None] = {}
         self._fits: set[str] = set()
         self._batches: dict[str, str] = {}
 
@@ -181,24 +199,51 @@ class Known:
 
         Raises UserError for data or weights that can't be had, and for settings that don't fit the backbone.
         """
-        splits = _once(self._data, config.dataset, lambda: _summary(data.load(config.dataset)))
-        revision, label, classes, images = splits
+        revision, label, classes, images = _once(self._data, config.dataset, lambda: self._summary(config.dataset))
         seed = config.seed if not (config.backbone.pretrained or config.backbone.checkpoint) else None
-
-        def fingerprint() -> str:
-            """Returns the hash of the weights, which without pretrained ones come from the run's seed."""
-            torch.manual_seed(config.seed)
-            return backbones.build(config.backbone, classes).fingerprint()
-
-        weights = _once(self._weights, OmegaConf.create({"of": config.backbone, "seed": seed}), fingerprint)
+        weights = _once(
+            self._weights,
+            OmegaConf.create({"of": config.backbone, "seed": seed}),
+            lambda: self._fingerprint(config, classes),
+        )
         settings = plain(config, resolve=True)
         shape = json.dumps({key: settings[key] for key in ("backbone", "method", "quant", "optim", "precision")})
         if shape not in self._fits:
             attach(config, backbones.build(config.backbone, classes, meta=True))
             self._fits.add(shape)
-        content = record.content(settings, revision, weights)
-        place = root / label / config.backbone.name / config.method.name / record.run_id(content)
-        return Member(words, config, name, content, place, classes, images)
+        content, known = record.content(settings, revision or "", weights or ""), bool(revision and weights)
+        run = record.run_id(content) if known else "?"
+        place = root / label / config.backbone.name / config.method.name / run
+        return Member(words, config, name, content, place, classes, images, known)
+
+    def _summary(self, dataset: DatasetConfig) -> tuple[str | None, str, int, int]:
+        """Returns (revision, name, number of classes, number of training images) of a data set.
+
+        Of one that is not here there is no revision, and the numbers are those that it is known to have.
+        """
+        try:
+            chosen: Any = merge(dataset, {"download": False}) if self.dry else dataset
+            splits = data.load(chosen)
+        except UserError as error:
+            if not self.dry or data.problems(dataset):
+                raise
+            classes, images, assumed = sizes(dataset)
+            name = data.title(dataset)
+            self.missing[name] = f"the data of {name} ({assumed or str(error).splitlines()[0]})"
+            return None, name, classes, images
+        return splits.revision, splits.name, len(splits.classes), len(splits.train)
+
+    def _fingerprint(self, config: DictConfig, classes: int) -> str | None:
+        """Returns the hash of the weights, which without pretrained ones come from the run's seed; None without any."""
+        torch.manual_seed(config.seed)
+        try:
+            with cache_alone() if self.dry else nullcontext():
+                return backbones.build(config.backbone, classes).fingerprint()
+        except WeightsMissing:
+            if not self.dry:
+                raise
+            self.missing[config.backbone.timm] = f"the weights of {config.backbone.name} ({config.backbone.timm})"
+            return None
 
 
 def _once(known: dict[str, Any], key: DictConfig, make: Callable[[], Any]) -> Any:
@@ -209,18 +254,16 @@ def _once(known: dict[str, Any], key: DictConfig, make: Callable[[], Any]) -> An
     return known[text]
 
 
-def _summary(splits: data.Splits) -> tuple[str, str, int, int]:
-    """Returns (revision, name, number of classes, number of training images)."""
-    return splits.revision, splits.name, len(splits.classes), len(splits.train)
-
-
 def predict(members: list[Member]) -> None:
     """Fills in the peak that each run is predicted to need, in MiB; leaves None where that can't be said."""
     known: dict[str, float | None] = {}
     with Progress("predicting", len(members), " runs") as progress:
         for member in members:
-            unseeded = merge(member.config, {"seed": 0})
-            key = OmegaConf.create({"config": unseeded, "classes": member.classes, "images": member.images})
+            chosen = {name: plain(member.config, resolve=True)[name] for name in OF_MEMORY}
+            chosen["optim"] = {name: value for name, value in chosen["optim"].items() if name not in OF_THE_RATE}
+            batch = min(member.images, member.config.optim.batch_size)
+            beside = {"classes": member.classes, "batch": batch, "cache": member.config.dataset.cache}
+            key = OmegaConf.create({**chosen, **beside})
             member.peak_mib = _once(
                 known, key, lambda member=member: forecast.predicted_peak(member.config, member.classes, member.images)
             )
@@ -240,14 +283,15 @@ def overview(planned: Plan, predicted: bool) -> str:
     alignment = ["left", "left", *(["right"] if predicted else []), "left"]
     table = tabulate(rows, header, disable_numparse=True, colalign=alignment)
     total = f"\n{len(rows)} runs: " + ", ".join(f"{number} {state}" for state, number in counts.items())
-    return "\n".join([table, total, *left_out(planned)])
+    missing = [f"not on this machine: {what}; a sweep downloads it" for what in planned.missing]
+    return "\n".join([table, total, *missing, *left_out(planned)])
 
 
 def left_out(planned: Plan) -> list[str]:
     """Returns a line for each reason for which members of the grid are not run."""
     lines = []
-    for reason, names in planned.excluded.items():
-        lines.append(f"left out: {listed(names, 3, '; ')}: {reason.splitlines()[0]}")
+    for verdict, reasons in (("left out", planned.excluded), ("can't be run", planned.unfit)):
+        lines += [f"{verdict}: {listed(names, 3, '; ')}: {why.splitlines()[0]}" for why, names in reasons.items()]
     if planned.repeated:
         lines.append(f"left out: {planned.repeated} that are the same run as another of the grid")
     return lines

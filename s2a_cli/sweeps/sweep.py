@@ -167,7 +167,7 @@ def _last_line(member: Member) -> str:
 def sweep(words: list[str]) -> int:
     """Plans, runs and sums up for `s2a sweep`. Returns the exit code: 0, or 1 if any run failed."""
     flags, words = [w for w in words if w.startswith("--")], [w for w in words if not w.startswith("--")]
-    planned = plan(words)
+    planned = plan(words, dry="--dry-run" in flags)
     settings = planned.settings
     if settings.report:
         check_out(Path(settings.report), "sweep.report")

@@ -121,7 +121,7 @@ def test_a_grid_in_hydras_grammar():
         (["sweep.workers=0"], "sweep.workers=0: expected an integer of at least 1"),
         (["sweep.exclude=[{methd: bias}]"], "sweep.exclude: methd: no such setting.*'method'"),
         (["dataset=folder", "dataset.root=nowhere", "seed=0,1"], "nowhere"),
-        (["method=linear", "quant=int4,tiny"], "method=linear keeps nothing that quant= could code"),
+        (["method=linear", "quant=paper"], "method=linear keeps nothing that quant=paper could code"),
     ],
 )
 def test_a_grid_that_can_not_be_is_refused(words, said):
@@ -130,18 +130,45 @@ def test_a_grid_that_can_not_be_is_refused(words, said):
 
 
 def test_a_part_of_a_grid_that_makes_no_sense_is_left_out_with_its_reason(capsys):
-    words = ["method=linear,bias", "quant=none,int4", "optim.micro_batch=null,99", "seed=0,0"]
+    words = ["method=linear,bias", "quant=none,paper", "optim.micro_batch=null,99", "seed=0,0"]
     words.append("sweep.exclude=[{method: bias, quant: [none], why: known already}]")
     planned = planning.plan([*TINY, *words])
     assert {member.config.method.name + " " + member.config.quant.name for member in planned.members} == {
         "linear none",
-        "bias int4",
+        "bias paper",
     }
-    said = "\n".join(planning.left_out(planned))
-    assert "method=linear keeps nothing" in said and "known already" in said and "optim.micro_batch=99" in said
-    assert sum(map(len, planned.excluded.values())) == 2 + 1 + 3 and not planned.repeated, (
-        "what stands twice counts once"
-    )
+    said = planning.left_out(planned)
+    assert [line.partition(":")[0] for line in said] == ["left out", "left out", "can't be run"]
+    assert "method=linear keeps nothing" in said[0] and "known already" in said[1] and "micro_batch=99" in said[2]
+    assert [sum(map(len, reasons.values())) for reasons in (planned.excluded, planned.unfit)] == [2, 4]
+    assert not planned.repeated, "what stands twice counts once"
+
+
+def test_codes_may_do_more_than_code(capsys):
+    """int4 also runs frozen blocks in chunks: for a method that keeps nothing it is another run, as s2a memory says."""
+    planned = planning.plan([*TINY, "method=linear", "quant=none,int4,tiny"])
+    assert len(planned.members) == 3 and not planned.excluded
+
+
+def test_a_plan_without_data_and_weights(tmp_path, monkeypatch):
+    """--dry-run: what is not on this machine is named once, and nothing is downloaded."""
+    monkeypatch.setenv("S2A_DATA", str(tmp_path))
+    words = ["backbone=vit_t", "backbone.image_size=32", "dataset=cifar10,digits", "method=bias", "seed=range(0,3)"]
+    planned = planning.plan(words, dry=True)
+    assert [member.classes for member in planned.members] == [10] * 6 and planned.members[0].images == 45_000
+    assert {member.state() for member in planned.members} == {"unknown"}
+    assert len(planned.missing) == 2 and "the data of cifar10 (" in planned.missing[0]
+    assert planned.missing[1] == "the weights of vit_t (vit_tiny_patch16_224.augreg_in21k)"
+    asked = []
+    monkeypatch.setattr(planning.forecast, "predicted_peak", lambda *args: asked.append(args) or 1.0)
+    planning.predict(planned.members)
+    assert len(asked) == 1, "neither seeds nor data sets of as many classes are predicted again"
+    shown = planning.overview(planned, predicted=True)
+    assert shown.count("not on this machine") == 2 and "runs/cifar10/vit_t/bias/?" in shown
+    with pytest.raises(UserError, match="could not be downloaded"):
+        planning.plan(["backbone=vit_t", "method=bias"])
+    with pytest.raises(UserError, match="dataset.root=nowhere does not exist"):
+        planning.plan(["backbone=vit_t", "dataset=folder", "method=bias", "dataset.root=nowhere"])
 
 
 def test_the_same_run_twice_is_one():
@@ -314,9 +341,9 @@ def test_an_automatic_batch_needs_a_gpu_here(monkeypatch):
 
 
 def test_a_dry_run_predicts_and_runs_nothing(capsys, tmp_path):
-    assert main(["sweep", *TINY, "method=linear,bias", "quant=none,int4", "--dry-run"]) == 0
+    assert main(["sweep", *TINY, "method=linear,bias", "quant=none,paper", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "predicted peak MiB" in said and "3 runs: 3 new" in said and "left out: method=linear quant=int4" in said
+    assert "predicted peak MiB" in said and "3 runs: 3 new" in said and "left out: method=linear quant=paper" in said
     assert not (tmp_path / "runs").exists()
     peaks = {
         line.split("  ")[0]: float(line.split()[3]) for line in said.splitlines() if line.startswith("method=bias")
