@@ -21,13 +21,14 @@ CLASSES = {  # of a plain layer -> in fewer bits, in the memory of the host
 
 
 def store(backbone: Backbone, kind: str, dtype: torch.dtype | None = None) -> None:
-    """Stores the frozen weights of a backbone, to which a method is attached, as `kind`; `fp32` leaves them.
+    """Stores the frozen weights of a backbone, to which a method is attached, as `kind`.
 
+    `fp32` leaves them, as does `auto`, for which a plan chooses later.
     Takes Linear and Conv2d layers whose forward is called, outside the head and what the method added. Biases stay
     parameters. dtype: in which the layers will compute, where it is not that of the weights. Raises UserError where
     there is no such weight.
     """
-    if kind == "fp32":
+    if kind in ("fp32", "auto"):
         return
     stored: list[Stored] = []
     for name, module in backbone.adapted_modules("all"):

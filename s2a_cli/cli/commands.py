@@ -58,13 +58,37 @@ def train(words: list[str]) -> int:
         from s2a_cli.training import trainer
 
     with silenced():
-        result, folder = trainer.train(config, force="--force" in words, skip_finished="--once" in words)
+        flags = {"force": "--force" in words, "skip_finished": "--once" in words}
+        result, folder = trainer.train(config, **flags, planner=_planner(config))
         print(summary.render(summary.table(aggregate.from_results([result]))))
         print(f"\nrun: {folder}")
     status, error = result["status"], result["error"]
     if status != "ok":
         print(f"s2a: {status}: {error if error != status else 'the same line goes on from there'}", file=sys.stderr)
     return 0 if status == "ok" else 130 if error == "interrupted" else 1
+
+
+def _planner(config: Any) -> Callable[[Any], Any] | None:
+    """Returns what plans a run with a budget; None for one without."""
+    if not config.budget:
+        return None
+    with imports():
+        from s2a_cli.planner.run_plan import plan_run
+    return plan_run
+
+
+def plan(words: list[str]) -> int:
+    """Prints how `s2a train` with the same words would run, and trains nothing."""
+    config = composed(words)
+    if not config.budget:
+        raise UserError("budget=SIZE is needed: the memory that a step may take, such as budget=6GiB")
+    with imports():
+        from s2a_cli.planner.run_plan import plan_run
+        from s2a_cli.results.plan_text import render
+        from s2a_cli.training.run import prepare
+
+    print(render(plan_run(prepare(config))))
+    return 0
 
 
 def first_of_grid(words: list[str]) -> Any:
@@ -251,18 +275,30 @@ COMMANDS = {
         ),
         words=("search.trials=", "search.name=", "sweep.workers=", "sweep.dir="),
     ),
+    "plan": Command(
+        plan,
+        "s2a plan budget=SIZE [fidelity=exact|0.999|0.99] [key=value ...]",
+        "find the fastest way to train a run in a memory budget, measured on this device, and print it; train nothing",
+        (
+            "s2a plan budget=16MiB",
+            "s2a plan backbone=vit_b dataset=folder dataset.root=photos budget=6GiB",
+            "s2a plan backbone=vit_b dataset=folder dataset.root=photos budget=400MiB fidelity=0.999",
+        ),
+        config=composed,
+    ),
     "memory": Command(
         memory,
-        "s2a memory [key=value,value ...] [fit=8GiB] [context=600MiB] [fragmentation=5%]"
+        "s2a memory [key=value,value ...] [fit=8GiB] [devices=4GiB,8GiB] [context=600MiB] [fragmentation=5%]"
         " [expandable_segments=true] [processes=N] [snapshot=FILE] [figure=FILE.svg] [format=terminal|json|csv]",
         "predict the peak memory of runs and where it is, without a GPU, weights or images; what fits a device",
         (
             "s2a memory backbone=vit_b method=s2a dataset=cifar100 optim.batch_size=64",
             "s2a memory backbone=vit_b method=full,linear,bias,s2a quant=none,int4 figure=memory.svg",
-            "s2a memory backbone=swin_b method=bias quant=none precision=amp-bf16 fit=8GiB",
+            "s2a memory backbone=vit_b,vit_l method=s2a devices=4GiB,6GiB,8GiB,12GiB,24GiB",
         ),
         words=(
-            *("figure=", "fit=", "context=", "fragmentation=", "expandable_segments=", "processes=", "snapshot="),
+            *("figure=", "fit=", "devices=", "context=", "fragmentation=", "expandable_segments=", "processes="),
+            "snapshot=",
             *("format=terminal", "format=json", "format=csv"),
         ),
         config=first_of_memory,

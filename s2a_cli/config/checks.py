@@ -37,8 +37,12 @@ def check(config: DictConfig) -> dict[str, str]:
     problems |= _check_blocks(values.get("quant.blocks") or {})
     if usable("dataset.cache"):
         problems |= _check_cache(values)
-    if values.get("quant.name") == "auto" and values.get("quant.budget_mib") is None:
-        problems["quant.budget_mib"] = "quant=auto needs quant.budget_mib=N, the peak in MiB that a step may reach"
+    if values.get("backbone.weights") == "auto" and values.get("budget") is None:
+        problems["backbone.weights"] = "backbone.weights=auto needs budget=SIZE, the memory that they are chosen for"
+    if values.get("fidelity") not in (None, "exact") and values.get("budget") is None:
+        problems["fidelity"] = f"fidelity={values['fidelity']} needs budget=SIZE, the memory that a plan is made for"
+    if values.get("budget") is not None and values.get("compile"):
+        problems["compile"] = "compile=true goes without budget=: the compiler decides what it keeps"
     if usable("compile_budget") and not values.get("compile"):
         problems["compile_budget"] = (
             f"compile_budget={values['compile_budget']} is the compiler's: set compile=true too"
@@ -110,7 +114,7 @@ def _check_cache(values: dict[str, Any]) -> dict[str, str]:
         ("optim.mixup", 0.0, "each mixed image would need another forward pass of the backbone"),
         ("optim.cutmix", 0.0, "each mixed image would need another forward pass of the backbone"),
         ("compile", False, "the part that is trained is too small to compile"),
-        ("quant.budget_mib", None, "quant=auto chooses settings of blocks, which do not run"),
+        ("budget", None, "a plan chooses settings of blocks, which do not run"),
     ):
         if values.get(other) != value:
             return {key: f"{key}={values[key]} needs {other}={show(value)}: {why}"}
@@ -119,9 +123,7 @@ def _check_cache(values: dict[str, Any]) -> dict[str, str]:
 
 def _check_blocks(blocks: dict[int, Any]) -> dict[str, str]:
     """Returns the problems of quant.blocks; whether the backbone has as many blocks is checked where it is made."""
-    own = [
-        f.name for f in fields(QuantConfig) if f.name not in ("name", "calibrate", "rounding", "blocks", "budget_mib")
-    ]
+    own = [f.name for f in fields(QuantConfig) if f.name not in ("name", "calibrate", "rounding", "blocks")]
     for block, settings in blocks.items():
         if not isinstance(settings, dict) or isinstance(block, bool):
             return {

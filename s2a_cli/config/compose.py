@@ -24,7 +24,7 @@ from s2a_cli.config.checks import check
 from s2a_cli.config.loading import UNFIT, Problems, load
 from s2a_cli.config.overrides import CONF, groups, offered, read, refuse_explosions
 from s2a_cli.config.rules import Rule, show
-from s2a_cli.config.schema import OLDER_VALUES, MethodConfig, RunConfig, SweepConfig
+from s2a_cli.config.schema import GONE, OLDER_VALUES, MethodConfig, RunConfig, SweepConfig
 from s2a_cli.config.settings import (
     declared,
     default_of,
@@ -59,6 +59,8 @@ def compose(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
             problems[word] = f"{word.lstrip('+')}: a setting of s2a sweep; this is one run"
     loaded = load(words, conf, problems)
     loaded.pop("sweep", None)  # what an experiment brings along for a sweep
+    if loaded.get("budget") is not None:
+        problems |= _planned(words)
     return _judged(loaded, problems)
 
 
@@ -90,6 +92,9 @@ def recompose(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
     refuse_explosions(overrides)
     problems: Problems = {}
     loaded = OmegaConf.create(stored)
+    for group, _, name in (key.partition(".") for key in GONE):
+        if isinstance(loaded.get(group), DictConfig):
+            loaded[group].pop(name, None)
     dataset = loaded.get("dataset")
     if isinstance(dataset, DictConfig) and dataset.get("root"):
         dataset.download = False
@@ -172,6 +177,9 @@ def _readable(overrides: list[str], conf: Path, problems: Problems) -> list[str]
     known, words = groups(conf), []
     for override in _parsed(overrides, known, problems):
         group, value, word = override.key_or_group, override.value(), override.input_line.lstrip("+")
+        if group in GONE or word in GONE:
+            problems["quant"] = f"{brief(word)}: is budget=SIZE now, such as budget=900MiB fidelity=0.999"
+            continue
         if group == "method" and isinstance(value, list) and len(value) == 1:
             value, word = value[0], f"method={value[0]}"
         if group not in known or isinstance(value, dict):
@@ -188,6 +196,16 @@ def _readable(overrides: list[str], conf: Path, problems: Problems) -> list[str]
             accepted = offered(group, known[group]) + nearest(odd[0] if odd else "", known[group])
             problems[group] = f"{group}={brief(show(value))}: expected one of {accepted}"
     return words
+
+
+def _planned(words: list[str]) -> Problems:
+    """Returns the problems of words that set what a budget chooses."""
+    found: Problems = {}
+    for word in words:
+        key = word.lstrip("+").partition("=")[0]
+        if key == "quant" or key.startswith("quant.") or key == "optim.micro_batch":
+            found[key] = f"{brief(word.lstrip('+'))}: budget= chooses it; leave it out, or set fidelity=0.999 for codes"
+    return found
 
 
 def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:

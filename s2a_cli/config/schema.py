@@ -12,6 +12,8 @@ from s2a_cli.config.overrides import CONF
 from s2a_cli.config.rules import NAME, PATH, number, numbers, one_of, pattern
 from s2a_cli.config.settings import setting
 
+GONE = ("quant=auto", "quant.budget_mib")  # what version 0.1.0 had where there is a budget now
+SIZE = r"(\d+(?:\.\d+)?)(MiB|GiB)"  # of memory
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")  # of DomainNet
 OLDER_VALUES = {"dataset.cache": {"taps": "features"}}  # of version 0.1.0 -> as they are called now
 
@@ -66,8 +68,9 @@ class BackboneConfig:
     )
     weights: str = setting(
         "fp32",
-        help="fp32 | bf16 | int8 | nf4: how frozen weights are stored | offload: on the host, brought block by block",
-        rule=one_of("fp32", "bf16", "int8", "nf4", "offload"),
+        help="fp32 | bf16 | int8 | nf4: how frozen weights are stored | offload: on the host, brought block by block |"
+        " auto: what suits a budget",
+        rule=one_of("fp32", "bf16", "int8", "nf4", "offload", "auto"),
     )
     kwargs: dict[str, Any] = setting({}, help="passed on to timm.create_model")
 
@@ -118,9 +121,6 @@ class QuantConfig:
         rule=AT_LEAST_1,
     )
     blocks: dict[int, Any] = setting({}, help="settings of single blocks, by number from 0: {3: {norm: 8}}")
-    budget_mib: float | None = setting(
-        None, help="quant=auto: the peak that these settings are chosen for", rule=POSITIVE
-    )
 
     def __post_init__(self) -> None:
         for name in CODED:
@@ -309,6 +309,16 @@ class RunConfig:
         "auto",
         help="auto | cpu | cuda | cuda:N | mps",
         rule=pattern("auto, cpu, cuda, cuda:N or mps", r"auto|cpu|mps|cuda(:[0-9]{1,3})?"),
+    )
+    budget: str | None = setting(
+        None,
+        help="memory that a step may take, as 6GiB: micro-batches, recomputation and codes are chosen for speed",
+        rule=pattern("a size above 0 in MiB or GiB, such as 6GiB", rf"(?=.*[1-9].*[MG]iB){SIZE}"),
+    )
+    fidelity: str = setting(
+        "exact",
+        help="exact | 0.999 | 0.99: with a budget, the least cosine of the gradient with the exact one",
+        rule=one_of("exact", "0.999", "0.99"),
     )
     busy: str = setting(
         "refuse",

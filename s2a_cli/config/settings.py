@@ -105,6 +105,20 @@ def merge(*configs: Any) -> DictConfig:
     return cast(DictConfig, OmegaConf.merge(*configs))
 
 
+def replaced(config: DictConfig, settings: Mapping[str, Any]) -> DictConfig:
+    """Returns a copy of a typed config with other values at dotted keys.
+
+    A dict takes the place of all settings of a key that has some of its own.
+    """
+    copied = merge(config)
+    for key, value in settings.items():
+        node = OmegaConf.select(copied, key)
+        if isinstance(node, DictConfig) and dataclasses.is_dataclass(schema := schema_of(node)):
+            value = OmegaConf.structured(schema(**value))
+        OmegaConf.update(copied, key, value, merge=False)
+    return copied
+
+
 def schema_of(config: Any) -> type:
     """Returns the dataclass of a typed config, or dict for one without."""
     return OmegaConf.get_type(config) or dict

@@ -1,10 +1,8 @@
-"""Finds what fits a device: the largest batch, and the settings that would make a batch fit."""
+"""Finds the largest batch that fits a device."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from omegaconf import DictConfig
@@ -12,16 +10,18 @@ from omegaconf import DictConfig
 from s2a_cli.common import distributed
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
+from s2a_cli.config.schema import SIZE
 from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.result import MIB
 from s2a_cli.planner.run_memory import Composition, Predictor, with_batch_size
+from s2a_cli.planner.search import largest
 
 UNITS = {"MiB": MIB, "GiB": 1024 * MIB}
 
 
 def size(key: str, text: str) -> int:
     """Returns the bytes of `8GiB` or `512MiB`. Raises UserError, which names the units, for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(MiB|GiB)", text)
+    match = re.fullmatch(SIZE, text)
     if not match or float(match[1]) <= 0:
         raise UserError(f"{key}={text}: expected a size above 0 in MiB or GiB (2^20 or 2^30 bytes), such as {key}=8GiB")
     return round(float(match[1]) * UNITS[match[2]])
@@ -57,84 +57,6 @@ def largest_batch(
         return margin.needed(predictor(Composition.of(with_batch_size(config, batch))))
 
     return largest(needed, device_bytes, Composition.of(config).images, least=predictor.processes)
-
-
-def largest(needed: Callable[[int], float], available: int, most: int, least: int = 1, first: int = 32) -> int:
-    """Returns the largest count from `least` to `most` for which needed(count) <= available, 0 if there is none.
-
-    Each guess is where a straight line through the last two would end, so that few calls do: memory is almost one.
-    """
-    low, at_low = least, needed(least)
-    if at_low > available:
-        return 0
-    high, at_high = most + 1, None  # too many, as far as is known
-    guess = min(max(first, least + 1), most)
-    while high - low > 1:
-        guess = min(max(guess, low + 1), high - 1)
-        found = needed(guess)
-        slope = max((found - at_low) / (guess - low), 1.0)
-        if found <= available:
-            low, at_low = guess, found
-            ahead = int((available - found) / slope)
-            guess = low + max(1, ahead)
-        else:
-            high, at_high = guess, found
-            guess = low + int((available - at_low) / slope)
-        if at_high is not None and high - low > 8 and not low < guess < high:
-            guess = (low + high) // 2
-    return low
-
-
-@dataclass(frozen=True)
-class Option:
-    """A change of settings, and the bytes of the device that the run is then predicted to need."""
-
-    words: tuple[str, ...]
-    needed: float
-    costs: str  # in words
-
-
-CHANGES = (  # cheapest in speed first
-    (("quant=exact",), "nothing: gradients are exact"),
-    (("quant=int4",), "gradients from 4-bit codes"),
-    (("quant=tiny",), "each block is computed twice"),
-    (("optim.micro_batch={half}",), "more, smaller steps of the device"),
-    (("method=side", "quant=tiny"), "another method: no gradient through the backbone"),
-    (("backbone.weights=offload",), "nothing but copies: frozen weights come from the host block by block"),
-    (("backbone.weights=int8",), "frozen weights in 8 bits, unpacked layer by layer"),
-    (("quant=tiny", "optim.micro_batch={half}"), "both"),
-    (("quant=tiny", "backbone.weights=nf4"), "recomputation, frozen weights in 4 bits"),
-    (("method=side", "quant=tiny", "backbone.weights=nf4", "optim.micro_batch={least}"), "all of it"),
-)
-
-
-def options(words: list[str], device_bytes: int, margin: Margin, predictor: Predictor) -> Iterator[Option]:
-    """Yields changes to the words of a composition, each with its prediction.
-
-    A change that the method or the backbone does not take is left out.
-    """
-    now = Composition.of(compose(words))
-    batch = now.config.optim.micro_batch or now.batch
-    for change, costs in CHANGES:
-        half = batch // 2
-        while True:
-            added = tuple(word.format(half=half, least=max(1, batch // 16)) for word in change)
-            try:
-                profile = predictor(Composition.of(compose(changed(words, added))))
-            except UserError:
-                break
-            needed = margin.needed(profile)
-            if needed <= device_bytes or half <= 1 or not any("{half}" in word for word in change):
-                yield Option(added, needed, costs)
-                break
-            half //= 2
-
-
-def changed(words: list[str], added: tuple[str, ...]) -> list[str]:
-    """Returns the words with others in place of those that set the same; a group takes its settings along."""
-    keys = [word.partition("=")[0] for word in added]
-    stays = [word for word in words if not any(re.match(rf"\+*{re.escape(key)}[.=]", word) for key in keys)]
-    return [*stays, *added]
 
 
 AUTO = "optim.batch_size=auto"

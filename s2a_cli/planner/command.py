@@ -13,14 +13,17 @@ from s2a_cli.config.compose import compose
 from s2a_cli.config.overrides import expand
 from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.replay import replay
-from s2a_cli.planner import report
-from s2a_cli.planner.batch_size import device_size, largest_batch, options, size
+from s2a_cli.planner import devices, report
+from s2a_cli.planner.batch_size import device_size, largest_batch, size
+from s2a_cli.planner.fallbacks import options
 from s2a_cli.planner.report import Fitted, Prediction, Row
 from s2a_cli.planner.run_memory import Composition, Predictor
+from s2a_cli.planner.run_plan import plan_composition
 from s2a_cli.training.run import choose_device
 
 # Words that are not of the composition.
-OPTIONS = ("format", "figure", "fit", "context", "fragmentation", "expandable_segments", "processes", "snapshot")
+OPTIONS = ("format", "figure", "fit", "devices", "context", "fragmentation", "expandable_segments", "processes")
+OPTIONS += ("snapshot",)
 FORMATS = ("terminal", "json", "csv")
 FIGURES = (".png", ".svg", ".pdf")
 
@@ -49,6 +52,8 @@ def run(words: list[str]) -> int:
     grid = expand(rest)
     varied = [place for place in range(len(rest)) if len({member[place] for member in grid}) > 1]
     rows = []
+    if "devices" in given:
+        return _devices(given, grid, varied, margin, predictor)
     for number, member in enumerate(grid, 1):
         config = compose(member)
         if config.device not in ("auto", "cpu"):
@@ -56,7 +61,7 @@ def run(words: list[str]) -> int:
         row = Row(" ".join(member[place] for place in varied) or "this run", Composition.of(config))
         if len(grid) > 1 and sys.stderr.isatty():
             print(f"\r\033[Kpredicting {number} of {len(grid)}: {row.name}", end="", file=sys.stderr, flush=True)
-        _predict(row, member, predictor, available, margin, alone=len(grid) == 1)
+        _predict(row, predictor, available, margin, alone=len(grid) == 1)
         rows.append(row)
     if len(grid) > 1 and sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
@@ -71,11 +76,27 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _predict(
-    row: Row, words: list[str], predictor: Predictor, available: int | None, margin: Margin, alone: bool
-) -> None:
-    """Fills in a row; where one of several can't be predicted, with the reason."""
+def _devices(
+    given: dict[str, str], grid: list[list[str]], varied: list[int], margin: Margin, predictor: Predictor
+) -> int:
+    """Prints which devices what fits. Raises UserError for sizes that can't be read."""
+    if odd := next((key for key in ("fit", "figure") if key in given), None):
+        raise UserError(f"{odd}={given[odd]}: goes without devices=, which is a table of its own")
+    names = given["devices"].split(",")
+    sizes = [size("devices", name) for name in names]
+    compositions = [
+        (" ".join(member[place] for place in varied) or "this run", Composition.of(compose(member))) for member in grid
+    ]
+    found = devices.lines(compositions, sizes, margin, predictor)
+    print(devices.as_text(found, names, margin, given.get("format", "terminal")))
+    return 0
+
+
+def _predict(row: Row, predictor: Predictor, available: int | None, margin: Margin, alone: bool) -> None:
+    """Fills in a row, with a budget that of its plan; where one of several can't be predicted, with the reason."""
     try:
+        if row.composition.config.budget:
+            row.planned(plan_composition(row.composition, predictor.processes))
         row.predicted = Prediction(predictor(row.composition), predictor.full(row.composition))
     except UserError as error:
         if alone:
@@ -85,7 +106,9 @@ def _predict(
     if available is not None:
         needed = margin.needed(row.predicted.profile)
         largest = largest_batch(row.composition.config, available, margin, predictor)
-        tried = list(options(words, available, margin, predictor)) if alone and needed > available else []
+        tried = []
+        if alone and needed > available:
+            tried = list(options(predictor.task(row.composition, available, margin)))
         row.fitted = Fitted(available, margin, needed, largest, tried)
 
 

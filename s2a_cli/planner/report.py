@@ -6,20 +6,23 @@ import csv
 import io
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tabulate import tabulate
 
 from s2a_cli.common.text import natural
+from s2a_cli.config.settings import replaced
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.memory.cuda import Difference, differences
 from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.replay import Replay
 from s2a_cli.memory.result import MIB
 from s2a_cli.memory.watch import USES
-from s2a_cli.planner.batch_size import Option
+from s2a_cli.planner.fallbacks import Option
 from s2a_cli.planner.run_memory import Composition
+from s2a_cli.results import plan_text
+from s2a_cli.results.record import Plan
 
 NAMES = {
     "weights": "weights, frozen",
@@ -66,6 +69,12 @@ class Row:
     predicted: Prediction | None = None
     problem: str | None = None
     fitted: Fitted | None = None
+    plan: Plan | None = None
+
+    def planned(self, plan: Plan) -> None:
+        """Takes the settings of a plan for its own."""
+        self.plan = plan
+        self.composition = replace(self.composition, config=replaced(self.composition.config, plan["settings"]))
 
 
 def mib(bytes: float) -> str:
@@ -80,6 +89,7 @@ def one(row: Row) -> str:
     mine, full = row.predicted.profile, row.predicted.full
     step = "pass" if mine.phase != "update" else "of the weights"
     lines = [
+        *([plan_text.render(row.plan), ""] if row.plan else []),
         f"{row.composition.title} · predicted, not measured",
         *([f"assumed: {row.composition.assumed}"] if row.composition.assumed else []),
         "",
@@ -164,12 +174,12 @@ def fit_lines(fitted: Fitted, batch: int) -> list[str]:
     ]
     if fitted.options:
         table = [
-            [" ".join(o.words), mib(o.needed), "fits" if o.needed <= fitted.available else "no", o.costs]
+            [" ".join(o.words), mib(o.needed), "fits" if o.needed <= fitted.available else "no", o.about]
             for o in fitted.options
         ]
         lines += [
             "",
-            _table(table, ["would change it, cheapest in speed first", "needs, MiB", "", "costs"], left=(0, 2, 3)),
+            _table(table, ["would change it, cheapest in speed first", "needs, MiB", "", "what it is"], left=(0, 2, 3)),
         ]
     return lines
 
@@ -243,6 +253,8 @@ def _plain(row: Row) -> dict[str, Any]:
                 "differences": [_difference(d) for d in differences(profile.calls)],
             },
         }
+    if row.plan:
+        found["plan"] = row.plan
     if row.fitted:
         fitted = row.fitted
         found["fit"] = {

@@ -16,7 +16,9 @@ from s2a_cli.config.settings import merge, plain
 from s2a_cli.data.columns import count_classes
 from s2a_cli.data.layout import class_folders
 from s2a_cli.memory.breakdown import Profile
+from s2a_cli.memory.margin import Margin
 from s2a_cli.methods import Attachment
+from s2a_cli.planner.task import Task
 from s2a_cli.training import forecast
 from s2a_cli.training.run import attach
 
@@ -86,16 +88,21 @@ class Predictor:
             raise UserError(
                 "compile=true can't be predicted: the compiler decides what it keeps; predict the run without it"
             )
-        if config.quant.budget_mib:
-            budget = f"{config.quant.budget_mib:g}"
-            raise UserError(
-                f"quant=auto can't be predicted: it chooses on images of the run, for a peak of at most {budget} MiB"
-            )
+        return self._profile(self._attached(composition), config, composition)
+
+    def task(self, composition: Composition, available: float, margin: Margin | None) -> Task:
+        """Returns a composition as what is planned: for so many bytes of a device."""
+        attached, config = self._attached(composition), composition.config
+        return Task(config, attached, composition.classes, composition.images, available, margin, self.processes)
+
+    def _attached(self, composition: Composition) -> Attachment:
+        """Returns the composition's structures attached to its backbone, without weights."""
+        config = composition.config
         key = json.dumps([plain(with_batch_size(config, 1), resolve=True), composition.classes])
         if key not in self._built:
             backbone = backbones.build(config.backbone, composition.classes, meta=True)
             self._built[key] = attach(config, backbone)
-        return self._profile(self._built[key], config, composition)
+        return self._built[key]
 
     def full(self, composition: Composition) -> Profile:
         """Returns the profile of the same composition under full fine-tuning, with PyTorch's own activations."""

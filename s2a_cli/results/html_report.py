@@ -5,6 +5,7 @@ The page is report.html, filled in by Jinja, which escapes all texts.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pandas as pd
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import first_line, printable
-from s2a_cli.results import pivot, pivot_text, plots, record, run_folder, summary
+from s2a_cli.results import pivot, pivot_text, plan_text, plots, record, run_folder, summary
 from s2a_cli.results.aggregate import BASE, KINDS, environment_notes, memory_kinds, read, runs_of, select, tell, varying
 from s2a_cli.results.formats import check_out, label, mib, number, save
 from s2a_cli.results.frames import column, column_counts, grouped, groups_of, is_missing, numeric, where
@@ -23,6 +24,7 @@ from s2a_cli.results.frames import column, column_counts, grouped, groups_of, is
 TEMPLATE = Path(__file__).with_name("report.html")
 CURVES = {"panels": 9, "lines": 10, "runs": 3, "points": 60}  # most of each in the learning curves
 BARS = 40  # most memory bars
+PLANS = 10  # most plans
 MEMORY = ("memory.peak_mib", "memory.static_mib", "memory.kept_mib", "memory.full_finetune_peak_mib")
 
 
@@ -64,6 +66,8 @@ def html(frame: pd.DataFrame, odd: list[str], beside: Path) -> str:
         bars=_bars(runs),
         bars_most=BARS,
         runs=_runs(runs, beside),
+        plans=_plans(runs),
+        plan_head=list(plan_text.HEAD),
         failures=_failures(runs, beside),
         odd=odd,
         environments=_environments(runs),
@@ -188,6 +192,15 @@ def _runs(runs: pd.DataFrame, beside: Path) -> list[list[str]]:
         figures = [score, mib(peak), KINDS.get(kind, "–"), mib(speed)]
         lines.append([*names, label(seed), status, *figures, _folder(path, beside)])
     return lines
+
+
+def _plans(runs: pd.DataFrame) -> list[tuple[str, list[list[str]]]]:
+    """Returns (names of the run, lines of its plan) of the runs that were planned, PLANS of them at most."""
+    found = []
+    for *names, seed, choices in _values(runs, ["config.seed", "plan.choices"]):
+        if isinstance(choices, str):
+            found.append((" · ".join(map(str, [*names, f"seed {label(seed)}"])), plan_text.lines(json.loads(choices))))
+    return found[:PLANS]
 
 
 def _failures(runs: pd.DataFrame, beside: Path) -> list[list[str]]:

@@ -20,6 +20,7 @@ from s2a_cli.common.text import first_line, printable
 from s2a_cli.config.schema import OLDER_VALUES
 
 SCHEMA = 1
+PLANNED = ("quant", "optim.micro_batch", "backbone.weights")  # what a budget chooses
 MOST = 16 << 20  # bytes of a record; the largest has a name for each of some ten thousand classes
 LARGEST = 1e20  # no figure of a record is as large
 DEEPEST, LONGEST = 50, 300  # levels of a record; characters of a name
@@ -34,6 +35,8 @@ YOUNGER = {"dataset.cache": None, "dataset.layout": None, "method.segments": 1, 
 YOUNGER |= {"method.lr_scale": 1.0, "method.prompt.lr_scale": 1.0, "optim.balance": "none"}
 YOUNGER |= {f"dataset.{name}": None for name in ("image_column", "label_column", "class_columns", "split_column")}
 YOUNGER |= {f"dataset.{name}": None for name in ("separator", "multi_label", "hold_out")}
+YOUNGER |= {"budget": None, "fidelity": "exact"}
+OLDER = {"quant.budget_mib": None}  # settings of schema 1 that are gone, at the values of runs without them
 
 
 Status = Literal["ok", "oom", "failed", "interrupted"]  # the last also while the run is going on
@@ -101,13 +104,34 @@ class Data(TypedDict):
     test: int
 
 
+class Choice(TypedDict):
+    about: str  # in words
+    words: list[str]  # of s2a train, that ask for the same settings
+    needed_mib: float | None  # predicted, of the device; null for what is too slow to be looked at
+    predicted_seconds: float | None  # of a step, from costs that were measured; null for what does not fit
+    measured_seconds: float | None  # of a step, from micro-batches that were timed
+    fidelity: float | None  # cosine of the gradient with the exact one; null where it was not measured
+    why: str  # it was taken, or not
+
+
+class Plan(TypedDict):
+    settings: dict[str, Any]  # {dotted key: value} that was chosen; they are in `config`
+    asked: dict[str, Any]  # the values of these keys before
+    available_mib: float  # the budget
+    batch: int  # images a step and process
+    device: str
+    seconds: float  # that it took to plan
+    choices: list[Choice]  # what was chosen, then the alternatives
+
+
 class Result(TypedDict):
     schema: int
     id: str  # 12 hex digits, see identity()
     status: Status
     error: str | None  # one line
     config: dict[str, Any]  # resolved
-    allocation: dict[str, Any] | None  # the quant settings that quant=auto chose; null where config has them
+    allocation: dict[str, Any] | None  # of version 0.1.0: the quant settings that quant=auto chose
+    plan: Plan | None  # what was chosen for a budget; null without one
     accuracy: Accuracy
     parameters: Parameters
     memory: MemoryRecord | None
@@ -127,7 +151,7 @@ class RecordBuilder:
     data: Data
     weights: str
     environment: dict[str, Any]
-    allocation: dict[str, Any] | None = None
+    plan: Plan | None = None
     accuracy: Accuracy = field(default_factory=lambda: NO_ACCURACY.copy())
     memory: MemoryRecord | None = None
     images_per_second: float | None = None
@@ -163,7 +187,8 @@ class RecordBuilder:
             "status": self.status,
             "error": self.error,
             "config": self.config,
-            "allocation": self.allocation,
+            "allocation": None,
+            "plan": self.plan,
             "accuracy": self.accuracy,
             "parameters": self.parameters,
             "memory": self.memory,
@@ -185,6 +210,9 @@ def content(config: dict[str, Any], revision: str, weights: str) -> str:
     That is its resolved config less NOT_IDENTITY, its data, its weights and the schema.
     """
     kept = json.loads(json.dumps(config))
+    for key, value in OLDER.items():
+        parent, _, name = key.rpartition(".")
+        kept[parent].setdefault(name, value)
     for key in NOT_IDENTITY:
         parent, _, name = key.rpartition(".")
         (kept[parent] if parent else kept).pop(name, None)
@@ -280,8 +308,8 @@ def _odd_type(value: Any, kind: Any, where: str) -> str | None:
         return None if None in odd else odd[0]
     if origin is typing.Literal:
         fits = value in of if isinstance(value, str) else False
-    elif origin is list:
-        fits = isinstance(value, list) and all(isinstance(one, of[0]) for one in value)
+    elif origin is list and isinstance(value, list):
+        return next(filter(None, (_odd_type(one, of[0], where) for one in value)), None)
     elif kind is Any or kind is float:
         fits = kind is Any or (isinstance(value, int | float) and not isinstance(value, bool))
     else:
@@ -317,10 +345,18 @@ def _completed(result: dict[str, Any]) -> Result:
         result[key] = result[key]
     result["data"]["revision"] = result["data"]["revision"]
     result["data"].setdefault("multi_label", False)
-    for key in ("error", "allocation", "memory"):
+    for key in ("error", "allocation", "plan", "memory"):
         result.setdefault(key, None)
     for key in ("accuracy", "throughput"):
         result[key] = dict.fromkeys(typing.get_type_hints(Result)[key].__annotations__) | result.get(key, {})
+    if plan := result["plan"]:
+        for part, kind in ((plan, Plan), *((choice, Choice) for choice in plan.get("choices", ()))):
+            if lacking := [key for key in kind.__annotations__ if key not in part]:
+                raise KeyError(f"plan.{lacking[0]}")
+        if not plan["choices"]:
+            raise ValueError("plan.choices: empty")
+        if odd := [key for name in ("settings", "asked") for key in plan[name] if key not in PLANNED]:
+            raise ValueError(f"plan: {_short(odd[0])} is nothing that a budget chooses")
     for quant in (config["quant"], result["allocation"] or {}):
         if quant.get("blocks"):  # JSON has no integer keys
             quant["blocks"] = {int(number): settings for number, settings in _items(quant["blocks"])}
@@ -385,8 +421,18 @@ def finished(folder: Path, content: str) -> Result | None:
 
 
 def content_of(result: Result) -> str:
-    """Returns the `content` of the run that a record is of."""
-    return content(result["config"], result["data"]["revision"], result["weights"])
+    """Returns the `content` of the run that a record is of: with a plan, of the words that asked for it."""
+    return content(asked(result), result["data"]["revision"], result["weights"])
+
+
+def asked(result: Result) -> dict[str, Any]:
+    """Returns the config of a run as it was asked for: without what a plan chose."""
+    config = dict(result["config"])
+    plan = result.get("plan")
+    for key, value in plan["asked"].items() if plan else ():
+        group, _, name = key.partition(".")
+        config[group] = config[group] | {name: value} if name else value
+    return config
 
 
 def differences(there: str, here: str) -> list[str]:

@@ -24,7 +24,6 @@ from s2a_cli.training.step import moving_norms
 FILE = TENSORS
 KEYS = (
     "content",
-    "allocation",
     "accuracy",
     "sofar",
     "model",

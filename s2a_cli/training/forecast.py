@@ -50,7 +50,7 @@ def full_finetuning(config: DictConfig, classes: int) -> tuple[Attachment, DictC
 
 def predicted_peak(config: DictConfig, classes: int, images: int) -> float | None:
     """Predicts the peak in MiB of a run's step without its data or weights; None where it can't be predicted."""
-    if config.compile or config.quant.budget_mib:
+    if config.compile or config.budget:  # settings for a budget are chosen on images of the run
         return None
     backbone = backbones.build(config.backbone, classes, meta=True)
     try:
@@ -76,11 +76,41 @@ def profile_step(attached: Attachment, config: DictConfig, images: int, processe
         torch.empty(count, 3, size, size, dtype=torch.uint8 if in_pixels else weight_dtype(config.precision)),
         torch.empty(count, dtype=torch.int64),
     )
+    if (micro := config.optim.micro_batch) and count > 2 * micro and not config.dataset.cache:
+        return _profile_two(attached, config, batch)
     step = Step(config, torch.device("cpu"), attached)
     if config.dataset.cache and attached.feature_head:
         return _profile_cached(attached, attached.feature_head, config, step, batch)
     return memory.profile(
         model, batch, step, lambda model: make_optimizer(config.optim, model, attached), backbone.parts
+    )
+
+
+def _profile_two(attached: Attachment, config: DictConfig, batch: tuple[Tensor, Tensor]) -> memory.Profile:
+    """Predicts a step of many micro-batches by its first two, while all images of the batch are there.
+
+    The second finds gradients beside what it keeps, as all others do.
+    """
+    images, targets = batch
+    step, two = Step(config, torch.device("cpu"), attached), 2 * config.optim.micro_batch
+
+    def run(
+        model: nn.Module,
+        optimizer: Optimizer,
+        images: Tensor,
+        targets: Tensor,
+        *others: Tensor,
+        after_forward: Callable[[], None],
+    ) -> None:
+        step(model, optimizer, images, targets, after_forward)
+
+    tensors = images[:two], targets[:two], images[two:], targets[two:]
+    return memory.profile(
+        attached.model,
+        tensors,
+        run,
+        lambda model: make_optimizer(config.optim, model, attached),
+        attached.backbone.parts,
     )
 
 

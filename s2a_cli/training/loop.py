@@ -208,7 +208,6 @@ class TrainLoop:
         if distributed.is_main_process():
             kept = {
                 "content": self.run.content,
-                "allocation": self.known.allocation,
                 "accuracy": self.known.accuracy,
                 "sofar": vars(self.sofar),
                 "model": checkpoints.trainable_state(self.run.model),

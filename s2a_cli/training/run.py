@@ -174,7 +174,6 @@ def _refuse_parts(config: DictConfig, within_blocks: bool) -> None:
     of_blocks = (
         ("quant.chunks", quant.chunks, 1),
         ("quant.recompute", quant.recompute, "none"),
-        ("quant.budget_mib", quant.budget_mib, None),
     )
     for key, value, default in (("optim.micro_batch", optim.micro_batch, None), *(of_blocks if within_blocks else ())):
         if value != default:

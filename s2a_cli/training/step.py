@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -163,6 +163,23 @@ class Step:
         with torch.autocast(self.device.type, enabled=False):  # as after the forward pass
             self.scaler.scale(self.criterion(logits.float(), targets) * share).backward()
 
+    def accumulate(
+        self,
+        model: nn.Module,
+        images: Batch,
+        targets: Tensor,
+        share: float = 1.0,
+        after_forward: Callable[[], None] = lambda: None,
+        around_backward: AbstractContextManager[None] = nullcontext(),
+    ) -> Tensor:
+        """Adds the gradient of one micro-batch, `share` of a batch, to what there is; returns its part of the loss."""
+        with self.attached.learning(functools.partial(self.learn, targets, share)):
+            losses = self.losses(model, images, targets) * share
+        after_forward()
+        with around_backward:
+            self.scaler.scale(losses.sum()).backward()
+        return losses.detach().mean()
+
     def __call__(
         self,
         model: nn.Module,
@@ -179,13 +196,8 @@ class Step:
             self._sum = GradientSum(trained)
         parts = list(zip(images.split(size), targets.split(size)))
         for number, (part, target) in enumerate(parts, 1):
-            share = len(part) / of
-            with self.attached.learning(functools.partial(self.learn, target, share)):
-                losses = self.losses(model, part, target) * share
-            after_forward()
-            with self._sum.last_backward() if number == len(parts) else nullcontext():
-                self.scaler.scale(losses.sum()).backward()
-            total += losses.detach().mean()
+            summing = self._sum.last_backward() if number == len(parts) else nullcontext()
+            total += self.accumulate(model, part, target, len(part) / of, after_forward, summing)
         if self.optim.clip_grad:
             self.scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), self.optim.clip_grad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -13,30 +14,36 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from s2a_cli import data, memory
+from s2a_cli.backbones import frozen_weights
 from s2a_cli.common import distributed
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import atomic_write
 from s2a_cli.common.text import type_and_first_line
-from s2a_cli.config.schema import QuantConfig
-from s2a_cli.config.settings import merge, plain
-from s2a_cli.results import record, run_folder
-from s2a_cli.training import bit_allocation, checkpoints, feature_cache, forecast, testing
+from s2a_cli.config.settings import plain, replaced
+from s2a_cli.results import plan_text, record, run_folder
+from s2a_cli.training import checkpoints, feature_cache, forecast, testing
 from s2a_cli.training.compiling import compile_model
 from s2a_cli.training.environment import environment
 from s2a_cli.training.evaluation import judge
 from s2a_cli.training.loop import TrainLoop
 from s2a_cli.training.run import OUT_OF_MEMORY, Run, prepare
+from s2a_cli.training.step import AUTOCAST
 
+Planner = Callable[[Run], record.Plan]
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk; what failed can go on when there is space
 
 
-def train(config: DictConfig, force: bool = False, skip_finished: bool = False) -> tuple[record.Result, Path]:
+def train(
+    config: DictConfig, force: bool = False, skip_finished: bool = False, planner: Planner | None = None
+) -> tuple[record.Result, Path]:
     """Trains one run and returns its record and its folder.
 
     A run that is finished is left as it is, and one that was broken off goes on, unless `force` starts it from the
     beginning. That, and another run in the same folder, leaves a finished one in place until the new one is whole. Out
     of memory and Ctrl-C end in a record with that status, as does a full disk, with `interrupted`. Any other failure is
     recorded as `failed` and raised.
+
+    planner: chooses what a run with a budget leaves open. A run that was broken off keeps the plan in its record.
 
     skip_finished: a finished run is shown before a busy device is refused. Raises UserError when another process is at
     the same run, when the folder holds a run of another config or somebody's files, and when others use the run's CUDA
@@ -61,10 +68,12 @@ def train(config: DictConfig, force: bool = False, skip_finished: bool = False) 
             return record.read_result(folder), folder
         if refused:
             raise refused
+        stored = None if force else _stored_plan(place, run.content)
         state = _begin(run, place, force)
+        plan = _planned(run, planner, stored)
         if place != folder:
             print(f"{folder}: its files stay until this run is whole")
-        result = _train(run, place, state)
+        result = _train(run, place, state, plan)
         if distributed.is_main_process():
             run_folder.settle(folder)
         return result, folder
@@ -83,12 +92,36 @@ def _begin(run: Run, place: Path, force: bool) -> dict[str, Any] | None:
     return None
 
 
-def _train(run: Run, folder: Path, state: dict[str, Any] | None) -> record.Result:
-    config = run.config
-    known = _begun(run)
-    if config.quant.budget_mib:
-        known.allocation = state["allocation"] if state else distributed.broadcast(lambda: _allocate(run))
-        run.config = merge(config, {"quant": known.allocation})
+def _planned(run: Run, planner: Planner | None, stored: record.Plan | None) -> record.Plan | None:
+    """Gives a run with a budget the settings of its plan, and returns the plan: the stored one, or a new one.
+
+    Raises UserError where nothing fits the budget.
+    """
+    if not run.config.budget:
+        return None
+    if not stored and not planner:
+        raise UserError(f"budget={run.config.budget}: this run has no plan; s2a train makes one")
+    plan = stored or distributed.broadcast(lambda: cast(Planner, planner)(run))
+    print(plan_text.render(plan))
+    run.config = replaced(run.config, plan["settings"])
+    if run.config.backbone.weights != plan["asked"].get("backbone.weights", run.config.backbone.weights):
+        run.model.to("cpu")  # the plan was measured on the device; weights may have to stay on the host
+        frozen_weights.store(run.backbone, run.config.backbone.weights, AUTOCAST.get(run.config.precision))
+    return plan
+
+
+def _stored_plan(place: Path, content: str) -> record.Plan | None:
+    """Returns the plan of a run that was begun in this place; None where there is none."""
+    try:
+        found = record.read_result(place)
+    except UserError:
+        return None
+    return found["plan"] if record.content_of(found) == content else None
+
+
+def _train(run: Run, folder: Path, state: dict[str, Any] | None, plan: record.Plan | None) -> record.Result:
+    config, known = run.config, _begun(run)
+    known.plan = plan
     write = record.write_result if distributed.is_main_process() else lambda folder, result: None
     write(folder, known.result())
     try:
@@ -155,24 +188,6 @@ def _failed(folder: Path, known: record.RecordBuilder, error: Exception) -> None
     known.ended("oom" if out_of_memory else "failed", said)
     if not out_of_memory and distributed.is_main_process():
         atomic_write(folder / "traceback.txt", traceback.format_exc())
-
-
-def _allocate(run: Run) -> dict[str, Any]:
-    """Returns the quant settings that fit the run's budget, and prints them. Raises UserError where none do."""
-
-    def peak(quant: QuantConfig, micro_batch: int | None = run.config.optim.micro_batch) -> float:
-        changed = {"quant": OmegaConf.structured(quant), "optim": {"micro_batch": micro_batch}}
-        return forecast.predict_step(run.attached, merge(run.config, changed), len(run.splits.train)).peak_mib
-
-    loader = run.loader("train", train=True)
-    loader.epoch = 0
-    images, targets = next(iter(loader))
-    run.model.to(run.device)
-    few = images[: bit_allocation.IMAGES], targets[: bit_allocation.IMAGES]
-    gradient = bit_allocation.Gradient(run.config, run.attached, few, run.device, run.criterion())
-    choice = bit_allocation.allocate(gradient, peak)
-    print(choice.describe())
-    return plain(OmegaConf.structured(choice.quant))
 
 
 def _begun(run: Run) -> record.RecordBuilder:

@@ -124,7 +124,7 @@ def test_validate_sums_up(capsys):
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("oom", 1), ("failed", 1), ("interrupted", 1)])
 def test_train_prints_the_table_and_the_folder(training, make_result, capsys, status, code):
     asked = []
-    training.train = lambda config, force, skip_finished: (
+    training.train = lambda config, **flags: (
         asked.append(config.seed),
         (make_result(status=status), Path("runs/x")),
     )[1]
@@ -144,7 +144,7 @@ def test_train_prints_the_table_and_the_folder(training, make_result, capsys, st
     ],
 )
 def test_errors_of_a_run(training, capsys, error, code, expected):
-    def train(config, force, skip_finished):
+    def train(config, **flags):
         raise error
 
     training.train = train

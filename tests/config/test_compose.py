@@ -14,7 +14,6 @@ from s2a_cli.config.schema import RunConfig
 NEEDS = {
     "backbone=timm": ["backbone.name=resnet34.a1_in1k"],
     "dataset=folder": ["dataset.root=photos"],
-    "quant=auto": ["quant.budget_mib=1000"],
 }
 OPTIONS = [f"{group}={name}" for group, names in groups().items() if group != "experiment" for name in names]
 

@@ -149,3 +149,25 @@ def test_a_figure_of_nothing_or_of_another_kind(write_result, tmp_path):
         plots.save(rows, tmp_path / "a.svg")
     with pytest.raises(UserError, match="ends in .svg, .png or .pdf"):
         plots.save(rows, Path("a.gif"))
+
+
+def test_plans_are_shown(write_result, tmp_path):
+    choice = {"words": [], "needed_mib": 80.0, "predicted_seconds": 1.0, "measured_seconds": None, "fidelity": None}
+    plan = {
+        "settings": {"optim.micro_batch": 4},
+        "asked": {"optim.micro_batch": None},
+        "available_mib": 90.0,
+        "batch": 64,
+        "device": "cpu",
+        "seconds": 9.0,
+        "choices": [choice | {"about": "micro-batches of 4", "why": "the <fastest>"}],
+    }
+    for seed in (0, 1):  # planned otherwise, but for the same words
+        folder = write_result(f"planned/{seed}", seed=seed, optim__micro_batch=4 + seed, budget="90MiB")
+        found = json.loads((folder / "result.json").read_text()) | {"plan": plan}
+        (folder / "result.json").write_text(json.dumps(found))
+    frame = aggregate.load([str(tmp_path / "runs")])
+    page = html_report.html(frame, [], tmp_path)
+    assert page.count("<td>micro-batches of 4</td>") == 2 and "the &lt;fastest&gt;" in page
+    rows = summary.table(frame)
+    assert len(rows) == 1 and rows["quant"].tolist() == ["planned"]

@@ -274,7 +274,7 @@ def test_a_broken_run_goes_on(tmp_path, monkeypatch):
         (["optim.mixup=0.2"], "needs optim.mixup=0.0: each mixed image"),
         (["optim.cutmix=1.0"], "needs optim.cutmix=0.0: each mixed image"),
         (["compile=true", "quant=none"], "needs compile=false"),
-        (["quant=auto", "quant.budget_mib=100"], "needs quant.budget_mib=null"),
+        (["budget=100MiB"], "needs budget=null"),
         (["dataset.cache=tap"], "expected one of features, or null"),
         (["method=bias"], "method=bias changes what the backbone computes.*accepted are .*linear, side"),
         (["method=s2a"], "method=s2a changes"),

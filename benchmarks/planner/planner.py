@@ -1,0 +1,300 @@
+"""Plans for several budgets beside all that anybody could set by hand, side by side in one run on this device.
+
+    python benchmarks/planner/planner.py backbone=vit_b batch=64
+    python benchmarks/planner/planner.py backbone=vit_t batch=16 budgets=30MiB,60MiB steps=2 backbone.image_size=112
+
+The rows are stock PyTorch, timm's checkpointing of whole blocks and ours, each in micro-batches of every size, and the
+presets. A row counts at a budget where its predicted peak fits. All rows and all plans are timed in one process: one
+step each, in an order drawn anew every round, of one shared model; medians. Wanted: a plan at 0.97 of the best row that
+fits or more, and 1.15 times as fast as checkpointing wherever that fits. Writes OUT/NAME.json and .md. OMP_NUM_THREADS
+sets the CPU's threads. Words that are no options of this command are settings of the runs.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tabulate import tabulate
+
+from s2a_cli import backbones
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.files import atomic_write
+from s2a_cli.common.progress import Progress
+from s2a_cli.config.compose import compose
+from s2a_cli.config.settings import replaced
+from s2a_cli.memory.result import MIB
+from s2a_cli.planner import plan
+from s2a_cli.planner.batch_size import size
+from s2a_cli.planner.task import Task
+from s2a_cli.training import forecast
+from s2a_cli.training.environment import environment
+from s2a_cli.training.run import attach, choose_device
+from s2a_cli.training.step import Step, make_optimizer, train_mode
+
+CLASSES = 100
+BUDGETS = "400MiB,440MiB,500MiB,600MiB,900MiB,1600MiB,3200MiB,6GiB"
+PRESETS = ("exact", "int8", "int5", "int4", "tiny")
+CHECKPOINTED = "checkpointing"
+WANTED, WANTED_OF_CHECKPOINTING = 0.97, 1.15
+OPTIONS = {
+    "batch": "64",
+    "budgets": BUDGETS,
+    "steps": "5",
+    "fidelity": "exact",
+    "out": "benchmarks/planner",
+    "name": "",
+}
+
+
+@dataclass
+class Row:
+    """A way to take a step, what it is predicted to need and what its steps took."""
+
+    name: str
+    settings: dict[str, Any]  # words of a run
+    kind: str = "stock"
+    timm: bool = False  # timm's own checkpointing is on
+    peak_mib: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+
+    def rate(self, batch: int) -> float:
+        """Returns images a second."""
+        return batch / statistics.median(self.seconds)
+
+
+def rows(batch: int) -> list[Row]:
+    """Returns all that can be set by hand."""
+    sizes = [2**power for power in range(batch.bit_length()) if 2**power < batch] + [batch]
+    found = []
+    for micro in sizes:
+        cut = {"optim.micro_batch": micro} if micro < batch else {}
+        said = f"micro-batches of {micro}" if micro < batch else "the whole batch"
+        found.append(Row(f"stock, {said}", {"quant": "none"} | cut))
+        found.append(Row(f"timm's checkpointing, {said}", {"quant": "none"} | cut, CHECKPOINTED, timm=True))
+        recomputed = {"quant": "none", "quant.recompute": "block", "quant.chunks": "null"}
+        found.append(Row(f"quant.recompute=block, {said}", recomputed | cut, CHECKPOINTED))
+        if micro in (sizes[0], sizes[len(sizes) // 2], batch):
+            found += [Row(f"quant={preset}, {said}", {"quant": preset} | cut, "preset") for preset in PRESETS]
+    return found
+
+
+class Bench:
+    """Holds one model, and takes steps of it under the settings of any row."""
+
+    def __init__(self, words: list[str], batch: int):
+        self.words, self.batch = [*words, f"optim.batch_size={batch}"], batch
+        config = compose([*self.words, "quant=none"])
+        self.device = choose_device(config.device)
+        torch.manual_seed(config.seed)
+        self.attached = attach(config, backbones.build(config.backbone, CLASSES))
+        self.model = self.attached.model.to(self.device)
+        train_mode(self.model)
+        generator = torch.Generator().manual_seed(0)
+        pixels = self.attached.backbone.image.size
+        self.images = torch.randn(batch, 3, pixels, pixels, generator=generator).to(self.device)
+        self.targets = torch.randint(CLASSES, (batch,), generator=generator).to(self.device)
+        self.optimizer = make_optimizer(config.optim, self.model, self.attached)
+        self._steps: dict[str, Step] = {}
+
+    def config(self, row: Row) -> Any:
+        """Returns the config of a row; of a plan with the settings that it chose."""
+        if row.kind == "plan":
+            return replaced(compose(self.words), row.settings)
+        return compose([*self.words, *(f"{key}={value}" for key, value in row.settings.items())])
+
+    @contextmanager
+    def checkpointing(self, row: Row) -> Iterator[None]:
+        """Switches timm's checkpointing on within, where the row has it."""
+        switch = getattr(self.model, "set_grad_checkpointing", None)
+        if row.timm and switch is None:
+            raise UserError(f"timm's {type(self.model).__name__} has no gradient checkpointing")
+        if row.timm:
+            cast(Any, switch)(True)
+        try:
+            yield
+        finally:
+            if row.timm:
+                cast(Any, switch)(False)
+
+    def predict(self, row: Row) -> None:
+        """Fills in the predicted peak of a row."""
+        with self.checkpointing(row):
+            row.peak_mib = forecast.profile_step(self.attached, self.config(row), self.batch).peak_bytes / MIB
+
+    def step(self, row: Row) -> float:
+        """Takes a step under the settings of a row and returns its seconds."""
+        key = json.dumps(row.settings, default=str)
+        if key not in self._steps:
+            self._steps[key] = Step(self.config(row), self.device, self.attached)
+        with self.checkpointing(row):
+            self._wait()
+            begun = time.perf_counter()
+            self._steps[key](self.model, self.optimizer, self.images, self.targets)
+            self._wait()
+            return time.perf_counter() - begun
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def plan(self, budget: str, fidelity: str) -> tuple[Row, dict[str, Any]]:
+        """Returns the plan for a budget as a row, and all that is known of it. Raises UserError where nothing fits."""
+        config = compose([*self.words, f"budget={budget}", f"fidelity={fidelity}"])
+        task = Task(config, self.attached, CLASSES, self.batch, size("budget", budget))
+
+        def refuse(least: float) -> str:
+            return f"budget={budget}: nothing fits; the least is {least / MIB:,.1f} MiB"
+
+        made = plan.make(task, (self.images, self.targets), self.device, _unstored, refuse)
+        chosen = made["choices"][0]
+        row = Row(chosen["about"], made["settings"], "plan", peak_mib=chosen["needed_mib"] or 0.0)
+        return row, dict(made)
+
+
+def _unstored(weights: str) -> Any:
+    raise UserError(f"backbone.weights={weights}: weights stay as they are here")
+
+
+def compare(bench: Bench, budgets: list[str], steps: int, fidelity: str) -> dict[str, Any]:
+    """Returns the rows, the plan of each budget and how it compares with the best row that fits."""
+    known, plans = rows(bench.batch), {}
+    with Progress("predicting", len(known), " rows") as progress:
+        for row in known:
+            bench.predict(row)
+            progress.add(1)
+    for budget in budgets:
+        try:
+            plans[budget] = bench.plan(budget, fidelity)
+        except UserError as error:
+            print(f"{budget}: {error}", file=sys.stderr)
+    most = max(size("budgets", budget) / MIB for budget in budgets)
+    timed = [row for row in known if row.peak_mib <= most] + [row for row, _ in plans.values()]
+    draw = random.Random(0)
+    with Progress("timing", len(timed) * (steps + 1), " steps") as progress:
+        for turn in range(steps + 1):
+            draw.shuffle(timed)
+            for row in timed:
+                seconds = bench.step(row)
+                row.seconds += [seconds] if turn else []  # codes are fitted in the first
+                progress.add(1, row=row.name)
+    lines = [_line(budget, row, made, known, bench.batch) for budget, (row, made) in plans.items()]
+    return {"rows": [asdict(row) for row in known if row.seconds], "budgets": lines}
+
+
+def _line(budget: str, row: Row, made: dict[str, Any], known: list[Row], batch: int) -> dict[str, Any]:
+    """Returns how the plan of a budget compares with the rows that fit."""
+    fitting = [one for one in known if one.peak_mib <= size("budget", budget) / MIB and one.seconds]
+    best = max(fitting, key=lambda one: one.rate(batch), default=None)
+    checkpointed = [one for one in fitting if one.kind == CHECKPOINTED]
+    rival = max(checkpointed, key=lambda one: one.rate(batch), default=None)
+    return {
+        "budget": budget,
+        "plan": row.name,
+        "peak_mib": row.peak_mib,
+        "rate": row.rate(batch),
+        "seconds": row.seconds,
+        "planning_seconds": made["seconds"],
+        "choices": made["choices"],
+        "best": best and best.name,
+        "of_best": best and row.rate(batch) / best.rate(batch),
+        "checkpointing": rival and rival.name,
+        "of_checkpointing": rival and row.rate(batch) / rival.rate(batch),
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Returns the figures as a page."""
+    batch = result["batch"]
+    head = [
+        "budget",
+        "plan",
+        "peak, MiB",
+        "images/s",
+        "best row that fits",
+        "of it",
+        "of checkpointing",
+        "planned in, s",
+    ]
+    lines = [
+        [
+            line["budget"],
+            line["plan"],
+            f"{line['peak_mib']:,.0f}",
+            f"{line['rate']:.2f}",
+            line["best"] or "none",
+            _times(line["of_best"]),
+            _times(line["of_checkpointing"]),
+            f"{line['planning_seconds']:.0f}",
+        ]
+        for line in result["budgets"]
+    ]
+    every = sorted(result["rows"], key=lambda row: row["peak_mib"])
+    listed = [
+        [row["name"], f"{row['peak_mib']:,.0f}", f"{batch / statistics.median(row['seconds']):.2f}"] for row in every
+    ]
+    return "\n".join(
+        [
+            f"# Plans for a memory budget: {result['name']}",
+            "",
+            f"`python benchmarks/planner/planner.py {' '.join(result['words'])}`, {result['machine']}. Peaks are"
+            f" predicted. Images a second: medians of {len(result['rows'][0]['seconds'])} steps of {batch} images,"
+            f" all rows and plans in alternating order. Wanted: {WANTED} of the best row that fits, and"
+            f" {WANTED_OF_CHECKPOINTING} times the images a second of exact checkpointing of whole blocks.",
+            "",
+            tabulate(lines, head, tablefmt="github", disable_numparse=True),
+            "",
+            "## All rows",
+            "",
+            tabulate(listed, ["row", "peak, MiB", "images/s"], tablefmt="github", disable_numparse=True),
+            "",
+        ]
+    )
+
+
+def _times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f}x"
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    """Runs the comparison and writes its files."""
+    given = OPTIONS | dict(word.split("=", 1) for word in argv if word.partition("=")[0] in OPTIONS)
+    words = [word for word in argv if word.partition("=")[0] not in OPTIONS]
+    words = [*([] if any(w.startswith("method=") for w in words) else ["method=bias"]), *words]
+    if compose(words).backbone.checkpoint is None:
+        words.append("backbone.pretrained=false")
+    bench = Bench(words, int(given["batch"]))
+    about = environment(str(bench.device))
+    name = given["name"] or f"{compose(words).backbone.name}_{bench.attached.backbone.image.size}px_b{given['batch']}"
+    result = {
+        "name": name,
+        "words": argv,
+        "batch": bench.batch,
+        "machine": f"{bench.device}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "environment": about,
+        **compare(bench, given["budgets"].split(","), int(given["steps"]), given["fidelity"]),
+    }
+    out = Path(given["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / f"{name}.json", json.dumps(result, indent=1, default=str) + "\n")
+    atomic_write(out / f"{name}.md", markdown(result))
+    print(markdown(result))
+    return result
+
+
+if __name__ == "__main__":
+    import s2a_cli.methods  # noqa: F401 (its structures declare their settings)
+
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"planner: {error}")

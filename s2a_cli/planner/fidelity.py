@@ -1,0 +1,53 @@
+"""Measures on images of the run how near the gradient under a candidate's settings is to the exact one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from s2a_cli.planner.candidates import RECOMPUTED, Candidate
+from s2a_cli.planner.costs import Timer
+
+IMAGES = 8  # of the first batch
+
+
+class Fidelity:
+    """Returns the cosine of a candidate's gradient, of all that trains, with the exact one.
+
+    timer: of the run as it is asked for. stored: timers of the same run with weights that are stored otherwise.
+    """
+
+    def __init__(self, timer: Timer, stored: dict[str, Timer]):
+        self.timer, self.stored = timer, stored
+        self._exact: dict[int, Tensor] = {}
+
+    def __call__(self, candidate: Candidate) -> float:
+        size = min(candidate.micro_batch, IMAGES)
+        if size not in self._exact:
+            total = max(1, len(self.timer.attached.blocks))
+            mode = RECOMPUTED if self.timer.attached.blocks else Candidate(1).mode
+            self._exact[size] = _gradient(self.timer, Candidate(size, mode, total, total), size)
+        timer = self.stored.get(candidate.weights or "", self.timer)
+        return torch.cosine_similarity(_gradient(timer, candidate, size), self._exact[size], dim=0).item()
+
+
+def _gradient(timer: Timer, candidate: Candidate, size: int) -> Tensor:
+    """Returns the gradient of all that trains on the first images, `size` at a time, as one float64 vector.
+
+    Under the same random numbers each time.
+    """
+    step, model = timer.step(candidate), timer.attached.model
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(timer.config.seed)
+    for start in range(0, IMAGES, size):
+        count = min(size, IMAGES - start)
+        step.accumulate(model, *timer.take(count, start), count / IMAGES)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = torch.cat([_flat(p) for p in trained]).cpu()
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def _flat(parameter: Tensor) -> Tensor:
+    grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+    return grad.flatten().double()

@@ -1,0 +1,229 @@
+"""Plans the steps of a run for a budget: the fastest settings whose predicted peak fits.
+
+Peaks are predicted, times are measured on this device (costs.py), and a search finds what fits (search.py). Candidates
+that leave the gradient as it is come first: one that does not is taken only where it is faster than all of them, and
+where its gradient on the run's first images is as near to the exact one as `fidelity=` asks for. The best three are
+then timed side by side, and the fastest is taken.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from s2a_cli.common.errors import UserError
+from s2a_cli.common.progress import Progress
+from s2a_cli.config.settings import plain, replaced
+from s2a_cli.memory.result import MIB
+from s2a_cli.methods import Attachment
+from s2a_cli.planner.candidates import EXACT, FIDELITY, Candidate
+from s2a_cli.planner.costs import Timer, measure
+from s2a_cli.planner.fidelity import Fidelity
+from s2a_cli.planner.search import Found, Room, Slower, plans
+from s2a_cli.planner.task import Task
+from s2a_cli.results import record
+
+FINALISTS = 3
+FINAL_SECONDS = 9.0  # for the finalists together
+TURNS = 3  # of each finalist, alternating
+SHOWN = 8  # alternatives
+
+
+@dataclass
+class Contender:
+    """A plan that fits, what was measured of it, and why it is taken or not."""
+
+    found: Found
+    why: str = ""
+    fidelity: float | None = None  # measured
+    seconds: float | None = None  # of a step, timed
+
+    @property
+    def candidate(self) -> Candidate:
+        return self.found.candidate
+
+    def choice(self, batch: int) -> record.Choice:
+        """Returns what the record of a run says about it."""
+        return {
+            "about": self.candidate.describe(batch),
+            "words": self.candidate.words(batch),
+            "needed_mib": round(self.found.needed / MIB, 1) if math.isfinite(self.found.needed) else None,
+            "predicted_seconds": _rounded(self.found.seconds),
+            "measured_seconds": _rounded(self.seconds),
+            "fidelity": self.fidelity,
+            "why": self.why,
+        }
+
+
+def make(
+    task: Task,
+    batch: tuple[Tensor, Tensor],
+    device: torch.device,
+    stored: Callable[[str], Attachment],
+    nothing: Callable[[float], str],
+    is_real: bool = True,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> record.Plan:
+    """Returns the plan of a task. Raises UserError where nothing fits.
+
+    batch: images [B, 3, H, W] and targets [B]; task.attached is on the device. stored: makes the attachment with
+    weights stored so, on the device. nothing: says what would fit, for the least bytes that a candidate needs. is_real:
+    whether weights and images are those of the run; otherwise no gradients are compared, and the times of the costs
+    stand.
+    """
+    begun, level, room = time.monotonic(), FIDELITY[task.config.fidelity], task.room()
+    modes, weights, smallest = task.modes(level), task.weights(level), task.smallest(level)
+    if not any(map(room.fits, smallest)):
+        raise UserError(nothing(min(map(room.needed, smallest))))
+    with (
+        Progress("planning", None, " micro-batches") as progress,
+        closing(Timer(task.config, task.attached, batch, device, progress, criterion)) as timer,
+    ):
+        common = batch, device, progress, criterion
+        others = {
+            name: Timer(
+                replaced(task.config, {"backbone.weights": name}), stored(name), batch, device, progress, criterion
+            )
+            for name in weights
+            if name not in (None, "fp32")
+        }
+        costs = measure(timer, _halvings(room.sizes), modes, room.fits)
+        for name, other in others.items():
+            costs.add_weights(name, other)
+        found, slower = plans(room, costs, task.batch, modes, weights)
+        contenders = list(map(Contender, found))
+        finalists = _finalists(contenders, level, Fidelity(timer, others) if is_real else None)
+        if not finalists:
+            raise UserError(nothing(min(map(room.needed, smallest))))
+        if is_real and len(finalists) > 1:
+            _time(finalists, lambda weights: others.get(weights or "", timer), task.batch)
+    best = _best(finalists)
+    contenders += [Contender(Found(one.candidate, math.inf, one.seconds), _too_slow(one, best)) for one in slower]
+    _explain(best, contenders)
+    rest = sorted((c for c in contenders if c is not best), key=lambda c: c.seconds or c.found.seconds)
+    settings = best.candidate.settings(task.batch)
+    return {
+        "settings": settings,
+        "asked": {key: _plain(OmegaConf.select(task.config, key)) for key in settings},
+        "available_mib": round(task.available / MIB, 1),
+        "batch": task.batch,
+        "device": str(device),
+        "seconds": round(time.monotonic() - begun, 1),
+        "choices": [c.choice(task.batch) for c in (best, *rest[:SHOWN])] + _left_out(task, room, contenders, level),
+    }
+
+
+def _finalists(
+    contenders: list[Contender], level: float, cosine: Callable[[Candidate], float] | None
+) -> list[Contender]:
+    """Returns those that are timed: the fastest exact one, and others of which each may be the fastest of all."""
+    exact = [one for one in contenders if one.candidate.fidelity == EXACT]
+    found = exact[:1]
+    for one in contenders:
+        if one.candidate.fidelity == EXACT or len(found) == FINALISTS:
+            continue
+        if exact and one.found.seconds >= exact[0].found.seconds:
+            one.why = "its gradient is rounded, and it is no faster than an exact plan"
+        elif cosine and (fidelity := round(cosine(one.candidate), 5)) < level:
+            one.fidelity, one.why = fidelity, f"the cosine of its gradient, {fidelity:.4f}, is below {level:g}"
+        else:
+            one.fidelity = fidelity if cosine else None
+            found.append(one)
+    return [*found, *exact[1 : 1 + FINALISTS - len(found)]]
+
+
+def _time(finalists: list[Contender], timer_of: Callable[[str | None], Timer], batch: int) -> None:
+    """Times some micro-batches of each finalist in turn, and notes the seconds of a step.
+
+    One whose micro-batch alone would take half of the time for all keeps its prediction.
+    """
+    share = FINAL_SECONDS / len(finalists)
+    turn_of = {id(one): min(share / TURNS, one.found.seconds) for one in finalists}
+    timed = [one for one in finalists if one.found.seconds * one.candidate.micro_batch / batch < FINAL_SECONDS / 2]
+    if len(timed) < 2:
+        return
+    rates: dict[int, list[float]] = {id(one): [] for one in timed}
+    until = time.monotonic() + FINAL_SECONDS
+    for turn in range(TURNS):
+        for one in timed:
+            timer, images, seconds = timer_of(one.candidate.weights), 0, 0.0
+            while seconds < turn_of[id(one)] and (turn == 0 or time.monotonic() < until or not images):
+                took = timer(one.candidate, one.candidate.micro_batch)
+                if took is None:
+                    one.why = "the device had not the memory"
+                    break
+                images, seconds = images + one.candidate.micro_batch, seconds + took
+            if images:
+                rates[id(one)].append(seconds / images)
+        if time.monotonic() > until:
+            break
+    for one in timed:
+        if rates[id(one)] and not one.why:
+            one.seconds = batch * statistics.median(rates[id(one)])
+
+
+def _best(finalists: list[Contender]) -> Contender:
+    """Returns the one with the shortest step, of the timed ones where there are some. Raises UserError without any."""
+    left = [one for one in finalists if not one.why]
+    if not left:
+        raise UserError("budget: what was predicted to fit does not, on this device now; others may be using it")
+    timed = [one for one in left if one.seconds is not None]
+    return min(timed or left, key=lambda one: one.seconds or one.found.seconds)
+
+
+def _too_slow(one: Slower, best: Contender) -> str:
+    """Says why a mode was not looked at further."""
+    if one.candidate.fidelity < EXACT:
+        return "its gradient is rounded, and in no way faster than an exact plan"
+    return f"at least {one.seconds / best.found.seconds:.2f} times the seconds with one block"
+
+
+def _explain(best: Contender, contenders: Iterable[Contender]) -> None:
+    """Notes why each contender is not taken, where that has not been said, and why one is."""
+    rivals = [one for one in contenders if one.seconds is not None]
+    best.why = (
+        f"the fastest of {len(rivals)} that were timed" if best.seconds else "the fastest that fits, as predicted"
+    )
+    for one in contenders:
+        if one.why:
+            continue
+        if best.seconds and one.seconds:
+            one.why = f"{one.seconds / best.seconds:.2f} times the seconds, timed"
+        else:
+            one.why = f"{one.found.seconds / best.found.seconds:.2f} times the seconds, predicted"
+
+
+def _left_out(task: Task, room: Room, contenders: Iterable[Contender], level: float) -> list[record.Choice]:
+    """Returns what was not chosen from: the whole batch in stock PyTorch where it does not fit, and missing modes."""
+    there, stored = {one.candidate.mode for one in contenders}, task.weights(level)[0]
+    whole = Candidate(task.batch, weights=stored)
+    missing = [] if room.fits(whole) else [Contender(Found(whole, room.needed(whole), math.inf), "does not fit")]
+    plain = room.fits(Candidate(room.sizes[0], weights=stored))
+    for one in task.smallest(level):
+        if one.mode not in there and one.weights == stored:
+            why = "no time was left to look at it" if plain else "does not fit"
+            missing.append(Contender(Found(one, math.inf if plain else room.needed(one), math.inf), why))
+    return [one.choice(task.batch) for one in missing]
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return round(seconds, 4) if seconds is not None and math.isfinite(seconds) else None
+
+
+def _plain(value: Any) -> Any:
+    return plain(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _halvings(sizes: list[int]) -> list[int]:
+    """Returns the largest of some sizes, half of it, half of that, ... down to the smallest."""
+    found = {sizes[-1] >> power for power in range(sizes[-1].bit_length())}
+    return sorted(size for size in sizes if size in found or size == sizes[0])

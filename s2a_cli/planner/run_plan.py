@@ -1,0 +1,75 @@
+"""Plans runs and compositions: what `s2a train budget=`, `s2a plan` and `s2a memory budget=` stand on."""
+
+from __future__ import annotations
+
+import torch
+from omegaconf import DictConfig
+
+from s2a_cli import backbones
+from s2a_cli.common import distributed
+from s2a_cli.config.settings import merge, replaced
+from s2a_cli.memory.margin import Margin
+from s2a_cli.methods import Attachment
+from s2a_cli.planner import plan
+from s2a_cli.planner.batch_size import size
+from s2a_cli.planner.fallbacks import said
+from s2a_cli.planner.run_memory import Composition
+from s2a_cli.planner.task import Task
+from s2a_cli.results import record
+from s2a_cli.training.run import Run, attach, choose_device
+
+PLENTY = 64  # images, at most, that measurements take
+
+
+def plan_run(run: Run) -> record.Plan:
+    """Returns the plan of a run's steps, measured on its first images. Moves its model to its device.
+
+    Raises UserError where nothing fits its budget.
+    """
+    loader = run.loader("train", train=True)
+    loader.epoch = 1
+    images, targets = next(iter(loader))
+    run.model.to(run.device)
+    processes = distributed.rank_and_world_size()[1]
+    classes = len(run.splits.classes)
+    task = _task(run.config, run.attached, classes, len(run.splits.train), run.device, processes)
+
+    def stored(weights: str) -> Attachment:
+        config = replaced(run.config, {"backbone.weights": weights})
+        attached = attach(config, backbones.build(config.backbone, classes))
+        attached.model.to(run.device)
+        return attached
+
+    return plan.make(
+        task, (images, targets), run.device, stored, lambda least: said(task, least), True, run.criterion()
+    )
+
+
+def plan_composition(composition: Composition, processes: int = 1) -> record.Plan:
+    """Returns the plan of a composition without its data or weights: random ones take the same time.
+
+    Nothing is timed but what costs are made of, and what codes do to gradients is not looked at. Raises UserError where
+    nothing fits.
+    """
+    config, classes = composition.config, composition.classes
+    device = choose_device(config.device)
+
+    def stored(weights: str) -> Attachment:
+        random = merge(config, {"backbone": {"pretrained": False, "checkpoint": None, "weights": weights}})
+        attached = attach(random, backbones.build(random.backbone, classes))
+        attached.model.to(device)
+        return attached
+
+    attached = stored(config.backbone.weights)
+    task = _task(config, attached, classes, composition.images, device, processes)
+    count, pixels = min(task.batch, PLENTY), attached.backbone.image.size
+    batch = torch.randn(count, 3, pixels, pixels), torch.arange(count) % classes
+    return plan.make(task, batch, device, stored, lambda least: said(task, least), is_real=False)
+
+
+def _task(
+    config: DictConfig, attached: Attachment, classes: int, images: int, device: torch.device, processes: int
+) -> Task:
+    """Returns what is planned; on CUDA the budget is the memory of a device, with its context."""
+    margin = Margin() if device.type == "cuda" else None
+    return Task(config, attached, classes, images, size("budget", config.budget), margin, processes)

@@ -1,0 +1,108 @@
+"""States what is planned, and predicts what each candidate needs of the device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from omegaconf import DictConfig
+
+from s2a_cli import backbones
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.settings import replaced
+from s2a_cli.memory.breakdown import Profile
+from s2a_cli.memory.margin import Margin
+from s2a_cli.methods import Attachment
+from s2a_cli.planner.candidates import MODES, PLAIN, WEIGHTS, Candidate, Mode, micro_batches
+from s2a_cli.planner.search import Room
+from s2a_cli.training import forecast
+from s2a_cli.training.run import attach
+from s2a_cli.training.step import moving_norms
+
+
+@dataclass
+class Task:
+    """What is planned: the step of a config, without its data or weights.
+
+    attached: to a backbone on any device. images: to train on. available: bytes that a step may take. margin: what the
+    device needs beyond the peak; None for a CPU.
+    """
+
+    config: DictConfig
+    attached: Attachment
+    classes: int
+    images: int
+    available: float
+    margin: Margin | None = None
+    processes: int = 1
+    _stored: dict[str, Attachment] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        """The images of a step in each process."""
+        return -(-min(self.config.optim.batch_size, self.images) // self.processes)
+
+    @property
+    def whole(self) -> bool:
+        """Whether a batch and its blocks must not be cut: BatchNorms that train see all of it."""
+        return bool(moving_norms(self.attached.model))
+
+    @property
+    def total(self) -> int:
+        """The blocks of the backbone, at least 1."""
+        return max(1, len(self.attached.blocks))
+
+    def modes(self, fidelity: float) -> list[Mode]:
+        """Returns the modes that can be tried, down to a level of fidelity."""
+        found = [mode for mode in MODES if mode.fidelity >= fidelity]
+        if self.whole:
+            return [mode for mode in found if mode.name in ("none", "exact") and not mode.recomputes]
+        return found if self.attached.blocks else [mode for mode in found if not mode.recomputes]
+
+    def weights(self, fidelity: float) -> tuple[str | None, ...]:
+        """Returns the ways to store frozen weights that can be tried: one, unless the config leaves it open."""
+        if self.config.backbone.weights != "auto":
+            return (None,)
+        return tuple(name for name, level in WEIGHTS.items() if level >= fidelity and self.stored(name))
+
+    def stored(self, weights: str | None) -> Attachment | None:
+        """Returns the attachment with its weights stored so, for predictions; None where no weight can be."""
+        if weights in (None, "fp32"):
+            return self.attached
+        if weights not in self._stored:
+            config = replaced(self.config, {"backbone.weights": weights})
+            try:
+                self._stored[weights] = attach(config, backbones.build(config.backbone, self.classes, meta=True))
+            except UserError:
+                return None
+        return self._stored[weights]
+
+    def room(self) -> Room:
+        """Returns what tells which candidates fit."""
+        sizes = [self.batch] if self.whole else micro_batches(self.batch)
+        return Room(self.needed, self.available, sizes, self.total)
+
+    def needed(self, candidate: Candidate) -> float:
+        """Returns the bytes of the device that a candidate is predicted to need; infinity for one that can't be run."""
+        attached = self.stored(candidate.weights)
+        config = replaced(self.config, candidate.settings(self.batch))
+        if attached is None:
+            return math.inf
+        try:
+            profile = forecast.profile_step(attached, config, self.images, self.processes)
+        except UserError:
+            return math.inf
+        return self.takes(profile)
+
+    def takes(self, profile: Profile) -> float:
+        """Returns the bytes of the device that a step takes."""
+        return self.margin.needed(profile) if self.margin else profile.peak_bytes
+
+    def smallest(self, fidelity: float) -> list[Candidate]:
+        """Returns the candidates of the fewest images at a time that keep the least, each mode once."""
+        size, modes = self.room().sizes[0], self.modes(fidelity)
+        return [
+            Candidate(size, mode, 0 if mode == PLAIN else self.total, self.total, weights)
+            for weights in self.weights(fidelity)
+            for mode in modes
+        ]

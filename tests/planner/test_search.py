@@ -1,0 +1,123 @@
+"""The search for a plan: against all candidates tried one by one, for memory and time of a made-up model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from s2a_cli.planner.candidates import EXACT, MODES, PLAIN, RECOMPUTED, Candidate, micro_batches
+from s2a_cli.planner.costs import Costs, assumed
+from s2a_cli.planner.search import Found, Room, how_many, plans
+
+BATCH, BLOCKS = 64, 12
+KEPT = dict(zip(MODES, (1.0, 0.9, 0.1, 0.1, 0.25, 0.17, 0.05, 0.12), strict=True))
+EXTRA = dict(zip(MODES[1:], (0.02, 0.33, 0.4, 0.08, 0.07, 0.38, 0.06), strict=True))
+
+
+def needed(candidate: Candidate) -> float:
+    """Weights and images, what blocks keep of a micro-batch, and what a recomputed one has while it runs."""
+    own, others = candidate.blocks, candidate.total - candidate.blocks
+    if not candidate.blocks:
+        others = BLOCKS
+    kept = 10 * candidate.micro_batch * (others + own * KEPT[candidate.mode])
+    return 400 + kept + (8 * candidate.micro_batch if candidate.mode.recomputes and own else 0)
+
+
+def room(available: float, calls: list | None = None) -> Room:
+    def noted(candidate: Candidate) -> float:
+        if calls is not None:
+            calls.append(candidate)
+        return needed(candidate)
+
+    return Room(noted, available, micro_batches(BATCH), BLOCKS)
+
+
+def costs(small: float) -> Costs:
+    """small: what a micro-batch costs beyond its images, as a share of one of them."""
+    return Costs({n: n + small for n in (1, 2, 4, 8, 16, 32, 64)}, [1 / BLOCKS] * BLOCKS, EXTRA)
+
+
+def best(available: float, known: Costs, exact: bool) -> float:
+    """The fewest seconds of all candidates that fit, tried one by one."""
+    modes = [mode for mode in MODES if mode.is_exact or not exact]
+    every = (
+        Candidate(size, mode, blocks, BLOCKS)
+        for size, mode, blocks in itertools.product(micro_batches(BATCH), modes, range(BLOCKS + 1))
+    )
+    return min((known.step(one, BATCH) for one in every if needed(one) <= available), default=math.inf)
+
+
+@pytest.mark.parametrize("small", [0.01, 0.5, 20.0])
+@pytest.mark.parametrize("available", [410, 440, 470, 600, 1000, 2000, 5000, 9000])
+def test_no_candidate_that_fits_is_faster(small, available):
+    calls: list[Candidate] = []
+    found, slower = plans(room(available, calls), costs(small), BATCH, MODES)
+    assert all(plan.needed == needed(plan.candidate) <= available for plan in found)
+    fastest = min((plan.seconds for plan in found), default=math.inf)
+    assert fastest == pytest.approx(best(available, costs(small), exact=False))
+    exact = min((plan.seconds for plan in found if plan.candidate.fidelity == EXACT), default=math.inf)
+    assert exact == pytest.approx(best(available, costs(small), exact=True))
+    assert all(plan.seconds >= fastest for plan in slower)
+    assert len(calls) <= 60 and len(calls) == len(set(calls)), "each prediction takes a fraction of a second"
+
+
+def test_codes_are_left_alone_where_an_exact_plan_is_as_fast():
+    found, slower = plans(room(1000), costs(0.01), BATCH, MODES)
+    assert all(plan.candidate.fidelity == EXACT for plan in found)
+    assert {plan.candidate.mode for plan in slower} >= {mode for mode in MODES if not mode.is_exact}
+
+
+def test_weights_in_fewer_bits_are_worth_what_they_take():
+    def with_weights(candidate: Candidate) -> float:
+        return needed(candidate) - (300 if candidate.weights == "int8" else 0)
+
+    known = costs(20.0)
+    known.weights["int8"] = 0.1
+    space = Room(with_weights, 450, micro_batches(BATCH), BLOCKS)
+    found, _ = plans(space, known, BATCH, MODES, ("fp32", "int8"))
+    assert found[0].candidate.weights == "int8" and found[0].candidate.fidelity < EXACT
+    assert any(plan.candidate.weights == "fp32" for plan in found)
+
+
+@pytest.mark.parametrize("values", [range(13), [1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 64], [5], [1, 64]])
+@pytest.mark.parametrize("limit", [-1, 0, 3, 7, 20, 63, 64, 100])
+def test_how_many_is_exact_and_short(values, limit):
+    there = sum(value <= limit for value in values)
+    for guess in range(-1, len(values) + 1):
+        calls = []
+
+        def needed(value, calls=calls):
+            calls.append(value)
+            return value
+
+        assert how_many(needed, values, limit, guess) == there
+        assert len(calls) <= (2 if guess == there - 1 else 2 + 2 * len(values).bit_length())
+
+
+def test_micro_batches_cut_evenly():
+    assert micro_batches(64) == [1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 64]
+    assert micro_batches(1) == [1] and micro_batches(5) == [1, 2, 3, 5]
+    for batch in range(1, 200):
+        for size in micro_batches(batch):
+            count = -(-batch // size)
+            assert size == -(-batch // count), "no smaller size takes as many"
+
+
+def test_seconds_are_those_measured_and_between_them_in_between():
+    known = Costs({1: 2.0, 4: 4.0, 16: 20.0}, [0.75, 0.25], {RECOMPUTED: 0.4}, {"int8": 0.5})
+    assert [known.micro_batch(Candidate(n), n) for n in (1, 4, 16)] == pytest.approx([2.0, 4.0, 20.0])
+    assert known.micro_batch(Candidate(2), 2) == pytest.approx(2 * 1.5)  # 2 s, then 1 s an image
+    assert known.micro_batch(Candidate(64), 64) == pytest.approx(64 * 1.25), "flat beyond what was measured"
+    assert known.step(Candidate(4), 10) == pytest.approx(2 * 4.0 + 2 * 1.5)
+    assert known.step(Candidate(4, RECOMPUTED, 1, 2), 8) == pytest.approx(8.0 * (1 + 0.4 * 0.75))
+    assert known.step(Candidate(4, PLAIN, weights="int8"), 8) == pytest.approx(8.0 + 2 * 0.5)
+
+
+def test_assumed_costs_prefer_what_is_exact_and_whole():
+    known = assumed(BLOCKS)
+    order = [Candidate(64), Candidate(32), Candidate(1), Candidate(1, RECOMPUTED, BLOCKS, BLOCKS)]
+    seconds = [known.step(candidate, BATCH) for candidate in order]
+    assert seconds == sorted(seconds)
+    assert isinstance(plans(room(10_000), known, BATCH, MODES)[0][0], Found)
