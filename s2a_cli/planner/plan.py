@@ -90,9 +90,7 @@ def make(
     ):
         common = batch, device, progress, criterion
         others = {
-            name: Timer(
-                replaced(task.config, {"backbone.weights": name}), stored(name), batch, device, progress, criterion
-            )
+            name: Timer(replaced(task.config, {"backbone.weights": name}), stored(name), *common)
             for name in weights
             if name not in (None, "fp32")
         }
