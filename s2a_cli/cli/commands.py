@@ -201,7 +201,9 @@ def table(words: list[str]) -> int:
 
 
 def report(words: list[str]) -> int:
-    """Writes the HTML page of runs and prints where it is."""
+    """Writes the HTML page of runs, or of the one behind `run=`, and prints where it is."""
+    if any(word.startswith("run=") for word in words):
+        return finished.report(words)
     from s2a_cli.results import html_report
 
     options, wanted, folders = _runs(words, ("out",))
@@ -381,10 +383,14 @@ COMMANDS = {
     ),
     "report": Command(
         report,
-        "s2a report [DIR ...] [out=report.html] [key=value ...]",
-        "one self-contained page of the runs below folders: tables, figures, learning curves, memory, failures",
-        ("s2a report", "s2a report runs/pets runs/dtd out=pets_dtd.html", "s2a report runs backbone=vit_t"),
-        words=("out=",),
+        "s2a report [DIR ...] [out=report.html] [key=value ...], or run=DIR",
+        "one page of the runs below folders, or of one run: curves, confusions, memory, its mistakes as pictures",
+        (
+            "s2a report runs backbone=vit_t",
+            "s2a report runs/pets runs/dtd out=pets_dtd.html",
+            "s2a report run=runs/pets/vit_t/s2a/0123456789ab",
+        ),
+        words=("run=", "out="),
         flags=OVERWRITE,
     ),
 }

@@ -191,6 +191,29 @@ def predict(words: list[str]) -> int:
 EXPORT = ("to", "out")  # options of `s2a export`
 
 
+def report(words: list[str]) -> int:
+    """Writes the page of one run and prints where it is."""
+    force, words = "--force" in words, [word for word in words if word != "--force"]
+    options, words = _options(words, "out")
+    folder, _ = _finished(words)
+    out = Path(options.get("out", folder / "report.html"))
+    from s2a_cli.results import formats, record, run_report
+
+    formats.check_out(out, "out", force)
+    result, config = record.read_result(folder), recomposed(words)
+    from s2a_cli.config.compose import recompose
+    from s2a_cli.config.words import command, words_of
+    from s2a_cli.training import reporting
+
+    again = words_of(recompose(result["config"], []))
+    uses = reporting.uses(config, result)
+    tested, untested = reporting.tested(folder, config)
+    page = run_report.html(folder, result, command(again) if again else None, tested, untested, uses)
+    formats.save(out, page, "out", force)
+    print(f"{out}: {len(page.encode()) / 2**20:.1f} MiB{f'. {untested}' if untested else ''}")
+    return 0
+
+
 def of_export(words: list[str]) -> Any:
     """Returns the config of the run that `s2a export` writes."""
     return recomposed(_photos(_options(words, *EXPORT)[1])[1])

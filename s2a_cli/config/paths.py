@@ -15,8 +15,13 @@ EMBEDDED = "embedded:"  # prefix of a checkpoint that ships in s2a_cli/weights/
 
 def check_paths(config: DictConfig) -> None:
     """Raises UserError for a folder of images, or a checkpoint, that does not exist."""
-    root, checkpoint = config.dataset.root, config.backbone.checkpoint
+    dataset, checkpoint = config.dataset, config.backbone.checkpoint
+    root = dataset.root
     problems: list[str] = []
+    if dataset.test_root and not is_there(Path(dataset.test_root).expanduser()):
+        problems.append(missing_folder("test_root", Path(dataset.test_root).expanduser()))
+    if dataset.file and not is_there(Path(dataset.file).expanduser()):
+        problems.append(f"dataset.file={brief(dataset.file, 200)}: no such file")
     if config.dataset.name == "folder" and root and not is_there(Path(root).expanduser()):
         problems.append(missing_folder("root", Path(root).expanduser()))
     if checkpoint and not checkpoint.startswith(EMBEDDED) and not is_there(Path(checkpoint).expanduser()):

@@ -14,6 +14,16 @@ from s2a_cli.memory.tracker import Tracker
 
 STATIC = ("weights", "trainable", "optimiser", "buffers")
 USES = (*STATIC, "gradients", "batch", "kept", "transient")  # what memory is for
+NAMES = {  # of these, to read
+    "weights": "weights, frozen",
+    "trainable": "weights, trainable",
+    "optimiser": "optimiser state",
+    "buffers": "buffers",
+    "gradients": "gradients",
+    "batch": "images and targets",
+    "kept": "kept for backward",
+    "transient": "transient",
+}
 OUTSIDE = "loss and update"  # the place of what runs in no module
 
 

@@ -19,8 +19,8 @@ from matplotlib.patches import Rectangle
 from s2a_cli.common.errors import UserError
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.memory.result import MIB
-from s2a_cli.memory.watch import USES
-from s2a_cli.planner.report import NAMES, Prediction, Row
+from s2a_cli.memory.watch import NAMES, USES
+from s2a_cli.planner.report import Prediction, Row
 from s2a_cli.results import formats
 
 # Cold for what stays between steps, warm for what a step needs.

@@ -18,22 +18,11 @@ from s2a_cli.memory.cuda import Difference, differences
 from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.replay import Replay
 from s2a_cli.memory.result import MIB
-from s2a_cli.memory.watch import USES
+from s2a_cli.memory.watch import NAMES, USES
 from s2a_cli.planner.fallbacks import Option
 from s2a_cli.planner.run_memory import Composition
 from s2a_cli.results import plan_text
 from s2a_cli.results.record import Plan
-
-NAMES = {
-    "weights": "weights, frozen",
-    "trainable": "weights, trainable",
-    "optimiser": "optimiser state",
-    "buffers": "buffers",
-    "gradients": "gradients",
-    "batch": "images and targets",
-    "kept": "kept for backward",
-    "transient": "transient",
-}
 
 
 @dataclass

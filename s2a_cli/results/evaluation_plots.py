@@ -14,8 +14,11 @@ NAMED = 60  # classes whose names fit beside the matrix
 NUMBERED = 15  # classes whose counts fit into the cells
 
 
-def confusion(figures: dict[str, Any]) -> plt.Figure:
-    """Returns the confusion matrix, a row for each class that is; shades are shares of the row."""
+def confusion(figures: dict[str, Any], title: str | None = None) -> plt.Figure:
+    """Returns the confusion matrix, a row for each class that is; shades are shares of the row.
+
+    title: by default the name of the data.
+    """
     matrix, names = np.array(figures["confusion"]), [brief(name, 24) for name in figures["classes"]]
     size = min(12.0, max(3.6, 1.8 + 0.24 * len(names)))
     with plt.rc_context(plots.STYLE):
@@ -23,7 +26,7 @@ def confusion(figures: dict[str, Any]) -> plt.Figure:
         shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
         axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         axis.grid(False)
-        axis.set(xlabel="said", ylabel="is", title=f"{figures['data']}: confusion matrix")
+        axis.set(xlabel="said", ylabel="is", title=f"{figures['data']}: confusion matrix" if title is None else title)
         if len(names) <= NAMED:
             axis.set_xticks(range(len(names)), names, rotation=90)
             axis.set_yticks(range(len(names)), names)

@@ -11,17 +11,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import first_line, printable
-from s2a_cli.results import pivot, pivot_text, plan_text, plots, record, run_folder, summary
+from s2a_cli.results import pages, pivot, pivot_text, plan_text, plots, record, run_folder, summary
 from s2a_cli.results.aggregate import BASE, KINDS, environment_notes, memory_kinds, read, runs_of, select, tell, varying
 from s2a_cli.results.formats import check_out, label, mib, number, save
 from s2a_cli.results.frames import column, column_counts, grouped, groups_of, is_missing, numeric, where
 
-TEMPLATE = Path(__file__).with_name("report.html")
+NOTHING: dict[str, Any] = {"panels": [], "legend": []}  # where there is nothing to draw
 CURVES = {"panels": 9, "lines": 10, "runs": 3, "points": 60}  # most of each in the learning curves
 BARS = 40  # most memory bars
 PLANS = 10  # most plans
@@ -49,20 +48,17 @@ def write(places: list[str], wanted: dict[str, str], out: Path, force: bool = Fa
 def html(frame: pd.DataFrame, odd: list[str], beside: Path) -> str:
     """Returns the page of the runs in `frame`, see aggregate.load; links to run folders are relative to `beside`."""
     runs, rows = runs_of(frame), summary.table(frame)
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     with plots.plt.rc_context(plots.STYLE):
         drawn = [_pareto(rows, "peak_mib"), _pareto(rows, "trainable")]
-        curves, curves_said = _curves(runs, odd)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        curves = _curves(runs, odd)
+    return pages.render(
+        "report.html",
         counts=runs["status"].value_counts().to_dict(),
         settings=_numbered(summary.readable(rows)),
         notes=[*summary.NOTES, *environment_notes(frame)],
         grid=_grid(frame),
         pareto=drawn,
         curves=curves,
-        curves_said=curves_said,
         bars=_bars(runs),
         bars_most=BARS,
         runs=_runs(runs, beside),
@@ -88,19 +84,19 @@ def _grid(frame: pd.DataFrame) -> dict[str, Any] | None:
     return _numbered(table.text) | {"right": table.right, "bold": table.bold, "notes": notes}
 
 
-def _pareto(rows: pd.DataFrame, cost: str) -> dict[str, str]:
-    figure, said = plots.pareto(rows, cost)
+def _pareto(rows: pd.DataFrame, cost: str) -> dict[str, Any]:
+    panels, said = plots.pareto_panels(rows, cost)
     title = {"peak_mib": "Accuracy against peak memory", "trainable": "Accuracy against trainable parameters"}[cost]
-    return {"title": title, "svg": plots.svg(figure, cost) if figure else "", "said": said}
+    return pages.drawn(panels, cost) | {"title": title, "said": said}
 
 
-def _curves(runs: pd.DataFrame, odd: list[str]) -> tuple[str, str]:
+def _curves(runs: pd.DataFrame, odd: list[str]) -> dict[str, Any]:
     """Returns learning curves from metrics.jsonl beside result.json, thinned to CURVES, and a line on what is left out.
 
     Adds a line to `odd` for each file that can't be read.
     """
     if "path" not in runs:
-        return "", "No run folders: no learning curves."
+        return NOTHING | {"said": "No run folders: no learning curves."}
     settings = grouped(runs, ["backbone", "dataset", "method", "quant"])["path"].agg(list)
     panels = settings.groupby(level=["backbone", "dataset"]).size().sort_values(ascending=False)
     found = []
@@ -116,13 +112,13 @@ def _curves(runs: pd.DataFrame, odd: list[str]) -> tuple[str, str]:
             metric = "mAP" if any(column(of_place, "accuracy.val_map").notna()) else "top-1"
             found.append((" · ".join(place), f"validation {metric} %", lines))
     if not found:
-        return "", "No metrics.jsonl with validation beside the results."
+        return NOTHING | {"said": "No metrics.jsonl with validation beside the results."}
     said = (
         "Mean over the runs of a method and quant, {runs} of them at most; {panels} panels, {lines} lines, {points}"
         " points at most."
     )
     left = f" {len(panels) - CURVES['panels']} panels are left out." if len(panels) > CURVES["panels"] else ""
-    return plots.svg(plots.curves(found), "curves"), said.format(**CURVES) + left
+    return pages.drawn(plots.curves(found), "curves") | {"said": said.format(**CURVES) + left}
 
 
 def _metrics(path: str, odd: list[str]) -> pd.DataFrame | None:

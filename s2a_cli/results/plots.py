@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,37 +67,68 @@ def panels(rows: pd.DataFrame, cost: str) -> list[tuple[str, pd.DataFrame]]:
     return sorted(found, key=lambda panel: (-len(panel[1]), natural(panel[0])))
 
 
+@dataclass(frozen=True)
+class Panels:
+    """Figures of a panel each, by their titles, and the marks of the legend that they share."""
+
+    figures: list[tuple[str, plt.Figure]]
+    legend: list[Line2D]
+
+
 def pareto(rows: pd.DataFrame, cost: str) -> tuple[plt.Figure | None, str]:
-    """Returns test top-1 against `cost`, a panel a backbone and data set, and a line on what is left out.
+    """Returns test top-1, or mAP, against `cost`, a panel a backbone and data set, and a line on what is left out.
 
     The figure is None where there is nothing to draw. Measured peaks are filled marks and a solid frontier, predicted
     ones hollow and dashed.
     """
+    chosen, legend, said = _chosen(rows, cost)
+    if not chosen:
+        return None, said
+    figure, axes = _canvas(len(chosen))
+    for axis, (title, draw) in zip(axes, chosen, strict=False):
+        draw(axis)
+        axis.set_title(title)
+    _legend(figure, legend)
+    return figure, said
+
+
+def pareto_panels(rows: pd.DataFrame, cost: str) -> tuple[Panels, str]:
+    """Returns what `pareto` draws, each panel as a figure, and the line on what is left out."""
+    chosen, legend, said = _chosen(rows, cost)
+    return Panels([(title, _alone(draw)) for title, draw in chosen], legend), said
+
+
+Draw = Callable[[plt.Axes], None]
+
+
+def _chosen(rows: pd.DataFrame, cost: str) -> tuple[list[tuple[str, Draw]], list[Line2D], str]:
+    """Returns (title, what draws it) of each panel, the legend, and a line on what is left out."""
     found = panels(rows, cost)
     if not found:
-        return None, "No backbone and data set has two finished settings."
+        return [], [], "No backbone and data set has two finished settings."
     chosen = found[:PANELS]
     points = pd.concat([group for _, group in chosen])
-    color = _styles(column(points, "method"), COLORS)
-    marker = _styles(column(points, "quant"), MARKERS)
-    figure, axes = _canvas(len(chosen))
-    for axis, (title, group) in zip(axes, chosen, strict=False):
-        _draw_points(axis, group, cost, (color, marker))
+    styles = _styles(column(points, "method"), COLORS), _styles(column(points, "quant"), MARKERS)
+
+    def draw(group: pd.DataFrame, axis: plt.Axes) -> None:
+        _draw_points(axis, group, cost, styles)
         _scale_costs(axis, [value * _unit(cost) for value in group[cost]])
-        axis.set_title(title)
         axis.set(xlabel=AXES[cost], ylabel=f"test {group['metric'].iloc[0]} %")
-    handles = [Line2D([], [], color=c, marker="o", ls="", label=name) for name, c in color.items()]
-    if len(marker) > 1:
-        handles += [Line2D([], [], color=GREY, marker=m, ls="", label=name) for name, m in marker.items()]
+
+    handles = [Line2D([], [], color=c, marker="o", ls="", label=name) for name, c in styles[0].items()]
+    if len(styles[1]) > 1:
+        handles += [Line2D([], [], color=GREY, marker=m, ls="", label=name) for name, m in styles[1].items()]
     kinds = set(points["memory"]) if cost == "peak_mib" else set()
     if "measured" in kinds:
         handles.append(Line2D([], [], color=GREY, marker="o", label="measured"))
     if "predicted" in kinds:
         handles.append(Line2D([], [], color=GREY, marker="o", mfc="none", ls="--", label="predicted"))
-    _legend(figure, handles)
     left = f" The {PANELS} of {len(found)} panels with the most settings." if len(found) > PANELS else ""
-    said = "Lines: the frontier, no other setting is better at less. Bars: standard deviation over seeds."
-    return figure, f"{said} In what else the points differ, the table of settings says.{left}"
+    said = (
+        "Lines: the frontier, no other setting is better at less. Bars: standard deviation over seeds. In what else the"
+        f" points differ, the table of settings says.{left}"
+    )
+    return [(title, functools.partial(draw, group)) for title, group in chosen], handles, said
 
 
 def _unit(cost: str) -> float:
@@ -150,26 +184,80 @@ def _scale_costs(axis: plt.Axes, costs: list[float]) -> None:
     axis.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def curves(found: list[tuple[str, str, list[tuple[str, pd.DataFrame]]]]) -> plt.Figure:
+def curves(found: list[tuple[str, str, list[tuple[str, pd.DataFrame]]]]) -> Panels:
     """Returns scores on validation by epoch of [(panel's title, what they are, [(name, frame of epoch and score)])]."""
-    figure, axes = _canvas(len(found))
     color = _styles(pd.Series([name for *_, lines in found for name, _ in lines]), COLORS)
     dashes = {name: ("-", "--", ":", "-.")[place // len(COLORS) % 4] for place, name in enumerate(color)}
-    for axis, (title, metric, lines) in zip(axes, found, strict=False):
+
+    def draw(metric: str, lines: list[tuple[str, pd.DataFrame]], axis: plt.Axes) -> None:
         for name, points in lines:
-            axis.plot(
-                points["epoch"],
-                points["score"],
-                color=color[name],
-                ls=dashes[name],
-                lw=1.4,
-                marker="." if len(points) < 3 else "",
-            )
-        axis.set_title(title)
-        axis.set(xlabel="epoch", ylabel=metric)
-        axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=6))
-    _legend(figure, [Line2D([], [], color=color[name], ls=dashes[name], label=name) for name in color])
+            _line(axis, column(points, "epoch"), column(points, "score"), color[name], dashes[name])
+        _by_epoch(axis, metric)
+
+    legend = [Line2D([], [], color=color[name], ls=dashes[name], label=name) for name in color]
+    return Panels([(title, _alone(functools.partial(draw, metric, lines))) for title, metric, lines in found], legend)
+
+
+def run_curves(lines: pd.DataFrame, best_epoch: int | None) -> Panels:
+    """Returns the losses and the scores on validation of one run by epoch, a panel each, and marks its best epoch.
+
+    lines: epoch, train_loss, val_loss, and those of val_top1, val_balanced and val_map that the run has.
+    """
+    losses = {"train_loss": "training loss", "val_loss": "validation loss"}
+    scores = {
+        "val_top1": "top-1 on validation",
+        "val_balanced": "balanced accuracy on validation",
+        "val_map": "mAP on validation",
+    }
+    color = dict(zip([*losses, *scores], COLORS, strict=False))
+
+    def dashes(name: str) -> str:
+        return "--" if name == "val_balanced" else "-"  # which is top-1 where all classes have as many images
+
+    def draw(names: list[str], unit: str, axis: plt.Axes) -> None:
+        for name in names:
+            _line(axis, column(lines, "epoch"), column(lines, name), color[name], dashes(name))
+        if best_epoch is not None:
+            axis.axvline(best_epoch, color=GREY, lw=1, ls=":")
+        _by_epoch(axis, unit)
+
+    figures, legend = [], []
+    for title, names, unit in (("Loss", losses, "mean loss"), ("On validation", scores, "%")):
+        if shown := [name for name in names if name in lines and lines[name].notna().to_numpy().any()]:
+            figures.append((title, _alone(functools.partial(draw, shown, unit))))
+            legend += [Line2D([], [], color=color[name], ls=dashes(name), label=names[name]) for name in shown]
+    if best_epoch is not None:
+        legend.append(Line2D([], [], color=GREY, lw=1, ls=":", label=f"the best epoch, {best_epoch}"))
+    return Panels(figures, legend)
+
+
+def _line(axis: plt.Axes, epochs: pd.Series, values: pd.Series, color: str, dashes: str) -> None:
+    axis.plot(epochs, values, color=color, ls=dashes, lw=1.6, marker="." if len(epochs) < 3 else "")
+
+
+def _by_epoch(axis: plt.Axes, label: str) -> None:
+    axis.set(xlabel="epoch", ylabel=label)
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=6))
+
+
+def _alone(draw: Draw) -> plt.Figure:
+    """Returns a figure of one panel, of a size that is readable on a phone."""
+    figure, axis = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
+    draw(axis)
     return figure
+
+
+def swatch(handle: Line2D, name: str) -> str:
+    """Returns the mark of a legend's entry as a small <svg> element."""
+    figure = plt.figure(figsize=(0.42, 0.2))
+    axis = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axis.axis("off")
+    mark = Line2D([0.1, 0.5, 0.9], [0.5] * 3, markevery=[1])
+    mark.update_from(handle)
+    mark.set_markevery([1])
+    mark.set_transform(axis.transAxes)
+    axis.add_line(mark)
+    return svg(figure, name)
 
 
 def svg(figure: plt.Figure, name: str) -> str:
@@ -229,4 +317,7 @@ def _canvas(count: int) -> tuple[plt.Figure, list[plt.Axes]]:
 
 
 def _legend(figure: plt.Figure, handles: list[Line2D]) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(6, len(handles))))
+    """Adds a legend below the panels, of as many columns as fit the figure."""
+    longest = max((len(str(handle.get_label())) for handle in handles), default=1)
+    fitting = int(72 * figure.get_figwidth() / (5.5 * longest + 36))  # points; letters of 9 points are 5.5 wide
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(6, len(handles), fitting)))
