@@ -205,7 +205,9 @@ def report(words: list[str]) -> int:
     from s2a_cli.config.words import command, words_of
     from s2a_cli.training import reporting
 
-    again = words_of(recompose(result["config"], []))
+    own = recompose(result["config"], [])
+    own.dataset.download = result["config"]["dataset"].get("download", True)
+    again = words_of(own)
     uses = reporting.uses(config, result)
     tested, untested = reporting.tested(folder, config)
     page = run_report.html(folder, result, command(again) if again else None, tested, untested, uses)

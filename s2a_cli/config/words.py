@@ -35,6 +35,10 @@ def words_of(config: DictConfig) -> list[str] | None:
         if not all(part in known[group] for part in parts):
             return None
         words.append(f"{group}={parts[0] if len(parts) == 1 else show(parts)}")
+        if parts != name.split("+"):
+            words.append(f"{group}.name={_written(name)}")
+    if config.quant.get("budget_mib"):
+        words.append(f"quant.budget_mib={show(config.quant.budget_mib)}")
     wanted = {key: value for key, value in leaves(config) if key not in LEFT_OUT}
     try:
         for _ in range(2):  # a setting that another one follows, such as optim.lr, may change with the latter

@@ -384,29 +384,38 @@ def read_result(folder: Path) -> Result:
         raise UserError(f"{path}: can't be read ({first_line(error)})") from None
 
 
-def read_metrics(path: Path) -> list[tuple[int, float]]:
-    """Returns (epoch, validation top-1 or mAP in %) of a metrics.jsonl; a last line that was cut short is skipped.
+def read_epochs(path: Path) -> list[dict[str, Any]]:
+    """Returns the figures of each epoch of a metrics.jsonl; a last line that was cut short is skipped.
 
     Raises OSError for a file that can't be read, ValueError for one that a run does not write.
     """
-    lines, points = regular(path).decode().splitlines(), []
+    lines, epochs = regular(path).decode().splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
             point = json.loads(line)
-            epoch, top1 = point["epoch"], point.get("val_top1", point.get("val_map"))
-            if top1 is None:  # there was no validation
-                continue
-            if (
-                isinstance(epoch, bool | str)
-                or isinstance(top1, bool | str)
-                or not 0 <= top1 <= 100
-                or not 0 < epoch < LARGEST
-            ):
-                raise ValueError(f"line {number}: no epoch with a validation top-1 in %")
-            points.append((int(epoch), float(top1)))
+            epoch = point["epoch"]
+            if isinstance(epoch, bool | str) or not 0 < epoch < LARGEST:
+                raise ValueError("no epoch")
+            epochs.append(point | {"epoch": int(epoch)})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if number < len(lines):
                 raise ValueError(f"line {number}: {first_line(error)}") from None
+    return epochs
+
+
+def read_metrics(path: Path) -> list[tuple[int, float]]:
+    """Returns (epoch, validation top-1 or mAP in %) of a metrics.jsonl; a last line that was cut short is skipped.
+
+    Raises as read_epochs does.
+    """
+    points = []
+    for point in read_epochs(path):
+        score = point.get("val_top1", point.get("val_map"))
+        if score is None:  # there was no validation
+            continue
+        if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 100:
+            raise ValueError(f"epoch {point['epoch']}: no validation top-1 in %")
+        points.append((point["epoch"], float(score)))
     return points
 
 

@@ -149,8 +149,7 @@ def html(
 def _curves(folder: Path, result: record.Result) -> tuple[dict[str, Any], str]:
     """Returns the learning curves of metrics.jsonl, and a line about them."""
     try:
-        lines = [json.loads(line) for line in record.regular(folder / run_folder.METRICS).decode().splitlines()]
-        frame = pd.DataFrame(lines)
+        frame = pd.DataFrame(record.read_epochs(folder / run_folder.METRICS))
         if not {"epoch", "train_loss", "val_loss"} <= set(frame):
             raise ValueError("no epochs in it")
         panels = plots.run_curves(cast(pd.DataFrame, frame.apply(pd.to_numeric)), result["accuracy"]["best_epoch"])
@@ -255,7 +254,7 @@ def _shown(tested: Tested, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
     evaluation, found = tested.evaluation, []
     several = isinstance(evaluation, MultiLabelEvaluation)
     names = evaluation.images if isinstance(evaluation, MultiLabelEvaluation) else evaluation.answers.images
-    above = f"{os.path.dirname(os.path.commonprefix(names))}/"  # what all have in common says nothing of one
+    above = _folder_of_all(names)
     for picture in pictures:
         small = tested.thumbnails.get(picture.place)
         right = picture.said == picture.truth if not several else None
@@ -270,6 +269,14 @@ def _shown(tested: Tested, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _folder_of_all(names: list[str]) -> str:
+    """Returns the folder that all images lie in, with a slash behind it; empty where they are no files."""
+    try:
+        return f"{os.path.commonpath([os.path.dirname(name) for name in names])}/"
+    except ValueError:
+        return ""
 
 
 def _memory(result: record.Result) -> dict[str, Any] | None:

@@ -69,7 +69,11 @@ def test_the_page_is_whole_and_escaped(runs, tmp_path, capsys):
     page = out.read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
     assert "it went wrong" in page and "runs/xss" in page and "runs/broken/result.json" in page
-    assert page.count("<svg") == 3 and not re.search(r"""(src|href)=["'](?!#)""", page) and "@import" not in page
+    assert (
+        page.count('<div class="panels">') == 3
+        and not re.search(r"""(src|href)=["'](?!#)""", page)
+        and "@import" not in page
+    )
     assert "environment" in page and "2.6.0" in page
     assert not list(tmp_path.glob(".page.html*")), "no litter"
 

@@ -171,7 +171,7 @@ def test_names_with_dollars_newlines_and_escapes(write_result, tmp_path, capsys)
         (folder / "metrics.jsonl").write_bytes(fuzz_records.LINES)
     runs, page = str(tmp_path / "runs"), tmp_path / "page.html"
     assert main(["report", runs, f"out={page}"]) == 0
-    assert "a$b$\\n\\x1b[31m=x" in page.read_text() and page.read_text().count("<svg") == 3
+    assert "a$b$\\n\\x1b[31m=x" in page.read_text() and page.read_text().count('<div class="panels">') == 3
     assert main(["table", runs, f"figure={tmp_path / 'f.pdf'}"]) == 0
     capsys.readouterr()
     for form in ("terminal", "md", "latex", "csv", "html"):

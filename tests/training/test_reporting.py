@@ -1,0 +1,127 @@
+"""The page of one run: its figures, its mistakes as pictures, and nothing wider than a phone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from s2a_cli.cli.main import main
+from s2a_cli.results.evaluation import Answers, Evaluation
+from s2a_cli.results.multi_label import MultiLabelEvaluation
+from s2a_cli.results.run_report import SHOWN, html, least_certain, most_confident_mistakes
+from s2a_cli.training import reporting
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+WIDTHS = (1440, 768, 390)
+WIDER = """
+<script>addEventListener("load", () => {
+  const width = document.documentElement.clientWidth;
+  const within = (e, of) => e.closest(of) && !e.matches(of);
+  const wide = [...document.querySelectorAll("body *")].filter(
+    (e) => !within(e, ".scroll, .matrix") && !within(e, "svg") && e.getBoundingClientRect().right > width + 1);
+  document.body.setAttribute("data-wide", wide.map((e) => e.tagName + "." + e.className).join(" ") || "nothing");
+})</script>
+"""
+
+
+def test_what_is_shown_is_the_most_and_the_least_certain():
+    draw = np.random.default_rng(0)
+    targets, predicted = draw.integers(0, 3, 200), draw.integers(0, 3, 200)
+    answers = Answers([f"{n}.png" for n in range(200)], targets, predicted, draw.random(200), None, 1.0)
+    evaluation = Evaluation("run", "id", "data", ["a", "b", "c"], answers, [])
+    mistakes, uncertain = most_confident_mistakes(evaluation), least_certain(evaluation)
+    wrong = sorted(answers.confidence[targets != predicted])
+    assert [one.probability for one in mistakes] == wrong[: -SHOWN - 1 : -1]
+    assert all(one.said != one.truth == "abc"[targets[one.place]] for one in mistakes)
+    assert [one.probability for one in uncertain] == sorted(answers.confidence)[:SHOWN]
+
+
+def test_of_several_labels_the_one_furthest_from_right_counts():
+    logits = np.array([[3.0, -3.0], [-2.0, 0.1], [5.0, 5.0]])
+    targets = np.array([[1, 0], [1, 0], [1, 0]])
+    evaluation = MultiLabelEvaluation("run", "id", "data", ["a", "b"], list("xyz"), targets, logits, 1.0, [])
+    assert [(one.place, one.said, one.truth) for one in most_confident_mistakes(evaluation)] == [
+        (2, "b", "a"),
+        (1, "a", "a"),
+    ]
+    assert next((one.place, one.said) for one in least_certain(evaluation)) == (1, "b")
+
+
+@pytest.fixture(scope="module")
+def page(finished, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "page.html"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "uses", lambda config, result: None)
+        assert main(["report", f"run={finished[0]}", f"out={out}", "device=cpu", "workers=0"]) == 0
+    return out
+
+
+def test_the_page_says_what_the_record_says(page, finished):
+    _, result = finished
+    text = page.read_text()
+    assert f"<b>{result['accuracy']['test_top1']:.2f} %</b>test top-1" in text
+    assert "s2a train backbone=vit_micro method=s2a" in text and "dataset.shots=4" in text
+    shown = {
+        part: text.index(f'id="{part}"') for part in ("curves", "classes", "mistakes", "uncertain", "memory", "again")
+    }
+    assert list(shown.values()) == sorted(shown.values())
+    assert text[shown["uncertain"] : shown["memory"]].count("data:image/jpeg;base64,") == SHOWN
+    assert text[shown["mistakes"] : shown["uncertain"]].count('class="wrong"') == SHOWN
+    assert text.count('<div class="panels">') == 1 and "training loss" in text and "The most confident mistakes" in text
+    assert not re.search(r"""(src|href)=["'](?!#|data:)""", text) and "@import" not in text
+
+
+def test_a_run_without_its_data_or_its_curves_has_a_page(finished, tmp_path):
+    folder, result = finished
+    odd = result | {"data": result["data"] | {"name": "<script>alert(1)"}, "memory": None}
+    text = html(tmp_path, odd, None, None, "Not tested here: its photos are gone", None)
+    assert "<script>alert" not in text and "its photos are gone" in text
+    assert "No metrics.jsonl" in text and "it stands in config.yaml" in text and "Not known" in text
+    (tmp_path / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text() + '{"epoch": 2, "val_')
+    assert "training loss" in html(tmp_path, result, None, None, "", None)
+    (tmp_path / "metrics.jsonl").write_text("[]\n[]\n")
+    assert "metrics.jsonl can&#39;t be read: line 1" in html(tmp_path, result, None, None, "", None)
+
+
+def test_a_page_that_is_not_ours_is_not_replaced(finished, tmp_path, capsys):
+    (tmp_path / "mine.html").write_text("mine")
+    assert main(["report", f"run={finished[0]}", f"out={tmp_path / 'mine.html'}"]) == 2
+    assert main(["report", f"run={tmp_path / 'none'}"]) == 2
+    said = capsys.readouterr().err
+    assert "--force overwrites it" in said and "no result.json there" in said
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.slow
+def test_nothing_is_wider_than_a_phone(page, finished, tmp_path):
+    many = tmp_path / "many.html"
+    assert main(["report", str(finished[0]), f"out={many}"]) == 0
+    frames = []
+    for name, text in (("one", page.read_text()), ("many", many.read_text())):
+        (tmp_path / f"{name}_seen.html").write_text(text.replace("</html>", f"{WIDER}</html>"))
+        frames += [
+            f'<iframe src="{name}_seen.html" style="border: 0; width: {w}px; height: 2000px"></iframe>' for w in WIDTHS
+        ]
+    collect = """<script>addEventListener("load", () => setTimeout(() => document.body.setAttribute("data-seen",
+      [...document.querySelectorAll("iframe")].map((one) => one.contentDocument.body.getAttribute("data-wide"))
+      .join("|")), 500))</script>"""
+    (tmp_path / "all.html").write_text(f"<body>{''.join(frames)}{collect}</body>")
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        "--disable-web-security",
+        "--window-size=1500,2000",
+    ]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"]
+    done = subprocess.run(
+        [CHROMIUM, *flags, (tmp_path / "all.html").as_uri()], capture_output=True, text=True, timeout=120
+    )
+    found = re.search(r'data-seen="([^"]*)"', done.stdout)
+    assert found, done.stderr[-2000:]
+    assert found[1] == "|".join(["nothing"] * len(frames))
