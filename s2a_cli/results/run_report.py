@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import pandas as pd
 
 from s2a_cli.common.text import brief, first_line, listed, printable
 from s2a_cli.config.rules import show
-from s2a_cli.results import pages, plots, record, run_folder
+from s2a_cli.results import pages, plan_text, plots, record, run_folder
 from s2a_cli.results.evaluation import Evaluation
 from s2a_cli.results.evaluation_plots import confusion
 from s2a_cli.results.formats import label, mib, number
@@ -139,7 +139,7 @@ def html(
         untested=untested,
         memory=_memory(result),
         uses=_uses(uses),
-        plan=_plan(result),
+        plan=_plan(result["plan"]),
         command=command,
         settings=_settings(result["config"]),
         environment=[(key, label(value)) for key, value in result["environment"].items()],
@@ -305,17 +305,16 @@ def _uses(uses: Uses | None) -> dict[str, Any] | None:
     return {"head": head, "lines": lines, "right": head[1:], "where": uses.where}
 
 
-def _plan(result: record.Result) -> dict[str, Any] | None:
-    """Returns the settings that a budget chose; None where none did."""
-    chosen = result["allocation"]
-    if chosen is None:
+def _plan(plan: record.Plan | None) -> dict[str, Any] | None:
+    """Returns what was chosen for a budget, and its alternatives; None without a budget."""
+    if plan is None:
         return None
-    settings = {key: value for key, value in chosen.items() if value not in (None, {}, False)}
     return {
-        "budget": number(float(chosen.get("budget_mib") or 0), 0),
-        "lines": [
-            (key, json.dumps(value) if isinstance(value, dict) else label(value)) for key, value in settings.items()
-        ],
+        "budget": number(plan["available_mib"], 0),
+        "device": plan["device"],
+        "head": list(plan_text.HEAD),
+        "lines": plan_text.lines(plan["choices"]),
+        "words": shlex.join(plan["choices"][0]["words"]),
     }
 
 
