@@ -348,7 +348,7 @@ def test_a_dry_run_predicts_and_runs_nothing(capsys, tmp_path):
     peaks = {
         line.split("  ")[0]: float(line.split()[3]) for line in said.splitlines() if line.startswith("method=bias")
     }
-    assert peaks["method=bias quant=int4"] < peaks["method=bias quant=none"]
+    assert peaks["method=bias quant=paper"] < peaks["method=bias quant=none"]
 
 
 def test_a_setting_of_a_sweep_is_none_of_a_run(capsys):
