@@ -77,7 +77,8 @@ def page(figures: dict) -> str:
         [
             "# How soon s2a answers",
             "",
-            f"Made by `python benchmarks/startup/startup.py` on {figures['machine']}: the best of {ROUNDS} processes each,",
+            "Made by `python benchmarks/startup/startup.py` on"
+            f" {figures['machine']}: the best of {ROUNDS} processes each,",
             f"with files in the system's cache. {figures['load']:.1f} other processes wanted one of {figures['cores']}"
             " cores at the start.",
             "",

@@ -308,12 +308,31 @@ class Differences:
         return listed(sorted(set(texts), key=natural), 4)
 
 
-def environment_notes(frame: pd.DataFrame) -> list[str]:
-    """Returns what differs between machines, versions and seeds, for tables that show all settings that differ."""
+def hidden_notes(frame: pd.DataFrame, shown: Iterable[str]) -> list[str]:
+    """Returns what differs between machines, versions and seeds, and between settings that a table does not show.
+
+    shown: its columns beside those of BASE.
+    """
+    seen = {*BASE, *(name for key in shown if (name := find_column(frame, key)))}
+    return Differences(_tested(frame), seen).notes(["method", "quant", "dataset", "backbone"])
+
+
+def splitting(frame: pd.DataFrame, keys: list[str]) -> list[str]:
+    """Returns the settings, as users type them, in which runs differ that have the same value of each of these keys."""
+    runs, names = _tested(frame), {name: key for key in keys if (name := find_column(frame, key))}
+    shown = [NAMES.get(name, name) for name in names]
+    differences = Differences(runs, shown)
+    groups = [column(runs, name) for name in shown]
+    found = [c for c in differences.to_show() if c not in BASE]
+    unlike = [c for c in found if (grouped(column(differences.texts, c), groups).nunique() > 1).any()]
+    return [c.removeprefix("config.") for c in unlike]
+
+
+def _tested(frame: pd.DataFrame) -> pd.DataFrame:
+    """Returns each finished run that has a score once."""
     runs = runs_of(frame)
     tested = columns(runs, ["accuracy.test_top1", "accuracy.test_map"]).notna().any(axis=1)
-    counted = where(runs, (runs["status"] == "ok") & tested)
-    return Differences(counted, {*BASE, *settings_of(runs)}).notes(["method", "quant", "dataset", "backbone"])
+    return where(runs, (runs["status"] == "ok") & tested)
 
 
 def _owners(name: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import pandas as pd
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import first_line, printable
 from s2a_cli.results import pages, pivot, pivot_text, plan_text, plots, record, run_folder, summary
-from s2a_cli.results.aggregate import BASE, KINDS, environment_notes, memory_kinds, read, runs_of, select, tell, varying
+from s2a_cli.results.aggregate import BASE, KINDS, hidden_notes, memory_kinds, read, runs_of, select, tell, varying
 from s2a_cli.results.formats import check_out, label, mib, number, save
 from s2a_cli.results.frames import column, column_counts, grouped, groups_of, is_missing, numeric, where
 
@@ -55,7 +55,7 @@ def html(frame: pd.DataFrame, odd: list[str], beside: Path) -> str:
         "report.html",
         counts=runs["status"].value_counts().to_dict(),
         settings=_numbered(summary.readable(rows)),
-        notes=[*summary.NOTES, *environment_notes(frame)],
+        notes=[*summary.NOTES, *hidden_notes(frame, summary.settings_shown(rows))],
         grid=_grid(frame),
         pareto=drawn,
         curves=curves,

@@ -9,7 +9,7 @@ import pandas as pd
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import listed, nearest
 from s2a_cli.results import pivot, published, summary
-from s2a_cli.results.aggregate import environment_notes, runs_of, varying
+from s2a_cli.results.aggregate import hidden_notes, runs_of, splitting, varying
 from s2a_cli.results.formats import TextTable, as_csv, cell, check_format, mib, number, render
 from s2a_cli.results.frames import column, columns, grouped, is_missing, numeric, where
 from s2a_cli.results.pivot import Grid, Label, Mean, order, place
@@ -237,7 +237,8 @@ def show(frame: pd.DataFrame, options: dict[str, str]) -> str:
     """Returns what `s2a table` prints of the runs in `frame` under its options. Raises UserError for a wrong one."""
     format = check_format(options.get("format", "terminal"))
     if not set(options) & {"rows", "cols", "value", "groups", "against", "reference"}:
-        return summary.render(summary.table(frame), format, environment_notes(frame))
+        settings = summary.table(frame)
+        return summary.render(settings, format, hidden_notes(frame, summary.settings_shown(settings)))
     rows, cols = (_keys(text) for text in _rows_and_cols(frame, options))
     if not rows:
         raise UserError("rows=: expected keys such as rows=method,quant")
@@ -259,9 +260,12 @@ def _keys(text: str) -> list[str]:
 def _rows_and_cols(frame: pd.DataFrame, options: dict[str, str]) -> tuple[str, str]:
     """Returns the texts of `rows=` and `cols=`.
 
-    By default rows are what varies among backbone, method and quant, less what cols has, and cols is the data set.
+    By default rows are what varies among backbone, method and quant, less what cols has, and cols is the data set. Rows
+    are split by the other settings in which runs of a cell differ, but not where rows are looked up by name.
     """
     default = "" if "dataset" in options.get("rows", "").split(",") else "dataset"
     cols = options.get("cols", default)
-    vary = [key for key in varying(runs_of(frame)) if key not in cols.split(",")]
-    return options.get("rows", ",".join(vary) or "method"), cols
+    vary = [key for key in varying(runs_of(frame)) if key not in cols.split(",")] or ["method"]
+    if "rows" not in options and not {"reference", "against"} & options.keys():
+        vary += splitting(frame, [*vary, *_keys(cols)])
+    return options.get("rows", ",".join(vary)), cols

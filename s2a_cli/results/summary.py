@@ -69,7 +69,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     return rows.rename(columns={name: name.removeprefix("config.") for name in extra})
 
 
-def _settings_shown(rows: pd.DataFrame) -> list[str]:
+def settings_shown(rows: pd.DataFrame) -> list[str]:
     """Returns the columns of `table` in which rows differ beside BASE."""
     names = list(rows)
     return names[len(BASE) : names.index("n")]
@@ -85,7 +85,7 @@ def by_dataset(rows: pd.DataFrame) -> pd.DataFrame | None:
         return None
     index = [c for c in BASE if c != "dataset"]
     if rows.duplicated([*index, "dataset"]).any():  # several settings of a method on one dataset
-        index += [*_settings_shown(rows), "memory"]
+        index += [*settings_shown(rows), "memory"]
     text = rows.assign(text=_texts(scored(rows), "score"), **{c: column(rows, c).map(cell) for c in index})
     wide = text.pivot_table(index=index, columns="dataset", values="text", aggfunc="first", sort=True)
     mean = text.pivot_table(index=index, columns="dataset", values="top1_mean", aggfunc="first", dropna=False)
@@ -108,7 +108,7 @@ def _texts(rows: pd.DataFrame, name: str) -> list[str]:
 
 def readable(rows: pd.DataFrame) -> pd.DataFrame:
     """Returns the rows of `table` as text, units in the header."""
-    text = columns(rows, BASE + _settings_shown(rows)).map(cell)
+    text = columns(rows, BASE + settings_shown(rows)).map(cell)
     for name, title in {"top1": "top-1 %", "map": "mAP %"}.items():
         if f"{name}_mean" in rows and (
             name == "map" or "map_mean" not in rows or any(column(rows, "top1_mean").notna())

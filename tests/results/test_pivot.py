@@ -122,6 +122,19 @@ def test_unlike_runs_in_a_cell_are_marked(make_result):
     assert "†" not in shown(runs, rows="method,optim.lr")
 
 
+def test_without_words_for_rows_unlike_runs_are_not_averaged(make_result):
+    runs = [make_result(seed=s, optim__lr=lr, top1=90.0 + s) for s in (0, 1) for lr in (1e-3, 2e-3)]
+    text = pivot_text.show(aggregate.from_results(runs), {"value": "test_top1"})
+    assert "†" not in text and "optim.lr" in text.splitlines()[0] and text.count("90.50 ± 0.71") == 2
+    assert "optim.lr" in pivot_text.show(aggregate.from_results(runs), {}).splitlines()[0]
+
+
+def test_settings_of_one_dataset_under_a_mean_over_datasets_are_said(make_result):
+    runs = [make_result(dataset=name, optim__batch_size=size) for name, size in (("a", 64), ("b", 16))]
+    text = pivot_text.show(aggregate.from_results(runs), {})
+    assert "mean of top-1 %" in text and "optim.batch_size: 16 (dataset=b); 64 (dataset=a)" in text
+
+
 def test_seeds_that_differ_are_said_and_counted(make_result):
     text = shown([*(make_result(seed=s) for s in range(2)), make_result(method="bias")], rows="method")
     assert "90.00 ± 0.00 (2)" in text and "90.00 (1)" in text and "seeds: 0 in 1 cell; 0 1 in 1 cell" in text
