@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import sys
 from collections.abc import Callable
@@ -10,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from s2a_cli.cli import finished
+from s2a_cli.cli import beginning, finished, listing
 from s2a_cli.cli.deferred import imports
+from s2a_cli.cli.listing import KINDS
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import is_there
-from s2a_cli.common.text import brief, nearest
+from s2a_cli.common.text import brief
 
 OVERWRITE = {"--force": "overwrite a file that s2a did not make"}
-KINDS = {kind + "s": kind for kind in ("backbone", "method", "quant", "dataset", "experiment")}  # what `ls` lists
 
 
 @dataclass(frozen=True)
@@ -113,43 +112,6 @@ def search(words: list[str]) -> int:
     return search.search(words)
 
 
-def ls(words: list[str]) -> int:
-    """Prints the options of each group with a line about each."""
-    if odd := [word for word in words if word not in KINDS]:
-        raise UserError(f"ls {odd[0]}: expected one of {', '.join(KINDS)}{nearest(odd[0], KINDS)}")
-    from s2a_cli.config.overrides import CONF, groups
-
-    options = groups()
-    for kind in words or KINDS:
-        group = KINDS[kind]
-        if len(words) != 1:
-            print(f"{kind} ({group}=NAME)")
-        width = max((len(name) for name in options.get(group, [])), default=0)
-        for name in options.get(group, []):
-            about = _docstring(name) if kind == "methods" else _comment(CONF / group / f"{name}.yaml")
-            print(f"  {name:<{width}} {about}")
-    return 0
-
-
-def _comment(path: Path) -> str:
-    """Returns the leading comment lines of a config file, Hydra's own `# @package` apart."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        if not line.startswith("# @"):
-            lines.append(line.lstrip("# "))
-    return "  ".join(lines)
-
-
-def _docstring(method: str) -> str:
-    """Returns the first line of the docstring of a method's class, read without an import of torch."""
-    body = ast.parse((Path(__file__).parents[1] / "methods" / f"{method}.py").read_text(encoding="utf-8")).body
-    assigned = {ast.unparse(node.targets[0]): ast.unparse(node.value) for node in body if isinstance(node, ast.Assign)}
-    found = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == assigned["STRUCTURE"])
-    return (ast.get_docstring(found) or "").split("\n")[0]
-
-
 def validate(words: list[str]) -> int:
     """Checks a config and prints its main settings in a line."""
     from omegaconf import OmegaConf
@@ -228,6 +190,18 @@ def first_of_memory(words: list[str]) -> Any:
 
 
 COMMANDS = {
+    "init": Command(
+        beginning.init,
+        "s2a init FOLDER [out=photos.yaml] [minutes=20] [key=value ...]",
+        "look at your photos and write a short config for them: backbone, image size, epochs that suit this machine",
+        (
+            "s2a init photos",
+            "s2a init photos out=first.yaml minutes=60",
+            "s2a init photos backbone=vit_t backbone.checkpoint=vit_tiny.safetensors --force",
+        ),
+        words=("out=", "minutes="),
+        flags=OVERWRITE,
+    ),
     "train": Command(
         train,
         "s2a train [key=value ...]",
@@ -237,6 +211,7 @@ COMMANDS = {
             "s2a train backbone=vit_b method=s2a dataset=folder dataset.root=photos",
             "s2a train dataset=cifar10 backbone=vit_t method.prompt.rank=4 method.blocks=last:6 quant=int8 seed=1",
         ),
+        words=("config=",),
         config=composed,
         flags={
             "--force": "from the start, even if the run is finished or could go on, and over another run in run_dir",
@@ -348,7 +323,7 @@ COMMANDS = {
         flags={"--force": "replace an earlier export"},
     ),
     "ls": Command(
-        ls,
+        listing.ls,
         f"s2a ls [{'|'.join(KINDS)}]",
         "what there is, a line each",
         ("s2a ls", "s2a ls backbones", "s2a ls methods datasets"),

@@ -25,7 +25,7 @@ def _finished(words: list[str]) -> tuple[Path, list[str]]:
     return Path(folders[0]), [word for word in words if not word.startswith("run=")]
 
 
-def _options(words: list[str], *names: str) -> tuple[dict[str, str], list[str]]:
+def options_of(words: list[str], *names: str) -> tuple[dict[str, str], list[str]]:
     """Returns the words `name=value` of these names, and the others. Raises UserError for an empty or a second one."""
     options, others = {}, []
     for word in words:
@@ -52,7 +52,7 @@ def recomposed(words: list[str]) -> Any:
 
 def of_eval(words: list[str]) -> Any:
     """Returns the config of the run that `s2a eval` tests."""
-    options, words = _options(words, "data", "out")
+    options, words = options_of(words, "data", "out")
     return recomposed(_data(words, options.get("data"))[1])
 
 
@@ -74,7 +74,7 @@ def _data(words: list[str], root: str | None) -> tuple[list[str], list[str]]:
 def evaluate(words: list[str]) -> int:
     """Tests a finished run; returns 1 where a figure on its own test split differs from the recorded one."""
     force, words = "--force" in words, [word for word in words if word != "--force"]
-    options, words = _options(words, "data", "out")
+    options, words = options_of(words, "data", "out")
     out = Path(options["out"]) if "out" in options else None
     elsewhere, own = _data(words, options.get("data"))
     folder, _ = _finished(own)
@@ -134,13 +134,13 @@ def _photos(words: list[str]) -> tuple[list[str], list[str]]:
 
 def of_predict(words: list[str]) -> Any:
     """Returns the config of the run that `s2a predict` uses."""
-    return recomposed(_photos(_options(words, *PREDICT)[1])[1])
+    return recomposed(_photos(options_of(words, *PREDICT)[1])[1])
 
 
 def predict(words: list[str]) -> int:
     """Classifies photos with a finished run; returns 1 where one of them can't be read."""
     force, words = "--force" in words, [word for word in words if word != "--force"]
-    options, words = _options(words, *PREDICT)
+    options, words = options_of(words, *PREDICT)
     named, words = _photos(words)
     folder, _ = _finished(words)
     if not named or "" in named:
@@ -194,7 +194,7 @@ EXPORT = ("to", "out")  # options of `s2a export`
 def report(words: list[str]) -> int:
     """Writes the page of one run and prints where it is."""
     force, words = "--force" in words, [word for word in words if word != "--force"]
-    options, words = _options(words, "out")
+    options, words = options_of(words, "out")
     folder, _ = _finished(words)
     out = Path(options.get("out", folder / "report.html"))
     from s2a_cli.results import formats, record, run_report
@@ -218,13 +218,13 @@ def report(words: list[str]) -> int:
 
 def of_export(words: list[str]) -> Any:
     """Returns the config of the run that `s2a export` writes."""
-    return recomposed(_photos(_options(words, *EXPORT)[1])[1])
+    return recomposed(_photos(options_of(words, *EXPORT)[1])[1])
 
 
 def export(words: list[str]) -> int:
     """Writes the model of a finished run in a form that others load without this package."""
     force, words = "--force" in words, [word for word in words if word != "--force"]
-    options, words = _options(words, *EXPORT)
+    options, words = options_of(words, *EXPORT)
     images, words = _photos(words)
     folder, _ = _finished(words)
     if "out" not in options:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 from s2a_cli import __version__
 from s2a_cli.cli.commands import COMMANDS, Command, composed, first_of_grid
@@ -77,6 +78,8 @@ def _leave(code: int) -> None:
 def _dispatch(argv: list[str]) -> int:
     """Does what the flags ask for, or runs the command. Raises UserError for words that say neither."""
     flags, words = _split(argv)
+    if files := [word for word in words if word.startswith("config=")]:
+        words = _with_files(words, files)
     own_flags = COMMANDS[words[0]].flags if words and words[0] in COMMANDS else {}
     for name in flags.keys() - FLAGS.keys() - own_flags.keys():
         accepted = [*(flag for flag, (_, about) in FLAGS.items() if about), *own_flags]
@@ -109,6 +112,14 @@ def _dispatch(argv: list[str]) -> int:
     else:
         return COMMANDS[words[0]].run([*words[1:], *(name for name in flags if name in own_flags)])
     return 0
+
+
+def _with_files(words: list[str], files: list[str]) -> list[str]:
+    """Returns the words with those of the files behind config= in front, so that the others change them."""
+    from s2a_cli.config.overrides import words_of_file
+
+    read = [one for word in files for one in words_of_file(Path(word.removeprefix("config=")))]
+    return [words[0], *read, *(word for word in words[1:] if word not in files)]
 
 
 def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:

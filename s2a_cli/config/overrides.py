@@ -67,6 +67,38 @@ def read(word: str) -> Any:
     return override
 
 
+def words_of_file(path: Path) -> list[str]:
+    """Returns the words that a file of `key: value` in YAML stands for: keys as on the command line.
+
+    Raises UserError for a file that can't be read, and for one that is none of these.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise UserError(f"config={path}: can't be read ({why})") from None
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise UserError(f"config={path}: expected lines of `key: value`, with keys as on the command line")
+    return [f"{key}={value_text(value)}" for key, value in found.items()]
+
+
+def value_text(value: Any) -> str:
+    """Returns a value as it is written behind a key on the command line, which is YAML as well."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(value_text, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{value_text(key)}: {value_text(one)}" for key, one in value.items()) + "}"
+    if not isinstance(value, str):
+        return repr(value)
+    if re.fullmatch(r"[A-Za-z][\w./+-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
 def leaves_of(value: Any) -> Iterator[Any]:
     """Yields the single values in a value that Hydra read: of lists, dicts, choices, ranges and intervals."""
     from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep

@@ -6,7 +6,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +45,10 @@ class Pace:
     classify: float
     images: int  # that were measured
 
+    def scaled(self, share: float) -> Pace:
+        """Returns the pace of a model that takes `share` times as many operations."""
+        return replace(self, train=self.train * share, classify=self.classify * share)
+
 
 @dataclass(frozen=True)
 class Duration:
@@ -76,12 +80,15 @@ def predict(run: Run, done: int = 0) -> Duration:
 
     done: training images that an earlier attempt went through.
     """
-    pace = measure(run)
-    splits, epochs = run.splits, run.config.optim.epochs
-    rest = epochs * len(splits.train) - done
-    judged = round(rest / len(splits.train) * len(splits.val)) + run.config.test * len(splits.test)
-    seconds = rest * (pace.train + pace.load) + judged * (pace.classify + pace.load)
+    pace, splits, epochs = measure(run), run.splits, run.config.optim.epochs
+    seconds = total(pace, splits, epochs * len(splits.train) - done, run.config.test)
     return Duration(seconds, epochs, pace, faster(run, pace, seconds) if seconds > LONG else [])
+
+
+def total(pace: Pace, splits: data.Splits, images: int, test: bool = True) -> float:
+    """Returns the seconds that training on so many images takes, with the validation after each epoch and the test."""
+    judged = round(images / len(splits.train) * len(splits.val)) + test * len(splits.test)
+    return images * (pace.train + pace.load) + judged * (pace.classify + pace.load)
 
 
 def measure(run: Run) -> Pace:
@@ -175,3 +182,8 @@ def operations(config: BackboneConfig, classes: int) -> int:
     with Dataless(), dataless_tensors(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, size, size, device="cpu"))
     return counter.get_total_flops()
+
+
+def image_size(config: BackboneConfig, classes: int) -> int:
+    """Returns the pixels of a side of a backbone's images. Raises UserError for a size that it does not take."""
+    return backbones.build(config, classes, meta=True).image.size

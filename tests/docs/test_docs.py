@@ -99,6 +99,8 @@ def check(words: list[str]) -> None:
         assert all(key in (*TABLE, "out") or "." in key for key in keys), words
     elif words[0] in ("eval", "export", "predict"):
         assert rest and all("=" in word for word in rest), words
+    elif words[0] == "init" or any(word.startswith("config=") for word in rest):
+        assert rest[0] == "photos" or rest[0].startswith("config="), words
     else:
         code, text = said([*words, "--cfg", "job"])
         assert code == 0, text
