@@ -21,8 +21,9 @@ SPLITS_OR_CLASSES = "say dataset.layout=splits or dataset.layout=classes"
 def domain_folders(root: Path, domain: str | None, test_domain: str | None) -> dict[str, list[str]]:
     """Returns split -> its folders under `root`, each of which holds class folders.
 
-    train: `domain`, or all but `test_domain`. test: `test_domain`; without one there is no such split. Raises UserError
-    for a domain that is not there.
+    A domain is a folder of class folders, or of splits of these. train: `domain`, or all but `test_domain`. test:
+    `test_domain`, of which its own test split where it has one; without one, the test splits of the others. Raises
+    UserError for a domain that is not there, and where some domains have splits and others do not.
     """
     names = folders(root)
     for setting, name in (("domain", domain), ("test_domain", test_domain)):
@@ -31,10 +32,26 @@ def domain_folders(root: Path, domain: str | None, test_domain: str | None) -> d
                 f"dataset.{setting}={printable(name)}: {printable(root)} has no such folder, but"
                 f" {listed(names, 12) or 'none'}{nearest(name, names)}"
             )
-    trees = {"train": [domain] if domain else [name for name in names if name != test_domain]}
-    if not trees["train"] or domain == test_domain is not None:
+    trained = [domain] if domain else [name for name in names if name != test_domain]
+    if not trained or domain == test_domain is not None:
         raise UserError(f"dataset.test_domain={printable(test_domain)} leaves no domain to train on")
-    return trees | ({"test": [test_domain]} if test_domain else {})
+    splits = {name: _splits_within(root, name) for name in (*trained, *([test_domain] if test_domain else []))}
+    if odd := [name for name, found in splits.items() if found.keys() != splits[trained[0]].keys()]:
+        raise UserError(
+            f"{printable(root)}: {printable(odd[0])} has {listed(splits[odd[0]])}, and {printable(trained[0])}"
+            f" {listed(splits[trained[0]])}: give every domain the same splits"
+        )
+    trees = {split: [splits[name][split] for name in trained] for split in splits[trained[0]]}
+    if test_domain:
+        trees["test"] = [splits[test_domain].get("test", splits[test_domain]["train"])]
+    return trees
+
+
+def _splits_within(root: Path, domain: str) -> dict[str, str]:
+    """Returns split -> its folder under `root` of one domain; {"train": domain} where it is a folder of classes."""
+    if not any(map(names_split, folders(root / domain))):
+        return {"train": domain}
+    return {split: f"{domain}/{tree}" for split, tree in split_folders(root / domain, None).items()}
 
 
 def split_folders(root: Path, layout: str | None, test_elsewhere: bool = False) -> dict[str, str]:
@@ -119,7 +136,8 @@ def class_folders(root: Path, layout: str | None = None) -> int:
     """Returns how many classes a folder has by the names of its folders alone, also where reading it would fail."""
     names = folders(root)
     if layout == "domains":
-        return len({name for domain in names for name in folders(root / domain)})
+        trees = [_splits_within(root, domain)["train"] for domain in names]
+        return len({name for tree in trees for name in folders(root / tree)})
     trees = [] if layout == "classes" else [name for name in names if name.lower() in SPLITS["train"]]
     return len(folders(root / trees[0])) if trees else len(names)
 

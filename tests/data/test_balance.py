@@ -100,6 +100,16 @@ def test_domains_and_a_test_folder_elsewhere(tmp_path):
     assert "did you mean 'sketch'" in folder_refusal(tmp_path / "pacs", test_domain="scetch")
     assert "leaves no domain" in folder_refusal(tmp_path / "pacs", domain="photo", test_domain="photo")
 
+    for seed, domain in enumerate(("photo", "sketch")):
+        for split, images in (("train", 5), ("test", 2)):
+            tree(tmp_path / "official" / domain / split, images=images, seed=1000 * seed)
+    official = load(folder_config(tmp_path / "official", layout="domains"))
+    assert (official.classes, len(official.train) + len(official.val), len(official.test)) == (["cat", "dog"], 20, 8)
+    across = load(folder_config(tmp_path / "official", test_domain="sketch"))
+    assert (len(across.train) + len(across.val), len(across.test)) == (10, 4)
+    tree(tmp_path / "official" / "cartoon")
+    assert "give every domain the same splits" in folder_refusal(tmp_path / "official", layout="domains")
+
     photo, elsewhere = tmp_path / "pacs" / "photo", tree(tmp_path / "elsewhere", classes=["dog"], seed=9)
     save(elsewhere / "dog" / "again.png", 0)  # as the first cat
     splits = load(folder_config(photo, test_root=str(elsewhere)))

@@ -96,7 +96,7 @@ def check(words: list[str]) -> None:
             compose(member)
     elif words[0] in ("table", "report"):
         keys = {word.partition("=")[0] for word in rest if "=" in word}
-        assert all(key in (*TABLE, "out") or "." in key for key in keys), words
+        assert all(key in (*TABLE, "out", "run") or "." in key for key in keys), words
     elif words[0] in ("eval", "export", "predict"):
         assert rest and all("=" in word for word in rest), words
     elif words[0] == "init" or any(word.startswith("config=") for word in rest):

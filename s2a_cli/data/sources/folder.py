@@ -231,7 +231,8 @@ def _class_files(walk: _Walk, tree: str) -> dict[str, list[str]]:
 def _outside(root: Path, trees: dict[str, list[str]], beside_is: str) -> list[str]:
     """Returns what lies beside the splits, and images beside the class folders: a phrase each."""
     phrases, read = [], [tree for of_split in trees.values() for tree in of_split]
-    if "" not in read and (beside := [name for name in folders(root) if name not in read]):
+    tops = {tree.partition("/")[0] for tree in read}
+    if "" not in read and (beside := [name for name in folders(root) if name not in tops]):
         phrases.append(f"{listed([f'{name}/' for name in beside])}, which is {beside_is}")
     for top in {root, *(root / tree for tree in read)}:
         with os.scandir(top) as entries:
