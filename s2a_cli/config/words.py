@@ -28,6 +28,8 @@ def words_of(config: DictConfig) -> list[str] | None:
     """
     known, words = groups(), []
     for group in GROUPS:
+        if group == "quant" and config.budget:  # which chooses it
+            continue
         name = config[group].name
         parts = name.split("+") if group == "method" else [name]
         if group in FREE and name not in known[group]:
@@ -37,8 +39,6 @@ def words_of(config: DictConfig) -> list[str] | None:
         words.append(f"{group}={parts[0] if len(parts) == 1 else show(parts)}")
         if parts != name.split("+"):
             words.append(f"{group}.name={_written(name)}")
-    if config.quant.get("budget_mib"):
-        words.append(f"quant.budget_mib={show(config.quant.budget_mib)}")
     wanted = {key: value for key, value in leaves(config) if key not in LEFT_OUT}
     try:
         for _ in range(2):  # a setting that another one follows, such as optim.lr, may change with the latter

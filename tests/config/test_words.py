@@ -19,7 +19,7 @@ from s2a_cli.config.words import command, words_of
         ["backbone=timm", "backbone.name=resnet34.a1_in1k", "quant=int8", "optim.lr=0.01", "dataset.scale=null"],
         ["dataset=folder", r'dataset.root="my photos/(a) \"b\", {c} $d=e"', 'dataset.hold_out="(\\d+)_"', "run_dir=x"],
         ["dataset=table", 'dataset.file="2024_01"', "dataset.class_columns=[a b,'null','7']", "dataset.separator=';'"],
-        ["quant=auto", "quant.budget_mib=900", "backbone=vit_s", "backbone.kwargs.drop_path_rate=0.1"],
+        ["budget=900MiB", "fidelity=0.999", "backbone=vit_s", "backbone.kwargs.drop_path_rate=0.1"],
     ],
     ids=lambda words: " ".join(words[:2]),
 )
