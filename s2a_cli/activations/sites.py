@@ -124,6 +124,11 @@ def follow(sites: Sites) -> Iterator[None]:
                 _following.close()
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Tells whether torch.compile has made this module, or compiled it in place."""
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+
+
 def _before(module: nn.Module, inputs: tuple) -> None:
     if _followed.sites is not None:
         if isinstance(module, nn.DataParallel):
@@ -131,7 +136,7 @@ def _before(module: nn.Module, inputs: tuple) -> None:
                 "nn.DataParallel runs the model in threads of its own, in which nothing would be coded;"
                 " use one process a device (DistributedDataParallel) instead"
             )
-        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
+        if is_compiled(module):
             raise RuntimeError(COMPILED)
         _followed.sites.enters(module)
 

@@ -29,6 +29,13 @@ from s2a_cli.data.transforms import ImageConfig
 ADDED = "s2a"  # the submodule of the model that holds what a method adds
 
 
+class Added(nn.ModuleDict):
+    """Holds what a method adds to a model; passes on what it gets, as an nn.Sequential calls all that it holds."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
 @dataclass(frozen=True)
 class Block:
     """One of a backbone's repeated blocks, with the hidden states at its input and at its output.
@@ -202,7 +209,7 @@ class Backbone:
         Raises UserError where there is one of that name.
         """
         if not hasattr(self.model, ADDED):
-            self.model.add_module(ADDED, nn.ModuleDict())
+            self.model.add_module(ADDED, Added())
         if name in getattr(self.model, ADDED):
             raise UserError(f"method: two of its structures add {name}; name one of them")
         getattr(self.model, ADDED)[name] = module.to(next(self.head.parameters()).device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2a_cli import methods
+from s2a_cli.activations.sites import is_compiled
 from s2a_cli.backbones.backbone import ADDED, Backbone
 from s2a_cli.backbones.given import of_module
 from s2a_cli.common.errors import UserError
@@ -192,6 +193,8 @@ def attach(
     config = compose_method(names, settings)
     if hasattr(model, ADDED):
         raise UserError(f"{type(model).__name__} has something attached to it: attached.detach() or merge() it first")
+    if is_compiled(model):
+        raise UserError("a compiled model: attach to the model itself, and compile it then")
     original = Original(model)
     try:
         sample = None if inputs is None else tuple(x[0].to("meta") for x in inputs_of(model, inputs))

@@ -122,6 +122,18 @@ def test_blocks_are_found_or_given():
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_is_added_has_the_dtype_of_the_model(dtype):
+    """And works in an nn.Sequential, which calls all that it holds."""
+    model = nn.Sequential(vit()).to(dtype).eval()
+    x = inputs(model)[0].to(dtype)
+    before = model(x)
+    attached = s2a_cli.attach(model)
+    assert torch.equal(model(x), before) and {p.dtype for p in model.parameters()} == {dtype}
+    F.cross_entropy(model.train()(x), targets()).backward()
+    assert all(p.grad is not None for p in attached.parameters())
+
+
 # The ways back.
 
 
@@ -252,6 +264,10 @@ def test_a_model_without_a_classifier_and_one_that_has_something_attached_are_re
         s2a_cli.attach(
             nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), "linear"
         )
+    for compiled in (torch.compile(vit(), backend="eager"), vit()):
+        compiled.compile(backend="eager")
+        with pytest.raises(s2a_cli.UserError, match="attach to the model itself, and compile it then"):
+            s2a_cli.attach(compiled)
     model = vit()
     attach(model, "bias")
     with pytest.raises(s2a_cli.UserError, match="has something attached"):
