@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tiers"))
-from rows import checkpoint, lora
+from row_list import checkpoint, lora
 
 from s2a_cli import memory, methods
 from s2a_cli.backbones import Backbone, build
