@@ -34,7 +34,7 @@ def without_a_measured_pace(monkeypatch, request):
     if "predicts" not in request.keywords:
         from s2a_cli.training import duration
 
-        some = duration.Duration(7.0, 1, duration.Pace(0.0, 0.01, 0.01, 2), [])
+        some = duration.Duration(7.0, "1 epoch", duration.Pace(0.0, 0.01, 0.01, 2), [])
         monkeypatch.setattr(duration, "predict", lambda run, done=0: some)
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from s2a_cli.training.run import Run
 
 FEW = 2  # images of the first step that is measured
-MOMENT = 1.0  # seconds of the last one
+MOMENT, PATIENCE = 1.0, 3.0  # seconds of the last one, and of all
 LONG = 180.0  # seconds from which on it is said what would be faster
 GAIN = 0.6  # share of the time that is worth saying
 SMALLER = {"backbone": "backbone=vit_t", "images": "backbone.image_size=112"}
@@ -55,14 +55,14 @@ class Duration:
     """A predicted time in seconds, and (words of the command line, seconds with them) of what would be faster."""
 
     seconds: float
-    epochs: int
+    what: str  # that takes it
     pace: Pace
     faster: list[tuple[str, float]]
 
     def describe(self) -> str:
         """Returns a line or two: how long, and what would be faster."""
         said = (
-            f"time: about {duration(self.seconds)} on this CPU for {counted(self.epochs, 'epoch')}"
+            f"time: about {duration(self.seconds)} on this CPU for {self.what}"
             f" ({self.pace.train + self.pace.load:.2g} s an image, measured on {self.pace.images})"
         )
         others = "; ".join(f"{words} about {duration(seconds)}" for words, seconds in self.faster)
@@ -82,7 +82,8 @@ def predict(run: Run, done: int = 0) -> Duration:
     """
     pace, splits, epochs = measure(run), run.splits, run.config.optim.epochs
     seconds = total(pace, splits, epochs * len(splits.train) - done, run.config.test)
-    return Duration(seconds, epochs, pace, faster(run, pace, seconds) if seconds > LONG else [])
+    what = f"{'what is left of ' if done else ''}{counted(epochs, 'epoch')}"
+    return Duration(seconds, what, pace, faster(run, pace, seconds) if seconds > LONG else [])
 
 
 def total(pace: Pace, splits: data.Splits, images: int, test: bool = True) -> float:
@@ -94,8 +95,8 @@ def total(pace: Pace, splits: data.Splits, images: int, test: bool = True) -> fl
 def measure(run: Run) -> Pace:
     """Returns the pace of a run on this machine; what it trains and its random numbers stay as they are.
 
-    Steps double in size until one takes a MOMENT or is as large as those of the run: what a step takes in itself then
-    counts as little as it will.
+    Steps double in size until one takes a MOMENT and all of them PATIENCE, or one is as large as those of the run: what
+    a step takes in itself then counts as little as it will.
     """
     config, model = run.config, run.model
     most = min(config.optim.micro_batch or config.optim.batch_size, config.optim.batch_size, len(run.splits.train))
@@ -104,20 +105,22 @@ def measure(run: Run) -> Pace:
         images, targets, load = _few(run)
         train_mode(model)
         count = min(len(images), most)
-        _learn(run, step, images[:count], targets[:count])  # allocates, and fits codes
-        took = _timed(_learn, run, step, images[:count], targets[:count])
-        while took < MOMENT and count < most:
+        batch = images[:count], targets[:count]
+        _learn(run, step, *batch)  # allocates, and fits codes
+        took = spent = _timed(_learn, run, step, *batch)
+        while count < most and (took < MOMENT or spent < PATIENCE):
             count = min(2 * count, most)
             repeats = -(-count // len(images))
             batch = torch.cat([images] * repeats)[:count], torch.cat([targets] * repeats)[:count]
             took = _timed(_learn, run, step, *batch)
+            spent += took
         model.eval()
         with torch.no_grad():
-            classify = _timed(step.logits, model, images) / len(images)
+            classify = min(took, _timed(step.logits, model, batch[0])) / count
     checkpoints.restore(model, before)
     model.zero_grad(set_to_none=True)
     train = took / count
-    return Pace(_left(run, load, train), train, min(classify, train), count)
+    return Pace(_left(run, load, train), train, classify, count)
 
 
 def _few(run: Run) -> tuple[Tensor, Tensor, float]:

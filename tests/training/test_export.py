@@ -28,10 +28,7 @@ QUICK = [
 ALONE = """
 import sys, torch
 path, images = sys.argv[1], torch.load(sys.argv[2])
-if path.endswith(".onnx"):
-    import onnxruntime
-    logits = torch.from_numpy(onnxruntime.InferenceSession(path).run(["logits"], {"images": images.numpy()})[0])
-elif path.endswith(".pt"):
+if path.endswith(".pt"):
     logits = torch.jit.load(path)(images)
 elif path.endswith(".pt2"):
     logits = torch.export.load(path).module()(images)
@@ -41,7 +38,6 @@ else:
 assert not any(name.startswith("s2a") for name in sys.modules)
 torch.save(logits.detach(), sys.argv[3])
 """
-ONNX = pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="pip install 's2a[onnx]'")
 
 
 @pytest.fixture(autouse=True)
@@ -78,14 +74,7 @@ def test_timm_loads_what_was_trained(tmp_path, capsys):
     assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "README.md"}
 
 
-@pytest.mark.parametrize(
-    "to",
-    [
-        "torchscript",
-        pytest.param("torch-export", marks=pytest.mark.slow),
-        pytest.param("onnx", marks=[pytest.mark.slow, ONNX]),
-    ],
-)
+@pytest.mark.parametrize("to", ["torchscript", pytest.param("torch-export", marks=pytest.mark.slow)])
 def test_a_side_branch_is_a_part_of_the_graph(finished, tmp_path, to):
     """The voting heads' logits are those of the evaluation, for a batch of any size."""
     out = tmp_path / f"model{SUFFIXES[to]}"
