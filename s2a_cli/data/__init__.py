@@ -24,6 +24,7 @@ from s2a_cli.data.balance import class_weights, image_weights
 from s2a_cli.data.batches import Loader, loader, mix
 from s2a_cli.data.images import Images
 from s2a_cli.data.source import Source
+from s2a_cli.data.sources import folder
 from s2a_cli.data.splits import few_shots, hold_out, hold_out_groups, share
 from s2a_cli.data.summary import Splits, describe, majority
 from s2a_cli.data.transforms import ImageConfig, Transform, build_transform, normalised
@@ -91,10 +92,15 @@ def load(config: DatasetConfig) -> Splits:
     return Splits(title(config), train, val, test, source.classes, source.revision, left_out, source.notes, source.same)
 
 
-def read(config: DatasetConfig) -> Source:
-    """Reads a data set as it is published, after a download if need be. Raises UserError as `load` does."""
+def read(config: DatasetConfig, to_train: bool = True) -> Source:
+    """Reads a data set as it is published, after a download if need be. Raises UserError as `load` does.
+
+    to_train: false also takes a folder of one class, on which a model can be tested.
+    """
     if found := problems(config):
         raise UserError("\n".join(found))
+    if config.name == "folder" and not to_train:
+        return folder.read(config, data_folder(config), least=1)
     return DATASETS[config.name](config, data_folder(config))
 
 

@@ -111,7 +111,7 @@ def elsewhere(trained_on: record.Data, dataset: DatasetConfig) -> Labelled:
     and for images with one label where the run gives several, or the other way round.
     """
     known, multi_label = trained_on["classes"], trained_on["multi_label"]
-    source, name = data.read(dataset), data.title(dataset)
+    source, name = data.read(dataset, to_train=False), data.title(dataset)
     images = source.train if source.test is None else source.test
     notes = [f"left out: {phrase}" for phrase in source.left_out]
     if source.test is not None:

@@ -95,6 +95,8 @@ def test_other_photos_of_its_classes(copied, tmp_path, capsys):
     assert [row["images"] for row in figures["by_class"]] == [3, 0, 3]
     answers = (copied.run / "evaluation-other" / "answers.csv").read_text().splitlines()
     assert len(answers) == 7 and {line.split(",")[1] for line in answers[1:]} == {"light", "dark"}
+    alone = draw(tmp_path / "alone", 2, ("grey",))
+    assert evaluated(copied, capsys, f"data={alone}")[3]["classes_tested"] == 1
     unknown = draw(tmp_path / "unknown", 2, ("light", "lihgt"))
     code, _, error, _ = evaluated(copied, capsys, f"data={unknown}")
     assert code == 2 and "has lihgt, which the run was not trained on" in error and error.count("\n") == 1

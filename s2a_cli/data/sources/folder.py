@@ -20,11 +20,11 @@ from s2a_cli.data.layout import domain_folders, folders, hidden, is_folder, name
 from s2a_cli.data.source import Source
 
 
-def read(config: DatasetConfig, cache: Path) -> Source:
+def read(config: DatasetConfig, cache: Path, least: int = 2) -> Source:
     """Reads `config.root`, a folder or an archive of one, which is extracted into `cache` once.
 
-    Decodes every image once. Raises UserError for a class without an image, for a class that is not in train, and,
-    unless config.on_corrupt is "skip", for an image that cannot be decoded.
+    Decodes every image once. Raises UserError for fewer classes than `least`, for a class without an image, for a class
+    that is not in train, and, unless config.on_corrupt is "skip", for an image that cannot be decoded.
     """
     assert config.root is not None, "data.problems asks for it"
     root = _open_root(Path(config.root).expanduser(), cache)
@@ -52,7 +52,7 @@ def read(config: DatasetConfig, cache: Path) -> Source:
         if extra := sorted(set(by_class) - set(classes)):
             where = listed([root / tree for tree in trees[split]])
             raise UserError(f"{where} has classes that train does not have: {listed(extra)}")
-    if len(classes) < 2:
+    if len(classes) < least:
         (only,), tree = classes, trees["train"][0]
         inner = folders(root / tree / only)
         hint = f"; is dataset.root={printable(root / only)} what you mean?" if not tree and inner[1:] else ""
