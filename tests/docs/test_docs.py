@@ -99,10 +99,13 @@ def check(words: list[str]) -> None:
         assert all(key in (*TABLE, "out", "run") or "." in key for key in keys), words
     elif words[0] in ("eval", "export", "predict"):
         assert rest and all("=" in word for word in rest), words
-    elif words[0] == "init" or any(word.startswith("config=") for word in rest):
-        assert rest[0] == "photos" or rest[0].startswith("config="), words
+    elif words[0] == "init":
+        compose(
+            ["dataset=folder", "dataset.root=photos", *(w for w in rest[1:] if not w.startswith(("out=", "minutes=")))]
+        )
     else:
-        code, text = said([*words, "--cfg", "job"])
+        ours = [word for word in words if not word.startswith("config=")]  # a file that `init` writes
+        code, text = said([*ours, "--cfg", "job"])
         assert code == 0, text
 
 
