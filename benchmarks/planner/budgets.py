@@ -1,7 +1,7 @@
 """Plans for several budgets beside all that anybody could set by hand, side by side in one run on this device.
 
-    python benchmarks/planner/planner.py backbone=vit_b batch=64
-    python benchmarks/planner/planner.py backbone=vit_t batch=16 budgets=30MiB,60MiB steps=2 backbone.image_size=112
+    python benchmarks/planner/budgets.py backbone=vit_b batch=64
+    python benchmarks/planner/budgets.py backbone=vit_t batch=16 budgets=30MiB,60MiB steps=2 backbone.image_size=112
 
 The rows are stock PyTorch, timm's checkpointing of whole blocks and ours, each in micro-batches of every size, and the
 presets. A row counts at a budget where its predicted peak fits. All rows and all plans are timed in one process: one
@@ -246,7 +246,7 @@ def markdown(result: dict[str, Any]) -> str:
         [
             f"# Plans for a memory budget: {result['name']}",
             "",
-            f"`python benchmarks/planner/planner.py {' '.join(result['words'])}`, {result['machine']}. Peaks are"
+            f"`python benchmarks/planner/budgets.py {' '.join(result['words'])}`, {result['machine']}. Peaks are"
             f" predicted. Images a second: medians of {len(result['rows'][0]['seconds'])} steps of {batch} images,"
             f" all rows and plans in alternating order. Wanted: {WANTED} of the best row that fits, and"
             f" {WANTED_OF_CHECKPOINTING} times the images a second of exact checkpointing of whole blocks.",

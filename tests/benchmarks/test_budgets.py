@@ -1,0 +1,28 @@
+"""benchmarks/planner/budgets.py end to end on a CPU."""
+
+from __future__ import annotations
+
+import json
+
+import budgets
+import pytest
+
+from s2a_cli.planner import costs, plan
+
+SHALLOW = ["backbone=vit_micro", "backbone.kwargs.depth=2", "backbone.checkpoint=null", "backbone.pretrained=false"]
+
+
+@pytest.mark.slow
+def test_plans_stand_beside_all_rows_that_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(costs, "SECONDS", 0.2)
+    monkeypatch.setattr(plan, "FINAL_SECONDS", 0.2)
+    asked = ["device=cpu", "batch=4", "steps=1", "budgets=0.1MiB,1.6MiB,1GiB", f"out={tmp_path}", "name=small"]
+    found = budgets.main([*SHALLOW, *asked])
+    assert "0.1MiB: budget=0.1MiB: nothing fits" in capsys.readouterr().err
+    assert found["rows"] == json.loads((tmp_path / "small.json").read_text())["rows"]
+    assert [line["budget"] for line in found["budgets"]] == ["1.6MiB", "1GiB"]
+    small, large = found["budgets"]
+    assert small["peak_mib"] <= 1.6 and large["of_best"] > 0 and large["of_checkpointing"] > 0
+    peaks = {row["name"]: row["peak_mib"] for row in found["rows"]}
+    assert peaks["timm's checkpointing, the whole batch"] < peaks["stock, the whole batch"]
+    assert f"| {large['best']} " in (tmp_path / "small.md").read_text()
