@@ -123,8 +123,11 @@ def validate(words: list[str]) -> int:
 
 
 def _headline(config: Any) -> str:
-    """Returns the groups of a config with what was chosen of each."""
-    return " ".join(f"{group}={config[group].name}" for group in ("backbone", "method", "quant", "dataset", "optim"))
+    """Returns the groups of a config with what was chosen of each; a budget chooses quant itself."""
+    names = {group: config[group].name for group in ("backbone", "method", "quant", "dataset", "optim")}
+    if config.budget:
+        names["quant"] = f"planned budget={config.budget}"
+    return " ".join(f"{group}={name}" for group, name in names.items())
 
 
 # The options of `table`; other words choose runs.

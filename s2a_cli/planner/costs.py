@@ -1,9 +1,10 @@
 """Tells how long a step takes on this device, from a few micro-batches that are timed.
 
 A step of B images in micro-batches of m takes B / m times the forward and backward pass of m images, which is timed in
-stock PyTorch at several m. A mode of a block (see candidates.py) takes the same share more at every m: it is timed at
-one m with all blocks in it, and divided among the blocks as their forward passes are. Stored weights are unpacked in
-each pass, whatever m is. The update of the parameters is the same for all plans and left out.
+stock PyTorch at several m. What a mode of a block (see candidates.py) takes more is timed with all blocks in it, at
+several m as well where the device is fast, and divided among the blocks as their forward passes are: a device that
+small micro-batches leave idle loses more by a second pass over them than by one over large ones. Stored weights are
+unpacked in each pass, whatever m is. The update of the parameters is the same for all plans and left out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -25,7 +26,8 @@ from s2a_cli.training.run import OUT_OF_MEMORY
 from s2a_cli.training.step import Step, moving_norms, train_mode
 
 SECONDS = 12.0  # for all measurements together, but for the first of each kind
-MODE_IMAGES = 4  # at most, that modes are measured with
+MODE_IMAGES = 4  # at most, that all modes are measured with
+MOST_OF_REST = 20  # a larger micro-batch of a mode is measured where it takes no more than this part of the time left
 ROUNDS = 3  # in which all is measured once more, while there is time
 RECOMPUTED_EXTRA = 0.35  # assumed: the share of a pass that its blocks' forward passes take
 NOISE = 0.05  # of a time: a mode that is faster than stock PyTorch by less is taken to be as fast
@@ -37,13 +39,14 @@ class Costs:
     """Seconds of a micro-batch.
 
     stock: by its images, forward and backward, every block as in stock PyTorch. shares: of the blocks in the time of
-    all of them. extra: what a mode takes more, as a share, with all blocks in it. weights: seconds more of each pass
-    with weights stored so. assumed: nothing was measured; then only the order of two times means something.
+    all of them. extra: what a mode takes more, as a share by the images of a micro-batch, with all blocks in it.
+    weights: seconds more of each pass with weights stored so. assumed: nothing was measured; then only the order of two
+    times means something.
     """
 
     stock: dict[int, float]
     shares: list[float]
-    extra: dict[Mode, float]
+    extra: dict[Mode, dict[int, float]]
     weights: dict[str, float] = field(default_factory=dict)
     assumed: bool = False
 
@@ -57,8 +60,12 @@ class Costs:
     def micro_batch(self, candidate: Candidate, images: int) -> float:
         """Returns the seconds of one micro-batch of so many images."""
         share = sum(self.shares[: candidate.blocks])
-        extra = self.extra.get(candidate.mode, 0.0) * share if candidate.blocks else 0.0
+        extra = self.more(candidate.mode, images) * share if candidate.blocks else 0.0
         return self._stock(images) * (1 + extra) + self.weights.get(candidate.weights or "", 0.0)
+
+    def more(self, mode: Mode, images: int) -> float:
+        """Returns what a mode takes more with all blocks in it, as a share; below 0 where it is faster."""
+        return _between(self.extra[mode], images) if mode in self.extra else 0.0
 
     def add_weights(self, name: str, timer: Timer) -> None:
         """Notes what a pass takes more with weights that are stored as those of the timer's model."""
@@ -67,22 +74,21 @@ class Costs:
         self.weights[name] = max(0.0, seconds - self.stock[at])
 
     def _stock(self, images: int) -> float:
-        """Interpolates the seconds an image along the logarithm of the number of images; flat outside."""
-        known = sorted(self.stock)
-        below, above = (
-            max((n for n in known if n <= images), default=known[0]),
-            min((n for n in known if n >= images), default=known[-1]),
-        )
-        low, high = self.stock[below] / below, self.stock[above] / above
-        if below == above:
-            return low * images
-        part = math.log(images / below) / math.log(above / below)
-        return images * (low + (high - low) * part)
+        return images * _between({size: seconds / size for size, seconds in self.stock.items()}, images)
+
+
+def _between(table: dict[int, float], images: int) -> float:
+    """Interpolates along the logarithm of the number of images; flat outside of what is known."""
+    below = max((size for size in table if size <= images), default=min(table))
+    above = min((size for size in table if size >= images), default=max(table))
+    if below == above:
+        return table[below]
+    return table[below] + (table[above] - table[below]) * math.log(images / below) / math.log(above / below)
 
 
 def assumed(blocks: int) -> Costs:
     """Returns costs that order plans where nothing is measured: a pass costs as much as 1/8 of an image's."""
-    extra = {mode: 0.0 if mode == PLAIN else RECOMPUTED_EXTRA if mode.recomputes else CODED_EXTRA for mode in MODES}
+    extra = {mode: {1: RECOMPUTED_EXTRA if mode.recomputes else CODED_EXTRA} for mode in MODES if mode != PLAIN}
     stock = {2**power: 2**power + 0.125 for power in range(20)}
     return Costs(stock, [1 / blocks] * blocks, extra, dict.fromkeys((w for w in WEIGHTS if w != "fp32"), 0.25), True)
 
@@ -142,10 +148,11 @@ class Timer:
         except RuntimeError as error:
             if not OUT_OF_MEMORY.search(str(error)):
                 raise
-            return None
         finally:
             model.zero_grad(set_to_none=True)
             self.progress.add(1, at=f"{candidate.mode.about}, {images} at a time")
+        torch.cuda.empty_cache()  # once nothing holds the graph; does nothing without CUDA
+        return None
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -184,7 +191,7 @@ def measure(
     modes: Iterable[Mode],
     fits: Callable[[Candidate], bool],
 ) -> Costs:
-    """Times micro-batches of the smaller of these sizes, which ascend, in stock PyTorch, and modes at one of them.
+    """Times micro-batches of the smaller of these sizes, which ascend, in stock PyTorch, and modes at some of them.
 
     fits: whether a candidate's predicted peak fits the device; others are not run. Where stock PyTorch does not fit
     with one image, its time is that of the first mode that does, less what is assumed to be computed a second time.
@@ -210,23 +217,34 @@ def measure(
             break
         stock.append(images)
     at = max((images for images in stock if images <= MODE_IMAGES), default=min(sizes))
-    kept: list[Mode] = []
+    known: dict[Mode, list[int]] = {}
     for mode in modes:
         candidate = Candidate(at, mode, total, total)
-        late = kept and time.monotonic() > until
+        if mode == PLAIN or (known and time.monotonic() > until):
+            continue
         # What keeps less than stock PyTorch fits where that does. The first pass fits codes to what it sees.
-        if mode != PLAIN and not late and (stock or fits(candidate)) and take(candidate, at) and take(candidate, at):
-            kept.append(mode)
+        if (stock or fits(candidate)) and take(candidate, at) and take(candidate, at):
+            known[mode] = [at]
+    for mode, images in ((mode, images) for images in sizes if images > at for mode in known):
+        candidate = Candidate(at, mode, total, total)
+        whole = replace(candidate, micro_batch=images)
+        ahead = images / at * best[candidate, at]
+        if ahead < (until - time.monotonic()) / MOST_OF_REST and fits(whole) and take(candidate, images):
+            known[mode].append(images)
     shares = timer.shares(at)
     for _ in range(ROUNDS):
         for candidate, images in list(best):
             if time.monotonic() + best[candidate, images] < until:
                 take(candidate, images)
     found = {images: best[Candidate(images), images] for images in stock}
-    if not found and kept:
-        found[at] = best[Candidate(at, kept[0], total, total), at] / (1 + RECOMPUTED_EXTRA)
-    extra = {mode: best[Candidate(at, mode, total, total), at] / found[at] - 1 for mode in kept}
-    return Costs(found or {at: float(at)}, shares, {mode: _believable(mode, share) for mode, share in extra.items()})
+    if not found and known:
+        found[at] = best[Candidate(at, next(iter(known)), total, total), at] / (1 + RECOMPUTED_EXTRA)
+    costs = Costs(found or {at: float(at)}, shares, {})
+    for mode, tried in known.items():
+        seconds = {images: best[Candidate(at, mode, total, total), images] for images in tried}
+        plain = {images: costs.micro_batch(Candidate(images), images) for images in tried}
+        costs.extra[mode] = {images: _believable(mode, seconds[images] / plain[images] - 1) for images in tried}
+    return costs
 
 
 def _believable(mode: Mode, extra: float) -> float:

@@ -131,21 +131,22 @@ def _of_mode(
         return [found(Candidate(size, weights=weights)) for size in fastest[:MOST]]
     if mode not in costs.extra:  # with all blocks in it, it did not fit where it was to be measured
         return []
-    slows = costs.extra[mode] >= 0
     everywhere = Candidate(1, mode, room.total, room.total, weights)
     guesses: dict[Candidate, float] = {}
     for size in room.sizes:
-        if not (slows and size in plain):
-            whole = replace(everywhere, micro_batch=size)
-            guess = room.guessed(whole) if slows else whole
-            guesses[guess] = costs.step(replace(guess, blocks=max(1, guess.blocks - 1)) if slows else guess, batch)
+        whole = replace(everywhere, micro_batch=size)
+        if costs.more(mode, size) < 0:  # it is faster than stock PyTorch: the more blocks, the better
+            guesses[whole] = costs.step(whole, batch)
+        elif size not in plain:
+            guess = room.guessed(whole)
+            guesses[guess] = costs.step(replace(guess, blocks=max(1, guess.blocks - 1)), batch)
     best: Found | None = None
     for guess in sorted(guesses, key=guesses.__getitem__):  # by the time with a block less than is estimated
         if guesses[guess] >= (best.seconds if best else limit):
             return [best] if best else [Slower(guess, guesses[guess])]
         if guess.micro_batch not in room.fitting(everywhere):
             continue
-        fitting = room.fewest(guess) if slows else guess
+        fitting = guess if costs.more(mode, guess.micro_batch) < 0 else room.fewest(guess)
         if fitting and (best is None or costs.step(fitting, batch) < best.seconds):
             best = found(fitting)
     return [best] if best else []

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from s2a_cli.planner.candidates import EXACT, MODES, PLAIN, RECOMPUTED, Candidate, micro_batches
-from s2a_cli.planner.costs import Costs, assumed
+from s2a_cli.planner.costs import SECONDS, Costs, assumed, measure
 from s2a_cli.planner.search import Found, Room, how_many, plans
 
 BATCH, BLOCKS = 64, 12
 KEPT = dict(zip(MODES, (1.0, 0.9, 0.1, 0.1, 0.25, 0.17, 0.05, 0.12), strict=True))
-EXTRA = dict(zip(MODES[1:], (0.02, 0.33, 0.4, 0.08, 0.07, 0.38, 0.06), strict=True))
+SHARES = (0.02, 0.33, 0.4, 0.08, 0.07, 0.38, 0.06)
+EXTRA = {mode: {1: 3 * more, 16: more} for mode, more in zip(MODES[1:], SHARES, strict=True)}
 
 
 def needed(candidate: Candidate) -> float:
@@ -106,12 +108,13 @@ def test_micro_batches_cut_evenly():
 
 
 def test_seconds_are_those_measured_and_between_them_in_between():
-    known = Costs({1: 2.0, 4: 4.0, 16: 20.0}, [0.75, 0.25], {RECOMPUTED: 0.4}, {"int8": 0.5})
+    known = Costs({1: 2.0, 4: 4.0, 16: 20.0}, [0.75, 0.25], {RECOMPUTED: {4: 0.4, 16: 0.2}}, {"int8": 0.5})
     assert [known.micro_batch(Candidate(n), n) for n in (1, 4, 16)] == pytest.approx([2.0, 4.0, 20.0])
     assert known.micro_batch(Candidate(2), 2) == pytest.approx(2 * 1.5)  # 2 s, then 1 s an image
     assert known.micro_batch(Candidate(64), 64) == pytest.approx(64 * 1.25), "flat beyond what was measured"
     assert known.step(Candidate(4), 10) == pytest.approx(2 * 4.0 + 2 * 1.5)
     assert known.step(Candidate(4, RECOMPUTED, 1, 2), 8) == pytest.approx(8.0 * (1 + 0.4 * 0.75))
+    assert known.more(RECOMPUTED, 8) == pytest.approx(0.3) and known.more(RECOMPUTED, 1) == 0.4
     assert known.step(Candidate(4, PLAIN, weights="int8"), 8) == pytest.approx(8.0 + 2 * 0.5)
 
 
@@ -121,3 +124,49 @@ def test_assumed_costs_prefer_what_is_exact_and_whole():
     seconds = [known.step(candidate, BATCH) for candidate in order]
     assert seconds == sorted(seconds)
     assert isinstance(plans(room(10_000), known, BATCH, MODES)[0][0], Found)
+
+
+class Clock:
+    """A device whose times are known, and whose clock runs by them."""
+
+    def __init__(self, seconds, monkeypatch, blocks=4):
+        self.seconds, self.now, self.calls = seconds, 0.0, []
+        self.attached = SimpleNamespace(blocks=[None] * blocks)
+        monkeypatch.setattr("s2a_cli.planner.costs.time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def __call__(self, candidate: Candidate, images: int) -> float:
+        took = self.seconds(candidate, images)
+        self.now += took
+        self.calls.append((candidate, images))
+        return took
+
+    def shares(self, images: int) -> list[float]:
+        return [1 / 4] * 4
+
+
+def test_a_slow_device_is_measured_in_time(monkeypatch):
+    clock = Clock(lambda candidate, images: images * (1.3 if candidate.blocks else 1.0), monkeypatch)
+    found = measure(clock, [1, 2, 4, 8, 16, 32, 64], MODES[:4], lambda candidate: True)
+    assert set(found.stock) == {1, 2} and all(set(sizes) == {2} for sizes in found.extra.values())
+    assert clock.now < 2 * SECONDS
+    assert found.more(RECOMPUTED, 2) == pytest.approx(0.3)
+
+
+def test_a_fast_device_is_measured_at_all_sizes_that_fit(monkeypatch):
+    def seconds(candidate, images):
+        """The host takes 20 ms a pass, and half as much again to recompute; an image takes 1 ms."""
+        return max(0.020 * (1.5 if candidate.blocks else 1.0), 0.001 * images * (1.3 if candidate.blocks else 1.0))
+
+    clock = Clock(seconds, monkeypatch)
+    found = measure(clock, [1, 2, 4, 8, 16, 32, 64], MODES[:4], lambda c: bool(c.blocks) or c.micro_batch <= 32)
+    assert set(found.stock) == {1, 2, 4, 8, 16, 32}
+    assert found.more(RECOMPUTED, 4) == pytest.approx(0.5) and found.more(RECOMPUTED, 32) == pytest.approx(0.3)
+    assert found.more(RECOMPUTED, 64) == pytest.approx(0.3), "beyond what fits in stock PyTorch its time goes on"
+    assert clock.now < SECONDS
+
+
+def test_what_stock_pytorch_can_not_run_is_measured_by_a_mode(monkeypatch):
+    clock = Clock(lambda candidate, images: images * 0.1, monkeypatch)
+    found = measure(clock, [1, 2, 4], MODES[:4], lambda candidate: bool(candidate.blocks))
+    assert set(found.stock) == {1} and found.stock[1] < 0.1
+    assert all(candidate.blocks for candidate, _ in clock.calls)
