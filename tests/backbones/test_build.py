@@ -17,7 +17,7 @@ from s2a_cli.training import run
 NAMES = sorted(set(groups()["backbone"]) - {"timm", "vit_micro"})
 BLOCKS = {  # blocks, layout at the last one
     "vit_t": (12, "tokens"), "vit_s": (12, "tokens"), "vit_b": (12, "tokens"), "vit_l": (24, "tokens"),
-    "deit_s": (12, "tokens"), "dinov2_s": (12, "tokens"),
+    "deit_s": (12, "tokens"), "dinov2_s": (12, "tokens"), "dinov2_l": (24, "tokens"), "dinov2_g": (40, "tokens"),
     "swin_t": (12, "channels_last"), "swin_b": (24, "channels_last"),
     "convnext_t": (18, "channels_first"), "convnext_b": (36, "channels_first"),
     "resnet18": (8, "channels_first"), "resnet50": (16, "channels_first"),
