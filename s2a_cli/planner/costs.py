@@ -25,7 +25,7 @@ from s2a_cli.planner.candidates import MODES, PLAIN, WEIGHTS, Candidate, Mode
 from s2a_cli.training.run import OUT_OF_MEMORY
 from s2a_cli.training.step import Step, moving_norms, train_mode
 
-SECONDS = 12.0  # for all measurements together, but for the first of each kind
+SECONDS = 11.0  # for all measurements together, but for the first of each kind
 MODE_IMAGES = 4  # at most, that all modes are measured with
 MOST_OF_REST = 20  # a larger micro-batch of a mode is measured where it takes no more than this part of the time left
 ROUNDS = 3  # in which all is measured once more, while there is time

@@ -32,7 +32,7 @@ from s2a_cli.planner.task import Task
 from s2a_cli.results import record
 
 FINALISTS = 3
-FINAL_SECONDS = 9.0  # for the finalists together
+FINAL_SECONDS = 8.0  # for the finalists together
 TURNS = 5  # of each finalist, alternating
 SHOWN = 8  # alternatives
 
@@ -204,11 +204,11 @@ def _left_out(task: Task, room: Room, contenders: Iterable[Contender], level: fl
     there, stored = {one.candidate.mode for one in contenders}, task.weights(level)[0]
     whole = Candidate(task.batch, weights=stored)
     missing = [] if room.fits(whole) else [Contender(Found(whole, room.needed(whole), math.inf), "does not fit")]
-    plain = room.fits(Candidate(room.sizes[0], weights=stored))
     for one in task.smallest(level):
         if one.mode not in there and one.weights == stored:
-            why = "no time was left to look at it" if plain else "does not fit"
-            missing.append(Contender(Found(one, math.inf if plain else room.needed(one), math.inf), why))
+            needed = room.needed(one)
+            why = "no time was left to measure it" if needed <= room.available else "does not fit"
+            missing.append(Contender(Found(one, needed, math.inf), why))
     return [one.choice(task.batch) for one in missing]
 
 
