@@ -195,7 +195,7 @@ def test_a_backward_pass_of_one_memory_within_another():
         else:
             with other:
                 grads.append(torch.autograd.grad(loss, x)[0])
-                assert other.frame.config is CODED and memory.frame is None
+                assert other.frame.config == CODED and memory.frame is None
                 assert type(F.gelu(x).grad_fn).__name__ == "ElementwiseBackward"
     torch.testing.assert_close(*grads, rtol=1e-2, atol=1e-2)
 

@@ -201,7 +201,7 @@ def test_tensors_of_another_shape_are_not_read(tmp_path, monkeypatch):
 
 def test_a_state_that_lacks_something_or_calls_something_is_damaged(tmp_path):
     torch.save({"content": ""}, tmp_path / checkpoints.STATE)
-    with pytest.raises(UserError, match=r"state.pt: damaged \(lacks allocation\); remove it"):
+    with pytest.raises(UserError, match=r"state.pt: damaged \(lacks accuracy\); remove it"):
         checkpoints.load_state(tmp_path)
     archive(tmp_path / checkpoints.STATE, {"content": Calls(bytearray, 64 * GIB)})
     with pytest.raises(UserError, match="state.pt: damaged .*bytearray"):

@@ -206,6 +206,7 @@ def test_auto_is_the_largest_batch_of_the_device(monkeypatch, capsys):
         total_memory = 2 * GIB
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # optimisers ask for a stream of one that is
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     rest = [word for word in SMALL if "batch" not in word]
     words = resolved([*rest, "optim.batch_size=auto", "method=full", "quant=none", "--once"])
