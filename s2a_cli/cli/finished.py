@@ -39,6 +39,11 @@ def options_of(words: list[str], *names: str) -> tuple[dict[str, str], list[str]
     return options, others
 
 
+def _asked(words: list[str], *names: str) -> tuple[bool, dict[str, str], list[str]]:
+    """Returns whether --force is among the words, the options of these names, and the other words."""
+    return "--force" in words, *options_of([word for word in words if word != "--force"], *names)
+
+
 def recomposed(words: list[str]) -> Any:
     """Returns the config of the run behind `run=`, with the changes that the other words ask for."""
     from s2a_cli.results import record
@@ -73,8 +78,7 @@ def _data(words: list[str], root: str | None) -> tuple[list[str], list[str]]:
 
 def evaluate(words: list[str]) -> int:
     """Tests a finished run; returns 1 where a figure on its own test split differs from the recorded one."""
-    force, words = "--force" in words, [word for word in words if word != "--force"]
-    options, words = options_of(words, "data", "out")
+    force, options, words = _asked(words, "data", "out")
     out = Path(options["out"]) if "out" in options else None
     elsewhere, own = _data(words, options.get("data"))
     folder, _ = _finished(own)
@@ -139,8 +143,7 @@ def of_predict(words: list[str]) -> Any:
 
 def predict(words: list[str]) -> int:
     """Classifies photos with a finished run; returns 1 where one of them can't be read."""
-    force, words = "--force" in words, [word for word in words if word != "--force"]
-    options, words = options_of(words, *PREDICT)
+    force, options, words = _asked(words, *PREDICT)
     named, words = _photos(words)
     folder, _ = _finished(words)
     if not named or "" in named:
@@ -193,8 +196,7 @@ EXPORT = ("to", "out")  # options of `s2a export`
 
 def report(words: list[str]) -> int:
     """Writes the page of one run and prints where it is."""
-    force, words = "--force" in words, [word for word in words if word != "--force"]
-    options, words = options_of(words, "out")
+    force, options, words = _asked(words, "out")
     folder, _ = _finished(words)
     out = Path(options.get("out", folder / "report.html"))
     from s2a_cli.results import formats, record, run_report
@@ -223,8 +225,7 @@ def of_export(words: list[str]) -> Any:
 
 def export(words: list[str]) -> int:
     """Writes the model of a finished run in a form that others load without this package."""
-    force, words = "--force" in words, [word for word in words if word != "--force"]
-    options, words = options_of(words, *EXPORT)
+    force, options, words = _asked(words, *EXPORT)
     images, words = _photos(words)
     folder, _ = _finished(words)
     if "out" not in options:

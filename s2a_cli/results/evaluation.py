@@ -11,7 +11,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from scipy.stats import binomtest
@@ -29,6 +29,30 @@ BINS = 15  # of the calibration error, as in Guo et al. 2017 (arXiv 1706.04599)
 ROWS = 30  # classes that are printed, at most
 PAIRS = 10  # confusions that are printed, at most
 NAME = 28  # characters of a class's name
+
+
+class Tested(Protocol):
+    """What evaluations have in common: see Evaluation."""
+
+    run: str
+    run_id: str
+    data: str
+    classes: list[str]
+    notes: list[str]
+
+
+def head(found: Tested, images: int, classes_tested: int) -> dict[str, Any]:
+    """Returns what evaluation.json begins with."""
+    return {
+        "schema": SCHEMA,
+        "run": found.run,
+        "run_id": found.run_id,
+        "data": found.data,
+        "notes": found.notes,
+        "images": images,
+        "classes": found.classes,
+        "classes_tested": classes_tested,
+    }
 
 
 @dataclass
@@ -74,14 +98,7 @@ class Evaluation:
         matrix = confusion_matrix(answers.targets, answers.predicted, labels=labels)
         bins, error = calibration(answers.confidence, right)
         return {
-            "schema": SCHEMA,
-            "run": self.run,
-            "run_id": self.run_id,
-            "data": self.data,
-            "notes": self.notes,
-            "images": count,
-            "classes": self.classes,
-            "classes_tested": len(tested),
+            **head(self, count, len(tested)),
             "top1": 100 * int(right.sum()) / count,
             "top1_wilson_95": wilson(int(right.sum()), count),
             "top5": None if answers.in_top5 is None else 100 * int(answers.in_top5.sum()) / count,

@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from s2a_cli.common.files import atomic_write
 from s2a_cli.common.text import brief, counted, printable
-from s2a_cli.results.evaluation import NAME, ROWS, SCHEMA
+from s2a_cli.results.evaluation import NAME, ROWS, head
 from s2a_cli.results.formats import safe_cell
 from s2a_cli.results.metrics import mean_average_precision
 
@@ -63,14 +63,7 @@ class MultiLabelEvaluation:
             )
         tested = [row for row in rows if row["images"]]
         return {
-            "schema": SCHEMA,
-            "run": self.run,
-            "run_id": self.run_id,
-            "data": self.data,
-            "notes": self.notes,
-            "images": len(self.images),
-            "classes": self.classes,
-            "classes_tested": len(tested),
+            **head(self, len(self.images), len(tested)),
             "map": mean_average_precision(self.logits, self.targets),
             "macro_f1": float(np.mean([row["f1"] for row in tested])) if tested else None,
             "all_labels_right": 100 * float((given == answered).all(1).mean()),

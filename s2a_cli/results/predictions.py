@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-import jinja2
-
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import atomic_file
 from s2a_cli.common.text import nearest, printable
+from s2a_cli.results import pages
 from s2a_cli.results.formats import safe_cell, save
 
-TEMPLATE = Path(__file__).with_name("predictions.html")
 SHOWN = 500  # photos of a page, at most
 CSV_OPENS, JSON_OPENS = b"image,class,probability", b'[\n{"image": '  # what files of ours begin with
 
@@ -152,10 +150,8 @@ class Gallery:
     def save(self, path: Path, title: str, force: bool) -> None:
         """Writes the page. Raises UserError as formats.save does."""
         kept = [prediction for _, _, prediction in sorted(self._kept, reverse=True)]
-        environment = jinja2.Environment(
-            autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-        )
-        page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        page = pages.render(
+            "predictions.html",
             title=title,
             count=self._count,
             unreadable=self._unreadable,

@@ -98,11 +98,11 @@ class Step:
     """Runs forward, backward and update of one batch under a run's precision, quantisation and accumulation.
 
     attached: what is trained; quant.recompute and quant.chunks are about its blocks. Call: step(model, optimizer,
-    images [B, 3, H, W], targets [B] or [B, classes]) -> mean loss, a detached scalar; images are normalised, or pixels
-    in uint8, which are normalised a micro-batch at a time; over the auxiliary
-    heads too, whose losses are back-propagated within the forward pass. `after_forward` is called after each forward
-    pass, when all that is kept for the backward pass is alive (with local-loss segments: of the last one). Where
-    several processes share a batch, `of` is its number of images, and the losses returned add up to its mean loss.
+    images [B, 3, H, W], targets [B] or [B, classes]) -> mean loss, a detached scalar, over the auxiliary heads too,
+    whose losses are back-propagated within the forward pass. Images are normalised, or pixels in uint8, which are
+    normalised a micro-batch at a time. `after_forward` is called after each forward pass, when all that is kept for the
+    backward pass is alive (with local-loss segments: of the last one). Where several processes share a batch, `of` is
+    its number of images, and the losses returned add up to its mean loss.
     criterion: (logits [B, classes], targets) -> mean loss; by default cross-entropy with the config's label smoothing.
     """
 

@@ -144,33 +144,6 @@ def test_a_part_of_a_grid_that_makes_no_sense_is_left_out_with_its_reason(capsys
     assert not planned.repeated, "what stands twice counts once"
 
 
-def test_codes_may_do_more_than_code(capsys):
-    """int4 also runs frozen blocks in chunks: for a method that keeps nothing it is another run, as s2a memory says."""
-    planned = planning.plan([*TINY, "method=linear", "quant=none,int4,tiny"])
-    assert len(planned.members) == 3 and not planned.excluded
-
-
-def test_a_plan_without_data_and_weights(tmp_path, monkeypatch):
-    """--dry-run: what is not on this machine is named once, and nothing is downloaded."""
-    monkeypatch.setenv("S2A_DATA", str(tmp_path))
-    words = ["backbone=vit_t", "backbone.image_size=32", "dataset=cifar10,digits", "method=bias", "seed=range(0,3)"]
-    planned = planning.plan(words, dry=True)
-    assert [member.classes for member in planned.members] == [10] * 6 and planned.members[0].images == 45_000
-    assert {member.state() for member in planned.members} == {"unknown"}
-    assert len(planned.missing) == 2 and "the data of cifar10 (" in planned.missing[0]
-    assert planned.missing[1] == "the weights of vit_t (vit_tiny_patch16_224.augreg_in21k)"
-    asked = []
-    monkeypatch.setattr(planning.forecast, "predicted_peak", lambda *args: asked.append(args) or 1.0)
-    planning.predict(planned.members)
-    assert len(asked) == 1, "neither seeds nor data sets of as many classes are predicted again"
-    shown = planning.overview(planned, predicted=True)
-    assert shown.count("not on this machine") == 2 and "runs/cifar10/vit_t/bias/?" in shown
-    with pytest.raises(UserError, match="could not be downloaded"):
-        planning.plan(["backbone=vit_t", "method=bias"])
-    with pytest.raises(UserError, match="dataset.root=nowhere does not exist"):
-        planning.plan(["backbone=vit_t", "dataset=folder", "method=bias", "dataset.root=nowhere"])
-
-
 def test_the_same_run_twice_is_one():
     planned = planning.plan([*TINY, "quant=int4", "quant.bits=4,5", "quant.norm=4", "seed=1", "workers=0,1"])
     assert len(planned.members) == 2 and planned.repeated == 2

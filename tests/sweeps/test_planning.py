@@ -1,0 +1,42 @@
+"""Which runs a grid has, known before any data or weights are here."""
+
+from __future__ import annotations
+
+import pytest
+
+from s2a_cli.common.errors import UserError
+from s2a_cli.sweeps import planning
+
+TINY = ["dataset.shots=4", "optim.epochs=1", "optim.batch_size=16", "device=cpu", "workers=0"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_codes_may_do_more_than_code(capsys):
+    """int4 also runs frozen blocks in chunks: for a method that keeps nothing it is another run, as s2a memory says."""
+    planned = planning.plan([*TINY, "method=linear", "quant=none,int4,tiny"])
+    assert len(planned.members) == 3 and not planned.excluded
+
+
+def test_a_plan_without_data_and_weights(tmp_path, monkeypatch):
+    """--dry-run: what is not on this machine is named once, and nothing is downloaded."""
+    monkeypatch.setenv("S2A_DATA", str(tmp_path))
+    words = ["backbone=vit_t", "backbone.image_size=32", "dataset=cifar10,digits", "method=bias", "seed=range(0,3)"]
+    planned = planning.plan(words, dry=True)
+    assert [member.classes for member in planned.members] == [10] * 6 and planned.members[0].images == 45_000
+    assert {member.state() for member in planned.members} == {"unknown"}
+    assert len(planned.missing) == 2 and "the data of cifar10 (" in planned.missing[0]
+    assert planned.missing[1] == "the weights of vit_t (vit_tiny_patch16_224.augreg_in21k)"
+    asked = []
+    monkeypatch.setattr(planning.forecast, "predicted_peak", lambda *args: asked.append(args) or 1.0)
+    planning.predict(planned.members)
+    assert len(asked) == 1, "neither seeds nor data sets of as many classes are predicted again"
+    shown = planning.overview(planned, predicted=True)
+    assert shown.count("not on this machine") == 2 and "runs/cifar10/vit_t/bias/?" in shown
+    with pytest.raises(UserError, match="could not be downloaded"):
+        planning.plan(["backbone=vit_t", "method=bias"])
+    with pytest.raises(UserError, match="dataset.root=nowhere does not exist"):
+        planning.plan(["backbone=vit_t", "dataset=folder", "method=bias", "dataset.root=nowhere"])
