@@ -43,12 +43,16 @@ def batch_chunks(samples: int, size: int) -> Iterator[tuple[slice, SampleDraws |
 
 
 def random_state(device: torch.device) -> list[Tensor]:
-    """Returns the states of the generators that operators on this device draw from."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    """Returns the states of the generators that operators on this device draw from.
+
+    While a CUDA graph is captured that of the device can't be read: what is captured must not draw there.
+    """
+    reads = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if reads else [])
 
 
 def set_random_state(device: torch.device, states: list[Tensor]) -> None:
     """Puts back what `random_state` gave."""
     torch.set_rng_state(states[0])
-    if device.type == "cuda":
+    if len(states) > 1:
         torch.cuda.set_rng_state(states[1], device)

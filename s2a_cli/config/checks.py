@@ -43,6 +43,8 @@ def check(config: DictConfig) -> dict[str, str]:
         problems["fidelity"] = f"fidelity={values['fidelity']} needs budget=SIZE, the memory that a plan is made for"
     if values.get("budget") is not None and values.get("compile"):
         problems["compile"] = "compile=true goes without budget=: the compiler decides what it keeps"
+    if values.get("compile") and values.get("cuda_graphs"):
+        problems["cuda_graphs"] = "cuda_graphs=true goes without compile=true: the compiler launches what it makes"
     if usable("compile_budget") and not values.get("compile"):
         problems["compile_budget"] = (
             f"compile_budget={values['compile_budget']} is the compiler's: set compile=true too"

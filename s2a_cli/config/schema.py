@@ -326,6 +326,10 @@ class RunConfig:
         rule=one_of("refuse", "allow"),
     )
     compile: bool = setting(False, help="torch.compile: minutes at the start, faster steps")
+    cuda_graphs: bool | None = setting(
+        None,
+        help="true: replay each pass as one CUDA graph, faster where the host limits the device; null: with a budget",
+    )
     profile: str | None = setting(
         None,
         help="memory: also write PyTorch's record of all allocations to the run's folder; needs CUDA",

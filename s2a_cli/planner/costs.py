@@ -9,6 +9,7 @@ unpacked in each pass, whatever m is. The update of the parameters is the same f
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ from s2a_cli.common.progress import Progress
 from s2a_cli.config.settings import merge
 from s2a_cli.methods import Attachment
 from s2a_cli.planner.candidates import MODES, PLAIN, WEIGHTS, Candidate, Mode
+from s2a_cli.training.cuda_graphs import PassGraphs
 from s2a_cli.training.run import OUT_OF_MEMORY
 from s2a_cli.training.step import Step, moving_norms, train_mode
 
@@ -31,6 +33,7 @@ MOST_OF_REST = 20  # a larger micro-batch of a mode is measured where it takes n
 ROUNDS = 3  # in which all is measured once more, while there is time
 RECOMPUTED_EXTRA = 0.35  # assumed: the share of a pass that its blocks' forward passes take
 NOISE = 0.05  # of a time: a mode that is faster than stock PyTorch by less is taken to be as fast
+REPLAYS = 3  # of a graph that are timed
 CODED_EXTRA = 0.05  # assumed, of codes
 
 
@@ -113,6 +116,7 @@ class Timer:
         self.criterion = criterion
         self.images, self.targets = batch
         self._steps: dict[Candidate, Step] = {}
+        self._replays: dict[tuple[Candidate, int], float] = {}  # seconds, with CUDA graphs
         self._norms = {
             norm: {name: t.clone() for name, t in norm.named_buffers()} for norm in moving_norms(attached.model)
         }
@@ -137,14 +141,18 @@ class Timer:
         return self.images[index].to(self.device), self.targets[index].to(self.device)
 
     def __call__(self, candidate: Candidate, images: int) -> float | None:
-        """Returns the seconds of one micro-batch of so many images; None where the device has not the memory."""
+        """Returns the seconds of one micro-batch of so many images; None where the device has not the memory.
+
+        With CUDA graphs these are the seconds of a replay, which are measured once: no host disturbs them.
+        """
+        if seconds := self._replays.get((candidate, images)):
+            return seconds
         batch, step, model = self.take(images), self.step(candidate), self.attached.model
         try:
-            self._wait()
-            begun = time.perf_counter()
-            step.accumulate(model, *batch)
-            self._wait()
-            return time.perf_counter() - begun
+            seconds = self._seconds(lambda: step.accumulate(model, *batch))
+            if step.graphs is not None:
+                seconds = self._replays[candidate, images] = self._replayed(step, *batch)
+            return seconds
         except RuntimeError as error:
             if not OUT_OF_MEMORY.search(str(error)):
                 raise
@@ -153,6 +161,21 @@ class Timer:
             self.progress.add(1, at=f"{candidate.mode.about}, {images} at a time")
         torch.cuda.empty_cache()  # once nothing holds the graph; does nothing without CUDA
         return None
+
+    def _seconds(self, run: Callable[[], object]) -> float:
+        self._wait()
+        begun = time.perf_counter()
+        run()
+        self._wait()
+        return time.perf_counter() - begun
+
+    def _replayed(self, step: Step, images: Tensor, targets: Tensor) -> float:
+        """Returns the seconds in which the pass that has just run is replayed as a graph."""
+        graphs, run = PassGraphs(), functools.partial(step.accumulate, self.attached.model)
+        with step.as_fitted():
+            for _ in range(2):  # the first replay loads the graph
+                graphs.warmed(run, images, targets)
+            return min(self._seconds(lambda: graphs.warmed(run, images, targets)) for _ in range(REPLAYS))
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

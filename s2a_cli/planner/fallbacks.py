@@ -93,7 +93,7 @@ def options(task: Task) -> Iterator[Option]:
     for plan in sorted(found, key=lambda plan: -plan.candidate.fidelity):
         if plan.candidate.mode not in known:
             known.append(plan.candidate.mode)
-            words = tuple(plan.candidate.words(task.batch))
+            words = tuple(task.words(plan.candidate))
             yield Option(words, plan.needed, plan.candidate.describe(task.batch))
     for fallback in fallbacks(task):
         yield Option(fallback.words, fallback.needed, "with one image at a time, of the plans that take least")

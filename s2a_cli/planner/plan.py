@@ -50,11 +50,11 @@ class Contender:
     def candidate(self) -> Candidate:
         return self.found.candidate
 
-    def choice(self, batch: int) -> record.Choice:
+    def choice(self, task: Task) -> record.Choice:
         """Returns what the record of a run says about it."""
         return {
-            "about": self.candidate.describe(batch),
-            "words": self.candidate.words(batch),
+            "about": self.candidate.describe(task.batch),
+            "words": task.words(self.candidate),
             "needed_mib": round(self.found.needed / MIB, 1) if math.isfinite(self.found.needed) else None,
             "predicted_seconds": _rounded(self.found.seconds),
             "measured_seconds": _rounded(self.seconds),
@@ -89,7 +89,7 @@ def make(
     ):
         common = batch, device, progress, criterion
         others = {
-            name: Timer(replaced(task.config, {"backbone.weights": name}), stored(name), *common)
+            name: Timer(replaced(task.config, task.stored_settings(name)), stored(name), *common)
             for name in weights
             if name not in (None, "fp32")
         }
@@ -107,7 +107,7 @@ def make(
     contenders += [Contender(Found(one.candidate, math.inf, one.seconds), _too_slow(one, best)) for one in slower]
     _explain(best, contenders)
     rest = sorted((c for c in contenders if c is not best), key=lambda c: c.seconds or c.found.seconds)
-    settings = best.candidate.settings(task.batch)
+    settings = task.settings(best.candidate)
     return {
         "settings": settings,
         "asked": {key: _plain(OmegaConf.select(task.config, key)) for key in settings},
@@ -115,7 +115,7 @@ def make(
         "batch": task.batch,
         "device": str(device),
         "seconds": round(time.monotonic() - begun, 1),
-        "choices": [c.choice(task.batch) for c in (best, *rest[:SHOWN])] + _left_out(task, room, contenders, level),
+        "choices": [c.choice(task) for c in (best, *rest[:SHOWN])] + _left_out(task, room, contenders, level),
     }
 
 
@@ -209,7 +209,7 @@ def _left_out(task: Task, room: Room, contenders: Iterable[Contender], level: fl
             needed = room.needed(one)
             why = "no time was left to measure it" if needed <= room.available else "does not fit"
             missing.append(Contender(Found(one, needed, math.inf), why))
-    return [one.choice(task.batch) for one in missing]
+    return [one.choice(task) for one in missing]
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -16,7 +16,7 @@ from s2a_cli.planner.fallbacks import said
 from s2a_cli.planner.run_memory import Composition
 from s2a_cli.planner.task import Task
 from s2a_cli.results import record
-from s2a_cli.training.run import Run, attach, choose_device
+from s2a_cli.training.run import Run, attach, choose_device, no_graphs
 
 PLENTY = 64  # images, at most, that measurements take
 
@@ -70,6 +70,12 @@ def plan_composition(composition: Composition, processes: int = 1) -> record.Pla
 def _task(
     config: DictConfig, attached: Attachment, classes: int, images: int, device: torch.device, processes: int
 ) -> Task:
-    """Returns what is planned; on CUDA the budget is the memory of a device, with its context."""
+    """Returns what is planned; on CUDA the budget is the memory of a device, with its context.
+
+    Passes are replayed as CUDA graphs where those of all candidates can be, unless the config forbids it.
+    """
     margin = Margin() if device.type == "cuda" else None
+    any_candidate = replaced(config, {"quant.recompute": "block"})
+    graphs = config.cuda_graphs is not False and not no_graphs(any_candidate, attached, device, processes)
+    config = replaced(config, {"cuda_graphs": graphs})
     return Task(config, attached, classes, images, size("budget", config.budget), margin, processes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -85,7 +86,7 @@ class Task:
     def needed(self, candidate: Candidate) -> float:
         """Returns the bytes of the device that a candidate is predicted to need; infinity for one that can't be run."""
         attached = self.stored(candidate.weights)
-        config = replaced(self.config, candidate.settings(self.batch))
+        config = replaced(self.config, self.settings(candidate))
         if attached is None:
             return math.inf
         try:
@@ -93,6 +94,22 @@ class Task:
         except UserError:
             return math.inf
         return self.takes(profile)
+
+    def settings(self, candidate: Candidate) -> dict[str, Any]:
+        """Returns {dotted key: value} of all that is chosen with a candidate."""
+        return candidate.settings(self.batch) | {"cuda_graphs": self.graphs(candidate.weights)}
+
+    def words(self, candidate: Candidate) -> list[str]:
+        """Returns the words of `s2a train` that ask for the same."""
+        return [*candidate.words(self.batch), *(["cuda_graphs=true"] if self.graphs(candidate.weights) else [])]
+
+    def stored_settings(self, weights: str) -> dict[str, Any]:
+        """Returns {dotted key: value} of all that goes with weights that are stored so."""
+        return {"backbone.weights": weights, "cuda_graphs": self.graphs(weights)}
+
+    def graphs(self, weights: str | None) -> bool:
+        """Returns whether passes are replayed as CUDA graphs; offloaded weights come from the host."""
+        return bool(self.config.cuda_graphs) and weights != "offload"
 
     def takes(self, profile: Profile) -> float:
         """Returns the bytes of the device that a step takes."""

@@ -22,6 +22,7 @@ from s2a_cli.config.settings import plain
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.feature_head import FeatureHead
 from s2a_cli.results import record
+from s2a_cli.training.compiling import random_operators
 from s2a_cli.training.criterion import Criterion, criterion_of
 from s2a_cli.training.step import AUTOCAST, moving_norms, train_mode, weight_dtype
 
@@ -113,6 +114,8 @@ def prepare(config: DictConfig) -> Run:
             f"a batch of {least} images can't be shared by {processes} processes; start fewer, or raise"
             " optim.batch_size"
         )
+    if config.cuda_graphs and not config.budget and (needed := no_graphs(config, attached, device, processes)):
+        raise UserError(f"cuda_graphs=true needs {needed}")
     content = record.content(plain(config, resolve=True), splits.revision, weights)
     return Run(config, splits, attached, weights, device, content)
 
@@ -163,6 +166,28 @@ def attach(config: DictConfig, backbone: Backbone) -> Attachment:
     backbone.model.to(weight_dtype(config.precision))
     frozen_weights.store(backbone, config.backbone.weights, AUTOCAST.get(config.precision))
     return attached
+
+
+def no_graphs(config: DictConfig, attached: Attachment, device: torch.device, processes: int = 1) -> str | None:
+    """Returns what the steps of a config would need to be captured as CUDA graphs; None where they can be."""
+    blocks = config.quant.blocks.values()
+    recomputes = config.quant.recompute == "block" or any(block.get("recompute") == "block" for block in blocks)
+    if device.type != "cuda":
+        return f"a CUDA device, not {device}"
+    if processes > 1:
+        return "one process: several add up their gradients within a backward pass"
+    if config.backbone.weights == "offload":
+        return "weights on the device: backbone.weights=offload brings them on a stream of its own"
+    if config.quant.rounding == "stochastic":
+        return "quant.rounding=nearest: the seeds of stochastic rounding are numbers of the host"
+    if attached.after_step:
+        return f"steps that are alike: method={config.method.name} changes what it computes between them"
+    if recomputes and (drawn := random_operators(attached.model, attached.backbone.image.size)):
+        return (
+            "blocks without random numbers where they are computed again, and in training this model draws some"
+            f" ({drawn[0]}): set the rates of dropout and stochastic depth to 0"
+        )
+    return None
 
 
 def _refuse_parts(config: DictConfig, within_blocks: bool) -> None:

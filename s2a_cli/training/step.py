@@ -19,6 +19,7 @@ from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.deep_supervision import losses_of
 from s2a_cli.methods.parts.feature_head import Features
 from s2a_cli.training.criterion import Criterion
+from s2a_cli.training.cuda_graphs import PassGraphs
 from s2a_cli.training.gradient_sum import GradientSum
 
 Batch = Tensor | Features  # images [B, 3, H, W], or what a feature head reads of them
@@ -104,6 +105,7 @@ class Step:
     backward pass is alive (with local-loss segments: of the last one). Where several processes share a batch, `of` is
     its number of images, and the losses returned add up to its mean loss.
     criterion: (logits [B, classes], targets) -> mean loss; by default cross-entropy with the config's label smoothing.
+    With cuda_graphs the passes of a step are replayed once codes are fitted; `after_forward` is not called then.
     """
 
     def __init__(
@@ -123,6 +125,8 @@ class Step:
         self.memory = context_of(cast(QuantConfig, quant), attached.blocks)
         self.criterion = criterion or Criterion(label_smoothing=config.optim.label_smoothing)
         self._sum: GradientSum | None = None
+        self.graphs = PassGraphs() if config.cuda_graphs and device.type == "cuda" else None
+        self._with_gradient: list[nn.Parameter] = []  # those that had one in the last step
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp-fp16")
 
     @property
@@ -134,6 +138,15 @@ class Step:
     def calibration(self, state: dict[str, Any]) -> None:
         if isinstance(self.memory, ActivationMode):
             self.memory.calibration.load_state_dict(state)
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether all passes to come compute alike: no codes are fitted any more."""
+        return not isinstance(self.memory, ActivationMode) or self.memory.calibration.is_settled
+
+    def as_fitted(self) -> AbstractContextManager[None]:
+        """Fits codes to nothing further within."""
+        return self.memory.calibration.paused() if isinstance(self.memory, ActivationMode) else nullcontext()
 
     @property
     def fitted(self) -> dict[str, Tensor]:
@@ -196,14 +209,35 @@ class Step:
             self._sum = GradientSum(trained)
         parts = list(zip(images.split(size), targets.split(size)))
         for number, (part, target) in enumerate(parts, 1):
-            summing = self._sum.last_backward() if number == len(parts) else nullcontext()
-            total += self.accumulate(model, part, target, len(part) / of, after_forward, summing)
+            share = len(part) / of
+            if (loss := self._replayed(model, part, target, share)) is None:
+                summing = self._sum.last_backward() if number == len(parts) else nullcontext()
+                loss = self.accumulate(model, part, target, share, after_forward, summing)
+            total += loss
         if self.optim.clip_grad:
             self.scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), self.optim.clip_grad)
         self.scaler.step(optimizer)
         self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        self._release_gradients(optimizer, trained)
         for act in self.attached.after_step:
             act(optimizer)
         return total
+
+    def _replayed(self, model: nn.Module, images: Batch, targets: Tensor, share: float) -> Tensor | None:
+        """Returns the loss of a micro-batch whose pass was replayed as a graph; None where it has to run."""
+        if self.graphs is None:
+            return None
+
+        def run(images: Batch, targets: Tensor) -> Tensor:
+            return self.accumulate(model, images, targets, share)
+
+        if ready := self.is_steady and bool(self._with_gradient):
+            for p in self._with_gradient:  # where the graph finds them again
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return self.graphs(run, images, targets, share, ready)
+
+    def _release_gradients(self, optimizer: Optimizer, trained: list[nn.Parameter]) -> None:
+        """Ends the gradients of a step; those that graphs add to stay, as zeros."""
+        self._with_gradient = [p for p in trained if p.grad is not None]
+        optimizer.zero_grad(set_to_none=self.graphs is None or not self.graphs.is_active)

@@ -189,6 +189,13 @@ class Calibration:
             self._traced[key] = codebook = codebook.dataless(x)
         return codebook
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether no layer that was seen is going to be looked at again."""
+        return self._is_paused or not any(
+            layer.looks < len(LOOKS) and self._passes + 1 - layer.first < PATIENCE for layer in self._layers.values()
+        )
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Fits nothing within: what runs there is not the run's data."""

@@ -1,0 +1,178 @@
+"""Passes that are replayed as CUDA graphs: on a CPU with a stand-in that runs the captured pass again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from s2a_cli import backbones
+from s2a_cli.common.errors import UserError
+from s2a_cli.config.compose import compose
+from s2a_cli.training.cuda_graphs import PassGraphs
+from s2a_cli.training.run import attach, no_graphs
+from s2a_cli.training.step import Step, make_optimizer, train_mode
+
+MODEL = ["backbone=vit_micro", "backbone.checkpoint=null", "backbone.pretrained=false", "backbone.kwargs.depth=2"]
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+STEPS, BATCH = 22, 5  # more than the 17 passes in which codes are fitted
+
+
+class StandIn:
+    """Captures nothing: a replay runs the pass, with the tensors that a graph would read. Counts both."""
+
+    def __init__(self) -> None:
+        self.captures = self.replays = 0
+
+    def __call__(self, run: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None], Any]:
+        self.captures += 1
+        loss = torch.zeros(())
+
+        def replay() -> None:
+            self.replays += 1
+            loss.copy_(run())
+
+        return loss, replay, pool
+
+
+def made(words: list[str], device: torch.device = CPU) -> tuple[Any, Step]:
+    config = compose([*MODEL, *words])
+    torch.manual_seed(0)
+    attached = attach(config, backbones.build(config.backbone, 3))
+    attached.model.to(device)
+    train_mode(attached.model)
+    return attached, Step(config, device, attached)
+
+
+def trained(words: list[str], graphs: PassGraphs | None, device: torch.device = CPU) -> tuple[list[Tensor], list[float]]:
+    """What trains after some steps, of which every fourth is a smaller batch, and the losses."""
+    attached, step = made(words, device)
+    step.graphs, losses = graphs, []
+    optimizer = make_optimizer(step.optim, attached.model, attached)
+    size, generator = attached.backbone.image.size, torch.Generator().manual_seed(0)
+    for number in range(STEPS):
+        count = BATCH - 2 if number % 4 == 3 else BATCH
+        images, targets = torch.randn(count, 3, size, size, generator=generator), torch.arange(count) % 3
+        torch.manual_seed(number)
+        losses.append(step(attached.model, optimizer, images.to(device), targets.to(device)).item())
+    return [p.detach().cpu() for p in attached.model.parameters() if p.requires_grad], losses
+
+
+COMPOSITIONS = [
+    ["method=bias", "quant=none"],
+    ["method=s2a", "quant=int4"],
+    ["method=s2a", "quant=tiny", "optim.micro_batch=2"],
+    ["method=side", "quant=none", "optim.clip_grad=0.1"],
+    ["method=full", "quant=exact", "optim.micro_batch=3", "optim.name=sgd"],
+    ["method=vpt_deep", "quant=none"],  # with dropout
+]
+
+
+@pytest.mark.parametrize("words", COMPOSITIONS, ids=" ".join)
+def test_replayed_steps_train_what_others_do(words):
+    stand_in = StandIn()
+    expected, losses = trained(words, None)
+    found, replayed = trained(words, PassGraphs(stand_in))
+    assert stand_in.captures >= 2 and stand_in.replays > stand_in.captures
+    assert replayed == losses
+    assert all(map(torch.equal, found, expected))
+
+
+def test_nothing_is_captured_before_codes_are_fitted():
+    attached, step = made(["method=bias", "quant=int4"])
+    step.graphs = PassGraphs(stand_in := StandIn())
+    optimizer, size = make_optimizer(step.optim, attached.model), attached.backbone.image.size
+    at = []
+    for _ in range(20):
+        step(attached.model, optimizer, torch.randn(2, 3, size, size), torch.arange(2))
+        at.append(stand_in.captures)
+    assert at == [0] * 17 + [1] * 3  # a layer is looked at in its first pass and in the 16th after it at last
+
+
+def test_a_parameter_without_a_gradient_keeps_none():
+    """A gradient of zeros would let weight decay change it."""
+    attached, step = made(["method=bias", "quant=none"])
+    idle = torch.nn.Parameter(torch.ones(2, 2))
+    attached.model.register_parameter("idle_weight", idle)
+    step.graphs = PassGraphs(StandIn())
+    optimizer, size = make_optimizer(step.optim, attached.model), attached.backbone.image.size
+    for _ in range(4):
+        step(attached.model, optimizer, torch.randn(2, 3, size, size), torch.arange(2))
+    assert idle.grad is None and torch.equal(idle, torch.ones(2, 2))
+    assert attached.model.get_parameter("idle_weight") is idle
+
+
+class Uncapturable(TorchDispatchMode):
+    """Collects operators that wait for the device, or that bring numbers of the host to it."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "_unique2", "unique_dim", "item")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        masks = [x for x in args[1] or () if x is not None] if name in ("index", "index_put_") else []
+        if name in self.NAMES or any(x.dtype == torch.bool for x in masks):
+            self.found.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("quant", ["none", "exact", "int4", "int5", "int8", "paper", "tiny"])
+@pytest.mark.parametrize("method", ["full", "bias", "prompt", "side", "s2a", "lora", "ssf", "s2a_paper"])
+def test_a_settled_pass_needs_nothing_of_the_host(method, quant):
+    attached, step = made([f"method={method}", f"quant={quant}"])
+    size = attached.backbone.image.size
+    batch = torch.randn(2, 3, size, size), torch.arange(2)
+    for _ in range(18):
+        step.accumulate(attached.model, *batch)
+    with Uncapturable() as watched:
+        step.accumulate(attached.model, *batch)
+    assert not watched.found
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["method=head2toe"], "changes what it computes"),
+        (["method=bias", "quant=int4", "quant.rounding=stochastic"], "quant.rounding=nearest"),
+        (["method=vpt_deep", "quant=tiny"], "without random numbers"),
+        (["method=vpt_deep", "quant.blocks={1: {recompute: block}}"], "without random numbers"),
+        (["method=bias", "backbone.weights=offload"], "weights on the device"),
+    ],
+)
+def test_what_can_not_be_captured_is_refused(words, said):
+    config = compose([*MODEL, *words])
+    attached = attach(config, backbones.build(config.backbone, 3, meta=True))
+    assert said in (no_graphs(config, attached, CUDA) or "")
+    assert "not cpu" in (no_graphs(config, attached, CPU) or "")
+
+
+def test_several_processes_are_refused():
+    config = compose([*MODEL, "method=vpt_deep"])
+    attached = attach(config, backbones.build(config.backbone, 3, meta=True))
+    assert no_graphs(config, attached, CUDA) is None
+    assert "one process" in (no_graphs(config, attached, CUDA, processes=2) or "")
+
+
+def test_a_cpu_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    from s2a_cli.training import run
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="cuda_graphs=true needs a CUDA device, not cpu"):
+        run.prepare(compose([*MODEL, "method=bias", "dataset=digits", "device=cpu", "cuda_graphs=true"]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("words", COMPOSITIONS, ids=" ".join)
+def test_on_cuda(words):
+    expected, losses = trained(words, None, CUDA)
+    found, replayed = trained(words, PassGraphs(), CUDA)
+    assert replayed == pytest.approx(losses, abs=1e-4)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
