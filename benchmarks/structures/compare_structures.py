@@ -80,7 +80,7 @@ class Data:
         self.name = Path(root).name.split(".")[0]
 
     def place(self, out: Path, stage: str, contender: str, last: str) -> str:
-        last = re.sub("[^A-Za-z0-9.=+-]+", "_", last.replace("optim.lr=", "").replace("method.", ""))
+        last = re.sub("[^A-Za-z0-9.+-]+", "_", last.replace("optim.lr=", "").replace("method.", ""))
         return f"run_dir={out / stage / self.name / re.sub('[, ]+', '-', contender) / last}"
 
 
