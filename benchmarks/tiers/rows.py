@@ -26,6 +26,7 @@ from s2a_cli.backbones import Backbone
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.memory.predict import dataless_tensors
+from s2a_cli.training.forecast import graphed
 from s2a_cli.training.step import AUTOCAST, Step, make_optimizer, moving_norms, train_mode, weight_dtype
 
 __all__ = ["BY_NAME", "ROWS", "Row"]  # of row_list.py, for those who make rows
@@ -161,6 +162,7 @@ def predicted(row: Row, words: list[str], batch: int) -> memory.Memory:
     elif row.budget is not None:
         step = _partitioned(made)
     if row.budget is None:
+        step = graphed(step, made.config.optim.micro_batch) if made.config.cuda_graphs else step
         return memory.predict(made.model, images, step, made.optimizer)
     # Fake tensors throughout: the compiler's front end can't trace dataless ones.
     with FakeTensorMode(allow_non_fake_inputs=True), ReadsOnes(), dataless_tensors(made.model):

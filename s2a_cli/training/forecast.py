@@ -82,18 +82,18 @@ def profile_step(attached: Attachment, config: DictConfig, images: int, processe
     if config.dataset.cache and attached.feature_head:
         return _profile_cached(attached, attached.feature_head, config, step, batch)
     return memory.profile(
-        model, batch, _graphed(step) if config.cuda_graphs else step, lambda model: make_optimizer(config.optim, model, attached), backbone.parts
+        model, batch, graphed(step, micro) if config.cuda_graphs else step, lambda model: make_optimizer(config.optim, model, attached), backbone.parts
     )
 
 
-def _graphed(step: Step) -> Callable[..., None]:
-    """Returns the step as CUDA graphs take it: a copy of a micro-batch and all gradients are there from the start."""
+def graphed(step: Callable[..., Any], micro_batch: int | None) -> Callable[..., None]:
+    """Returns a step as CUDA graphs take it: a copy of a micro-batch and all gradients are there from the start."""
 
     def run(model: nn.Module, optimizer: Optimizer, images: Tensor, targets: Tensor, after_forward: Callable) -> None:
-        copied = images[: step.optim.micro_batch].clone(), targets[: step.optim.micro_batch].clone()
+        copied = images[:micro_batch].clone(), targets[:micro_batch].clone()
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
-        step(model, optimizer, images, targets, after_forward)
+        step(model, optimizer, images, targets, after_forward=after_forward)
         del copied
 
     return run
@@ -106,7 +106,7 @@ def _profile_two(attached: Attachment, config: DictConfig, batch: tuple[Tensor, 
     """
     images, targets = batch
     step, two = Step(config, torch.device("cpu"), attached), 2 * config.optim.micro_batch
-    run_step = _graphed(step) if config.cuda_graphs else step
+    run_step = graphed(step, config.optim.micro_batch) if config.cuda_graphs else step
 
     def run(
         model: nn.Module,
@@ -116,7 +116,7 @@ def _profile_two(attached: Attachment, config: DictConfig, batch: tuple[Tensor, 
         *others: Tensor,
         after_forward: Callable[[], None],
     ) -> None:
-        run_step(model, optimizer, images, targets, after_forward)
+        run_step(model, optimizer, images, targets, after_forward=after_forward)
 
     tensors = images[:two], targets[:two], images[two:], targets[two:]
     return memory.profile(
