@@ -15,6 +15,7 @@ import gc
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +30,7 @@ from tiers import environment
 from s2a_cli.common import files
 from s2a_cli.common.text import first_line
 from s2a_cli.memory.result import MIB
+from s2a_cli.training.cuda_graphs import own_stream
 from s2a_cli.training.run import choose_device, no_graphs
 
 ROWS = (
@@ -40,6 +42,7 @@ ROWS = (
 WORDS = ["backbone=vit_b", "backbone.pretrained=false", "precision=bf16"]
 FITTED = 20  # passes, after which codes are fitted and graphs captured
 TIMED, LONGEST = 10, 3.0  # steps at most, and seconds
+KINDS = ("eager", "graphs")
 Entry = dict[str, Any]
 
 
@@ -57,7 +60,7 @@ class Steps:
         return self.made(self.made.model, self.optimizer, *self.batch)
 
     def measured(self) -> Entry:
-        """Returns images a second, MiB, and the losses of all steps."""
+        """Returns images a second, MiB, and the losses of the first steps."""
         micro_batches = -(-len(self.batch[0]) // (self.made.config.optim.micro_batch or len(self.batch[0])))
         losses = [self().item() for _ in range(max(4, FITTED // micro_batches))]
         torch.cuda.reset_peak_memory_stats()
@@ -65,7 +68,7 @@ class Steps:
         while len(seconds) < TIMED and sum(seconds) < LONGEST:
             begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begun.record()
-            last = self()
+            self()
             ended.record()
             ended.synchronize()
             seconds.append(begun.elapsed_time(ended) / 1000)
@@ -73,30 +76,34 @@ class Steps:
             "images_per_second": len(self.batch[0]) / median(seconds),
             "peak_mib": torch.cuda.max_memory_allocated() / MIB,
             "reserved_mib": torch.cuda.memory_reserved() / MIB,
-            "losses": [*losses, last.item()],
+            "losses": losses,
         }
 
 
-def both(row: Row, words: list[str], batch: int, device: torch.device) -> Entry:
+def measured(row: Row, words: list[str], batch: int, device: torch.device, kinds: list[str]) -> Entry:
     """Measures a row without graphs and with them."""
-    entry: Entry = {"name": row.name, "title": row.title, "batch": batch}
-    for kind in ("eager", "graphs"):
+    entry: Entry = {"name": row.name, "title": row.title, "batch": batch} | {kind: {} for kind in KINDS}
+    for kind in kinds:
         gc.collect()
         getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
         torch.cuda.empty_cache()
         try:
-            steps = Steps(row, words, batch, kind == "graphs", device)
-            refused = no_graphs(steps.made.config, steps.made.attached, device) if kind == "graphs" else None
-            entry[kind] = {"problem": refused} if refused else steps.measured()
+            with own_stream(device) if kind == "graphs" else nullcontext():
+                steps = Steps(row, words, batch, kind == "graphs", device)
+                refused = no_graphs(steps.made.config, steps.made.attached, device) if kind == "graphs" else None
+                entry[kind] = {"problem": refused} if refused else steps.measured()
         except Exception as error:  # the other rows go on
             entry[kind] = {"problem": f"{type(error).__name__}: {first_line(error)}"}
         steps = None
-    try:
-        for kind, words_of in (("eager", words), ("graphs", [*words, "cuda_graphs=true"])):
-            entry[kind]["predicted_mib"] = predicted(row, words_of, batch).peak_mib
-    except Exception as error:
-        entry["problem"] = f"not predicted: {type(error).__name__}: {first_line(error)}"
     return entry
+
+
+def predict(row: Row, words: list[str], entry: Entry) -> None:
+    """Notes the peaks that are predicted for a row, where it was measured."""
+    for kind in KINDS:
+        if entry[kind].get("images_per_second"):
+            graphs = f"cuda_graphs={str(kind == 'graphs').lower()}"
+            entry[kind]["predicted_mib"] = predicted(row, [*words, graphs], entry["batch"]).peak_mib
 
 
 def table(result: Entry) -> str:
@@ -108,14 +115,19 @@ def table(result: Entry) -> str:
         speeds = [kind.get("images_per_second") for kind in (eager, graphs)]
         times = f"{speeds[1] / speeds[0]:.2f}" if all(speeds) else ""
         apart = max((abs(a - b) for a, b in zip(eager.get("losses", ()), graphs.get("losses", ()))), default=None)
-        figures = (eager.get("peak_mib"), eager.get("predicted_mib"), eager.get("reserved_mib"), graphs.get("reserved_mib"))
+        figures = (
+            eager.get("peak_mib"),
+            eager.get("predicted_mib"),
+            eager.get("reserved_mib"),
+            graphs.get("reserved_mib"),
+        )
         shown = [f"{value:,.0f}" if value else "" for value in (*speeds, *figures)]
         lines.append([entry["title"], *shown[:2], times, *shown[2:], "" if apart is None else f"{apart:.1g}"])
     about = result["environment"]
     problems = [
         f"- {entry['title']}, {kind}: {entry[kind]['problem']}"
         for entry in result["rows"]
-        for kind in ("eager", "graphs")
+        for kind in KINDS
         if entry[kind].get("problem")
     ]
     left = [f"- no time was left for: {', '.join(result['left'])}"] if result["left"] else []
@@ -138,6 +150,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="key=value")
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="NAME")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "graphs.json")
     parser.add_argument("--minutes", type=float, default=5.0)
@@ -151,15 +164,20 @@ def main(argv: list[str]) -> int:
         "rows": [],
         "left": list(args.rows),
     }
+    words = [*WORDS, *args.words]
     for name in args.rows:
         if time.monotonic() > until:
             break
-        result["rows"].append(both(BY_NAME[name], [*WORDS, *args.words], args.batch, device))
+        result["rows"].append(measured(BY_NAME[name], words, args.batch, device, args.kinds))
         result["left"].remove(name)
-        shown = {kind: result["rows"][-1][kind].get("images_per_second") for kind in ("eager", "graphs")}
+        shown = {kind: result["rows"][-1][kind].get("images_per_second") for kind in KINDS}
         print(f"{name}: {shown} {[result['rows'][-1][kind].get('problem') for kind in shown]}", flush=True)
         files.atomic_write(args.out, json.dumps(result, indent=1) + "\n")
         files.atomic_write(args.out.with_suffix(".md"), table(result))
+    for entry in result["rows"]:  # last, since a host that predicts is no idle one
+        predict(BY_NAME[entry["name"]], words, entry)
+    files.atomic_write(args.out, json.dumps(result, indent=1) + "\n")
+    files.atomic_write(args.out.with_suffix(".md"), table(result))
     print(table(result))
     return 0
 

@@ -23,7 +23,7 @@ from s2a_cli.common.progress import Progress
 from s2a_cli.config.settings import merge
 from s2a_cli.methods import Attachment
 from s2a_cli.planner.candidates import MODES, PLAIN, WEIGHTS, Candidate, Mode
-from s2a_cli.training.cuda_graphs import PassGraphs
+from s2a_cli.training.cuda_graphs import PassGraphs, own_stream
 from s2a_cli.training.run import OUT_OF_MEMORY
 from s2a_cli.training.step import Step, moving_norms, train_mode
 
@@ -172,7 +172,7 @@ class Timer:
     def _replayed(self, step: Step, images: Tensor, targets: Tensor) -> float:
         """Returns the seconds in which the pass that has just run is replayed as a graph."""
         graphs, run = PassGraphs(), functools.partial(step.accumulate, self.attached.model)
-        with step.as_fitted():
+        with step.as_fitted(), own_stream(self.device):
             for _ in range(2):  # the first replay loads the graph
                 graphs.warmed(run, images, targets)
             return min(self._seconds(lambda: graphs.warmed(run, images, targets)) for _ in range(REPLAYS))

@@ -9,7 +9,8 @@ Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +25,32 @@ Capture = Callable[[Callable[[], Tensor], Any], tuple[Tensor, Callable[[], None]
 Key = tuple[Any, ...]
 
 
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Makes a stream of its own the current one: what is captured on it shares the workspaces that cuBLAS has there.
+
+    Nothing can be captured on the default stream. On other devices than CUDA nothing happens.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream, before = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(before)
+    with torch.cuda.stream(stream):
+        yield
+    before.wait_stream(stream)
+
+
 def capture(run: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None], Any]:
     """Captures run(), which computes nothing then.
 
     Returns the tensor in which its result is after a replay, what replays it, and its pool of memory, which the next
     graph may share.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    stream = None if current == torch.cuda.default_stream() else current
     # Other threads pin batches meanwhile, which another mode would take for a part of the capture.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = run()
     return result, graph.replay, graph.pool()
 

@@ -81,8 +81,9 @@ def profile_step(attached: Attachment, config: DictConfig, images: int, processe
     step = Step(config, torch.device("cpu"), attached)
     if config.dataset.cache and attached.feature_head:
         return _profile_cached(attached, attached.feature_head, config, step, batch)
+    taken = graphed(step, micro) if config.cuda_graphs else step
     return memory.profile(
-        model, batch, graphed(step, micro) if config.cuda_graphs else step, lambda model: make_optimizer(config.optim, model, attached), backbone.parts
+        model, batch, taken, lambda model: make_optimizer(config.optim, model, attached), backbone.parts
     )
 
 

@@ -23,6 +23,7 @@ from s2a_cli.config.settings import plain, replaced
 from s2a_cli.results import plan_text, record, run_folder
 from s2a_cli.training import checkpoints, feature_cache, forecast, testing
 from s2a_cli.training.compiling import compile_model
+from s2a_cli.training.cuda_graphs import own_stream
 from s2a_cli.training.environment import environment
 from s2a_cli.training.evaluation import judge
 from s2a_cli.training.loop import TrainLoop
@@ -136,6 +137,8 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None, plan: record.Pl
             known.predicted(predicted)
             _announce_forecast(predicted, run.device)
             run.model.to(run.device)
+            if config.cuda_graphs:
+                stack.enter_context(own_stream(run.device))
             stack.enter_context(memory.snapshot(folder, run.device, config.profile == "memory"))
             if config.compile:
                 compile_model(run.model, config.compile_budget, run.backbone.image.size)

@@ -60,7 +60,8 @@ def made(
 
 def images_for(backbone: backbones.Backbone, count: int = 4) -> torch.Tensor:
     size, dtype = backbone.image.size, next(backbone.head.parameters()).dtype
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1), device="cpu")
+    return images.to(next(backbone.head.parameters()).device, dtype)
 
 
 def loss_of(backbone: backbones.Backbone, quant: QuantConfig = REFERENCE) -> torch.Tensor:

@@ -48,7 +48,9 @@ def made(words: list[str], device: torch.device = CPU) -> tuple[Any, Step]:
     return attached, Step(config, device, attached)
 
 
-def trained(words: list[str], graphs: PassGraphs | None, device: torch.device = CPU) -> tuple[list[Tensor], list[float]]:
+def trained(
+    words: list[str], graphs: PassGraphs | None, device: torch.device = CPU
+) -> tuple[list[Tensor], list[float]]:
     """What trains after some steps, of which every fourth is a smaller batch, and the losses."""
     attached, step = made(words, device)
     step.graphs, losses = graphs, []
