@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations.ops.autograd import first_order
+from s2a_cli.activations.ops.linear_conv import bias_gradient
 from s2a_cli.activations.quant.groupwise import GroupwiseLayout, keep_quantized, write_chunk
 from s2a_cli.activations.quant.packing import groupwise_size
 from s2a_cli.activations.random_numbers import SampleDraws, batch_chunks, random_state, set_random_state
@@ -212,7 +213,7 @@ class UnreadLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (weight,) = ctx.saved_tensors
         dx = grad.matmul(weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-        dbias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        dbias = bias_gradient(grad) if ctx.needs_input_grad[2] else None
         return dx, None, dbias, None
 
 

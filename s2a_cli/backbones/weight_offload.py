@@ -202,7 +202,9 @@ class Buffers(nn.Module):
         pinned = self._pinned.get(block)
         if pinned is None or pinned.dtype != dtype:
             layers = self.blocks[block]
-            pinned = self._pinned[block] = torch.empty(layers[-1].place.stop, dtype=dtype, pin_memory=True)
+            pinned = self._pinned[block] = torch.empty(
+                layers[-1].place.stop, dtype=dtype, device="cpu", pin_memory=True
+            )
             for layer in layers:
                 own = pinned[layer.place.start : layer.place.stop].view(layer.shape).copy_(layer.host)
                 if layer.host.dtype == dtype:

@@ -149,8 +149,10 @@ class Timer:
             return seconds
         batch, step, model = self.take(images), self.step(candidate), self.attached.model
         try:
-            seconds = self._seconds(lambda: step.accumulate(model, *batch))
-            if step.graphs is not None:
+            if step.graphs is None:
+                return self._seconds(lambda: step.accumulate(model, *batch))
+            with own_stream(self.device):
+                step.accumulate(model, *batch)
                 seconds = self._replays[candidate, images] = self._replayed(step, *batch)
             return seconds
         except RuntimeError as error:
@@ -172,7 +174,7 @@ class Timer:
     def _replayed(self, step: Step, images: Tensor, targets: Tensor) -> float:
         """Returns the seconds in which the pass that has just run is replayed as a graph."""
         graphs, run = PassGraphs(), functools.partial(step.accumulate, self.attached.model)
-        with step.as_fitted(), own_stream(self.device):
+        with step.as_fitted():
             for _ in range(2):  # the first replay loads the graph
                 graphs.warmed(run, images, targets)
             return min(self._seconds(lambda: graphs.warmed(run, images, targets)) for _ in range(REPLAYS))

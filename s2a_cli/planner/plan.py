@@ -21,7 +21,7 @@ from torch import Tensor
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.progress import Progress
-from s2a_cli.config.settings import plain, replaced
+from s2a_cli.config.settings import plain
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import Attachment
 from s2a_cli.planner.candidates import EXACT, FIDELITY, Candidate
@@ -85,13 +85,11 @@ def make(
         raise UserError(nothing(min(map(room.needed, smallest))))
     with (
         Progress("planning", None, " micro-batches") as progress,
-        closing(Timer(task.config, task.attached, batch, device, progress, criterion)) as timer,
+        closing(Timer(task.timed(), task.attached, batch, device, progress, criterion)) as timer,
     ):
         common = batch, device, progress, criterion
         others = {
-            name: Timer(replaced(task.config, task.stored_settings(name)), stored(name), *common)
-            for name in weights
-            if name not in (None, "fp32")
+            name: Timer(task.timed(name), stored(name), *common) for name in weights if name not in (None, "fp32")
         }
         costs = measure(timer, _halvings(room.sizes), modes, room.fits)
         for name, other in others.items():

@@ -77,5 +77,4 @@ def _task(
     margin = Margin() if device.type == "cuda" else None
     any_candidate = replaced(config, {"quant.recompute": "block"})
     graphs = config.cuda_graphs is not False and not no_graphs(any_candidate, attached, device, processes)
-    config = replaced(config, {"cuda_graphs": graphs})
-    return Task(config, attached, classes, images, size("budget", config.budget), margin, processes)
+    return Task(config, attached, classes, images, size("budget", config.budget), margin, processes, graphs)

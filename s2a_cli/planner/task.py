@@ -26,7 +26,7 @@ class Task:
     """What is planned: the step of a config, without its data or weights.
 
     attached: to a backbone on any device. images: to train on. available: bytes that a step may take. margin: what the
-    device needs beyond the peak; None for a CPU.
+    device needs beyond the peak; None for a CPU. cuda_graphs: whether passes can be replayed as CUDA graphs.
     """
 
     config: DictConfig
@@ -36,6 +36,7 @@ class Task:
     available: float
     margin: Margin | None = None
     processes: int = 1
+    cuda_graphs: bool = False
     _stored: dict[str, Attachment] = field(default_factory=dict)
 
     @property
@@ -103,13 +104,14 @@ class Task:
         """Returns the words of `s2a train` that ask for the same."""
         return [*candidate.words(self.batch), *(["cuda_graphs=true"] if self.graphs(candidate.weights) else [])]
 
-    def stored_settings(self, weights: str) -> dict[str, Any]:
-        """Returns {dotted key: value} of all that goes with weights that are stored so."""
-        return {"backbone.weights": weights, "cuda_graphs": self.graphs(weights)}
+    def timed(self, weights: str | None = None) -> DictConfig:
+        """Returns the config with which candidates are timed whose weights are stored so; None leaves them."""
+        stored = {} if weights is None else {"backbone.weights": weights}
+        return replaced(self.config, stored | {"cuda_graphs": self.graphs(weights)})
 
     def graphs(self, weights: str | None) -> bool:
         """Returns whether passes are replayed as CUDA graphs; offloaded weights come from the host."""
-        return bool(self.config.cuda_graphs) and weights != "offload"
+        return self.cuda_graphs and weights != "offload"
 
     def takes(self, profile: Profile) -> float:
         """Returns the bytes of the device that a step takes."""

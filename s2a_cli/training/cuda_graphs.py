@@ -25,16 +25,20 @@ Capture = Callable[[Callable[[], Tensor], Any], tuple[Tensor, Callable[[], None]
 Key = tuple[Any, ...]
 
 
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Makes a stream of its own the current one: what is captured on it shares the workspaces that cuBLAS has there.
+    """Makes a stream that can be captured the current one; on other devices than CUDA nothing happens.
 
-    Nothing can be captured on the default stream. On other devices than CUDA nothing happens.
+    It is the same one each time, and that of passes that are not captured: cuBLAS keeps workspaces for every stream.
     """
     if device.type != "cuda":
         yield
         return
-    stream, before = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream = _streams.setdefault(device, torch.cuda.Stream(device))
+    before = torch.cuda.current_stream(device)
     stream.wait_stream(before)
     with torch.cuda.stream(stream):
         yield

@@ -21,7 +21,8 @@ class Pending:
     def ends(self, loss: Tensor) -> None:
         """Notes that all of the step is on its way to the device. loss: a scalar."""
         if self.is_late:
-            self._loss = torch.empty(loss.shape, dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
+            self._loss = torch.empty(loss.shape, dtype=loss.dtype, device="cpu", pin_memory=True)
+            self._loss.copy_(loss, non_blocking=True)
             self._ended.record()
         else:
             self._loss = loss

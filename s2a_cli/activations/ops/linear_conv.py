@@ -3,6 +3,7 @@
 - conv1d, conv2d, conv3d, and the transposed ones, with a frozen weight: keep nothing but the reference to the weight,
   and are exact. Fall back to PyTorch for `padding="same"` that is not symmetric.
 - linear, conv1d and conv2d with a weight that trains: quantize their input with `linear` bits, else are PyTorch's.
+- linear with a frozen weight and a bias that trains: on CUDA the gradient of the bias takes no large buffer.
 - linear: PyTorch keeps the whole storage behind a small view (the class token of a sequence): such a view is cloned.
 """
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s2a_cli.activations.chunk_sizes import planned_device
 from s2a_cli.activations.ops.autograd import alone, first_order
 from s2a_cli.activations.ops.registry import handles
 from s2a_cli.activations.quant import codebooks
@@ -28,6 +30,32 @@ if TYPE_CHECKING:
 
 _CONVOLUTION = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
+
+
+def bias_gradient(grad: Tensor) -> Tensor:
+    """Returns the sum of grad [..., out] over all but its last dimension, of samples in fp32 first.
+
+    One sum over all rows takes PyTorch's CUDA kernel a buffer of up to 132 MiB (H200, 6,304 rows of 3,072).
+    """
+    if grad.dim() < 3 or planned_device(grad.device) != "cuda":
+        return grad.sum(tuple(range(grad.dim() - 1)))
+    return grad.sum(tuple(range(1, grad.dim() - 1)), dtype=working_type(grad.dtype)).sum(0).to(grad.dtype)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """Computes y = run(x, weight, bias) with a bias that trains alone, whose gradient takes no large buffer."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, run: Callable):
+        ctx.save_for_backward(weight)
+        return run(x, weight, bias).detach()  # no view, which could not be changed in place
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad: Tensor):
+        (weight,) = ctx.saved_tensors
+        dx = grad.matmul(weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
+        return dx, None, bias_gradient(grad), None
 
 
 class FrozenConv(torch.autograd.Function):
@@ -134,7 +162,7 @@ class CodedLinear(torch.autograd.Function):
         weight, packed, scales = ctx.saved_tensors
         dx = grad.matmul(weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
         dweight = weight_gradient(grad, packed, scales, ctx.entries, *ctx.layout, ctx.channels)
-        dbias = grad.sum(tuple(range(grad.dim() - 1))) if ctx.needs_input_grad[2] else None
+        dbias = bias_gradient(grad) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None, None
 
 
@@ -204,7 +232,10 @@ def transposed_convolution(
 @handles(F.linear, bits=None)
 def linear(op, stock, input, weight, bias=None):
     if not weight.requires_grad:
-        return NotImplemented
+        trains = bias is not None and bias.requires_grad and input.dim() > 2
+        if not trains or planned_device(input.device) != "cuda":
+            return NotImplemented
+        return FrozenLinear.apply(input, weight, bias, stock)
     if op.config.linear is not None and input.dim() > 1:
         return CodedLinear.apply(input, weight, bias, stock, op)
     return stock(alone(input), weight, bias)
