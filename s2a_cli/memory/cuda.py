@@ -45,7 +45,12 @@ def _in_fp32(x: Any) -> Any:
     return x.float() if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-CUBLAS_MIB = 32  # CUBLAS_WORKSPACE_CONFIG=:4096:8, which a run sets for determinism: 8 buffers of 4096 KiB
+# CUBLAS_WORKSPACE_CONFIG=:4096:8, which a run sets for determinism, is 8 buffers of 4096 KiB for each thread: that of
+# the forward pass and autograd's. Measured on an H200 (benchmarks/cuda).
+CUBLAS_MIB = 65
+# What the sum of many rows to one takes, as in the gradient of a bias: up to 1 MiB for each multiprocessor, of which an
+# H200 has 132 and small devices a fifth. Seen in a snapshot of its allocator.
+ROW_SUMS_MIB = 132
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ def differences(calls: Iterable[Call]) -> list[Difference]:
     found = [
         Difference(
             "cuBLAS workspace", CUBLAS_MIB, False, "CUBLAS_WORKSPACE_CONFIG=:4096:8, held by PyTorch's allocator"
-        )
+        ),
+        Difference("sums of rows", ROW_SUMS_MIB, True, "of stock PyTorch's gradients of biases, while one is computed"),
     ]
     fused = [call for call in calls if "scaled_dot_product" in call.operator and call.keeps]
     for kernel in ("flash", "memory-efficient", "unfused"):

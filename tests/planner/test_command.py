@@ -235,7 +235,7 @@ def test_a_run_forecasts_its_memory(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
         said, warning = outlook(block, torch.device("cuda", 0))
         assert bool(warning) == warned
-        assert not warned or (f"fit={gib}.0GiB" in warning and "3,782 MiB" in warning)  # 3000 x 1.05 + 32 + 600
+        assert not warned or (f"fit={gib}.0GiB" in warning and "4,147 MiB" in warning)  # 3000 x 1.05 + 65 + 132 + 800
 
 
 def test_a_snapshot_needs_cuda(tmp_path, capsys):
