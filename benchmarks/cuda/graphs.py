@@ -1,11 +1,12 @@
 """Measures what CUDA graphs are worth: images a second and memory of a step, launched kernel by kernel and replayed.
 
     python benchmarks/cuda/graphs.py [key=value ...] [--rows NAME...] [--out graphs.json] [--minutes 5]
+    python benchmarks/cuda/graphs.py --page FILE.json...    # its page and figure again, with what is predicted
 
 Each row of ../tiers/rows.py, by default those of ROWS below, steps with and without cuda_graphs=true: ViT-B at 224 px
 with random weights, 64 images, bf16, unless key=value says otherwise. Time is that of whole steps with the update,
-images are there already. Losses of both must agree. Written to OUT after every row, as JSON and as a table beside it;
-rows for which no time is left are named.
+images are there already. Losses of both must agree. Written to OUT after every row, as JSON, as a table and as a figure
+beside it; rows for which no time is left are named. Peaks are those of steps that are not replayed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from rows import BY_NAME, Made, Row, noise, predicted
 from tabulate import tabulate
 from tiers import environment
+from tiers_report import draw
 
 from s2a_cli.common import files
 from s2a_cli.common.text import first_line
@@ -101,7 +103,7 @@ def measured(row: Row, words: list[str], batch: int, device: torch.device, kinds
 def predict(row: Row, words: list[str], entry: Entry) -> None:
     """Notes the peaks that are predicted for a row, where it was measured."""
     for kind in KINDS:
-        if entry[kind].get("images_per_second"):
+        if entry[kind].get("images_per_second") and "predicted_mib" not in entry[kind]:
             graphs = f"cuda_graphs={str(kind == 'graphs').lower()}"
             entry[kind]["predicted_mib"] = predicted(row, [*words, graphs], entry["batch"]).peak_mib
 
@@ -154,13 +156,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "graphs.json")
     parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--page", nargs="+", type=Path, metavar="FILE")
     args = parser.parse_intermixed_args(argv)
+    for path in args.page or ():
+        write(json.loads(path.read_text()), path)
+    if args.page:
+        return 0
     until, device = time.monotonic() + 60 * args.minutes, choose_device("cuda")
     result: Entry = {
         "command": " ".join(["python benchmarks/cuda/graphs.py", *argv]),
         "date": time.strftime("%Y-%m-%d"),
         "environment": environment(device),
         "batch": args.batch,
+        "words": args.words,
         "rows": [],
         "left": list(args.rows),
     }
@@ -174,12 +182,24 @@ def main(argv: list[str]) -> int:
         print(f"{name}: {shown} {[result['rows'][-1][kind].get('problem') for kind in shown]}", flush=True)
         files.atomic_write(args.out, json.dumps(result, indent=1) + "\n")
         files.atomic_write(args.out.with_suffix(".md"), table(result))
-    for entry in result["rows"]:  # last, since a host that predicts is no idle one
-        predict(BY_NAME[entry["name"]], words, entry)
-    files.atomic_write(args.out, json.dumps(result, indent=1) + "\n")
-    files.atomic_write(args.out.with_suffix(".md"), table(result))
+    write(result, args.out)  # last, since a host that predicts is no idle one
     print(table(result))
     return 0
+
+
+def write(result: Entry, path: Path) -> None:
+    """Predicts what was measured and writes the result, its page and its figure."""
+    for entry in result["rows"]:
+        predict(BY_NAME[entry["name"]], [*WORDS, *result.get("words", ())], entry)
+    files.atomic_write(path, json.dumps(result, indent=1) + "\n")
+    files.atomic_write(path.with_suffix(".md"), table(result))
+    points = {
+        entry["name"]: (found["reserved_mib"], found["images_per_second"])
+        for entry in result["rows"]
+        if (found := entry["graphs"]).get("images_per_second")
+    }
+    title = f"Steps replayed as CUDA graphs, {result['batch']} images, on {result['environment']['device']}"
+    draw(points, path.with_suffix(".png"), title, "reserved by PyTorch's allocator, MiB (measured)", "images a second")
 
 
 if __name__ == "__main__":

@@ -118,6 +118,8 @@ def draw(points: dict[str, tuple[float, float]], path: Path, title: str, memory:
     front = pareto(list(points.values()))
     axes.plot(*zip(*front, strict=True), color="black", lw=0.8, ls=":", drawstyle="steps-post", label="best of all")
     axes.set(xscale="log", xlabel=memory, ylabel=speed, title=title)
+    for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        ticks(lambda value, position: f"{value:,.0f}")
     axes.grid(alpha=0.3, which="both")
     drawn.legend(loc="outside right upper", fontsize=8, title="solid: this package's codes, pieces and branch")
     drawn.savefig(path, dpi=130)

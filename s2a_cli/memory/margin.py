@@ -41,8 +41,8 @@ class Margin:
         segments = ", in expandable segments," if self.expandable_segments else ""
         workspaces = CUBLAS_MIB + ROW_SUMS_MIB
         return (
-            f"{self.context / MIB:,.0f} MiB for the CUDA context, {workspaces} MiB for cuBLAS and sums of rows, {share} of"
-            f" what the allocator takes{segments} for kernels' temporaries"
+            f"{self.context / MIB:,.0f} MiB for the CUDA context, {workspaces} MiB for cuBLAS and sums of rows, {share}"
+            f" of what the allocator takes{segments} for kernels' temporaries"
         )
 
 
