@@ -15,23 +15,27 @@ if TYPE_CHECKING:
     from s2a_cli.common.errors import UserError
     from s2a_cli.config.schema import QuantConfig
     from s2a_cli.library.attach import Attached, attach
+    from s2a_cli.library.plan import StepPlan, plan
     from s2a_cli.planner.api import predict_memory
     from s2a_cli.training.trained import Trained, load
 
 __all__ = [
     "Attached",
     "QuantConfig",
+    "StepPlan",
     "Trained",
     "UserError",
     "attach",
     "checkpointed",
     "compress_activations",
     "load",
+    "plan",
     "predict_memory",
 ]
 _HOMES = {
     **dict.fromkeys(("checkpointed", "compress_activations"), "activations"),
     **dict.fromkeys(("Attached", "attach"), "library.attach"),
+    **dict.fromkeys(("StepPlan", "plan"), "library.plan"),
     **dict.fromkeys(("Trained", "load"), "training.trained"),
     "QuantConfig": "config.schema",
     "UserError": "common.errors",
