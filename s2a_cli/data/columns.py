@@ -177,8 +177,8 @@ def _several(
     for mark in ("|", ";"):
         if odd := next((text for text in map(_text, cells) if mark in text), None):
             raise UserError(
-                f"column {label!r} has {brief(odd)!r}: for several labels an image, say dataset.separator='{mark}'; for"
-                " one label, dataset.multi_label=false"
+                f"column {label!r} has {brief(odd)!r}: for several labels an image, say"
+                f" 'dataset.separator=\"{mark}\"'; for one label, dataset.multi_label=false"
             )
     return None, False
 

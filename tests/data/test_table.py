@@ -75,7 +75,7 @@ def test_several_labels_an_image(photos):
     tags = ["owl;night", "jay", "owl", "", "jay;night", "owl"] * 2
     expected = {f"{index:02}.png": tuple(sorted(filter(None, of.split(";")))) for index, of in enumerate(tags)}
     file = table(photos, {"tags": tags})
-    assert "'owl;night': for several labels an image, say dataset.separator=';'" in refusal(load, config(file))
+    assert """'owl;night': for several labels an image, say 'dataset.separator=";"';""" in refusal(load, config(file))
     separated = load(config(file, separator=";"))
     assert separated.multi_label and everything(separated) == expected
     assert separated.classes == ["jay", "night", "owl"] and separated.test.counts(3).sum() > 0
