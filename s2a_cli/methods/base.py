@@ -88,7 +88,8 @@ class Structure:
         """Unfreezes parameters of `backbone` and adds modules to it, in place.
 
         At the call every parameter is frozen but the head's, and those of the structures `beside` this one. Afterwards
-        the function computed is still the pretrained one, unless `starts_pretrained` is false. In training the model
+        the function computed is still the pretrained one, up to a factor of its logits where others that are zero have
+        a part in their mean, unless `starts_pretrained` is false. In training the model
         may return several logits, [heads, B, classes] instead of [B, classes]: each gets a loss of its own.
         Raises UserError for settings that do not fit this backbone.
         """

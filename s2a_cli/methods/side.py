@@ -41,7 +41,8 @@ class LiteSideBranch(AuxiliaryHeads):
     In training each classifier has a loss of its own: what one has learned would otherwise be missing in the gradients
     of the others. Nothing of it is back-propagated through the backbone, except at the blocks numbered in `borders`:
     such a loss trains the blocks from the border before it on, and no gradient crosses it. In evaluation the logits are
-    added, the branch's with `weight`; they are zero at the start.
+    averaged, the branch's with `weight`; these are zero at the start, where the classes are those of the pretrained model
+    and its logits a part of what they were.
     Source: S2A (arXiv 2503.08154), lite side branch; attention pooling instead of channel average pooling, and
     auxiliary losses instead of a ladder, are ours, see docs/structures.md. Losses at borders: Nokland and Eidnes (arXiv
     1901.06656).
@@ -78,9 +79,14 @@ class LiteSideBranch(AuxiliaryHeads):
             self.collect(reader(tokens))
 
     def join(self, logits: Tensor) -> Tensor:
-        """Returns [1 + blocks, B, classes], the model's logits first; in evaluation their weighted sum [B, classes]."""
+        """Returns [1 + blocks, B, classes], the model's logits first; in evaluation their weighted mean [B, classes].
+
+        Their sum would name the same class, with probabilities near 1 whatever the image.
+        """
         auxiliary = [one.to(logits.dtype) for one in self.collected()]
-        return torch.stack([logits, *auxiliary]) if self.training else logits + self.weight * sum(auxiliary)
+        if self.training:
+            return torch.stack([logits, *auxiliary])
+        return (logits + self.weight * sum(auxiliary)) / (1 + self.weight * len(auxiliary))
 
 
 def refuse_shared(hidden: Hidden, block: nn.Module, args: tuple, kwargs: dict) -> None:
