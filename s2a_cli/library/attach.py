@@ -49,11 +49,12 @@ class Attached:
     """A model with a method attached to it, as `attach` returns it.
 
     model: the module that was given, changed in place: call it, move it, compile it, put it into any loop. blocks: its
-    repeated blocks in order, for `compress_activations` and `checkpointed`. It can be copied and pickled as a whole.
+    repeated blocks in order, for `compress_activations` and `checkpointed`. attachment: what the loop of `s2a train`
+    knows of it. It can be copied and pickled as a whole.
     """
 
     def __init__(self, attachment: Attachment, original: Original, lr: float):
-        self._attachment, self._original, self._lr = attachment, original, lr
+        self.attachment, self._original, self._lr = attachment, original, lr
         self._names = trained_names(attachment.model)
 
     def __repr__(self) -> str:
@@ -66,12 +67,12 @@ class Attached:
     @property
     def model(self) -> nn.Module:
         """The model itself."""
-        return self._attachment.model
+        return self.attachment.model
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks of the model, in order."""
-        return self._attachment.blocks
+        return self.attachment.blocks
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields (name in the model, parameter) of what trains now."""
@@ -83,7 +84,7 @@ class Attached:
 
     def count(self) -> dict[str, float]:
         """Returns numbers of parameters: total, trainable (without the head), head, and percent of the pretrained."""
-        return self._attachment.backbone.count()
+        return self.attachment.backbone.count()
 
     def parameter_groups(self, lr: float | None = None, weight_decay: float = 1e-4) -> list[dict[str, Any]]:
         """Returns groups for any optimiser: torch.optim.AdamW(attached.parameter_groups()).
@@ -92,7 +93,7 @@ class Attached:
         this. weight_decay: of weight matrices; biases, norms and prompts have none.
         """
         rate = self._lr if lr is None else lr
-        return parameter_groups(self.model, rate, weight_decay, self._attachment.learning_rates)
+        return parameter_groups(self.model, rate, weight_decay, self.attachment.learning_rates)
 
     def loss(self, output: Tensor, targets: Tensor, criterion: Criterion = F.cross_entropy) -> Tensor:
         """Returns the loss of what the model returned, a scalar: of logits [B, classes], the criterion's.
@@ -133,7 +134,7 @@ class Attached:
         Parameters require a gradient as they did before. Raises UserError where no weight of the model can hold what
         was added, such as a side branch; the model then stays as it is.
         """
-        model = self._attachment.merge()
+        model = self.attachment.merge()
         self._original.put_back_flags()
         return model
 

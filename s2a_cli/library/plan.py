@@ -67,7 +67,7 @@ def plan(
 
     Raises UserError where nothing fits, and for what is no such model or setting.
     """
-    side = attached._attachment.backbone.image.size
+    side = attached.attachment.backbone.image.size
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side) or len(images) != len(targets):
         raise UserError(
             f"images {list(images.shape)}, targets {list(targets.shape)}: expected [B, 3, {side}, {side}] and a target"
@@ -79,7 +79,7 @@ def plan(
         + [f"fidelity={fidelity}"]
     )
     # In a loop of one's own no classifier learns within the forward pass.
-    attachment = replace(attached._attachment, auxiliary=())
+    attachment = replace(attached.attachment, auxiliary=())
     device, training = next(attached.model.parameters()).device, attached.model.training
     margin = Margin() if device.type == "cuda" else None
     classes = attachment.backbone.head.classes

@@ -41,8 +41,8 @@ class LiteSideBranch(AuxiliaryHeads):
     In training each classifier has a loss of its own: what one has learned would otherwise be missing in the gradients
     of the others. Nothing of it is back-propagated through the backbone, except at the blocks numbered in `borders`:
     such a loss trains the blocks from the border before it on, and no gradient crosses it. In evaluation the logits are
-    averaged, the branch's with `weight`; these are zero at the start, where the classes are those of the pretrained model
-    and its logits a part of what they were.
+    averaged, the branch's with `weight`. The branch's are zero at the start: the classes are those of the pretrained
+    model, whose logits are a part of what they were.
     Source: S2A (arXiv 2503.08154), lite side branch; attention pooling instead of channel average pooling, and
     auxiliary losses instead of a ladder, are ours, see docs/structures.md. Losses at borders: Nokland and Eidnes (arXiv
     1901.06656).

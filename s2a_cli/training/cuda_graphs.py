@@ -23,8 +23,6 @@ Batch = Tensor | Features
 Pass = Callable[[Any, Tensor], Tensor]  # (images, targets) -> loss, detached; adds to gradients
 Capture = Callable[[Callable[[], Tensor], Any], tuple[Tensor, Callable[[], None], Any]]
 Key = tuple[Any, ...]
-
-
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 

@@ -71,7 +71,8 @@ def test_several_labels_an_image_in_two_processes_and_in_predictions(tmp_path):
     lines = ["path,labels"]
     for number in range(40):
         labels = [name for bit, name in enumerate(("dark", "warm", "wide")) if number >> bit & 1]
-        image = Image.new("RGB", (40 if "wide" in labels else 20, 20), (200 if "warm" in labels else 20, 20 + 3 * number, 20))
+        size, red = (40 if "wide" in labels else 20, 20), 200 if "warm" in labels else 20
+        image = Image.new("RGB", size, (red, 20 + 3 * number, 20))
         if "dark" in labels:
             image.paste((0, 0, 0), (0, 0, 20, 10))
         image.save(tmp_path / f"{number}.png")
