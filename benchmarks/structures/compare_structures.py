@@ -1,8 +1,7 @@
 """Which structure buys the most accuracy for its memory? One search protocol for all, that anyone can run again.
 
     .venv/bin/python benchmarks/structures/compare_structures.py WEIGHTS DATA... [key=value ...] [--search DATA...]
-    [--seeds 0 1 2]
-        [--only NAME...] [--workers 2] [--out runs/structures]
+    [--seeds 0 1 2] [--search-seeds 0] [--only NAME...] [--workers 2] [--out runs/structures]
 
 WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors; those of another backbone together with
 backbone=NAME. DATA: a train/ and test/ tree of class folders, or such a tree in a .tar, with settings for it alone
@@ -10,12 +9,13 @@ behind commas: photos.tar,optim.epochs=5. key=value goes to every run. NAME: a s
 of the contenders below.
 
 Each contender takes the learning rate, of four and of further ones while the best lies at an end, with the best mean of
-the validation accuracies on the DATA of the search (by default all; seed 0, the test split is not read); then, where
-its paper tunes another number a task, the best of three of these likewise. Then it trains with every seed, and the test
-split is read once for each of these runs, at the epoch that was best on validation. Contenders run without codes
-(quant=none); their memory is predicted for 224 px and a batch of 64, of ViT-B/16 or of backbone=NAME, without codes and
-with quant=tiny in 8 chunks, which trains BatchNorms only without. Runs that are finished are not repeated, so that the
-same line goes on after a break. Written to OUT: results.json, table.md, and structures.png, accuracy against memory.
+the validation accuracies on the DATA and the seeds of the search: by default all DATA and seed 0, whose choice is
+something of a draw. The test split is not read. Where its paper tunes another number a task, the best of three of these
+is taken likewise. Then it trains with every seed, and the test split is read once for each of these runs, at the epoch
+that was best on validation. Contenders run without codes (quant=none); their memory is predicted for 224 px and a batch
+of 64, of ViT-B/16 or of backbone=NAME, without codes and with quant=tiny in 8 chunks, which trains BatchNorms only
+without. Runs that are finished are not repeated, so that the same line goes on after a break. Written to OUT:
+results.json, table.md, and structures.png, accuracy against memory.
 """
 
 from __future__ import annotations
@@ -99,21 +99,28 @@ def run(words: list[str]) -> dict[str, float]:
 
 
 class Search:
-    """Mean validation accuracies on the data of the search, seed 0; the test split is not read."""
+    """Mean validation accuracies on the data and seeds of the search; the test split is not read."""
 
-    def __init__(self, pool: ProcessPoolExecutor, name: str, words: list[str], datas: list[Data], out: Path):
-        self.pool, self.name, self.words, self.datas, self.out = pool, name, words, datas, out
+    def __init__(
+        self, pool: ProcessPoolExecutor, name: str, words: list[str], datas: list[Data], seeds: list[int], out: Path
+    ):
+        self.pool, self.name, self.words, self.datas, self.seeds, self.out = pool, name, words, datas, seeds, out
 
     def scores(self, tried: list[str]) -> list[float]:
         """Of several settings, each words of a config in one text."""
         lines = [
-            [*self.words, *text.split(), "test=false", *data.words, data.place(self.out, "search", self.name, text)]
+            [*self.words, *text.split(), f"seed={seed}", "test=false", *data.words, self.place(data, text, seed)]
             for text in tried
             for data in self.datas
+            for seed in self.seeds
         ]
         tops = [accuracy["val_top1"] for accuracy in self.pool.map(run, lines)]
-        size = len(self.datas)
+        size = len(self.datas) * len(self.seeds)
         return [mean(tops[i * size : (i + 1) * size]) for i in range(len(tried))]
+
+    def place(self, data: Data, text: str, seed: int) -> str:
+        """The folder of a run; that of seed 0 is known by its settings alone."""
+        return data.place(self.out, "search", self.name, f"{text} seed{seed}" if seed else text)
 
     def rate(self, rates: tuple[float, ...]) -> dict[float, float]:
         """{learning rate: score}, with further ones while the best lies at an end."""
@@ -166,6 +173,7 @@ def main() -> None:
     parser.add_argument("words", nargs="+", metavar="DATA | key=value")
     parser.add_argument("--search", nargs="+", metavar="DATA")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--search-seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/structures"))
@@ -184,7 +192,7 @@ def main() -> None:
         """Searches and tests one contender, and adds it to the results."""
         common = ["experiment=photos_112", f"backbone.checkpoint={args.weights}", *words_of(name), "quant=none"]
         words = [*common, *changes]
-        best, scores = Search(pool, name, words, search, args.out).chosen()
+        best, scores = Search(pool, name, words, search, args.search_seeds, args.out).chosen()
         found = tested(pool, name, [*words, *best], datas, args.seeds, args.out)
         cost = pool.submit(costs, backbone, words_of(name)).result()
         entry = {"words": [*words_of(name), *best], "validation": scores, "test": found} | cost
