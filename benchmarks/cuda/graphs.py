@@ -34,6 +34,7 @@ from s2a_cli.common.text import first_line
 from s2a_cli.memory.result import MIB
 from s2a_cli.training.cuda_graphs import own_stream
 from s2a_cli.training.run import choose_device, no_graphs
+from s2a_cli.training.step import LAUNCHED
 
 ROWS = (
     *("bias", "T2-int4", "T3", "T3-s2a", "T4", "bias-micro4", "bias-recompute", "full", "s2a", "side", "T2-s2a"),
@@ -64,7 +65,7 @@ class Steps:
     def measured(self) -> Entry:
         """Returns images a second, MiB, and the losses of the first steps."""
         micro_batches = -(-len(self.batch[0]) // (self.made.config.optim.micro_batch or len(self.batch[0])))
-        losses = [self().item() for _ in range(max(4, FITTED // micro_batches))]
+        losses = [self().item() for _ in range(max(LAUNCHED + 3, FITTED // micro_batches))]
         torch.cuda.reset_peak_memory_stats()
         seconds: list[float] = []
         while len(seconds) < TIMED and sum(seconds) < LONGEST:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from s2a_cli.activations.ops.autograd import first_order
-from s2a_cli.activations.ops.linear_conv import input_gradient
+from s2a_cli.activations.ops.linear_conv import bias_gradient, input_gradient
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.codebooks import GROUP_BINS, Codebook
 from s2a_cli.activations.quant.primitives import SCALE, dequantize_groupwise, quantize_groupwise
@@ -153,5 +153,6 @@ class Apply(torch.autograd.Function):
             weight = layer.dequantized(*ctx.saved_tensors, grad.dtype)
             dx = layer.input_gradient(grad, weight, ctx.size).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            dbias = grad.sum_to_size(layer.shape[0], *[1] * (len(layer.shape) - 2)).flatten()
+            linear = len(layer.shape) == 2
+            dbias = bias_gradient(grad) if linear else grad.sum((0, *range(2, grad.dim())))
         return dx, dbias, None, None, None

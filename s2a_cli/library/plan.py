@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -59,11 +60,11 @@ def plan(
                 loss = cross_entropy(model(part), label) * len(part) / len(images)
             loss.backward()
 
-    attached: what `attach` returned, of a model that takes square images [B, 3, H, H]; it is left as found, on its
-    device. images, targets: a whole batch of an optimiser's step. budget: memory that a step of AdamW may take, such as
-    "900MiB"; on CUDA that of the device, its context and a margin included. fidelity: "exact", "0.999" or "0.99", the
-    least cosine of the gradient with the exact one. precision: "fp32", "amp-bf16" or "amp-fp16", as the loop has it.
-    criterion: criterion(logits [B, classes], targets) returns a scalar.
+    attached: what `attach` returned, of a model that takes square images [B, 3, H, H]; it is left as found, but for
+    gradients, which are none then. images, targets: a whole batch of an optimiser's step. budget: memory that a step of
+    AdamW may take, such as "900MiB"; on CUDA that of the device, its context and a margin included. fidelity: "exact",
+    "0.999" or "0.99", the least cosine of the gradient with the exact one. precision: "fp32", "amp-bf16" or "amp-fp16",
+    as the loop has it. criterion: criterion(logits [B, classes], targets) returns a scalar.
 
     Raises UserError where nothing fits, and for what is no such model or setting.
     """
@@ -80,7 +81,9 @@ def plan(
     )
     # In a loop of one's own no classifier learns within the forward pass.
     attachment = replace(attached.attachment, auxiliary=())
-    device, training = next(attached.model.parameters()).device, attached.model.training
+    device = next(attached.model.parameters()).device
+    modes = {module: module.training for module in attached.model.modules()}
+    rounding = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     margin = Margin() if device.type == "cuda" else None
     classes = attachment.backbone.head.classes
     task = Task(config, attachment, classes, len(images), size("budget", budget), margin)
@@ -89,9 +92,13 @@ def plan(
         return f"budget={budget}: nothing fits; the least that a step takes is predicted to be {least / MIB:,.0f} MiB"
 
     try:
-        made = planning.make(task, (images, targets), device, _stored, nothing, criterion=criterion)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            made = planning.make(task, (images, targets), device, _stored, nothing, criterion=criterion)
     finally:
-        attached.model.train(training)
+        torch.set_float32_matmul_precision(rounding[0])
+        torch.backends.cudnn.allow_tf32 = rounding[1]
+        for module, mode in modes.items():
+            module.training = mode
     best, settings = made["choices"][0], made["settings"]
     micro_batch = settings["optim.micro_batch"] or len(images)
     return StepPlan(micro_batch, QuantConfig(**settings["quant"]), best["needed_mib"] or 0.0, best["about"], made)

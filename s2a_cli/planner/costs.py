@@ -23,7 +23,7 @@ from s2a_cli.common.progress import Progress
 from s2a_cli.config.settings import merge
 from s2a_cli.methods import Attachment
 from s2a_cli.planner.candidates import MODES, PLAIN, WEIGHTS, Candidate, Mode
-from s2a_cli.training.cuda_graphs import PassGraphs, own_stream
+from s2a_cli.training.cuda_graphs import own_stream
 from s2a_cli.training.run import OUT_OF_MEMORY
 from s2a_cli.training.step import Step, moving_norms, train_mode
 
@@ -173,11 +173,15 @@ class Timer:
 
     def _replayed(self, step: Step, images: Tensor, targets: Tensor) -> float:
         """Returns the seconds in which the pass that has just run is replayed as a graph."""
-        graphs, run = PassGraphs(), functools.partial(step.accumulate, self.attached.model)
+        run = functools.partial(step.accumulate, self.attached.model)
         with step.as_fitted():
-            for _ in range(2):  # the first replay loads the graph
-                graphs.warmed(run, images, targets)
-            return min(self._seconds(lambda: graphs.warmed(run, images, targets)) for _ in range(REPLAYS))
+            for _ in range(2):  # for the first time it is only noted that it has run
+                step.graphs(run, images, targets, 1.0, ready=True)
+            seconds = [
+                self._seconds(lambda: step.graphs(run, images, targets, 1.0, ready=True)) for _ in range(REPLAYS)
+            ]
+        step.release()
+        return min(seconds)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from s2a_cli import backbones
 from s2a_cli.common import distributed
+from s2a_cli.common.errors import UserError
 from s2a_cli.config.settings import merge, replaced
 from s2a_cli.memory.margin import Margin
 from s2a_cli.methods import Attachment
@@ -72,9 +73,13 @@ def _task(
 ) -> Task:
     """Returns what is planned; on CUDA the budget is the memory of a device, with its context.
 
-    Passes are replayed as CUDA graphs where those of all candidates can be, unless the config forbids it.
+    Passes are replayed as CUDA graphs where those of all candidates can be, unless the config forbids it. Raises
+    UserError where it asks for what can't be.
     """
     margin = Margin() if device.type == "cuda" else None
     any_candidate = replaced(config, {"quant.recompute": "block"})
-    graphs = config.cuda_graphs is not False and not no_graphs(any_candidate, attached, device, processes)
+    needed = no_graphs(any_candidate, attached, device, processes)
+    if config.cuda_graphs and needed:
+        raise UserError(f"cuda_graphs=true needs {needed}")
+    graphs = config.cuda_graphs is not False and not needed
     return Task(config, attached, classes, images, size("budget", config.budget), margin, processes, graphs)

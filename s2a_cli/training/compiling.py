@@ -30,26 +30,42 @@ def compile_model(model: nn.Module, budget: float | None, image_size: int) -> No
     model.compile()
 
 
-class _Random(TorchDispatchMode):
-    """Collects the operators that draw random numbers."""
+class _Watched(TorchDispatchMode):
+    """Collects the operators that draw random numbers, and those that make the host wait for the device."""
+
+    WAITS = ("_linalg_check_errors", "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim")
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.random: list[str] = []
+        self.waits: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        if name in self.WAITS:
+            self.waits.append(name)
         if torch.Tag.nondeterministic_seeded in func.tags:
             names = [argument.name for argument in func._schema.arguments]
             given = {a.name: a.default_value for a in func._schema.arguments} | dict(zip(names, args)) | (kwargs or {})
             if given.get("dropout_p") != 0:  # attention without dropout carries the tag, too
-                self.found.append(func._schema.name.removeprefix("aten::"))
+                self.random.append(name)
         return func(*args, **(kwargs or {}))
+
+
+def _watched(model: nn.Module, image_size: int) -> _Watched:
+    """Runs a forward pass in training without data, and returns what was seen."""
+    with Dataless(at_most=True), dataless_tensors(model), _Watched() as watched, torch.no_grad():
+        train_mode(model)
+        dtype = next(model.parameters()).dtype
+        model(torch.empty(2, 3, image_size, image_size, dtype=dtype))
+    return watched
 
 
 def random_operators(model: nn.Module, image_size: int) -> list[str]:
     """Returns the operators with which a forward pass in training draws random numbers; computes nothing."""
-    with Dataless(), dataless_tensors(model), _Random() as drawn, torch.no_grad():
-        train_mode(model)
-        dtype = next(model.parameters()).dtype
-        model(torch.empty(2, 3, image_size, image_size, dtype=dtype))
-    return drawn.found
+    return _watched(model, image_size).random
+
+
+def waiting_operators(model: nn.Module, image_size: int) -> list[str]:
+    """Returns the operators of a forward pass in training that make the host wait for the device; computes nothing."""
+    return _watched(model, image_size).waits

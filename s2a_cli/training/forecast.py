@@ -24,7 +24,7 @@ from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.feature_head import FeatureHead, Features
 from s2a_cli.training import feature_cache
 from s2a_cli.training.run import Run, attach
-from s2a_cli.training.step import Step, make_optimizer, stays_in_pixels, train_mode, weight_dtype
+from s2a_cli.training.step import Batch, Step, make_optimizer, stays_in_pixels, train_mode, weight_dtype
 
 
 def predict(run: Run) -> dict[str, Any] | None:
@@ -90,8 +90,9 @@ def profile_step(attached: Attachment, config: DictConfig, images: int, processe
 def graphed(step: Callable[..., Any], micro_batch: int | None) -> Callable[..., None]:
     """Returns a step as CUDA graphs take it: a copy of a micro-batch and all gradients are there from the start."""
 
-    def run(model: nn.Module, optimizer: Optimizer, images: Tensor, targets: Tensor, after_forward: Callable) -> None:
-        copied = images[:micro_batch].clone(), targets[:micro_batch].clone()
+    def run(model: nn.Module, optimizer: Optimizer, images: Batch, targets: Tensor, after_forward: Callable) -> None:
+        tensors = [*(images.tensors if isinstance(images, Features) else [images]), targets]
+        copied = [tensor[:micro_batch].clone() for tensor in tensors]
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         step(model, optimizer, images, targets, after_forward=after_forward)
@@ -137,6 +138,7 @@ def _profile_cached(
     It is that of the forward pass that fills the files, or of the step of the trained part alone, whichever is more.
     """
     (images, targets), fields = batch, []
+    taken = graphed(step, config.optim.micro_batch) if config.cuda_graphs else step
 
     def make(model: nn.Module) -> Optimizer:
         return make_optimizer(config.optim, model, attached)
@@ -148,7 +150,7 @@ def _profile_cached(
         after_forward()
 
     def trains(model: nn.Module, optimizer: Optimizer, *tensors: Tensor, after_forward: Callable[[], None]) -> None:
-        step(model, optimizer, Features(tensors[:-1]), tensors[-1], after_forward)
+        taken(model, optimizer, Features(tensors[:-1]), tensors[-1], after_forward=after_forward)
 
     few, blocks = [images[: feature_cache.fill_size(config)]], attached.backbone.parts
     filling = memory.profile(attached.model, few, fills, make, blocks)

@@ -127,6 +127,7 @@ class TrainLoop:
             if stop:
                 raise KeyboardInterrupt
         self._catch_up()
+        self.step.release()
         try:
             scores = accuracy(self.run, self.validation, asked)
         except KeyboardInterrupt:

@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from s2a_cli import data
 from s2a_cli.activations import ActivationMode, context_of
+from s2a_cli.common import distributed
 from s2a_cli.config.schema import OptimConfig, QuantConfig, RunConfig
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.deep_supervision import losses_of
@@ -24,6 +25,7 @@ from s2a_cli.training.gradient_sum import GradientSum
 
 Batch = Tensor | Features  # images [B, 3, H, W], or what a feature head reads of them
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
+LAUNCHED = 5  # steps at least that are launched one by one: their memory can be measured, that of a replay can't
 AUTOCAST = {"amp-bf16": torch.bfloat16, "amp-fp16": torch.float16}
 
 
@@ -125,7 +127,9 @@ class Step:
         self.memory = context_of(cast(QuantConfig, quant), attached.blocks)
         self.criterion = criterion or Criterion(label_smoothing=config.optim.label_smoothing)
         self._sum: GradientSum | None = None
-        self.graphs = PassGraphs() if config.cuda_graphs and device.type == "cuda" else None
+        alone = distributed.rank_and_world_size()[1] == 1  # others add up gradients within the backward pass
+        self.graphs = PassGraphs() if config.cuda_graphs and device.type == "cuda" and alone else None
+        self._taken = 0  # steps
         self._with_gradient: list[nn.Parameter] = []  # those that had one in the last step
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp-fp16")
 
@@ -136,8 +140,14 @@ class Step:
 
     @calibration.setter
     def calibration(self, state: dict[str, Any]) -> None:
+        self.release()
         if isinstance(self.memory, ActivationMode):
             self.memory.calibration.load_state_dict(state)
+
+    def release(self) -> None:
+        """Gives back the memory of what is captured, such as for an evaluation; it is captured again when it is due."""
+        if self.graphs is not None:
+            self.graphs.clear()
 
     @property
     def is_steady(self) -> bool:
@@ -171,7 +181,7 @@ class Step:
         """Returns the mean loss over the batch of each head, [heads]."""
         return losses_of(self.logits(model, images), targets, self.criterion)
 
-    def learn(self, targets: Tensor, share: float, logits: Tensor) -> None:
+    def learn(self, targets: Tensor, share: float | Tensor, logits: Tensor) -> None:
         """Back-propagates the loss of auxiliary logits [B, classes], times `share`."""
         with torch.autocast(self.device.type, enabled=False):  # as after the forward pass
             self.scaler.scale(self.criterion(logits.float(), targets) * share).backward()
@@ -181,7 +191,7 @@ class Step:
         model: nn.Module,
         images: Batch,
         targets: Tensor,
-        share: float = 1.0,
+        share: float | Tensor = 1.0,
         after_forward: Callable[[], None] = lambda: None,
         around_backward: AbstractContextManager[None] = nullcontext(),
     ) -> Tensor:
@@ -229,15 +239,14 @@ class Step:
         if self.graphs is None:
             return None
 
-        def run(images: Batch, targets: Tensor) -> Tensor:
-            return self.accumulate(model, images, targets, share)
-
-        if ready := self.is_steady and bool(self._with_gradient):
+        run = functools.partial(self.accumulate, model)
+        if ready := self._taken >= LAUNCHED and self.is_steady:
             for p in self._with_gradient:  # where the graph finds them again
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         return self.graphs(run, images, targets, share, ready)
 
     def _release_gradients(self, optimizer: Optimizer, trained: list[nn.Parameter]) -> None:
         """Ends the gradients of a step; those that graphs add to stay, as zeros."""
+        self._taken += 1
         self._with_gradient = [p for p in trained if p.grad is not None]
         optimizer.zero_grad(set_to_none=self.graphs is None or not self.graphs.is_active)

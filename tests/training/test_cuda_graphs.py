@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from s2a_cli import backbones
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
+from s2a_cli.methods import STRUCTURES
+from s2a_cli.training import compiling
 from s2a_cli.training.cuda_graphs import PassGraphs
 from s2a_cli.training.run import attach, no_graphs
 from s2a_cli.training.step import Step, make_optimizer, train_mode
@@ -84,6 +86,20 @@ def test_replayed_steps_train_what_others_do(words):
     assert all(map(torch.equal, found, expected))
 
 
+def test_memory_comes_back_before_a_pass_that_is_not_captured():
+    """Else the memory of two passes would be taken at once."""
+    attached, step = made(["method=bias", "quant=none"])
+    step.graphs = PassGraphs(stand_in := StandIn())
+    optimizer, size = make_optimizer(step.optim, attached.model), attached.backbone.image.size
+    active = []
+    for count in (4, 4, 4, 4, 4, 4, 3, 4, 3, 4):
+        step(attached.model, optimizer, torch.randn(count, 3, size, size), torch.arange(count) % 3)
+        active.append((step.graphs.is_active, stand_in.captures))
+    assert active == [*[(False, 0)] * 5, (True, 1), (False, 1), (True, 2), (True, 3), (True, 3)]
+    step.release()
+    assert not step.graphs.is_active
+
+
 def test_nothing_is_captured_before_codes_are_fitted():
     attached, step = made(["method=bias", "quant=int4"])
     step.graphs = PassGraphs(stand_in := StandIn())
@@ -102,7 +118,7 @@ def test_a_parameter_without_a_gradient_keeps_none():
     attached.model.register_parameter("idle_weight", idle)
     step.graphs = PassGraphs(StandIn())
     optimizer, size = make_optimizer(step.optim, attached.model), attached.backbone.image.size
-    for _ in range(4):
+    for _ in range(8):
         step(attached.model, optimizer, torch.randn(2, 3, size, size), torch.arange(2))
     assert idle.grad is None and torch.equal(idle, torch.ones(2, 2))
     assert attached.model.get_parameter("idle_weight") is idle
@@ -111,7 +127,7 @@ def test_a_parameter_without_a_gradient_keeps_none():
 class Uncapturable(TorchDispatchMode):
     """Collects operators that wait for the device, or that bring numbers of the host to it."""
 
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "_unique2", "unique_dim", "item")
+    NAMES = (*compiling._Watched.WAITS, "lift_fresh", "item")
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,9 +154,35 @@ def test_a_settled_pass_needs_nothing_of_the_host(method, quant):
     assert not watched.found
 
 
+@pytest.mark.parametrize("method", STRUCTURES)
+def test_every_structure_needs_nothing_of_the_host_or_is_refused(method):
+    config = compose([*MODEL, f"method={method}", "quant=none", "optim.batch_size=2"])
+    try:
+        attached = attach(config, backbones.build(config.backbone, 3))
+    except UserError as error:
+        pytest.skip(str(error).splitlines()[0])
+    if no_graphs(config, attached, CUDA):
+        return
+    step, size = Step(config, CPU, attached), attached.backbone.image.size
+    train_mode(attached.model)
+    batch = torch.randn(2, 3, size, size), torch.arange(2)
+    step.accumulate(attached.model, *batch)
+    with Uncapturable() as watched:
+        step.accumulate(attached.model, *batch)
+    assert not watched.found
+
+
+def test_an_operator_that_waits_is_seen():
+    with Uncapturable() as watched:
+        torch.tensor([1.0]).item()
+        torch.ones(3)[torch.tensor([True, False, True])]
+    assert watched.found >= {"lift_fresh", "_local_scalar_dense", "index"}
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["method=boft"], "_linalg_check_errors"),
         (["method=head2toe"], "changes what it computes"),
         (["method=bias", "quant=int4", "quant.rounding=stochastic"], "quant.rounding=nearest"),
         (["method=vpt_deep", "quant=tiny"], "without random numbers"),
