@@ -160,7 +160,7 @@ def test_without_a_device():
 
 def test_decisions_between_are_tried_out(monkeypatch):
     monkeypatch.setattr(
-        FakeWorker, "_predict", lambda self, ask, told: {"peak_mib": 3200.0, "expected_reserved_mib": 3232.0}
+        FakeWorker, "_predict", lambda self, ask, told: {"peak_mib": 2852.0, "expected_reserved_mib": 2884.0}
     )
     monkeypatch.setattr(FakeWorker, "_measure", lambda self, ask, told: {"peak_mib": 3400.0, "reserved_mib": 3800.0})
     monkeypatch.setattr(FakeWorker, "_capped", lambda self, ask, told: {"fits": ask["limit_mib"] != 4096 - 550.0})

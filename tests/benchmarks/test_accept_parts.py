@@ -62,12 +62,12 @@ def test_errors():
 @pytest.mark.parametrize(
     "found, gib, said, so",
     [
-        (entry(3200.0, 3300.0, 3400.0), 4, True, True),  # 3992 of 4096 are needed; 3900 are taken
-        (entry(3200.0, 3700.0, 3800.0), 4, True, False),  # too bold
-        (entry(3400.0, 3300.0, 3400.0), 4, False, True),  # too careful
-        (entry(3200.0, 3500.0, 3700.0), 4, True, None),  # between what was allocated and what was reserved
-        (entry(3200.0, 3500.0, 3700.0, capped={"4": False}), 4, True, False),
-        (entry(3200.0, 3500.0, 3700.0), 6, True, True),
+        (entry(2852.0, 3300.0, 3400.0), 4, True, True),  # 3992 of 4096 are needed; 3900 are taken
+        (entry(2852.0, 3700.0, 3800.0), 4, True, False),  # too bold
+        (entry(3052.0, 3300.0, 3400.0), 4, False, True),  # too careful
+        (entry(2852.0, 3500.0, 3700.0), 4, True, None),  # between what was allocated and what was reserved
+        (entry(2852.0, 3500.0, 3700.0, capped={"4": False}), 4, True, False),
+        (entry(2852.0, 3500.0, 3700.0), 6, True, True),
     ],
 )
 def test_decisions(found, gib, said, so):
