@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from energy import Packages
 from rows import BY_NAME, Batch, Entry, Made, noise, problems
 
 from s2a_cli.common.errors import UserError
@@ -28,8 +29,8 @@ def time_rows(
     tell: Tell = lambda name, seconds: None,
     until: float = math.inf,
 ) -> None:
-    """Fills in `seconds`, `images_per_second` and, on CUDA, `beside_mib` of entries. Between two steps of a row every
-    other row has one.
+    """Fills in `seconds`, `images_per_second`, on CUDA `beside_mib`, on CPUs that tell it `joules` a step, of entries.
+    Between two steps of a row that are timed every other row has one.
 
     until: of time.monotonic(), when no other round of steps begins. No more rows are made ready when two thirds of the
     time until then are over: those that are left say so. beside_mib: most that a step has allocated less what the other
@@ -67,6 +68,8 @@ def time_rows(
     for entry in entries:
         if entry["name"] in ready:
             set_speed(entry, seconds[entry["name"]], batch)
+            if not cuda and time.monotonic() < until:
+                entry["joules"] = Packages().joules(ready[entry["name"]])
 
 
 def set_speed(entry: Entry, seconds: list[float], batch: int) -> None:

@@ -13,7 +13,8 @@ def markdown(result: Result) -> str:
     """What was run and where, the table, and why rows lack figures."""
     kinds = [kind for kind in ("measured", "predicted") if any(row[kind] for row in result["rows"])]
     columns = [f"{part}, {kind}, MiB" for kind in kinds for part in ("kept", "peak")]
-    head = ["row", *columns, "images/s", "gradient: cosine", "relative error"]
+    energy = any(row.get("joules") for row in result["rows"])
+    head = ["row", *columns, "images/s", *(["joules a step"] if energy else []), "gradient: cosine", "relative error"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in result["rows"]:
         cells = [f"{row['title']} (`{row['name']}`)"]
@@ -23,6 +24,8 @@ def markdown(result: Result) -> str:
                 cells.append(times(value and f"{value:,.{1 if value < 100 else 0}f}", row["ratios"][f"{kind}_{part}"]))
         speed = row["images_per_second"]
         cells.append(times(speed and f"{speed:,.2f}", row["ratios"]["images_per_second"]))
+        if energy:
+            cells.append(f"{row['joules']:.3g}" if row.get("joules") else "")
         gradient = row["gradient"]
         mark = " (head only)" if gradient and gradient["head_only"] else ""
         cells += [f"{gradient['cosine']:.6f}{mark}", f"{gradient['error']:.2g}"] if gradient else ["", ""]
