@@ -92,7 +92,8 @@ def plan(
         return f"budget={budget}: nothing fits; the least that a step takes is predicted to be {least / MIB:,.0f} MiB"
 
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        drawing = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(drawing):  # pyright: ignore[reportUnknownMemberType]  (torch leaves it untyped)
             made = planning.make(task, (images, targets), device, _stored, nothing, criterion=criterion)
     finally:
         torch.set_float32_matmul_precision(rounding[0])

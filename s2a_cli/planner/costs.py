@@ -23,7 +23,7 @@ from s2a_cli.common.progress import Progress
 from s2a_cli.config.settings import merge
 from s2a_cli.methods import Attachment
 from s2a_cli.planner.candidates import MODES, PLAIN, WEIGHTS, Candidate, Mode
-from s2a_cli.training.cuda_graphs import own_stream
+from s2a_cli.training.cuda_graphs import PassGraphs, own_stream
 from s2a_cli.training.run import OUT_OF_MEMORY
 from s2a_cli.training.step import Step, moving_norms, train_mode
 
@@ -149,11 +149,11 @@ class Timer:
             return seconds
         batch, step, model = self.take(images), self.step(candidate), self.attached.model
         try:
-            if step.graphs is None:
+            if (graphs := step.graphs) is None:
                 return self._seconds(lambda: step.accumulate(model, *batch))
             with own_stream(self.device):
                 step.accumulate(model, *batch)
-                seconds = self._replays[candidate, images] = self._replayed(step, *batch)
+                seconds = self._replays[candidate, images] = self._replayed(step, graphs, *batch)
             return seconds
         except RuntimeError as error:
             if not OUT_OF_MEMORY.search(str(error)):
@@ -171,16 +171,14 @@ class Timer:
         self._wait()
         return time.perf_counter() - begun
 
-    def _replayed(self, step: Step, images: Tensor, targets: Tensor) -> float:
+    def _replayed(self, step: Step, graphs: PassGraphs, images: Tensor, targets: Tensor) -> float:
         """Returns the seconds in which the pass that has just run is replayed as a graph."""
         run = functools.partial(step.accumulate, self.attached.model)
         with step.as_fitted():
             for _ in range(2):  # for the first time it is only noted that it has run
-                step.graphs(run, images, targets, 1.0, ready=True)
-            seconds = [
-                self._seconds(lambda: step.graphs(run, images, targets, 1.0, ready=True)) for _ in range(REPLAYS)
-            ]
-        step.release()
+                graphs(run, images, targets, 1.0, ready=True)
+            seconds = [self._seconds(lambda: graphs(run, images, targets, 1.0, ready=True)) for _ in range(REPLAYS)]
+        graphs.clear()
         return min(seconds)
 
     def _wait(self) -> None:

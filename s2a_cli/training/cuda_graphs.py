@@ -67,10 +67,9 @@ def capture(run: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], 
         first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
         if isinstance(first, torch.OutOfMemoryError):
             raise first from None
-        raise RunError(
-            f"a step can't be captured as a CUDA graph ({first_line(first)}); set cuda_graphs=false"
-        ) from error
-    return result, graph.replay
+        said = f"a step can't be captured as a CUDA graph ({first_line(first)}); set cuda_graphs=false"
+        raise RunError(said) from error
+    return result, graph.replay, graph.pool()
 
 
 @dataclass(frozen=True)

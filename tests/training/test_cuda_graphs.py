@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2a_cli import backbones
-from s2a_cli.common.errors import UserError
+from s2a_cli.common.errors import RunError, UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.methods import STRUCTURES
-from s2a_cli.training import compiling
+from s2a_cli.training import compiling, cuda_graphs
 from s2a_cli.training.cuda_graphs import PassGraphs
 from s2a_cli.training.run import attach, no_graphs
 from s2a_cli.training.step import Step, make_optimizer, train_mode
@@ -84,6 +84,65 @@ def test_replayed_steps_train_what_others_do(words):
     assert stand_in.captures >= 2 and stand_in.replays > stand_in.captures
     assert replayed == losses
     assert all(map(torch.equal, found, expected))
+
+
+class FakeGraph:
+    """Takes the place of torch.cuda.CUDAGraph, and of the context that captures into it."""
+
+    error: Exception | None = None
+    entered: list[dict[str, Any]] = []
+
+    def replay(self) -> None:
+        pass
+
+    def pool(self) -> str:
+        return "pool"
+
+    def __call__(self, graph: FakeGraph, **given: Any) -> FakeGraph:
+        self.entered.append(given)
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] and self.error:
+            raise self.error
+
+
+@pytest.fixture
+def fake_graph(monkeypatch):
+    context = FakeGraph()
+    context.entered = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", context)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: "default")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "own")
+    return context
+
+
+def test_a_capture_is_made_on_the_own_stream_and_shares_a_pool(fake_graph, monkeypatch):
+    result, replay, pool = cuda_graphs.capture(lambda: torch.ones(()), "shared")
+    assert (result.item(), pool) == (1.0, "pool") and callable(replay)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "default")  # which can't be captured
+    cuda_graphs.capture(lambda: torch.ones(()), None)
+    own = {"pool": "shared", "stream": "own", "capture_error_mode": "thread_local"}
+    assert fake_graph.entered == [own, own | {"pool": None, "stream": None}]
+
+
+def test_a_capture_that_fails_says_why(fake_graph):
+    fake_graph.error = RuntimeError("the capture was invalidated")
+
+    def runs_out():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def waits():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        cuda_graphs.capture(runs_out, None)
+    with pytest.raises(RunError, match="operation not permitted.*set cuda_graphs=false"):
+        cuda_graphs.capture(waits, None)
 
 
 def test_memory_comes_back_before_a_pass_that_is_not_captured():
