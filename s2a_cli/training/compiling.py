@@ -20,7 +20,7 @@ def compile_model(model: nn.Module, budget: float | None, image_size: int) -> No
     budget below 1 where the model draws random numbers: the compiler would draw others in what it computes again
     (PyTorch 2.14).
     """
-    if budget is not None and budget < 1 and (drawn := random_operators(model, image_size)):
+    if budget is not None and budget < 1 and (drawn := watched(model, image_size).random):
         raise UserError(
             f"compile_budget={budget:g}: this model draws random numbers in training ({drawn[0]}), and the compiler"
             " draws others when it computes activations again, so that gradients would be wrong; set compile_budget=1,"
@@ -30,7 +30,7 @@ def compile_model(model: nn.Module, budget: float | None, image_size: int) -> No
     model.compile()
 
 
-class _Watched(TorchDispatchMode):
+class Watched(TorchDispatchMode):
     """Collects the operators that draw random numbers, and those that make the host wait for the device."""
 
     WAITS = ("_linalg_check_errors", "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim")
@@ -52,20 +52,13 @@ class _Watched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _watched(model: nn.Module, image_size: int) -> _Watched:
-    """Runs a forward pass in training without data, and returns what was seen."""
-    with Dataless(at_most=True), dataless_tensors(model), _Watched() as watched, torch.no_grad():
+def watched(model: nn.Module, image_size: int) -> Watched:
+    """Returns what is seen in a forward pass in training; computes nothing.
+
+    Raises what a pass raises that reads values, since there are none.
+    """
+    with Dataless(at_most=True), dataless_tensors(model), Watched() as seen, torch.no_grad():
         train_mode(model)
         dtype = next(model.parameters()).dtype
         model(torch.empty(2, 3, image_size, image_size, dtype=dtype))
-    return watched
-
-
-def random_operators(model: nn.Module, image_size: int) -> list[str]:
-    """Returns the operators with which a forward pass in training draws random numbers; computes nothing."""
-    return _watched(model, image_size).random
-
-
-def waiting_operators(model: nn.Module, image_size: int) -> list[str]:
-    """Returns the operators of a forward pass in training that make the host wait for the device; computes nothing."""
-    return _watched(model, image_size).waits
+    return seen

@@ -22,7 +22,7 @@ from s2a_cli.config.settings import plain
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.feature_head import FeatureHead
 from s2a_cli.results import record
-from s2a_cli.training.compiling import random_operators, waiting_operators
+from s2a_cli.training.compiling import watched
 from s2a_cli.training.criterion import Criterion, criterion_of
 from s2a_cli.training.step import AUTOCAST, moving_norms, train_mode, weight_dtype
 
@@ -182,12 +182,16 @@ def no_graphs(config: DictConfig, attached: Attachment, device: torch.device, pr
         return "quant.rounding=nearest: the seeds of stochastic rounding are numbers of the host"
     if attached.after_step:
         return f"steps that are alike: method={config.method.name} changes what it computes between them"
-    if waits := waiting_operators(attached.model, attached.backbone.image.size):
-        return f"operators that the host does not wait for; method={config.method.name} has {waits[0]}"
-    if recomputes and (drawn := random_operators(attached.model, attached.backbone.image.size)):
+    try:
+        seen = watched(attached.model, attached.backbone.image.size)
+    except Exception as error:  # PyTorch has kinds of its own for what can't run without data
+        return f"a forward pass that reads no values ({type_and_first_line(error)})"
+    if seen.waits:
+        return f"operators that the host does not wait for; this model has {seen.waits[0]}"
+    if recomputes and seen.random:
         return (
             "blocks without random numbers where they are computed again, and in training this model draws some"
-            f" ({drawn[0]}): set the rates of dropout and stochastic depth to 0"
+            f" ({seen.random[0]}): set the rates of dropout and stochastic depth to 0"
         )
     return None
 

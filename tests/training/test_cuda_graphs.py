@@ -186,7 +186,7 @@ def test_a_parameter_without_a_gradient_keeps_none():
 class Uncapturable(TorchDispatchMode):
     """Collects operators that wait for the device, or that bring numbers of the host to it."""
 
-    NAMES = (*compiling._Watched.WAITS, "lift_fresh", "item")
+    NAMES = (*compiling.Watched.WAITS, "lift_fresh", "item")
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,6 +254,21 @@ def test_what_can_not_be_captured_is_refused(words, said):
     attached = attach(config, backbones.build(config.backbone, 3, meta=True))
     assert said in (no_graphs(config, attached, CUDA) or "")
     assert "not cpu" in (no_graphs(config, attached, CPU) or "")
+
+
+@pytest.mark.parametrize(
+    ("read", "said"),
+    [
+        (lambda x: float(x.mean()), "_local_scalar_dense"),
+        (lambda x: len(x.unique()), "a forward pass that reads no values"),
+    ],
+    ids=["a number", "a shape"],
+)
+def test_a_model_that_reads_values_is_refused(read, said):
+    config = compose([*MODEL, "method=bias"])
+    attached = attach(config, backbones.build(config.backbone, 3))
+    attached.model.register_forward_hook(lambda module, args, output: output * read(output))
+    assert said in (no_graphs(config, attached, CUDA) or "")
 
 
 def test_several_processes_are_refused():
