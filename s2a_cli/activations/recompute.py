@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2a_cli.activations.ops.autograd import first_order
-from s2a_cli.activations.ops.linear_conv import bias_gradient
+from s2a_cli.activations.ops.linear_conv import FrozenLinear
 from s2a_cli.activations.quant.groupwise import GroupwiseLayout, keep_quantized, write_chunk
 from s2a_cli.activations.quant.packing import groupwise_size
 from s2a_cli.activations.random_numbers import SampleDraws, batch_chunks, random_state, set_random_state
@@ -196,31 +196,15 @@ def _write(whole: list[Tensor | None], results: list, chunk: slice, samples: int
     results.clear()
 
 
-class UnreadLinear(torch.autograd.Function):
-    """Stands in for a frozen linear layer in a recomputation.
-
-    Its output has the right shape and dtype and nothing in it.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.shape = x.shape
-        return x.new_empty((*x.shape[:-1], len(weight)), dtype=dtype)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad: Tensor):
-        (weight,) = ctx.saved_tensors
-        dx = grad.matmul(weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-        dbias = bias_gradient(grad) if ctx.needs_input_grad[2] else None
-        return dx, None, dbias, None
-
-
 def unread_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Does what F.linear does where nothing reads its output; with a weight that trains it is F.linear itself."""
     if weight.requires_grad:
         return F.linear(input, weight, bias)
     kind = input.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-    return UnreadLinear.apply(input, weight, bias, dtype)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns what has the right shape and dtype, and nothing in it."""
+        return x.new_empty((*x.shape[:-1], len(weight)), dtype=dtype)
+
+    return FrozenLinear.apply(input, weight, bias, run)

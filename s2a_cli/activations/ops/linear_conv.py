@@ -43,10 +43,10 @@ def bias_gradient(grad: Tensor) -> Tensor:
 
 
 class FrozenLinear(torch.autograd.Function):
-    """Computes y = run(x, weight, bias) with a bias that trains alone, whose gradient takes no large buffer."""
+    """Computes y = run(x, weight, bias), of a weight that does not train; the bias' gradient takes no large buffer."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, run: Callable):
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: Callable):
         ctx.save_for_backward(weight)
         return run(x, weight, bias).detach()  # no view, which could not be changed in place
 
@@ -55,7 +55,7 @@ class FrozenLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (weight,) = ctx.saved_tensors
         dx = grad.matmul(weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-        return dx, None, bias_gradient(grad), None
+        return dx, None, bias_gradient(grad) if ctx.needs_input_grad[2] else None, None
 
 
 class FrozenConv(torch.autograd.Function):
