@@ -4,10 +4,12 @@
     python benchmarks/planner/budgets.py backbone=vit_t batch=16 budgets=30MiB,60MiB steps=2 backbone.image_size=112
 
 The rows are stock PyTorch, timm's checkpointing of whole blocks and ours, each in micro-batches of every size, and the
-presets. A row counts at a budget where its predicted peak fits. All rows and all plans are timed in one process: one
-step each, in an order drawn anew every round, of one shared model; medians. Wanted: a plan at 0.97 of the best row that
-fits or more, and 1.15 times as fast as checkpointing wherever that fits. Writes OUT/NAME.json and .md. OMP_NUM_THREADS
-sets the CPU's threads. Words that are no options of this command are settings of the runs.
+presets. A row counts at a budget where its predicted peak fits. Each row is first timed once, on as few images as show
+how fast it is. Rows that come near the fastest that fits at some budget, or near the fastest checkpointing, are then
+timed together with all plans, in one process: one step each, in an order drawn anew every round, of one shared model;
+medians. Wanted: a plan at 0.97 of the best row that fits or more, and 1.15 times as fast as checkpointing wherever that
+fits. Writes OUT/NAME.json and .md. OMP_NUM_THREADS sets the CPU's threads. Words that are no options of this command
+are settings of the runs.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ BUDGETS = "400MiB,440MiB,500MiB,600MiB,900MiB,1600MiB,3200MiB,6GiB"
 PRESETS = ("exact", "int8", "int5", "int4", "tiny")
 CHECKPOINTED = "checkpointing"
 WANTED, WANTED_OF_CHECKPOINTING = 0.97, 1.15
+SCREENED = 16  # images that show how fast a row is, or one of its micro-batches
+NEAR = 0.85  # of the images a second of the fastest: below it, a row is timed no further
 OPTIONS = {
     "batch": "64",
     "budgets": BUDGETS,
@@ -65,11 +69,16 @@ class Row:
     kind: str = "stock"
     timm: bool = False  # timm's own checkpointing is on
     peak_mib: float = 0.0
+    screened: float = 0.0  # images a second at first sight
     seconds: list[float] = field(default_factory=list)
 
     def rate(self, batch: int) -> float:
         """Returns images a second."""
         return batch / statistics.median(self.seconds)
+
+    def shown(self, batch: int) -> str:
+        """Returns images a second in words."""
+        return f"{self.rate(batch):.2f}" if self.seconds else f"({self.screened:.2f})"
 
 
 def rows(batch: int) -> list[Row]:
@@ -131,15 +140,21 @@ class Bench:
         with self.checkpointing(row):
             row.peak_mib = forecast.profile_step(self.attached, self.config(row), self.batch).peak_bytes / MIB
 
-    def step(self, row: Row) -> float:
-        """Takes a step under the settings of a row and returns its seconds."""
+    def screen(self, row: Row) -> None:
+        """Fills in how fast a row is at first sight."""
+        self.step(row, 1)  # fits codes
+        images = max(row.settings.get("optim.micro_batch", self.batch), min(SCREENED, self.batch))
+        row.screened = images / self.step(row, images)
+
+    def step(self, row: Row, images: int | None = None) -> float:
+        """Takes a step of a batch, or of some images, under the settings of a row and returns its seconds."""
         key = json.dumps(row.settings, default=str)
         if key not in self._steps:
             self._steps[key] = Step(self.config(row), self.device, self.attached)
         with self.checkpointing(row):
             self._wait()
             begun = time.perf_counter()
-            self._steps[key](self.model, self.optimizer, self.images, self.targets)
+            self._steps[key](self.model, self.optimizer, self.images[:images], self.targets[:images])
             self._wait()
             return time.perf_counter() - begun
 
@@ -167,18 +182,26 @@ def _unstored(weights: str) -> Any:
 
 def compare(bench: Bench, budgets: list[str], steps: int, fidelity: str) -> dict[str, Any]:
     """Returns the rows, the plan of each budget and how it compares with the best row that fits."""
-    known, plans = rows(bench.batch), {}
+    known = rows(bench.batch)
+    plans: dict[str, tuple[Row, dict[str, Any]]] = {}
     with Progress("predicting", len(known), " rows") as progress:
         for row in known:
             bench.predict(row)
             progress.add(1)
     for budget in budgets:
         try:
-            plans[budget] = bench.plan(budget, fidelity)
+            row, made = bench.plan(budget, fidelity)
+            plans[budget] = next((one for one, _ in plans.values() if one.settings == row.settings), row), made
         except UserError as error:
             print(f"{budget}: {error}", file=sys.stderr)
-    most = max(size("budgets", budget) / MIB for budget in budgets)
-    timed = [row for row in known if row.peak_mib <= most] + [row for row, _ in plans.values()]
+    sizes = [size("budgets", budget) / MIB for budget in budgets]
+    with Progress("screening", len(known), " rows") as progress:
+        for row in known:
+            if row.peak_mib <= max(sizes):
+                bench.screen(row)
+            progress.add(1, row=row.name)
+    near = {row.name for available in sizes for row in promising(known, available)}
+    timed = [row for row in known if row.name in near] + list({id(row): row for row, _ in plans.values()}.values())
     draw = random.Random(0)
     with Progress("timing", len(timed) * (steps + 1), " steps") as progress:
         for turn in range(steps + 1):
@@ -188,7 +211,18 @@ def compare(bench: Bench, budgets: list[str], steps: int, fidelity: str) -> dict
                 row.seconds += [seconds] if turn else []  # codes are fitted in the first
                 progress.add(1, row=row.name)
     lines = [_line(budget, row, made, known, bench.batch) for budget, (row, made) in plans.items()]
-    return {"rows": [asdict(row) for row in known if row.seconds], "budgets": lines}
+    shown = [asdict(row) | {"shown": row.shown(bench.batch)} for row in known if row.screened]
+    return {"rows": shown, "budgets": lines, "steps": steps}
+
+
+def promising(rows: list[Row], available: float) -> list[Row]:
+    """Returns those that fit into so many MiB and may be the fastest there, or the fastest checkpointing."""
+    fitting = [row for row in rows if row.screened and row.peak_mib <= available]
+    found = []
+    for kind in (fitting, [row for row in fitting if row.kind == CHECKPOINTED]):
+        best = max((row.screened for row in kind), default=0.0)
+        found += [row for row in kind if row.screened >= NEAR * best]
+    return found
 
 
 def _line(budget: str, row: Row, made: dict[str, Any], known: list[Row], batch: int) -> dict[str, Any]:
@@ -239,16 +273,15 @@ def markdown(result: dict[str, Any]) -> str:
         for line in result["budgets"]
     ]
     every = sorted(result["rows"], key=lambda row: row["peak_mib"])
-    listed = [
-        [row["name"], f"{row['peak_mib']:,.0f}", f"{batch / statistics.median(row['seconds']):.2f}"] for row in every
-    ]
+    listed = [[row["name"], f"{row['peak_mib']:,.0f}", row["shown"]] for row in every]
     return "\n".join(
         [
             f"# Plans for a memory budget: {result['name']}",
             "",
             f"`python benchmarks/planner/budgets.py {' '.join(result['words'])}`, {result['machine']}. Peaks are"
-            f" predicted. Images a second: medians of {len(result['rows'][0]['seconds'])} steps of {batch} images,"
-            f" all rows and plans in alternating order. Wanted: {WANTED} of the best row that fits, and"
+            f" predicted. Images a second: medians of {result['steps']} steps of {batch} images, rows and plans in"
+            f" alternating order; in brackets at first sight alone, from one step, where others that fit were"
+            f" clearly faster. Wanted: {WANTED} of the best row that fits, and"
             f" {WANTED_OF_CHECKPOINTING} times the images a second of exact checkpointing of whole blocks.",
             "",
             tabulate(lines, head, tablefmt="github", disable_numparse=True),
