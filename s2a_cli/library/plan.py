@@ -86,7 +86,7 @@ def plan(
     rounding = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     margin = Margin() if device.type == "cuda" else None
     classes = attachment.backbone.head.classes
-    task = Task(config, attachment, classes, len(images), size("budget", budget), margin)
+    task = Task(config, attachment, classes, len(images), size("budget", budget), margin, dtype=images.dtype)
 
     def nothing(least: float) -> str:
         return f"budget={budget}: nothing fits; the least that a step takes is predicted to be {least / MIB:,.0f} MiB"

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 from s2a_cli import backbones
@@ -27,6 +28,7 @@ class Task:
 
     attached: to a backbone on any device. images: to train on. available: bytes that a step may take. margin: what the
     device needs beyond the peak; None for a CPU. cuda_graphs: whether passes can be replayed as CUDA graphs.
+    dtype: of a batch on the device; None for what a run has there.
     """
 
     config: DictConfig
@@ -37,6 +39,7 @@ class Task:
     margin: Margin | None = None
     processes: int = 1
     cuda_graphs: bool = False
+    dtype: torch.dtype | None = None
     _stored: dict[str, Attachment] = field(default_factory=dict)
 
     @property
@@ -91,7 +94,7 @@ class Task:
         if attached is None:
             return math.inf
         try:
-            profile = forecast.profile_step(attached, config, self.images, self.processes)
+            profile = forecast.profile_step(attached, config, self.images, self.processes, self.dtype)
         except UserError:
             return math.inf
         return self.takes(profile)

@@ -66,16 +66,19 @@ def predict_step(attached: Attachment, config: DictConfig, images: int) -> memor
     return profile_step(attached, config, images, distributed.rank_and_world_size()[1]).memory
 
 
-def profile_step(attached: Attachment, config: DictConfig, images: int, processes: int = 1) -> memory.Profile:
-    """Predicts the memory of a step and where it is, for the first of several processes that share a batch."""
+def profile_step(
+    attached: Attachment, config: DictConfig, images: int, processes: int = 1, dtype: torch.dtype | None = None
+) -> memory.Profile:
+    """Predicts the memory of a step and where it is, for the first of several processes that share a batch.
+
+    dtype: of a batch on the device; None for what a run has there.
+    """
     backbone, model = attached.backbone, attached.model
     train_mode(model)
     count, size = -(-min(config.optim.batch_size, images) // processes), backbone.image.size
     in_pixels = stays_in_pixels(config.optim) or config.dataset.cache
-    batch = (
-        torch.empty(count, 3, size, size, dtype=torch.uint8 if in_pixels else weight_dtype(config.precision)),
-        torch.empty(count, dtype=torch.int64),
-    )
+    dtype = dtype or (torch.uint8 if in_pixels else weight_dtype(config.precision))
+    batch = torch.empty(count, 3, size, size, dtype=dtype), torch.empty(count, dtype=torch.int64)
     if (micro := config.optim.micro_batch) and count > 2 * micro and not config.dataset.cache:
         return _profile_two(attached, config, batch)
     step = Step(config, torch.device("cpu"), attached)

@@ -10,8 +10,12 @@ import torch
 from torch.nn import functional as F
 
 import s2a_cli
+from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import QuantConfig
 from s2a_cli.memory import track
+from s2a_cli.memory.result import MIB
+from s2a_cli.planner.candidates import Candidate
+from s2a_cli.planner.task import Task
 
 
 def made(method: str = "s2a") -> s2a_cli.Attached:
@@ -63,6 +67,15 @@ def test_a_loop_with_the_plan_keeps_to_the_budget(method):
     assert peak(attached, chosen) <= whole * 0.75
     assert chosen.needed_mib <= whole * 0.75 + 0.1
     assert chosen.about in str(chosen) and "without planning" not in str(chosen)
+
+
+@pytest.mark.parametrize("micro_batch", [12, 8])
+def test_images_are_predicted_in_the_type_that_they_have(micro_batch):
+    attached = made("bias")
+    config = compose(["method=linear", f"optim.batch_size={len(IMAGES)}"])
+    cut = s2a_cli.StepPlan(micro_batch, QuantConfig.named("none"), 0.0, "", {})  # pyright: ignore[reportArgumentType]
+    task = Task(config, attached.attachment, 5, len(IMAGES), 1e9, dtype=IMAGES.dtype)
+    assert task.needed(Candidate(micro_batch)) / MIB == pytest.approx(peak(attached, cut), abs=0.01)
 
 
 def test_a_plan_leaves_the_gradient_as_it_is():
