@@ -8,8 +8,8 @@ presets. A row counts at a budget where its predicted peak fits. Each row is fir
 how fast it is. Rows that come near the fastest that fits at some budget, or near the fastest checkpointing, are then
 timed together with all plans, in one process: one step each, in an order drawn anew every round, of one shared model;
 medians. Wanted: a plan at 0.97 of the best row that fits or more, and 1.15 times as fast as checkpointing wherever that
-fits. Writes OUT/NAME.json and .md. OMP_NUM_THREADS sets the CPU's threads. Words that are no options of this command
-are settings of the runs.
+fits. Writes OUT/NAME.json, .md and .png. OMP_NUM_THREADS sets the CPU's threads. Words that are no options of this
+command are settings of the runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from tabulate import tabulate
+from budgets_report import figure, markdown
 
 from s2a_cli import backbones
 from s2a_cli.common.errors import UserError
@@ -47,7 +47,6 @@ CLASSES = 100
 BUDGETS = "400MiB,440MiB,500MiB,600MiB,900MiB,1600MiB,3200MiB,6GiB"
 PRESETS = ("exact", "int8", "int5", "int4", "tiny")
 CHECKPOINTED = "checkpointing"
-WANTED, WANTED_OF_CHECKPOINTING = 0.97, 1.15
 SCREENED = 16  # images that show how fast a row is, or one of its micro-batches
 NEAR = 0.85  # of the images a second of the fastest: below it, a row is timed no further
 OPTIONS = {
@@ -246,58 +245,6 @@ def _line(budget: str, row: Row, made: dict[str, Any], known: list[Row], batch: 
     }
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """Returns the figures as a page."""
-    batch = result["batch"]
-    head = [
-        "budget",
-        "plan",
-        "peak, MiB",
-        "images/s",
-        "best row that fits",
-        "of it",
-        "of checkpointing",
-        "planned in, s",
-    ]
-    lines = [
-        [
-            line["budget"],
-            line["plan"],
-            f"{line['peak_mib']:,.0f}",
-            f"{line['rate']:.2f}",
-            line["best"] or "none",
-            _times(line["of_best"]),
-            _times(line["of_checkpointing"]),
-            f"{line['planning_seconds']:.0f}",
-        ]
-        for line in result["budgets"]
-    ]
-    every = sorted(result["rows"], key=lambda row: row["peak_mib"])
-    listed = [[row["name"], f"{row['peak_mib']:,.0f}", row["shown"]] for row in every]
-    return "\n".join(
-        [
-            f"# Plans for a memory budget: {result['name']}",
-            "",
-            f"`python benchmarks/planner/budgets.py {' '.join(result['words'])}`, {result['machine']}. Peaks are"
-            f" predicted. Images a second: medians of {result['steps']} steps of {batch} images, rows and plans in"
-            f" alternating order; in brackets at first sight alone, from one step, where others that fit were"
-            f" clearly faster. Wanted: {WANTED} of the best row that fits, and"
-            f" {WANTED_OF_CHECKPOINTING} times the images a second of exact checkpointing of whole blocks.",
-            "",
-            tabulate(lines, head, tablefmt="github", disable_numparse=True),
-            "",
-            "## All rows",
-            "",
-            tabulate(listed, ["row", "peak, MiB", "images/s"], tablefmt="github", disable_numparse=True),
-            "",
-        ]
-    )
-
-
-def _times(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{ratio:.2f}x"
-
-
 def main(argv: list[str]) -> dict[str, Any]:
     """Runs the comparison and writes its files."""
     given = OPTIONS | dict(word.split("=", 1) for word in argv if word.partition("=")[0] in OPTIONS)
@@ -314,12 +261,14 @@ def main(argv: list[str]) -> dict[str, Any]:
         "batch": bench.batch,
         "machine": f"{bench.device}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "environment": about,
+        "date": time.strftime("%Y-%m-%d"),
         **compare(bench, given["budgets"].split(","), int(given["steps"]), given["fidelity"]),
     }
     out = Path(given["out"])
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / f"{name}.json", json.dumps(result, indent=1, default=str) + "\n")
     atomic_write(out / f"{name}.md", markdown(result))
+    figure(result, out / f"{name}.png")
     print(markdown(result))
     return result
 

@@ -30,7 +30,6 @@ from tabulate import tabulate
 from s2a_cli.common import files
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
-from s2a_cli.config.settings import replaced
 from s2a_cli.planner.run_plan import plan_run
 from s2a_cli.results import record
 from s2a_cli.training import feature_cache, forecast
@@ -38,6 +37,7 @@ from s2a_cli.training.environment import environment
 from s2a_cli.training.evaluation import accuracy
 from s2a_cli.training.loop import TrainLoop
 from s2a_cli.training.run import Run, prepare
+from s2a_cli.training.trainer import planned
 
 ROOT = Path(__file__).resolve().parents[2]
 ENOUGH = 0.987  # of full fine-tuning's accuracy, as the paper of S2A reports
@@ -84,9 +84,7 @@ def train(words: list[str]) -> Entry:
     """Trains one run; returns (seconds, test top-1) behind each epoch, and what it was planned to need."""
     begun, config = time.monotonic(), compose([*words, "test=false"])
     run: Run = prepare(config)
-    plan = plan_run(run) if config.budget else None
-    if plan:
-        run.config = replaced(run.config, plan["settings"])
+    plan = planned(run, plan_run, None)
     run.model.to(run.device)
     if run.feature_head:
         run.cache = feature_cache.opened(run)
@@ -178,9 +176,10 @@ def main(argv: list[str]) -> int:
         root, *own = word.split(",")
         data: Entry = {"methods": {}}
         result["data"][Path(root).stem] = data
-        tried = {rate: train([*words_of("full", root, own, 0), f"optim.lr={rate}"]) for rate in FULL_RATES}
+        first, *others = args.seeds
+        tried = {rate: train([*words_of("full", root, own, first), f"optim.lr={rate}"]) for rate in FULL_RATES}
         rate = max(FULL_RATES, key=lambda rate: tried[rate]["val_top1"])
-        full = [train([*words_of("full", root, own, seed), f"optim.lr={rate}"]) for seed in args.seeds]
+        full = [tried[rate], *(train([*words_of("full", root, own, seed), f"optim.lr={rate}"]) for seed in others)]
         data |= {"full_rate": rate, "full_tried": {rate: run["val_top1"] for rate, run in tried.items()}}
         top1 = mean(run["test_top1"] for run in full)
         data |= {"full": full, "full_top1": top1, "wanted": ENOUGH * top1}

@@ -365,7 +365,7 @@ class SweepConfig:
     dir: str = setting("runs", help="the runs lie in DIR/<dataset>/<backbone>/<method>/<id>", rule=PATH)
     workers: int | None = setting(None, help="runs at a time; null: one for each GPU, or one", rule=AT_LEAST_1)
     pack: bool = setting(
-        False, help="as many runs on a GPU as fit by their predicted peaks; measured peaks are then not taken"
+        False, help="as many runs on a GPU as fit by what they are predicted to need; measured peaks are then not taken"
     )
     report: str | None = setting(None, help="an HTML file that `s2a report` writes of all runs at the end", rule=PATH)
     launcher: str = setting("local", help="local | slurm | ray", rule=one_of("local", "slurm", "ray"))

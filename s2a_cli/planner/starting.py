@@ -108,8 +108,8 @@ def _fitted(begun: Start, splits: data.Splits, given: dict[str, str]) -> Start:
     batch = min(BATCH, largest_batch(config, total)) or 1
     if "optim.batch_size" not in given and batch < BATCH:
         begun.settings["optim.batch_size"] = (str(batch), "what fits this GPU")
-    peak = forecast.predicted_peak(compose(begun.words), len(splits.classes), len(splits.train))
-    said = f"predicted peak: {peak:,.0f} MiB" if peak else "its memory can't be predicted"
+    profile = forecast.profile_composition(compose(begun.words), len(splits.classes), len(splits.train))
+    said = f"predicted peak: {profile.memory.peak_mib:,.0f} MiB" if profile else "its memory can't be predicted"
     return Start(
         begun.settings, [*begun.found, f"{said}; this GPU has {total / MIB:,.0f} MiB. Its time isn't predicted"]
     )
@@ -174,10 +174,11 @@ def _remembered(begun: Start, splits: data.Splits, given: dict[str, str]) -> Sta
     """Returns a start that fits the memory of this machine, and says how much it is predicted to take."""
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / MIB
 
-    def peak() -> float | None:
-        return forecast.predicted_peak(compose(begun.words), len(splits.classes), len(splits.train))
+    def peak() -> float:
+        profile = forecast.profile_composition(compose(begun.words), len(splits.classes), len(splits.train))
+        return profile.memory.peak_mib if profile else 0.0
 
-    if (peak() or 0.0) > there / 2 and "quant" not in given:
+    if peak() > there / 2 and "quant" not in given:
         begun.settings["quant"] = ("tiny", "codes of activations, recomputed blocks: little memory, more time")
-    said = f"predicted peak of memory: {peak() or 0.0:,.0f} MiB; this machine has {there:,.0f} MiB"
+    said = f"predicted peak of memory: {peak():,.0f} MiB; this machine has {there:,.0f} MiB"
     return Start(begun.settings, [*begun.found, said])

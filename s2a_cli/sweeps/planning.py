@@ -28,6 +28,9 @@ from s2a_cli.config.overrides import expand
 from s2a_cli.config.rules import show
 from s2a_cli.config.schema import DatasetConfig, SweepConfig
 from s2a_cli.config.settings import merge, plain
+from s2a_cli.memory.breakdown import Profile
+from s2a_cli.memory.margin import Margin
+from s2a_cli.memory.result import MIB
 from s2a_cli.methods import keeps_codable
 from s2a_cli.planner.batch_size import AUTO, need_device, resolved
 from s2a_cli.planner.run_memory import sizes
@@ -53,6 +56,7 @@ class Member:
     images: int  # to train on
     known: bool = True  # false: without its data and weights, neither what it computes nor its folder is known
     peak_mib: float | None = None  # predicted, where it was asked for
+    needed_mib: float | None = None  # of a GPU, with its context and a margin
     reported: bool = False  # that its record can't be read
 
     @property
@@ -255,8 +259,8 @@ def _once(known: dict[str, Any], key: DictConfig, make: Callable[[], Any]) -> An
 
 
 def predict(members: list[Member]) -> None:
-    """Fills in the peak that each run is predicted to need, in MiB; leaves None where that can't be said."""
-    known: dict[str, float | None] = {}
+    """Fills in what each run is predicted to need, in MiB; leaves None where that can't be said."""
+    known: dict[str, Profile | None] = {}
     with Progress("predicting", len(members), " runs") as progress:
         for member in members:
             chosen = {name: plain(member.config, resolve=True)[name] for name in OF_MEMORY}
@@ -264,9 +268,9 @@ def predict(members: list[Member]) -> None:
             batch = min(member.images, member.config.optim.batch_size)
             beside = {"classes": member.classes, "batch": batch, "cache": member.config.dataset.cache}
             key = OmegaConf.create({**chosen, **beside})
-            member.peak_mib = _once(
-                known, key, lambda member=member: forecast.predicted_peak(member.config, member.classes, member.images)
-            )
+            of = member.config, member.classes, member.images
+            if profile := _once(known, key, lambda of=of: forecast.profile_composition(*of)):
+                member.peak_mib, member.needed_mib = profile.memory.peak_mib, Margin().needed(profile) / MIB
             progress.add(1)
 
 

@@ -92,7 +92,7 @@ class Sweep:
         """Starts runs in all slots that are free."""
         while self.todo:
             slot = self.launcher.free(
-                {slot: member.peak_mib for slot, (member, _, _) in self.jobs.items()}, self.todo[0].peak_mib
+                {slot: member.needed_mib for slot, (member, _, _) in self.jobs.items()}, self.todo[0].needed_mib
             )
             if slot is None:
                 return

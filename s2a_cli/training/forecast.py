@@ -48,13 +48,13 @@ def full_finetuning(config: DictConfig, classes: int) -> tuple[Attachment, DictC
     return attached, merge(config, {"quant": OmegaConf.structured(REFERENCE)})
 
 
-def predicted_peak(config: DictConfig, classes: int, images: int) -> float | None:
-    """Predicts the peak in MiB of a run's step without its data or weights; None where it can't be predicted."""
+def profile_composition(config: DictConfig, classes: int, images: int) -> memory.Profile | None:
+    """Predicts the memory of a run's step without its data or weights; None where it can't be predicted."""
     if config.compile or config.budget:  # settings for a budget are chosen on images of the run
         return None
     backbone = backbones.build(config.backbone, classes, meta=True)
     try:
-        return predict_step(attach(config, backbone), config, images).peak_mib
+        return profile_step(attach(config, backbone), config, images, distributed.rank_and_world_size()[1])
     except UserError:
         raise
     except Exception:  # a model of timm whose forward pass reads values can't run without data

@@ -71,7 +71,7 @@ def train(
             raise refused
         stored = None if force else _stored_plan(place, run.content)
         state = _begin(run, place, force)
-        plan = _planned(run, planner, stored)
+        plan = planned(run, planner, stored)
         if place != folder:
             print(f"{folder}: its files stay until this run is whole")
         result = _train(run, place, state, plan)
@@ -93,7 +93,7 @@ def _begin(run: Run, place: Path, force: bool) -> dict[str, Any] | None:
     return None
 
 
-def _planned(run: Run, planner: Planner | None, stored: record.Plan | None) -> record.Plan | None:
+def planned(run: Run, planner: Planner | None, stored: record.Plan | None) -> record.Plan | None:
     """Gives a run with a budget the settings of its plan, and returns the plan: the stored one, or a new one.
 
     Raises UserError where nothing fits the budget.

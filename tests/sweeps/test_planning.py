@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from s2a_cli.common.errors import UserError
+from s2a_cli.memory.margin import Margin
+from s2a_cli.memory.result import MIB
 from s2a_cli.sweeps import planning
 
 TINY = ["dataset.shots=4", "optim.epochs=1", "optim.batch_size=16", "device=cpu", "workers=0"]
@@ -30,9 +32,11 @@ def test_a_plan_without_data_and_weights(tmp_path, monkeypatch):
     assert {member.state() for member in planned.members} == {"unknown"}
     assert len(planned.missing) == 2 and "the data of cifar10 (" in planned.missing[0]
     assert planned.missing[1] == "the weights of vit_t (vit_tiny_patch16_224.augreg_in21k)"
-    asked = []
-    monkeypatch.setattr(planning.forecast, "predicted_peak", lambda *args: asked.append(args) or 1.0)
+    asked, profile = [], planning.forecast.profile_composition
+    monkeypatch.setattr(planning.forecast, "profile_composition", lambda *args: asked.append(args) or profile(*args))
     planning.predict(planned.members)
+    needed = {member.needed_mib - Margin().around(member.peak_mib * MIB) / MIB for member in planned.members}
+    assert min(needed) >= 0, "what the allocator takes is no less than the peak"
     assert len(asked) == 1, "neither seeds nor data sets of as many classes are predicted again"
     shown = planning.overview(planned, predicted=True)
     assert shown.count("not on this machine") == 2 and "runs/cifar10/vit_t/bias/?" in shown

@@ -257,9 +257,9 @@ def test_a_gpu_takes_what_fits():
     local = Local(4, ["0", "1"], pack_mib=10_000)
     assert local.free({}, 7_000) == 0
     assert local.free({0: 7_000}, 900) == 1, "an idle one first"
-    assert local.free({0: 7_000, 1: 9_000}, 900) == 2, "then GPU 0 again: 7000 + 900 and two contexts"
-    assert local.free({0: 7_000, 1: 9_000}, 1_000) is None
-    assert local.free({0: None, 1: None}, 10) is None, "a run whose peak is not known has a GPU alone"
+    assert local.free({0: 7_000, 1: 9_000}, 900) == 2, "then GPU 0 again, with room for 3000"
+    assert local.free({0: 7_000, 1: 9_000}, 3_000) == 2 and local.free({0: 7_000, 1: 9_000}, 3_001) is None
+    assert local.free({0: None, 1: None}, 10) is None, "a run of which nothing is known has a GPU alone"
     apart = Local(2, ["3", "5"])
     assert (apart.free({}, None), apart.free({0: None}, None), apart.free({0: 1, 1: 1}, 1)) == (0, 1, None)
 

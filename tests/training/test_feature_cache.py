@@ -301,7 +301,7 @@ def test_without_a_cache_a_run_has_the_identity_that_it_always_had():
 def test_the_predicted_peak_is_that_of_filling_or_of_the_step():
     def peak(*words):
         config = compose([*QUICK, *words])
-        return forecast.predicted_peak(config, 10, 1000)
+        return forecast.profile_composition(config, 10, 1000).memory.peak_mib
 
     assert peak(CACHE) < peak()
     assert peak(CACHE) == peak(CACHE, "optim.batch_size=20"), "that of filling, with few images at a time"

@@ -26,10 +26,10 @@ class Launcher(Protocol):
 
     note: str  # to be said before it starts
 
-    def free(self, running: dict[int, float | None], peak_mib: float | None) -> int | None:
-        """Returns a slot for one more run with this predicted peak; None where there is none now.
+    def free(self, running: dict[int, float | None], needed_mib: float | None) -> int | None:
+        """Returns a slot for one more run that is predicted to need so much of a GPU; None where there is none now.
 
-        running: {slot: predicted peak in MiB} of the runs at work.
+        running: {slot: MiB that it is predicted to need} of the runs at work; None where that is not known.
         """
         ...
 

@@ -13,7 +13,6 @@ from typing import IO
 from s2a_cli.common.interrupts import PARENT
 
 POLL = 0.2  # seconds
-CONTEXT_MIB = 1024  # what a process takes of a GPU beside what it allocates: the CUDA context and libraries
 
 
 def visible_gpus() -> list[str]:
@@ -98,15 +97,15 @@ class Local:
         )
         self.note = said if shared else ""
 
-    def free(self, running: dict[int, float | None], peak_mib: float | None) -> int | None:
+    def free(self, running: dict[int, float | None], needed_mib: float | None) -> int | None:
         """Returns a free slot, of the GPU with the most room where runs are packed; None where there is none."""
         if self.pack_mib is None:
             return next((slot for slot in range(self.workers) if slot not in running), None)
         whole, count = self.pack_mib, len(self.gpus)
-        here = [[peak for slot, peak in running.items() if slot % count == gpu] for gpu in range(count)]
-        taken = [sum((peak or whole) + CONTEXT_MIB for peak in peaks) for peaks in here]
+        here = [[needed for slot, needed in running.items() if slot % count == gpu] for gpu in range(count)]
+        taken = [sum(needed or whole for needed in runs) for runs in here]
         for gpu in sorted(range(count), key=taken.__getitem__):
-            if not here[gpu] or (peak_mib or whole) + CONTEXT_MIB <= whole - taken[gpu]:
+            if not here[gpu] or (needed_mib or whole) <= whole - taken[gpu]:
                 slots = range(gpu, (len(running) + 1) * count, count)
                 return next(slot for slot in slots if slot not in running)
         return None

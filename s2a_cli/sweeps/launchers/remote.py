@@ -27,7 +27,7 @@ class Queue:
     def __init__(self, workers: int | None):
         self.workers = workers
 
-    def free(self, running: dict[int, float | None], peak_mib: float | None) -> int | None:
+    def free(self, running: dict[int, float | None], needed_mib: float | None) -> int | None:
         """Returns the first free slot; None where `workers` runs are at work."""
         if self.workers and len(running) >= self.workers:
             return None
