@@ -304,7 +304,7 @@ FORMULAS: dict[str, Callable[[Kept, Any], int]] = {
     "vpt_shallow": vpt,
     "vpt_deep": lambda k, s: vpt(k, s) + k.L * k.mask(k.C, rows=k.B * s.tokens),
     **dict.fromkeys(("lora", "peft"), lambda k, s: k.at_qkv(k.state + k.tokens(s.peft.get("r", 8)))),
-    # Multiplies B and A by way of an identity matrix; scales W x and B A x.
+    # Counts an identity matrix and A's image of it, too, which the forward pass frees; scales W x and B A x.
     "dora": lambda k, s: k.at_qkv(
         k.floats(k.C, k.C + s.peft.r) + k.tokens(k.C + s.peft.r) + 2 * (k.tokens(3 * k.C) + k.floats(3 * k.C)),
         later=k.floats(3 * k.C),
@@ -352,7 +352,7 @@ def test_kept_bytes(layout, method, monkeypatch):
         settings = others(made_config("vit", method))
         monkeypatch.setitem(layouts.BACKBONES, "vit", dict(layouts.BACKBONES["vit"], image_size=48, kwargs=SIZES))
         monkeypatch.setattr(layouts, "CLASSES", 5)
-        monkeypatch.setattr(layouts, "batch", lambda backbone: (torch.randn(3, 3, 48, 48), torch.tensor([0, 4, 2])))
+        monkeypatch.setattr(layouts, "batch", lambda backbone: (torch.zeros(3, 3, 48, 48), torch.tensor([0, 4, 2])))
     made, config = make_attached("vit", method, **settings), made_config("vit", method, **settings)
     train_mode(made.model)
     for bits in (None,) if method in STOCK_ONLY else (None, 4):
