@@ -125,17 +125,18 @@ class HierarchicalSideNetwork(OwnFeatures):
         """Takes the meta tokens off, and the side network past block `index`. A hook of that block."""
         (number, place), hidden = self.places[index], self.hiddens[index][1]
         stage, count = cast(Stage, self.stages[number]), self.meta.shape[1]
-        meta, h = hidden.of(output).split([count, hidden.positions], dim=1)
-        patches = hidden.split(h)[1]
+        tokens = hidden.of(output)
         x, self._x = self._x, None
         assert x is not None, "the model has been called, and the blocks before this one"
         if place == 0:
             x = stage.embed(x)
             self._size = x.shape[-2], x.shape[-1]
             x = stage.embed_norm(x.flatten(2).transpose(1, 2))
-        read = stage.bridge(patches.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, patches.shape[-2:])
-        read = F.interpolate(read, self._size, mode="bilinear").flatten(2).transpose(1, 2)
-        x = stage.blocks[place](x, stage.meta_norms[place](stage.bridge(meta)), read)
+        meta, seen = stage.bridge(tokens).split(
+            [count, hidden.positions], dim=1
+        )  # at once, so that tokens are kept once
+        read = F.interpolate(hidden.split(seen)[1], self._size, mode="bilinear").flatten(2).transpose(1, 2)
+        x = stage.blocks[place](x, stage.meta_norms[place](meta), read)
         if place == len(stage.blocks) - 1:
             x = stage.norm(x)
             if number < len(self.stages) - 1:
@@ -145,7 +146,7 @@ class HierarchicalSideNetwork(OwnFeatures):
             self.hand_over(F.pad(features, (0, self.features - features.shape[1])))
         else:
             self._x = x
-        return hidden.replaced(output, h)
+        return hidden.replaced(output, tokens[:, count:])
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_x": None}

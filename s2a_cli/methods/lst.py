@@ -70,9 +70,9 @@ class LadderSideNetwork(OwnFeatures):
         """Takes the side state past block `index`. A hook of that block."""
         (state, self._state), hidden = (self._state, None), self.states[index][1]
         assert state is not None, "the first block has been called"
-        mu = torch.sigmoid(self.gates[index] / self.temperature)
         read = self.downs[index](hidden.of(output))
-        state = self.blocks[index](mu.to(read.dtype) * state + (1 - mu).to(read.dtype) * read)
+        mu = torch.sigmoid(self.gates[index] / self.temperature).to(read.dtype)
+        state = self.blocks[index](read + mu * (state - read))  # keeps one tensor; mu s + (1 - mu) r keeps both
         if index < len(self.states) - 1:
             self._state = state
         else:

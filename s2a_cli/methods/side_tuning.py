@@ -64,7 +64,8 @@ class SideNetwork(nn.Module):
         """Blends the side network's feature into what the head reads. A pre-hook of the head."""
         images, self._images = cast(Tensor, self._images), None
         weight, side = torch.sigmoid(self.alpha), self(images).view_as(args[0])
-        return ((weight * args[0] + (1 - weight) * side).to(args[0].dtype), *args[1:])
+        # Keeps their difference alone, and not the tokens of which what the head reads is a view.
+        return ((side + weight * (args[0] - side)).to(args[0].dtype), *args[1:])
 
     def load(self, path: Path) -> None:
         """Loads torchvision's weights of AlexNet, of which the classifier is left out. Raises UserError."""

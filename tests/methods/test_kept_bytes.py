@@ -133,10 +133,6 @@ class Kept:
         """Keeps the inputs of two linear layers and of the nonlinearity between them."""
         return self.state + self.curve(dim) + self.tokens(dim)
 
-    def quick_gelu(self, dim: int) -> int:
-        """Keeps a sigmoid, which is a factor as well, and the other factor."""
-        return self.curve(dim) + self.coded(self.factor(dim)) + self.factor(dim)
-
     def at_qkv(self, added: int, later: int = 0) -> int:
         """Returns what is kept where each block adapts q, k and v: nothing below the first of these, its norm included.
 
@@ -157,7 +153,7 @@ def adaptformer(k: Kept, s: Any) -> int:
 
 def convpass(k: Kept, s: Any) -> int:
     """Keeps the inputs of three layers, two nonlinearities and a mask of each bypass."""
-    bypass = k.state + 2 * k.tokens(s.dim) + 2 * k.quick_gelu(s.dim) + k.mask(s.dim)
+    bypass = k.state + 2 * k.tokens(s.dim) + 2 * k.curve(s.dim) + k.mask(s.dim)
     return k.L * (k.block + 2 * bypass) - k.attended + k.end
 
 
@@ -200,26 +196,23 @@ def ssf(k: Kept, s: Any) -> int:
 
 
 def lst(k: Kept, s: Any) -> int:
-    """Keeps the hidden states, and of each gate mu, 1 - mu and the two that these weigh."""
+    """Keeps the hidden states, and of each gate mu and the difference that it weighs."""
     width = k.C // s.reduction
     heads = next(n for n in range(max(1, width // s.head_width), 0, -1) if width % n == 0)
-    gate = k.curve(1, rows=1) + k.coded(k.floats(1)) + k.floats(1) + 2 * k.tokens(width)
+    gate = k.curve(1, rows=1) + k.coded(k.floats(1)) + k.tokens(width)
     end = k.norm(width) + k.token(width) + k.floats(k.B, k.C) + k.loss()
     return (k.L + 1) * k.state + k.L * (gate + k.narrow(width, heads)) + end
 
 
 def qst(k: Kept, s: Any) -> int:
-    """Keeps each hidden state and what makes it narrow, and of each gate the two that it weighs.
-
-    The last gate weighs a view, and keeps all tokens with it under codes, too.
-    """
+    """Keeps each hidden state and what makes it narrow, and of each gate the difference that it weighs."""
     width = k.C // s.reduction
     heads = next(n for n in range(min(width, s.heads), 0, -1) if width % n == 0)
     down = k.state + k.curve(s.rank) + k.tokens(s.rank) + k.norm(width)
     gate, last = (k.curve(n, rows=1) + k.coded(k.floats(n)) for n in (width, k.C))
     up = k.norm(width, rows=k.B) + k.stock(k.floats(k.B, k.N - 1, width)) + k.floats(k.B, width)
-    blocks = (k.L + 1) * down + k.L * (gate + 2 * k.tokens(width) + k.narrow(width, heads))
-    return blocks + up + last + k.state + 2 * k.floats(k.B, k.C) + k.loss()
+    blocks = (k.L + 1) * down + k.L * (gate + k.tokens(width) + k.narrow(width, heads))
+    return blocks + up + last + 2 * k.floats(k.B, k.C) + k.loss()
 
 
 def readers(k: Kept, s: Any) -> int:
@@ -286,7 +279,7 @@ FORMULAS: dict[str, Callable[[Kept, Any], int]] = {
     ),
     # Adapts what the first block returns.
     "adapter_pfeiffer": lambda k, s: (
-        (k.L - 1) * k.block + k.L * (k.state + k.quick_gelu(s.dim) + k.mask(s.dim) + k.tokens(s.dim)) + k.end
+        (k.L - 1) * k.block + k.L * (k.state + k.curve(s.dim) + k.mask(s.dim) + k.tokens(s.dim)) + k.end
     ),
     # Keeps the scaled weight of a layer, and which samples go past.
     "adapter_plus": lambda k, s: (
