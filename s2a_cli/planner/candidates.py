@@ -41,8 +41,9 @@ class Mode:
         return ("recompute", "block") in self.settings
 
     @property
-    def is_exact(self) -> bool:
-        return self.fidelity == EXACT
+    def cuts(self) -> bool:
+        """Whether it runs a block on a part of the images at a time, which changes nothing for a single one."""
+        return dict(self.settings).get("chunks") is not None
 
 
 def _preset(name: str, about: str, fidelity: float) -> Mode:

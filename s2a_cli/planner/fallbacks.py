@@ -52,8 +52,8 @@ def fallbacks(task: Task) -> Iterator[Fallback]:
         try:
             changed = _changed(task, changes)
             smallest = changed.smallest(FIDELITY[level])
-            recomputing = [candidate for candidate in smallest if candidate.mode.recomputes]
-            needed = min(map(changed.needed, recomputing or smallest))
+            least = [one for one in smallest if one.mode.recomputes and (one.micro_batch > 1 or not one.mode.cuts)]
+            needed = min(map(changed.needed, least or smallest))
         except UserError:
             continue
         yield Fallback(tuple(f"{key}={value}" for key, value in changes.items()), needed)

@@ -43,7 +43,7 @@ def costs(small: float) -> Costs:
 
 def best(available: float, known: Costs, exact: bool) -> float:
     """The fewest seconds of all candidates that fit, tried one by one."""
-    modes = [mode for mode in MODES if mode.is_exact or not exact]
+    modes = [mode for mode in MODES if mode.fidelity == EXACT or not exact]
     every = (
         Candidate(size, mode, blocks, BLOCKS)
         for size, mode, blocks in itertools.product(micro_batches(BATCH), modes, range(BLOCKS + 1))
@@ -68,7 +68,7 @@ def test_no_candidate_that_fits_is_faster(small, available):
 def test_codes_are_left_alone_where_an_exact_plan_is_as_fast():
     found, slower = plans(room(1000), costs(0.01), BATCH, MODES)
     assert all(plan.candidate.fidelity == EXACT for plan in found)
-    assert {plan.candidate.mode for plan in slower} >= {mode for mode in MODES if not mode.is_exact}
+    assert {plan.candidate.mode for plan in slower} >= {mode for mode in MODES if mode.fidelity < EXACT}
 
 
 def test_weights_in_fewer_bits_are_worth_what_they_take():
