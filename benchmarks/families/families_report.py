@@ -109,7 +109,8 @@ def table(result: dict[str, Any]) -> str:
         "# Every family of timm",
         "",
         (
-            "The smallest model of each family with random weights, through six methods (full, linear, bias, prompt, side, s2a), made by"
+            "The smallest model of each family with random weights, through six methods (full, linear, bias, prompt,"
+            " side, s2a), made by"
             f" `benchmarks/families/families.py`; timm {about.get('timm')}, torch {about.get('torch')}, on a CPU."
             " Memory is predicted."
         ),

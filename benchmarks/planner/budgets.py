@@ -157,6 +157,11 @@ class Bench:
             self._wait()
             return time.perf_counter() - begun
 
+    def _stored(self, weights: str | None) -> Any:
+        if weights is not None:
+            raise UserError(f"backbone.weights={weights}: weights stay as they are here")
+        return self.attached
+
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -169,14 +174,10 @@ class Bench:
         def refuse(least: float) -> str:
             return f"budget={budget}: nothing fits; the least is {least / MIB:,.1f} MiB"
 
-        made = plan.make(task, (self.images, self.targets), self.device, _unstored, refuse)
+        made = plan.make(task, (self.images, self.targets), self.device, self._stored, refuse)
         chosen = made["choices"][0]
         row = Row(chosen["about"], made["settings"], "plan", peak_mib=chosen["needed_mib"] or 0.0)
         return row, dict(made)
-
-
-def _unstored(weights: str) -> Any:
-    raise UserError(f"backbone.weights={weights}: weights stay as they are here")
 
 
 def compare(bench: Bench, budgets: list[str], steps: int, fidelity: str) -> dict[str, Any]:

@@ -36,8 +36,8 @@ TEXT = """# Every structure, verified
 Made by the command below. **Trained**: parameters on ViT-B/16 at 224 px, without the head, against what the source of
 the structure says: within 2 %, or half a unit of its last digit, or explained. **Compared with**: public code, run on
 the same random weights; the largest difference of its outputs from ours. (Of head2toe, lst, qst, res_tuning and
-side_tuning parts of that code are written again: `references.csv` says which.) Starts pretrained: before the first step the
-function is the backbone's own. Merges: after training, plain weights of the backbone compute the same.
+side_tuning parts of that code are written again: `references.csv` says which.) Starts pretrained: before the first
+step the function is the backbone's own. Merges: after training, plain weights of the backbone compute the same.
 [One tester](../../tests/methods/test_every_structure.py) holds every structure to this, and to more, on each family of
 backbones that it names.
 

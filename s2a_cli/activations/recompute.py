@@ -69,7 +69,8 @@ class Recompute(torch.autograd.Function):
             ctx.layouts.append((layout, len(stored)))
             kept += stored
         ctx.save_for_backward(*kept)
-        outputs = in_batch_chunks(call, list(inputs), size)
+        with recomputation.autocast():  # older PyTorch would use casts cached here, without a graph, in other blocks
+            outputs = in_batch_chunks(call, list(inputs), size)
         assert outputs is not None, "a probe has shown that they are split by sample"
         # A view of what was made in here, or of an input, could not be changed in place, as a block's output can be.
         return tuple(y.clone() if any(_share(y, x) for x in inputs) else y.detach() for y in outputs)

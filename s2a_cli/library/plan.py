@@ -15,7 +15,6 @@ from s2a_cli.config.schema import QuantConfig
 from s2a_cli.library.attach import Attached
 from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.result import MIB
-from s2a_cli.methods import Attachment
 from s2a_cli.planner import plan as planning
 from s2a_cli.planner.batch_size import size
 from s2a_cli.planner.task import Task
@@ -94,7 +93,7 @@ def plan(
     try:
         drawing = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(drawing):  # pyright: ignore[reportUnknownMemberType]  (torch leaves it untyped)
-            made = planning.make(task, (images, targets), device, _stored, nothing, criterion=criterion)
+            made = planning.make(task, (images, targets), device, lambda _: attachment, nothing, criterion=criterion)
     finally:
         torch.set_float32_matmul_precision(rounding[0])
         torch.backends.cudnn.allow_tf32 = rounding[1]
@@ -103,8 +102,3 @@ def plan(
     best, settings = made["choices"][0], made["settings"]
     micro_batch = settings["optim.micro_batch"] or len(images)
     return StepPlan(micro_batch, QuantConfig(**settings["quant"]), best["needed_mib"] or 0.0, best["about"], made)
-
-
-def _stored(weights: str) -> Attachment:
-    """Is never asked: the plan leaves weights as they are."""
-    raise AssertionError(weights)

@@ -59,6 +59,19 @@ class Profile:
         return known[expandable]
 
     @property
+    def unshared_bytes(self) -> int:
+        """What more the step takes where its update can't use what its passes leave, as beside a CUDA graph's pool."""
+        live, phase, most, before = 0, "", {"passes": 0, "update": 0}, 0
+        starts = dict(self.phases)
+        for at, (_, size) in enumerate(self.timeline):
+            if starts.get(at) == "update":
+                before = live
+            phase, live = starts.get(at, phase), live + size
+            kind = "update" if phase == "update" else "passes"
+            most[kind] = max(most[kind], live)
+        return max(0, min(most.values()) - before)
+
+    @property
     def phase(self) -> str:
         """Returns the phase of the step that the peak is in."""
         return next((name for start, name in reversed(self.phases) if start < self.peak_at), "forward")

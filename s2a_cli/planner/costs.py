@@ -28,7 +28,8 @@ from s2a_cli.training.run import OUT_OF_MEMORY
 from s2a_cli.training.step import Step, moving_norms, train_mode
 
 SECONDS = 11.0  # for all measurements together, but for the first of each kind
-MODE_IMAGES = 4  # at most, that all modes are measured with
+MODE_IMAGES = 4  # at most, that all modes are measured with, fewer where these would take more than
+MODE_SECONDS = 4.0  # for all of them
 MOST_OF_REST = 20  # a larger micro-batch of a mode is measured where it takes no more than this part of the time left
 ROUNDS = 3  # in which all is measured once more, while there is time
 RECOMPUTED_EXTRA = 0.35  # assumed: the share of a pass that its blocks' forward passes take
@@ -70,11 +71,17 @@ class Costs:
         """Returns what a mode takes more with all blocks in it, as a share; below 0 where it is faster."""
         return _between(self.extra[mode], images) if mode in self.extra else 0.0
 
-    def add_weights(self, name: str, timer: Timer) -> None:
-        """Notes what a pass takes more with weights that are stored as those of the timer's model."""
-        at = min(self.stock)
-        seconds = min(filter(None, (timer(Candidate(at), at) for _ in range(3))), default=math.inf)
-        self.weights[name] = max(0.0, seconds - self.stock[at])
+    def add_weights(self, name: str, timer: Timer, fits: Callable[[Candidate], bool], least: float) -> None:
+        """Notes what a pass takes more with weights that are stored as those of the timer's model.
+
+        fits: whether a candidate's predicted peak fits. least: what it takes more at least; less than 0 is noise where
+        the others are not stored in any way.
+        """
+        at, total = min(self.stock), len(self.shares)
+        whole = [Candidate(at), *(Candidate(at, mode, total, total) for mode in self.extra)]
+        candidate = next((one for one in whole if fits(replace(one, weights=name))), whole[0])
+        seconds = min(filter(None, (timer(candidate, at) for _ in range(3))), default=math.inf)
+        self.weights[name] = max(least, seconds - self.micro_batch(candidate, at))
 
     def _stock(self, images: int) -> float:
         return images * _between({size: seconds / size for size, seconds in self.stock.items()}, images)
@@ -236,19 +243,21 @@ def measure(
     for images in sizes:
         # So many images take as long as all sizes before them together; modes want their part of the time, too.
         ahead = images / stock[-1] * best[Candidate(stock[-1]), stock[-1]] if stock else 0.0
-        if ahead > (until - time.monotonic()) / 3 or not fits(Candidate(images)):
+        if ahead > (until - time.monotonic()) / 2 or not fits(Candidate(images)):
             break
         if not stock:
             take(Candidate(images), images)  # the first pass of a process waits for what later ones find ready
         if take(Candidate(images), images) is None:
             break
         stock.append(images)
-    at = max((images for images in stock if images <= MODE_IMAGES), default=min(sizes))
+    modes = [mode for mode in modes if mode != PLAIN]
+    few = [n for n in stock if n <= MODE_IMAGES and 2 * len(modes) * best[Candidate(n), n] <= MODE_SECONDS]
+    at = max(few, default=min(sizes))
     known: dict[Mode, list[int]] = {}
     for mode in modes:
         candidate = Candidate(at, mode, total, total)
-        if mode == PLAIN or (known and time.monotonic() > until):
-            continue
+        if known and time.monotonic() > until:
+            break
         # What keeps less than stock PyTorch fits where that does. The first pass fits codes to what it sees.
         if (stock or fits(candidate)) and take(candidate, at) and take(candidate, at):
             known[mode] = [at]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from s2a_cli.planner.candidates import RECOMPUTED, Candidate
+from s2a_cli.planner.candidates import PLAIN, RECOMPUTED, Candidate
 from s2a_cli.planner.costs import Timer
+from s2a_cli.training.step import moving_norms
 
 IMAGES = 8  # of the first batch
 
@@ -14,21 +17,22 @@ IMAGES = 8  # of the first batch
 class Fidelity:
     """Returns the cosine of a candidate's gradient, of all that trains, with the exact one.
 
-    timer: of the run as it is asked for. stored: timers of the same run with weights that are stored otherwise.
+    timer: of the run with exact weights. timers: by how weights are stored.
     """
 
-    def __init__(self, timer: Timer, stored: dict[str, Timer]):
-        self.timer, self.stored = timer, stored
+    def __init__(self, timer: Timer, timers: Mapping[str | None, Timer]):
+        self.timer, self.timers = timer, timers
         self._exact: dict[int, Tensor] = {}
 
     def __call__(self, candidate: Candidate) -> float:
         size = min(candidate.micro_batch, IMAGES)
         if size not in self._exact:
             total = max(1, len(self.timer.attached.blocks))
-            mode = RECOMPUTED if self.timer.attached.blocks else Candidate(1).mode
+            alike = self.timer.attached.blocks and not moving_norms(self.timer.attached.model)  # parts of a batch
+            mode = RECOMPUTED if alike else PLAIN
             self._exact[size] = _gradient(self.timer, Candidate(size, mode, total, total), size)
-        timer = self.stored.get(candidate.weights or "", self.timer)
-        return torch.cosine_similarity(_gradient(timer, candidate, size), self._exact[size], dim=0).item()
+        found = _gradient(self.timers[candidate.weights], candidate, size)
+        return torch.cosine_similarity(found, self._exact[size], dim=0).item()
 
 
 def _gradient(timer: Timer, candidate: Candidate, size: int) -> Tensor:
@@ -43,11 +47,11 @@ def _gradient(timer: Timer, candidate: Candidate, size: int) -> Tensor:
         count = min(size, IMAGES - start)
         step.accumulate(model, *timer.take(count, start), count / IMAGES)
     trained = [p for p in model.parameters() if p.requires_grad]
-    found = torch.cat([_flat(p) for p in trained]).cpu()
+    found = torch.cat([_flat(p) for p in trained])
     model.zero_grad(set_to_none=True)
     return found
 
 
 def _flat(parameter: Tensor) -> Tensor:
     grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-    return grad.flatten().double()
+    return grad.flatten().cpu().double()

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from s2a_cli.common.progress import Progress
 from s2a_cli.config.settings import plain
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import Attachment
-from s2a_cli.planner.candidates import EXACT, FIDELITY, Candidate
+from s2a_cli.planner.candidates import EXACT, FIDELITY, WEIGHTS, Candidate, Mode
 from s2a_cli.planner.costs import Timer, measure
 from s2a_cli.planner.fidelity import Fidelity
 from s2a_cli.planner.search import Found, Room, Slower, plans
@@ -67,15 +67,15 @@ def make(
     task: Task,
     batch: tuple[Tensor, Tensor],
     device: torch.device,
-    stored: Callable[[str], Attachment],
+    stored: Callable[[str | None], Attachment],
     nothing: Callable[[float], str],
     is_real: bool = True,
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> record.Plan:
     """Returns the plan of a task. Raises UserError where nothing fits.
 
-    batch: images [B, 3, H, W] and targets [B]; task.attached is on the device. stored: makes the attachment with
-    weights stored so, on the device. nothing: says what would fit, for the least bytes that a candidate needs. is_real:
+    batch: images [B, 3, H, W] and targets [B]. stored: returns the attachment with weights stored so, on the device;
+    None and "fp32" are as they are. nothing: says what would fit, for the least bytes that a candidate needs. is_real:
     whether weights and images are those of the run; otherwise no gradients are compared, and the times of the costs
     stand.
     """
@@ -83,24 +83,25 @@ def make(
     modes, weights, smallest = task.modes(level), task.weights(level), task.smallest(level)
     if not any(map(room.fits, smallest)):
         raise UserError(nothing(min(map(room.needed, smallest))))
-    with (
-        Progress("planning", None, " micro-batches") as progress,
-        closing(Timer(task.timed(), task.attached, batch, device, progress, criterion)) as timer,
-    ):
+    fitting = [name for name in weights if any(room.fits(one) for one in smallest if one.weights == name)]
+    base = fitting[0]  # exact, if any is
+    with Progress("planning", None, " micro-batches") as progress, ExitStack() as stack:
         common = batch, device, progress, criterion
-        others = {
-            name: Timer(task.timed(name), stored(name), *common) for name in weights if name not in (None, "fp32")
-        }
-        costs = measure(timer, _halvings(room.sizes), modes, room.fits)
-        for name, other in others.items():
-            costs.add_weights(name, other)
+        timers = {name: Timer(task.timed(name), stored(name), *common) for name in fitting}
+        for timer in timers.values():
+            stack.enter_context(closing(timer))
+        costs = measure(timers[base], _halvings(room.sizes), modes, lambda one: room.fits(replace(one, weights=base)))
+        for name in fitting[1:]:
+            costs.add_weights(name, timers[name], room.fits, least=0.0 if base in (None, "fp32") else -math.inf)
+        is_exact = WEIGHTS[base or "fp32"] == EXACT
+        reference = timers[base] if is_exact else Timer(task.timed(), stored(None), *common)
         found, slower = plans(room, costs, task.batch, modes, weights)
         contenders = list(map(Contender, found))
-        finalists = _finalists(contenders, level, Fidelity(timer, others) if is_real else None)
+        finalists = _finalists(contenders, level, Fidelity(reference, timers) if is_real else None)
         if not finalists:
             raise UserError(nothing(min(map(room.needed, smallest))))
         if is_real and len(finalists) > 1:
-            _time(finalists, lambda weights: others.get(weights or "", timer), task.batch)
+            _time(finalists, timers, task.batch)
     best = _best(finalists)
     contenders += [Contender(Found(one.candidate, math.inf, one.seconds), _too_slow(one, best)) for one in slower]
     _explain(best, contenders)
@@ -113,7 +114,8 @@ def make(
         "batch": task.batch,
         "device": str(device),
         "seconds": round(time.monotonic() - begun, 1),
-        "choices": [c.choice(task) for c in (best, *rest[:SHOWN])] + _left_out(task, room, contenders, level),
+        "choices": [c.choice(task) for c in (best, *rest[:SHOWN])]
+        + _left_out(task, room, contenders, level, costs.extra),
     }
 
 
@@ -136,7 +138,7 @@ def _finalists(
     return [*found, *exact[1 : 1 + FINALISTS - len(found)]]
 
 
-def _time(finalists: list[Contender], timer_of: Callable[[str | None], Timer], batch: int) -> None:
+def _time(finalists: list[Contender], timers: Mapping[str | None, Timer], batch: int) -> None:
     """Times some micro-batches of each finalist in turn, and notes the seconds of a step.
 
     One whose micro-batch alone would take half of the time for all keeps its prediction.
@@ -150,7 +152,7 @@ def _time(finalists: list[Contender], timer_of: Callable[[str | None], Timer], b
     until = time.monotonic() + FINAL_SECONDS
     for turn in range(TURNS):
         for one in timed:
-            timer, images, seconds = timer_of(one.candidate.weights), 0, 0.0
+            timer, images, seconds = timers[one.candidate.weights], 0, 0.0
             while seconds < turn_of[id(one)] and (turn == 0 or time.monotonic() < until or not images):
                 took = timer(one.candidate, one.candidate.micro_batch)
                 if took is None:
@@ -197,7 +199,9 @@ def _explain(best: Contender, contenders: Iterable[Contender]) -> None:
             one.why = f"{one.found.seconds / best.found.seconds:.2f} times the seconds, predicted"
 
 
-def _left_out(task: Task, room: Room, contenders: Iterable[Contender], level: float) -> list[record.Choice]:
+def _left_out(
+    task: Task, room: Room, contenders: Iterable[Contender], level: float, measured: Collection[Mode]
+) -> list[record.Choice]:
     """Returns what was not chosen from: the whole batch in stock PyTorch where it does not fit, and missing modes."""
     there, stored = {one.candidate.mode for one in contenders}, task.weights(level)[0]
     whole = Candidate(task.batch, weights=stored)
@@ -205,7 +209,9 @@ def _left_out(task: Task, room: Room, contenders: Iterable[Contender], level: fl
     for one in task.smallest(level):
         if one.mode not in there and one.weights == stored:
             needed = room.needed(one)
-            why = "no time was left to measure it" if needed <= room.available else "does not fit"
+            slower = "slower than stock PyTorch, which fits"
+            why = slower if one.mode in measured else "no time was left to measure it"
+            why = why if needed <= room.available else "does not fit"
             missing.append(Contender(Found(one, needed, math.inf), why))
     return [one.choice(task) for one in missing]
 

@@ -30,14 +30,16 @@ def plan_run(run: Run) -> record.Plan:
     loader = run.loader("train", train=True)
     loader.epoch = 1
     images, targets = next(iter(loader))
-    run.model.to(run.device)
     processes = distributed.rank_and_world_size()[1]
     classes = len(run.splits.classes)
     task = _task(run.config, run.attached, classes, len(run.splits.train), run.device, processes)
 
-    def stored(weights: str) -> Attachment:
-        config = replaced(run.config, {"backbone.weights": weights})
-        attached = attach(config, backbones.build(config.backbone, classes))
+    def stored(weights: str | None) -> Attachment:
+        if weights in (None, "fp32"):
+            attached = run.attached
+        else:
+            config = replaced(run.config, {"backbone.weights": weights})
+            attached = attach(config, backbones.build(config.backbone, classes))
         attached.model.to(run.device)
         return attached
 
@@ -55,13 +57,14 @@ def plan_composition(composition: Composition, processes: int = 1) -> record.Pla
     config, classes = composition.config, composition.classes
     device = choose_device(config.device)
 
-    def stored(weights: str) -> Attachment:
+    def stored(weights: str | None) -> Attachment:
+        weights = weights or config.backbone.weights
         random = merge(config, {"backbone": {"pretrained": False, "checkpoint": None, "weights": weights}})
         attached = attach(random, backbones.build(random.backbone, classes))
         attached.model.to(device)
         return attached
 
-    attached = stored(config.backbone.weights)
+    attached = attach(config, backbones.build(config.backbone, classes, meta=True))
     task = _task(config, attached, classes, composition.images, device, processes)
     count, pixels = min(task.batch, PLENTY), attached.backbone.image.size
     batch = torch.randn(count, 3, pixels, pixels), torch.arange(count) % classes

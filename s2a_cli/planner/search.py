@@ -12,6 +12,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from s2a_cli.planner.candidates import EXACT, PLAIN, Candidate, Mode
 from s2a_cli.planner.costs import Costs
@@ -128,7 +129,8 @@ def _of_mode(
     plain = room.fitting(Candidate(1, weights=weights))
     if mode == PLAIN:
         fastest = sorted(plain, key=lambda size: costs.step(Candidate(size, weights=weights), batch))
-        return [found(Candidate(size, weights=weights)) for size in fastest[:MOST]]
+        known = (found(Candidate(size, weights=weights)) for size in fastest)
+        return list(islice((one for one in known if one.needed <= room.available), MOST))
     if mode not in costs.extra:  # with all blocks in it, it did not fit where it was to be measured
         return []
     everywhere = Candidate(1, mode, room.total, room.total, weights)

@@ -270,8 +270,10 @@ def _completed(result: dict[str, Any]) -> Result:
             raise ValueError("plan.choices: empty")
         if odd := [key for name in ("settings", "asked") for key in plan[name] if key not in PLANNED]:
             raise ValueError(f"plan: {_short(odd[0])} is nothing that a budget chooses")
-    for quant in (config["quant"], result["allocation"] or {}):
-        if quant.get("blocks"):  # JSON has no integer keys
+    plan = result["plan"] or {"settings": {}, "asked": {}}
+    quants = config["quant"], result["allocation"], plan["settings"].get("quant"), plan["asked"].get("quant")
+    for quant in quants:
+        if quant and quant.get("blocks"):  # JSON has no integer keys
             quant["blocks"] = {int(number): settings for number, settings in _items(quant["blocks"])}
     return cast(Result, {key: value for key, value in result.items() if key in Result.__annotations__})
 

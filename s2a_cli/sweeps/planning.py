@@ -38,7 +38,8 @@ from s2a_cli.results import record, run_folder
 from s2a_cli.training import forecast
 from s2a_cli.training.run import attach
 
-OF_MEMORY = ("backbone", "method", "quant", "optim", "precision", "compile")  # settings that the peak depends on
+# Settings that the peak depends on.
+OF_MEMORY = ("backbone", "method", "quant", "optim", "precision", "compile", "budget", "fidelity", "cuda_graphs")
 OF_THE_RATE = ("lr", "epochs", "warmup_epochs", "schedule")  # and those of `optim` that it does not
 GROUPS = ("backbone", "method", "quant", "dataset", "optim")
 
@@ -211,7 +212,8 @@ class Known:
             lambda: self._fingerprint(config, classes),
         )
         settings = plain(config, resolve=True)
-        shape = json.dumps({key: settings[key] for key in ("backbone", "method", "quant", "optim", "precision")})
+        shape = {key: settings[key] for key in ("backbone", "method", "quant", "optim", "precision")}
+        shape = json.dumps(shape | {"cache": settings["dataset"]["cache"]})
         if shape not in self._fits:
             attach(config, backbones.build(config.backbone, classes, meta=True))
             self._fits.add(shape)

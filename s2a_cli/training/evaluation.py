@@ -108,6 +108,6 @@ def _outputs(run: Run, loader: data.Loader, asked: Callable[[], bool]) -> Iterat
     alone = distributed.rank_and_world_size()[1] == 1  # with others there is no stop before the sums that they wait for
     for images, targets in guarded(loader, asked):
         images, targets = sent(images, run.device), sent(targets, run.device)
-        yield step.logits(run.trained, images), targets
+        yield step.evaluated(run.trained, images), targets
         if alone and asked():
             raise KeyboardInterrupt

@@ -79,6 +79,7 @@ class TrainLoop:
     def __call__(self, state: dict[str, Any] | None) -> None:
         if state:
             self._restore(state)
+            state.clear()  # else its tensors would stay beside those of the run
         images = self.optim.epochs * len(self.run.splits.train)
         done = (self.sofar.epoch - 1) * len(self.run.splits.train) + self.sofar.images
         if done < images and duration.is_worth_saying(self.run):
@@ -108,12 +109,13 @@ class TrainLoop:
 
         Ends early when it is asked to stop.
         """
-        config, at, epoch = self.run.config, self.sofar, self.sofar.epoch
+        config, at, epoch, rank = self.run.config, self.sofar, self.sofar.epoch, distributed.rank_and_world_size()[0]
         train_mode(self.run.model)
         self.loader.epoch, self.loader.skip = epoch, at.step
         begun, saved = time.perf_counter() - at.seconds, time.monotonic()
         for images, targets in guarded(self.loader, asked):
-            torch.manual_seed(data.mix(config.seed, epoch, at.step))  # dropout and mixing: f(seed, epoch, step)
+            # Dropout and mixing are f(seed, epoch, step), and others in each process that shares a batch.
+            torch.manual_seed(data.mix(config.seed, epoch, at.step, *([rank] if rank else [])))
             due = time.monotonic() - saved > 60 * config.save_minutes
             stop, save = self._train(images, targets, asked, due)
             del images, targets  # nothing of a step is alive when the next begins

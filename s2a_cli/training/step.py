@@ -177,6 +177,10 @@ class Step:
         with self.memory, self.autocast():
             return model(self.normalised(images).to(self.dtype)).float()
 
+    def evaluated(self, model: nn.Module, images: Batch) -> Tensor:
+        """Returns logits [B, classes] in fp32, of as many images at a time as in training: more could take more."""
+        return torch.cat([self.logits(model, part) for part in images.split(self.optim.micro_batch or len(images))])
+
     def losses(self, model: nn.Module, images: Batch, targets: Tensor) -> Tensor:
         """Returns the mean loss over the batch of each head, [heads]."""
         return losses_of(self.logits(model, images), targets, self.criterion)

@@ -56,7 +56,7 @@ class Trained:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         self.model.eval()
-        return self._step.logits(self.model, images.to(self.device, non_blocking=self.device.type == "cuda"))
+        return self._step.evaluated(self.model, images.to(self.device, non_blocking=self.device.type == "cuda"))
 
 
 def load(run: Path | str, overrides: Sequence[str] = ()) -> Trained:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from s2a_cli import data, memory
 from s2a_cli.backbones import frozen_weights
+from s2a_cli.backbones.pretrained import map_tensors
 from s2a_cli.common import distributed
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import atomic_write
@@ -107,7 +108,11 @@ def planned(run: Run, planner: Planner | None, stored: record.Plan | None) -> re
     run.config = replaced(run.config, plan["settings"])
     if run.config.backbone.weights != plan["asked"].get("backbone.weights", run.config.backbone.weights):
         run.model.to("cpu")  # the plan was measured on the device; weights may have to stay on the host
+        if run.config.backbone.weights == "offload" and run.config.backbone.pretrained:
+            map_tensors(run.model, run.config.backbone.checkpoint or "")
         frozen_weights.store(run.backbone, run.config.backbone.weights, AUTOCAST.get(run.config.precision))
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()  # of what planning has left
     return plan
 
 

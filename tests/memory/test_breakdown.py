@@ -78,6 +78,9 @@ def test_weights_gradients_and_state_are_told_apart():
         2 * weights, rel=0.01
     )
     assert found.by("place", uses=("gradients",))["blocks.0",] == found.by("place", uses=("trainable",))["blocks.0",]
+    # A graph's pool holds what passes need: little of one image, of many more than AdamW's roots, which come on top.
+    many = profile("backbone=vit_s", "method=full", "quant=none", "optim.batch_size=64")
+    assert 0 < found.unshared_bytes < 0.5 * weights and many.unshared_bytes == pytest.approx(weights, rel=0.1)
     frozen = profile("method=linear", "quant=none", "backbone.weights=int8")
     whole = profile("method=linear", "quant=none")
     share = frozen.by("family", uses=("weights",))["linear",] / whole.by("family", uses=("weights",))["linear",]

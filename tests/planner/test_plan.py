@@ -17,7 +17,7 @@ from s2a_cli.config.compose import compose
 from s2a_cli.config.settings import replaced
 from s2a_cli.memory.result import MIB
 from s2a_cli.planner import costs, plan
-from s2a_cli.planner.candidates import MODES, RECOMPUTED, Candidate
+from s2a_cli.planner.candidates import EXACT, MODES, PLAIN, RECOMPUTED, Candidate
 from s2a_cli.planner.costs import Timer
 from s2a_cli.planner.fidelity import Fidelity
 from s2a_cli.planner.run_plan import plan_run
@@ -84,10 +84,10 @@ def test_two_micro_batches_tell_the_peak_of_many(words, monkeypatch):
 def test_exact_candidates_have_the_exact_gradient_and_codes_less():
     task = task_of()
     with closing(timer_of(task)) as timer:
-        cosine = Fidelity(timer, {})
+        cosine = Fidelity(timer, {None: timer})
         found = {mode: cosine(Candidate(4, mode, 2, 2)) for mode in MODES}
     for mode, value in found.items():
-        assert value == pytest.approx(1.0, abs=1e-9) if mode.is_exact else 0.9 < value < 1 - 1e-9, mode.about
+        assert value == pytest.approx(1.0, abs=1e-9) if mode.fidelity == EXACT else 0.9 < value < 1 - 1e-9, mode.about
 
 
 def test_a_timer_leaves_the_model_as_it_was():
@@ -121,9 +121,12 @@ def test_a_run_keeps_its_plan(tmp_path, capsys, quick, monkeypatch):
     assert result["id"] == record.run_id(record.content_of(result)), "a run is known by what was asked for"
     assert main(["train", *words]) == 0 and "finished before" in capsys.readouterr().out
     broken = json.loads((tmp_path / "result.json").read_text()) | {"status": "interrupted"}
-    broken["plan"]["seconds"] = 12345.0
+    broken["plan"]["seconds"], partly = 12345.0, {"recompute": "block"}  # in some blocks
+    broken["plan"]["settings"]["quant"] |= {"recompute": "none", "blocks": {"1": partly}}
     (tmp_path / "result.json").write_text(json.dumps(broken))
-    assert main(["train", *words]) == 0 and record.read_result(tmp_path)["plan"]["seconds"] == 12345.0
+    assert main(["train", *words]) == 0
+    again = record.read_result(tmp_path)
+    assert again["plan"]["seconds"] == 12345.0 and again["config"]["quant"]["blocks"] == {1: partly}
     assert main(["train", *words, "--force"]) == 0 and record.read_result(tmp_path)["plan"]["seconds"] < 12345.0
     assert main(["eval", f"run={tmp_path}"]) == 0
 
@@ -157,6 +160,21 @@ def test_weights_are_chosen_where_they_may_be(tmp_path, quick, capsys):
     assert result["config"]["backbone"]["weights"] in ("int8", "nf4", "bf16")
     assert result["plan"]["asked"]["backbone.weights"] == "auto"
     assert main(["eval", f"run={tmp_path}"]) == 0
+
+
+def test_blocks_are_recomputed_where_weights_are_stored_otherwise_and_nothing_else_fits(quick):
+    task = task_of("backbone.kwargs.depth=6", "backbone.weights=auto", "budget=1MiB")
+    plain, recomputed = (
+        task.needed(Candidate(1, mode, blocks, 6, "offload")) for mode, blocks in ((PLAIN, 0), (RECOMPUTED, 6))
+    )
+    assert recomputed < plain < min(task.needed(one) for one in task.smallest(1.0) if one.weights == "fp32")
+    budget = f"budget={(plain + recomputed) / 2 / MIB}MiB"
+    from s2a_cli.training.run import prepare
+
+    found = plan_run(prepare(compose([*TINY, "backbone.kwargs.depth=6", "backbone.weights=auto", budget])))
+    assert found["settings"]["backbone.weights"] == "offload" and found["settings"]["optim.micro_batch"] == 1
+    quant = found["settings"]["quant"]
+    assert quant["recompute"] == "block" or quant["blocks"]
 
 
 def test_memory_with_a_budget_plans_too(quick, capsys):

@@ -83,6 +83,12 @@ def test_weights_in_fewer_bits_are_worth_what_they_take():
     assert any(plan.candidate.weights == "fp32" for plan in found)
 
 
+def test_stock_sizes_are_taken_where_they_fit_themselves():
+    odd = Room(lambda one: 100.0 if one.micro_batch == 2 else float(one.micro_batch), 8, [1, 2, 4], 1)
+    found, _ = plans(odd, costs(0.01), 4, [PLAIN])
+    assert {plan.candidate.micro_batch for plan in found} == {1, 4}
+
+
 @pytest.mark.parametrize("values", [range(13), [1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 64], [5], [1, 64]])
 @pytest.mark.parametrize("limit", [-1, 0, 3, 7, 20, 63, 64, 100])
 def test_how_many_is_exact_and_short(values, limit):

@@ -38,6 +38,9 @@ def test_a_plan_without_data_and_weights(tmp_path, monkeypatch):
     needed = {member.needed_mib - Margin().around(member.peak_mib * MIB) / MIB for member in planned.members}
     assert min(needed) >= 0, "what the allocator takes is no less than the peak"
     assert len(asked) == 1, "neither seeds nor data sets of as many classes are predicted again"
+    for grid in ("budget=null,2GiB", "cuda_graphs=null,true"):
+        planning.predict(planning.plan([*words, "dataset=cifar10", "seed=0", grid], dry=True).members)
+    assert len(asked) == 5, "what changes the peak is predicted, two in each grid"
     shown = planning.overview(planned, predicted=True)
     assert shown.count("not on this machine") == 2 and "runs/cifar10/vit_t/bias/?" in shown
     with pytest.raises(UserError, match="could not be downloaded"):

@@ -71,6 +71,19 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
     assert one["id"] == two["id"] != other["id"]
 
 
+def test_no_more_images_at_a_time_are_evaluated_than_trained(tmp_path, monkeypatch):
+    seen, logits = [], steps.Step.logits
+
+    def counted(self, model, images):
+        seen.append(len(images))
+        return logits(self, model, images)
+
+    monkeypatch.setattr(steps.Step, "logits", counted)
+    train(tmp_path, "method=bias", "quant=none", "optim.micro_batch=3", "optim.epochs=1")
+    assert main(["eval", f"run={tmp_path}"]) == 0
+    assert max(seen) == 3 and sum(seen) > 200
+
+
 def test_a_micro_batch_changes_memory_and_not_the_result(tmp_path):
     train(tmp_path / "1", "quant=none")
     train(tmp_path / "2", "quant=none", "optim.micro_batch=3")
