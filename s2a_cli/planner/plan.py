@@ -91,7 +91,7 @@ def make(
         for timer in timers.values():
             stack.enter_context(closing(timer))
         costs = measure(timers[base], _halvings(room.sizes), modes, lambda one: room.fits(replace(one, weights=base)))
-        for name in fitting[1:]:
+        for name in filter(None, fitting[1:]):
             costs.add_weights(name, timers[name], room.fits, least=0.0 if base in (None, "fp32") else -math.inf)
         is_exact = WEIGHTS[base or "fp32"] == EXACT
         reference = timers[base] if is_exact else Timer(task.timed(), stored(None), *common)
