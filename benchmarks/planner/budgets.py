@@ -4,12 +4,12 @@
     python benchmarks/planner/budgets.py backbone=vit_t batch=16 budgets=30MiB,60MiB steps=2 backbone.image_size=112
 
 The rows are stock PyTorch, timm's checkpointing of whole blocks and ours, each in micro-batches of every size, and the
-presets. A row counts at a budget where its predicted peak fits. Each row is first timed once, on as few images as show
-how fast it is. Rows that come near the fastest that fits at some budget, or near the fastest checkpointing, are then
-timed together with all plans, in one process: one step each, in an order drawn anew every round, of one shared model;
-medians. Wanted: a plan at 0.97 of the best row that fits or more, and 1.15 times as fast as checkpointing wherever that
-fits. Writes OUT/NAME.json, .md and .png. OMP_NUM_THREADS sets the CPU's threads. Words that are no options of this
-command are settings of the runs.
+presets. A row counts at a budget where its predicted peak fits. Each row is first timed once. Rows that come near the
+fastest that fits at some budget, or near the fastest checkpointing, are then timed together with all plans, in one
+process: one step each, in an order drawn anew every round, of one shared model; medians. Where micro-batches are small
+a step is cut to 16 images: the rest would repeat them. Wanted: a plan at 0.97 of the best row that fits or more, and
+1.15 times as fast as checkpointing wherever that fits. Writes OUT/NAME.json, .md and .png. OMP_NUM_THREADS sets the
+CPU's threads. Words that are no options of this command are settings of the runs.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ CLASSES = 100
 BUDGETS = "400MiB,440MiB,500MiB,600MiB,900MiB,1600MiB,3200MiB,6GiB"
 PRESETS = ("exact", "int8", "int5", "int4", "tiny")
 CHECKPOINTED = "checkpointing"
-SCREENED = 16  # images that show how fast a row is, or one of its micro-batches
-NEAR = 0.85  # of the images a second of the fastest: below it, a row is timed no further
+TIMED = 16  # images of a step, or one micro-batch where that is larger
+NEAR = 0.9  # of the images a second of the fastest: below it, a row is timed no further
 OPTIONS = {
     "batch": "64",
     "budgets": BUDGETS,
@@ -69,15 +69,17 @@ class Row:
     timm: bool = False  # timm's own checkpointing is on
     peak_mib: float = 0.0
     screened: float = 0.0  # images a second at first sight
-    seconds: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)  # images a second, in steps beside others
 
-    def rate(self, batch: int) -> float:
+    @property
+    def rate(self) -> float:
         """Returns images a second."""
-        return batch / statistics.median(self.seconds)
+        return statistics.median(self.rates)
 
-    def shown(self, batch: int) -> str:
+    @property
+    def shown(self) -> str:
         """Returns images a second in words."""
-        return f"{self.rate(batch):.2f}" if self.seconds else f"({self.screened:.2f})"
+        return f"{self.rate:.2f}" if self.rates else f"({self.screened:.2f})"
 
 
 def rows(batch: int) -> list[Row]:
@@ -141,12 +143,15 @@ class Bench:
 
     def screen(self, row: Row) -> None:
         """Fills in how fast a row is at first sight."""
-        self.step(row, 1)  # fits codes
-        images = max(row.settings.get("optim.micro_batch", self.batch), min(SCREENED, self.batch))
-        row.screened = images / self.step(row, images)
+        self._seconds(row, 1)  # fits codes
+        row.screened = self.step(row)
 
-    def step(self, row: Row, images: int | None = None) -> float:
-        """Takes a step of a batch, or of some images, under the settings of a row and returns its seconds."""
+    def step(self, row: Row) -> float:
+        """Takes a step under the settings of a row and returns images a second."""
+        images = max(row.settings.get("optim.micro_batch") or self.batch, min(TIMED, self.batch))
+        return images / self._seconds(row, images)
+
+    def _seconds(self, row: Row, images: int) -> float:
         key = json.dumps(row.settings, default=str)
         if key not in self._steps:
             self._steps[key] = Step(self.config(row), self.device, self.attached)
@@ -201,17 +206,19 @@ def compare(bench: Bench, budgets: list[str], steps: int, fidelity: str) -> dict
                 bench.screen(row)
             progress.add(1, row=row.name)
     near = {row.name for available in sizes for row in promising(known, available)}
-    timed = [row for row in known if row.name in near] + list({id(row): row for row, _ in plans.values()}.values())
+    planned = list({id(row): row for row, _ in plans.values()}.values())
+    for row in planned:
+        bench.screen(row)
+    timed = [row for row in known if row.name in near] + planned
     draw = random.Random(0)
-    with Progress("timing", len(timed) * (steps + 1), " steps") as progress:
-        for turn in range(steps + 1):
+    with Progress("timing", len(timed) * steps, " steps") as progress:
+        for _ in range(steps):
             draw.shuffle(timed)
             for row in timed:
-                seconds = bench.step(row)
-                row.seconds += [seconds] if turn else []  # codes are fitted in the first
+                row.rates.append(bench.step(row))
                 progress.add(1, row=row.name)
-    lines = [_line(budget, row, made, known, bench.batch) for budget, (row, made) in plans.items()]
-    shown = [asdict(row) | {"shown": row.shown(bench.batch)} for row in known if row.screened]
+    lines = [_line(budget, row, made, known) for budget, (row, made) in plans.items()]
+    shown = [asdict(row) | {"shown": row.shown} for row in known if row.screened]
     return {"rows": shown, "budgets": lines, "steps": steps}
 
 
@@ -225,24 +232,24 @@ def promising(rows: list[Row], available: float) -> list[Row]:
     return found
 
 
-def _line(budget: str, row: Row, made: dict[str, Any], known: list[Row], batch: int) -> dict[str, Any]:
+def _line(budget: str, row: Row, made: dict[str, Any], known: list[Row]) -> dict[str, Any]:
     """Returns how the plan of a budget compares with the rows that fit."""
-    fitting = [one for one in known if one.peak_mib <= size("budget", budget) / MIB and one.seconds]
-    best = max(fitting, key=lambda one: one.rate(batch), default=None)
+    fitting = [one for one in known if one.peak_mib <= size("budget", budget) / MIB and one.rates]
+    best = max(fitting, key=lambda one: one.rate, default=None)
     checkpointed = [one for one in fitting if one.kind == CHECKPOINTED]
-    rival = max(checkpointed, key=lambda one: one.rate(batch), default=None)
+    rival = max(checkpointed, key=lambda one: one.rate, default=None)
     return {
         "budget": budget,
         "plan": row.name,
         "peak_mib": row.peak_mib,
-        "rate": row.rate(batch),
-        "seconds": row.seconds,
+        "rate": row.rate,
+        "rates": row.rates,
         "planning_seconds": made["seconds"],
         "choices": made["choices"],
         "best": best and best.name,
-        "of_best": best and row.rate(batch) / best.rate(batch),
+        "of_best": best and row.rate / best.rate,
         "checkpointing": rival and rival.name,
-        "of_checkpointing": rival and row.rate(batch) / rival.rate(batch),
+        "of_checkpointing": rival and row.rate / rival.rate,
     }
 
 

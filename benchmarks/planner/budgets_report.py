@@ -44,9 +44,10 @@ def markdown(result: dict[str, Any]) -> str:
             f"# Plans for a memory budget: {result['name']}",
             "",
             f"`python benchmarks/planner/budgets.py {' '.join(result['words'])}`, {result['machine']},"
-            f" {result['date']}. Peaks are predicted. Images a second: medians of {result['steps']} steps of {batch}"
-            " images, rows and plans in alternating order; in brackets at first sight alone, from one step, where"
-            f" others that fit were clearly faster. Wanted: {WANTED} of the best row that fits, and"
+            f" {result['date']}. Peaks are predicted. Images a second: medians of {result['steps']} steps of a batch"
+            f" of {batch}, cut to 16 images where micro-batches are no larger, rows and plans in alternating order; in"
+            " brackets at first sight alone, from one step, where others that fit were clearly faster. Wanted:"
+            f" {WANTED} of the best row that fits, and"
             f" {WANTED_OF_CHECKPOINTING} times the images a second of exact checkpointing of whole blocks.",
             "",
             tabulate(lines, head, tablefmt="github", disable_numparse=True),
