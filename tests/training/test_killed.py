@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-KILLS = os.environ.get("S2A_KILLS", "3")  # 40 for a thorough look
+KILLS = os.environ.get("S2A_KILLS", "2")  # 40 for a thorough look
 
 
 @pytest.mark.slow
