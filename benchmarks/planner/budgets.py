@@ -7,8 +7,8 @@ The rows are stock PyTorch, timm's checkpointing of whole blocks and ours, each 
 presets. A row counts at a budget where its predicted peak fits. Each row is first timed once. Rows that come near the
 fastest that fits at some budget, or near the fastest checkpointing, are then timed together with all plans, in one
 process: one step each, in an order drawn anew every round, of one shared model; medians. Where micro-batches are small
-a step is cut to 16 images: the rest would repeat them. Wanted: a plan at 0.97 of the best row that fits or more, and
-1.15 times as fast as checkpointing wherever that fits. Writes OUT/NAME.json, .md and .png. OMP_NUM_THREADS sets the
+a step is cut to some 16 images: the rest would repeat them. Wanted: a plan at 0.97 of the best row that fits or more,
+and 1.15 times as fast as checkpointing wherever that fits. Writes OUT/NAME.json, .md and .png. OMP_NUM_THREADS sets the
 CPU's threads. Words that are no options of this command are settings of the runs.
 """
 
@@ -47,8 +47,8 @@ CLASSES = 100
 BUDGETS = "400MiB,440MiB,500MiB,600MiB,900MiB,1600MiB,3200MiB,6GiB"
 PRESETS = ("exact", "int8", "int5", "int4", "tiny")
 CHECKPOINTED = "checkpointing"
-TIMED = 16  # images of a step, or one micro-batch where that is larger
-NEAR = 0.9  # of the images a second of the fastest: below it, a row is timed no further
+TIMED = 16  # images of a step at least, in whole micro-batches
+NEAR = 0.8  # of the images a second of the fastest: below it, a row is timed no further
 OPTIONS = {
     "batch": "64",
     "budgets": BUDGETS,
@@ -143,12 +143,13 @@ class Bench:
 
     def screen(self, row: Row) -> None:
         """Fills in how fast a row is at first sight."""
-        self._seconds(row, 1)  # fits codes
+        self._seconds(row, min(TIMED, self.batch))  # fits codes, and warms up
         row.screened = self.step(row)
 
     def step(self, row: Row) -> float:
         """Takes a step under the settings of a row and returns images a second."""
-        images = max(row.settings.get("optim.micro_batch") or self.batch, min(TIMED, self.batch))
+        micro = row.settings.get("optim.micro_batch") or self.batch
+        images = min(self.batch, micro * -(-TIMED // micro))
         return images / self._seconds(row, images)
 
     def _seconds(self, row: Row, images: int) -> float:
@@ -219,7 +220,7 @@ def compare(bench: Bench, budgets: list[str], steps: int, fidelity: str) -> dict
                 progress.add(1, row=row.name)
     lines = [_line(budget, row, made, known) for budget, (row, made) in plans.items()]
     shown = [asdict(row) | {"shown": row.shown} for row in known if row.screened]
-    return {"rows": shown, "budgets": lines, "steps": steps}
+    return {"rows": shown, "budgets": lines, "steps": steps, "timed": TIMED}
 
 
 def promising(rows: list[Row], available: float) -> list[Row]:

@@ -45,8 +45,9 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             f"`python benchmarks/planner/budgets.py {' '.join(result['words'])}`, {result['machine']},"
             f" {result['date']}. Peaks are predicted. Images a second: medians of {result['steps']} steps of a batch"
-            f" of {batch}, cut to 16 images where micro-batches are no larger, rows and plans in alternating order; in"
-            " brackets at first sight alone, from one step, where others that fit were clearly faster. Wanted:"
+            f" of {batch}, cut to some {result['timed']} images where micro-batches are smaller, rows and plans in"
+            " alternating order; in brackets at first sight alone, from one step, where others that fit were clearly"
+            " faster. Wanted:"
             f" {WANTED} of the best row that fits, and"
             f" {WANTED_OF_CHECKPOINTING} times the images a second of exact checkpointing of whole blocks.",
             "",
@@ -69,6 +70,8 @@ def figure(result: dict[str, Any], path: Path) -> None:
     means: dict[str, list[dict[str, Any]]] = {}
     for row in result["rows"]:
         means.setdefault(row["name"].split(", ")[0], []).append(row)
+    if not means:
+        return
     drawn = Figure(figsize=(9, 6), layout="constrained")
     axes = drawn.add_subplot()
     for index, (name, rows) in enumerate(means.items()):

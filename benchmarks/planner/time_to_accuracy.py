@@ -130,9 +130,9 @@ def table(result: Entry) -> str:
             times = [seconds_to(run, data["wanted"]) for run in runs]
             there = [seconds for seconds in times if seconds is not None]
             shown = f"{mean(there):.0f}" if len(there) == len(times) else f"{len(there)} of {len(times)} reach it"
-            planned = ", ".join(dict.fromkeys(run["planned"] or "" for run in runs))
+            plans = ", ".join(dict.fromkeys(run["planned"] or "" for run in runs))
             rows.append(
-                [method, shown, f"{mean(run['test_top1'] for run in runs):.1f}", f"{runs[0]['peak_mib']:.0f}", planned]
+                [method, shown, f"{mean(run['test_top1'] for run in runs):.1f}", f"{runs[0]['peak_mib']:.0f}", plans]
             )
         head = ["method", "seconds", "test top-1 %", "peak, MiB", "planned"]
         pages += [f"## {name}: {said}", tabulate(rows, head, tablefmt="github", disable_numparse=True)]
@@ -187,11 +187,10 @@ def main(argv: list[str]) -> int:
         save()
         for method in args.only:
             cached = "cached" in method  # a plan chooses settings of blocks, which do not run then
-            if method == "full":
-                own = [*own, f"optim.lr={rate}"]
-            planned = ["quant=none"] if cached else [f"budget={data['budget']}", *PLANNED]
+            more = ["quant=none"] if cached else [f"budget={data['budget']}", *PLANNED]
+            more += [f"optim.lr={rate}"] if method == "full" else []
             try:
-                data["methods"][method] = [train([*words_of(method, root, own, seed), *planned]) for seed in args.seeds]
+                data["methods"][method] = [train([*words_of(method, root, own, seed), *more]) for seed in args.seeds]
             except UserError as error:
                 data["methods"][method] = str(error).splitlines()[0]
             save()

@@ -69,7 +69,9 @@ class Recompute(torch.autograd.Function):
             ctx.layouts.append((layout, len(stored)))
             kept += stored
         ctx.save_for_backward(*kept)
-        with recomputation.autocast():  # older PyTorch would use casts cached here, without a graph, in other blocks
+        # Without autocast's cache: older PyTorch would reuse a cast from here, where there is no graph, in a block that
+        # is not recomputed and shares the weight, which would get no gradient from it.
+        with recomputation.autocast():
             outputs = in_batch_chunks(call, list(inputs), size)
         assert outputs is not None, "a probe has shown that they are split by sample"
         # A view of what was made in here, or of an input, could not be changed in place, as a block's output can be.

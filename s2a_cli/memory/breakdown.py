@@ -42,6 +42,7 @@ class Profile:
     phases: tuple[tuple[int, str], ...]  # (entry of the timeline, forward | backward | update), in order
     calls: tuple[Call, ...]
     operators: int  # dispatched in the step, views apart
+    graphs: bool = False  # whether its passes are replayed as CUDA graphs, from a pool of their own
 
     @property
     def peak_bytes(self) -> int:
@@ -56,7 +57,7 @@ class Profile:
         known = self.__dict__.setdefault("_reserved", {})
         if expandable not in known:
             known[expandable] = reserved(self.timeline, self.begins_at, expandable=expandable)
-        return known[expandable]
+        return known[expandable] + (self.unshared_bytes if self.graphs else 0)
 
     @property
     def unshared_bytes(self) -> int:

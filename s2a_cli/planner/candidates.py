@@ -42,7 +42,7 @@ class Mode:
 
     @property
     def cuts(self) -> bool:
-        """Whether it runs a block on a part of the images at a time, which changes nothing for a single one."""
+        """Whether it asks for a number of chunks of the batch, which changes nothing for a single image."""
         return dict(self.settings).get("chunks") is not None
 
 

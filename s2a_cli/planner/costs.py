@@ -28,8 +28,8 @@ from s2a_cli.training.run import OUT_OF_MEMORY
 from s2a_cli.training.step import Step, moving_norms, train_mode
 
 SECONDS = 11.0  # for all measurements together, but for the first of each kind
-MODE_IMAGES = 4  # at most, that all modes are measured with, fewer where these would take more than
-MODE_SECONDS = 4.0  # for all of them
+MODE_IMAGES = 4  # at most, that all modes are measured with; fewer where that would take longer than MODE_SECONDS
+MODE_SECONDS = 4.0
 MOST_OF_REST = 20  # a larger micro-batch of a mode is measured where it takes no more than this part of the time left
 ROUNDS = 3  # in which all is measured once more, while there is time
 RECOMPUTED_EXTRA = 0.35  # assumed: the share of a pass that its blocks' forward passes take

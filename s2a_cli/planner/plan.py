@@ -93,11 +93,15 @@ def make(
         costs = measure(timers[base], _halvings(room.sizes), modes, lambda one: room.fits(replace(one, weights=base)))
         for name in filter(None, fitting[1:]):
             costs.add_weights(name, timers[name], room.fits, least=0.0 if base in (None, "fp32") else -math.inf)
-        is_exact = WEIGHTS[base or "fp32"] == EXACT
-        reference = timers[base] if is_exact else Timer(task.timed(), stored(None), *common)
-        found, slower = plans(room, costs, task.batch, modes, weights)
+        cosine = None
+        if is_real:
+            reference = timers[base]
+            if WEIGHTS[base or "fp32"] < EXACT:
+                reference = stack.enter_context(closing(Timer(task.timed(), stored(None), *common)))
+            cosine = Fidelity(reference, timers)
+        found, slower = plans(room, costs, task.batch, modes, tuple(fitting))
         contenders = list(map(Contender, found))
-        finalists = _finalists(contenders, level, Fidelity(reference, timers) if is_real else None)
+        finalists = _finalists(contenders, level, cosine)
         if not finalists:
             raise UserError(nothing(min(map(room.needed, smallest))))
         if is_real and len(finalists) > 1:

@@ -23,7 +23,7 @@ PLENTY = 64  # images, at most, that measurements take
 
 
 def plan_run(run: Run) -> record.Plan:
-    """Returns the plan of a run's steps, measured on its first images. Moves its model to its device.
+    """Returns the plan of a run's steps, measured on its first images. May move its model to its device.
 
     Raises UserError where nothing fits its budget.
     """
@@ -39,6 +39,7 @@ def plan_run(run: Run) -> record.Plan:
             attached = run.attached
         else:
             config = replaced(run.config, {"backbone.weights": weights})
+            torch.manual_seed(config.seed)  # the same head as the run's, and the same weights where none are loaded
             attached = attach(config, backbones.build(config.backbone, classes))
         attached.model.to(run.device)
         return attached

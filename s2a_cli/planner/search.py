@@ -149,7 +149,9 @@ def _of_mode(
         if guess.micro_batch not in room.fitting(everywhere):
             continue
         fitting = guess if costs.more(mode, guess.micro_batch) < 0 else room.fewest(guess)
-        if fitting and (best is None or costs.step(fitting, batch) < best.seconds):
+        if not fitting or room.needed(fitting) > room.available:
+            continue
+        if best is None or costs.step(fitting, batch) < best.seconds:
             best = found(fitting)
     return [best] if best else []
 

@@ -97,7 +97,7 @@ class Task:
             profile = forecast.profile_step(attached, config, self.images, self.processes, self.dtype)
         except UserError:
             return math.inf
-        return self.takes(profile) + (profile.unshared_bytes if self.graphs(candidate.weights) else 0)
+        return self.takes(profile)
 
     def settings(self, candidate: Candidate) -> dict[str, Any]:
         """Returns {dotted key: value} of all that is chosen with a candidate."""

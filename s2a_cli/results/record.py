@@ -273,6 +273,8 @@ def _completed(result: dict[str, Any]) -> Result:
     plan = result["plan"] or {"settings": {}, "asked": {}}
     quants = config["quant"], result["allocation"], plan["settings"].get("quant"), plan["asked"].get("quant")
     for quant in quants:
+        if not isinstance(quant, dict | None):
+            raise ValueError(f"quant: {_short(quant)}, expected its settings")
         if quant and quant.get("blocks"):  # JSON has no integer keys
             quant["blocks"] = {int(number): settings for number, settings in _items(quant["blocks"])}
     return cast(Result, {key: value for key, value in result.items() if key in Result.__annotations__})

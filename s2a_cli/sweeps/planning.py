@@ -28,7 +28,6 @@ from s2a_cli.config.overrides import expand
 from s2a_cli.config.rules import show
 from s2a_cli.config.schema import DatasetConfig, SweepConfig
 from s2a_cli.config.settings import merge, plain
-from s2a_cli.memory.breakdown import Profile
 from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import keeps_codable
@@ -262,7 +261,12 @@ def _once(known: dict[str, Any], key: DictConfig, make: Callable[[], Any]) -> An
 
 def predict(members: list[Member]) -> None:
     """Fills in what each run is predicted to need, in MiB; leaves None where that can't be said."""
-    known: dict[str, Profile | None] = {}
+    known: dict[str, tuple[float, float] | None] = {}
+
+    def of(member: Member) -> tuple[float, float] | None:
+        profile = forecast.profile_composition(member.config, member.classes, member.images)
+        return (profile.memory.peak_mib, Margin().needed(profile) / MIB) if profile else None
+
     with Progress("predicting", len(members), " runs") as progress:
         for member in members:
             chosen = {name: plain(member.config, resolve=True)[name] for name in OF_MEMORY}
@@ -270,9 +274,8 @@ def predict(members: list[Member]) -> None:
             batch = min(member.images, member.config.optim.batch_size)
             beside = {"classes": member.classes, "batch": batch, "cache": member.config.dataset.cache}
             key = OmegaConf.create({**chosen, **beside})
-            of = member.config, member.classes, member.images
-            if profile := _once(known, key, lambda of=of: forecast.profile_composition(*of)):
-                member.peak_mib, member.needed_mib = profile.memory.peak_mib, Margin().needed(profile) / MIB
+            if found := _once(known, key, lambda member=member: of(member)):
+                member.peak_mib, member.needed_mib = found
             progress.add(1)
 
 

@@ -73,6 +73,12 @@ def profile_step(
 
     dtype: of a batch on the device; None for what a run has there.
     """
+    return replace(_profile(attached, config, images, processes, dtype), graphs=bool(config.cuda_graphs))
+
+
+def _profile(
+    attached: Attachment, config: DictConfig, images: int, processes: int, dtype: torch.dtype | None
+) -> memory.Profile:
     backbone, model = attached.backbone, attached.model
     train_mode(model)
     count, size = -(-min(config.optim.batch_size, images) // processes), backbone.image.size

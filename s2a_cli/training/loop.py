@@ -60,7 +60,7 @@ class TrainState:
 class TrainLoop:
     """Trains a run, keeps the tensors of the epoch that is best on validation, tests these once.
 
-    board: a SummaryWriter, or None. Call it with the run's state, if there is one:
+    board: a SummaryWriter, or None. Call it with the run's state, if there is one, which it empties:
     `TrainLoop(...)(checkpoints.load_state(folder))`. Notes accuracy, speed and, on CUDA, memory in `known`.
     """
 

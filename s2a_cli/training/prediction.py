@@ -17,8 +17,8 @@ from s2a_cli.training.trained import Trained
 def predict(trained: Trained, paths: Iterable[Path], top: int = 5, thumbnails: bool = False) -> Iterator[Prediction]:
     """Yields what the model says of each photo, the `top` most probable classes first, in the order of `paths`.
 
-    Photos are decoded ahead on threads, and go through the model in batches of the run's size. One that can't be read
-    comes with the reason.
+    Photos are decoded ahead on threads, and go through the model in batches of the run's size, or as large as its
+    micro-batches. One that can't be read comes with the reason.
     """
     read = photos.read(paths, trained.transform, trained.config.workers, thumbnails)
     while batch := list(islice(read, trained.config.optim.batch_size)):

@@ -78,13 +78,20 @@ def test_weights_gradients_and_state_are_told_apart():
         2 * weights, rel=0.01
     )
     assert found.by("place", uses=("gradients",))["blocks.0",] == found.by("place", uses=("trainable",))["blocks.0",]
-    # A graph's pool holds what passes need: little of one image, of many more than AdamW's roots, which come on top.
-    many = profile("backbone=vit_s", "method=full", "quant=none", "optim.batch_size=64")
-    assert 0 < found.unshared_bytes < 0.5 * weights and many.unshared_bytes == pytest.approx(weights, rel=0.1)
     frozen = profile("method=linear", "quant=none", "backbone.weights=int8")
     whole = profile("method=linear", "quant=none")
     share = frozen.by("family", uses=("weights",))["linear",] / whole.by("family", uses=("weights",))["linear",]
     assert share == pytest.approx(8.25 / 32, rel=0.05)
+
+
+def test_an_update_beside_the_pool_of_a_graph():
+    """The pool holds what passes need: of one image less, of many more than AdamW's roots, which then come on top."""
+    words = "backbone=vit_s", "method=full", "quant=none"
+    one, many = (profile(*words, f"optim.batch_size={images}") for images in (1, 64))
+    weights = sum(part.bytes for part in one.parts if part.use == "trainable")
+    assert 0 < one.unshared_bytes < 0.5 * weights and many.unshared_bytes == pytest.approx(weights, rel=0.1)
+    graphs = profile(*words, "optim.batch_size=64", "cuda_graphs=true")
+    assert graphs.reserved_bytes() >= many.reserved_bytes() + 0.9 * weights
 
 
 def test_recomputed_blocks_belong_to_their_place():

@@ -150,10 +150,11 @@ def test_codes_are_taken_below_what_exact_plans_need(quick):
     assert 0.999 <= found["choices"][0]["fidelity"] < 1 and found["settings"]["optim.micro_batch"] == 1
 
 
-def test_weights_are_chosen_where_they_may_be(tmp_path, quick, capsys):
-    task = task_of()
+@pytest.mark.parametrize("method", ["bias", "prompt"])  # which draws no number, and does, before other weights are made
+def test_weights_are_chosen_where_they_may_be(tmp_path, quick, capsys, method):
+    task = task_of(f"method={method}")
     budget = f"budget={0.8 * min(map(task.needed, task.smallest(0.99))) / MIB}MiB"
-    words = [*TINY, budget, "fidelity=0.99", f"run_dir={tmp_path}"]
+    words = [*TINY, f"method={method}", budget, "fidelity=0.99", f"run_dir={tmp_path}"]
     assert main(["train", *words]) == 2 and "backbone.weights=" in capsys.readouterr().err
     assert main(["train", *words, "backbone.weights=auto"]) == 0
     result = record.read_result(tmp_path)

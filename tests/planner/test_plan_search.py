@@ -87,6 +87,9 @@ def test_stock_sizes_are_taken_where_they_fit_themselves():
     odd = Room(lambda one: 100.0 if one.micro_batch == 2 else float(one.micro_batch), 8, [1, 2, 4], 1)
     found, _ = plans(odd, costs(0.01), 4, [PLAIN])
     assert {plan.candidate.micro_batch for plan in found} == {1, 4}
+    faster = Costs({1: 1.0, 2: 2.0, 4: 4.0}, [1.0], {MODES[1]: {1: -0.5}})
+    found, _ = plans(odd, faster, 4, [MODES[1]])
+    assert {plan.candidate.micro_batch for plan in found} <= {1, 4} and found
 
 
 @pytest.mark.parametrize("values", [range(13), [1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 64], [5], [1, 64]])
