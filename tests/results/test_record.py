@@ -37,9 +37,10 @@ def test_any_damage_is_one_line_of_one_file():
 
 
 CHOICE = dict.fromkeys(("needed_mib", "predicted_seconds", "measured_seconds", "fidelity"))
+CHOICE |= {"about": "", "words": [], "why": ""}
 PLAN = {"available_mib": 1.0, "batch": 1, "device": "cpu", "seconds": 1.0, "asked": {}, "settings": {"quant": "x"}}
 ODD = [
-    ("plan", PLAN | {"choices": [CHOICE | {"about": "", "words": [], "why": ""}]}, "quant: \"x\", expected its settings"),
+    ("plan", PLAN | {"choices": [CHOICE]}, "quant: \"x\", expected its settings"),
     ("accuracy.test_top1", "ninety", "accuracy.test_top1: \"ninety\", expected float"),
     ("parameters.trainable", {}, "parameters.trainable: {}, expected int"),
     ("memory.peak_mib", 10**400, "is no figure"),
