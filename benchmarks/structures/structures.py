@@ -36,7 +36,9 @@ TEXT = """# Every structure, verified
 Made by the command below. **Trained**: parameters on ViT-B/16 at 224 px, without the head, against what the source of
 the structure says: within 2 %, or half a unit of its last digit, or explained. **Compared with**: public code, run on
 the same random weights; the largest difference of its outputs from ours. (Of head2toe, lst, qst, res_tuning and
-side_tuning parts of that code are written again: `references.csv` says which.) Starts pretrained: before the first
+side_tuning parts of that code are written again: `references.csv` says which. adapter_pfeiffer, convpass, hst, lst,
+qst and side_tuning were compared before their sums were written in another order, to keep less: in fp64 that rounds
+otherwise by up to 1e-15.) Starts pretrained: before the first
 step the function is the backbone's own. Merges: after training, plain weights of the backbone compute the same.
 [One tester](../../tests/methods/test_every_structure.py) holds every structure to this, and to more, on each family of
 backbones that it names.
