@@ -95,6 +95,8 @@ def train(words: list[str]) -> Entry:
     loop = Timed(run, folder, known)
     loop.begun = begun
     loop(None)
+    for kept in run.cache.kept.values() if run.cache else ():
+        kept.discard()  # the next run is to fill its own
     best = (known.accuracy["best_epoch"] or 1) - 1
     return {
         "epochs": loop.reached,
