@@ -14,7 +14,7 @@ from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Published, Structure
 from s2a_cli.methods.parts.head_input import head_width
-from s2a_cli.methods.parts.own_features import OwnFeatures, is_plain, summary
+from s2a_cli.methods.parts.own_features import OwnFeatures, is_plain, mixed, summary
 from s2a_cli.methods.parts.side_transformer import NarrowBlock, prune_into
 
 
@@ -71,8 +71,8 @@ class LadderSideNetwork(OwnFeatures):
         (state, self._state), hidden = (self._state, None), self.states[index][1]
         assert state is not None, "the first block has been called"
         read = self.downs[index](hidden.of(output))
-        mu = torch.sigmoid(self.gates[index] / self.temperature).to(read.dtype)
-        state = self.blocks[index](read + mu * (state - read))  # keeps one tensor; mu s + (1 - mu) r keeps both
+        mu = torch.sigmoid(self.gates[index] / self.temperature)
+        state = self.blocks[index](mixed(read, state, mu))
         if index < len(self.states) - 1:
             self._state = state
         else:

@@ -14,7 +14,7 @@ from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Structure
 from s2a_cli.methods.parts.head_input import head_width
-from s2a_cli.methods.parts.own_features import OwnFeatures, is_plain, summary
+from s2a_cli.methods.parts.own_features import OwnFeatures, is_plain, mixed, summary
 from s2a_cli.methods.parts.side_transformer import NarrowBlock
 
 
@@ -69,7 +69,7 @@ class SideNetwork(OwnFeatures):
         (state, self._state), hidden = (self._state, None), self.states[index][1]
         assert state is not None, "the first block has been called"
         read = self.downs[index](hidden.of(output).detach())
-        state = self.blocks[index](mixed(read, state, self.gates[index]))
+        state = self.blocks[index](mixed(read, state, torch.sigmoid(self.gates[index])))
         if index < len(self.states) - 1:
             self._state = state
         else:
@@ -78,15 +78,10 @@ class SideNetwork(OwnFeatures):
     def on_head_input(self, head: nn.Module, args: tuple) -> tuple:
         """Mixes what a layer of the head is about to read with what the side network has found. A hook of the layer."""
         side, *others = super().on_head_input(head, args)
-        return (mixed(side, args[0], self.gate), *others)
+        return (mixed(side, args[0], torch.sigmoid(self.gate)), *others)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_state": None}
-
-
-def mixed(one: Tensor, other: Tensor, gate: Tensor) -> Tensor:
-    """Returns z other + (1 - z) one, z = sigmoid(gate). Keeps their difference; torch.lerp keeps both."""
-    return one + torch.sigmoid(gate).to(one.dtype) * (other - one)
 
 
 class QST(Structure):

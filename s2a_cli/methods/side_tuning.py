@@ -16,6 +16,7 @@ from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import Structure
 from s2a_cli.methods.parts.head_input import head_width, only_head
+from s2a_cli.methods.parts.own_features import mixed
 
 LEAST = 63  # pixels of a side that AlexNet's three poolings take
 
@@ -64,8 +65,7 @@ class SideNetwork(nn.Module):
         """Blends the side network's feature into what the head reads. A pre-hook of the head."""
         images, self._images = cast(Tensor, self._images), None
         weight, side = torch.sigmoid(self.alpha), self(images).view_as(args[0])
-        # Keeps their difference alone, and not the tokens of which what the head reads is a view.
-        return ((side + weight * (args[0] - side)).to(args[0].dtype), *args[1:])
+        return (mixed(side, args[0], weight).to(args[0].dtype), *args[1:])
 
     def load(self, path: Path) -> None:
         """Loads torchvision's weights of AlexNet, of which the classifier is left out. Raises UserError."""

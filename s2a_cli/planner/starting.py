@@ -178,7 +178,9 @@ def _remembered(begun: Start, splits: data.Splits, given: dict[str, str]) -> Sta
         profile = forecast.profile_composition(compose(begun.words), len(splits.classes), len(splits.train))
         return profile.memory.peak_mib if profile else 0.0
 
-    if peak() > there / 2 and "quant" not in given:
+    taken = peak()
+    if taken > there / 2 and "quant" not in given:
         begun.settings["quant"] = ("tiny", "codes of activations, recomputed blocks: little memory, more time")
-    said = f"predicted peak of memory: {peak():,.0f} MiB; this machine has {there:,.0f} MiB"
+        taken = peak()
+    said = f"predicted peak of memory: {taken:,.0f} MiB; this machine has {there:,.0f} MiB"
     return Start(begun.settings, [*begun.found, said])

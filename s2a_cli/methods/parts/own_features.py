@@ -59,6 +59,11 @@ class OwnFeatures(nn.Module):
         return self.__dict__ | {"_features": None}
 
 
+def mixed(one: Tensor, other: Tensor, share: Tensor) -> Tensor:
+    """Returns share other + (1 - share) one. Keeps their difference; the sum as it stands, or torch.lerp, keeps both."""
+    return one + share.to(one.dtype) * (other - one)
+
+
 def summary(hidden: Hidden, tokens: Tensor) -> Tensor:
     """Returns what stands for an image among tokens [B, N, C]: the class token, or the mean where there is none."""
     return tokens[:, 0] if hidden.prefix else tokens.mean(1)
