@@ -60,7 +60,7 @@ class OwnFeatures(nn.Module):
 
 
 def mixed(one: Tensor, other: Tensor, share: Tensor) -> Tensor:
-    """Returns share other + (1 - share) one. Keeps their difference; the sum as it stands, or torch.lerp, keeps both."""
+    """Returns share other + (1 - share) one. Keeps their difference; torch.lerp, or that sum, keeps both."""
     return one + share.to(one.dtype) * (other - one)
 
 
