@@ -28,6 +28,7 @@ from s2a_cli.training.run import OUT_OF_MEMORY
 from s2a_cli.training.step import Step, moving_norms, train_mode
 
 SECONDS = 11.0  # for all measurements together, but for the first of each kind
+SHORT_RUN = 0.05  # of what a run is expected to take: where that is less, measurements take no more than it
 MODE_IMAGES = 4  # at most, that all modes are measured with; fewer where that would take longer than MODE_SECONDS
 MODE_SECONDS = 4.0
 MOST_OF_REST = 20  # a larger micro-batch of a mode is measured where it takes no more than this part of the time left
@@ -224,31 +225,37 @@ def measure(
     sizes: list[int],
     modes: Iterable[Mode],
     fits: Callable[[Candidate], bool],
+    run: float = math.inf,
 ) -> Costs:
     """Times micro-batches of the smaller of these sizes, which ascend, in stock PyTorch, and modes at some of them.
 
     fits: whether a candidate's predicted peak fits the device; others are not run. Where stock PyTorch does not fit
     with one image, its time is that of the first mode that does, less what is assumed to be computed a second time.
+    run: images that the run trains on, in all its epochs.
     """
-    until, total = time.monotonic() + SECONDS, max(1, len(timer.attached.blocks))
+    most, spent, total = SECONDS, 0.0, max(1, len(timer.attached.blocks))
     best: dict[tuple[Candidate, int], float] = {}
 
     def take(candidate: Candidate, images: int) -> float | None:
         """Returns the seconds of one micro-batch and keeps the least, nearest to what an undisturbed device does."""
+        nonlocal spent
+        begun = time.monotonic()
         if (found := timer(candidate, images)) is not None:
             best[candidate, images] = min(found, best.get((candidate, images), found))
+        spent += time.monotonic() - begun
         return found
 
     stock: list[int] = []
     for images in sizes:
         # So many images take as long as all sizes before them together; modes want their part of the time, too.
         ahead = images / stock[-1] * best[Candidate(stock[-1]), stock[-1]] if stock else 0.0
-        if ahead > (until - time.monotonic()) / 2 or not fits(Candidate(images)):
+        if ahead > (most - spent) / 2 or not fits(Candidate(images)):
             break
         if not stock:
             take(Candidate(images), images)  # the first pass of a process waits for what later ones find ready
-        if take(Candidate(images), images) is None:
+        if (seconds := take(Candidate(images), images)) is None:
             break
+        most = min(most, SHORT_RUN * run * seconds / images)
         stock.append(images)
     modes = [mode for mode in modes if mode != PLAIN]
     few = [n for n in stock if n <= MODE_IMAGES and 2 * len(modes) * best[Candidate(n), n] <= MODE_SECONDS]
@@ -256,7 +263,7 @@ def measure(
     known: dict[Mode, list[int]] = {}
     for mode in modes:
         candidate = Candidate(at, mode, total, total)
-        if known and time.monotonic() > until:
+        if known and spent > most:
             break
         # What keeps less than stock PyTorch fits where that does. The first pass fits codes to what it sees.
         if (stock or fits(candidate)) and take(candidate, at) and take(candidate, at):
@@ -265,12 +272,12 @@ def measure(
         candidate = Candidate(at, mode, total, total)
         whole = replace(candidate, micro_batch=images)
         ahead = images / at * best[candidate, at]
-        if ahead < (until - time.monotonic()) / MOST_OF_REST and fits(whole) and take(candidate, images):
+        if ahead < (most - spent) / MOST_OF_REST and fits(whole) and take(candidate, images):
             known[mode].append(images)
     shares = timer.shares(at)
     for _ in range(ROUNDS):
         for candidate, images in list(best):
-            if time.monotonic() + best[candidate, images] < until:
+            if spent + best[candidate, images] < most:
                 take(candidate, images)
     found = {images: best[Candidate(images), images] for images in stock}
     if not found and known:

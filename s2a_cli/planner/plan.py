@@ -25,12 +25,13 @@ from s2a_cli.config.settings import plain
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import Attachment
 from s2a_cli.planner.candidates import EXACT, FIDELITY, WEIGHTS, Candidate, Mode
-from s2a_cli.planner.costs import Timer, measure
+from s2a_cli.planner.costs import SHORT_RUN, Timer, measure
 from s2a_cli.planner.fidelity import Fidelity
 from s2a_cli.planner.search import Found, Room, Slower, plans
 from s2a_cli.planner.task import Task
 from s2a_cli.results import record
 
+DOUBT = 0.1  # of the budget: what is estimated to be nearer to it is predicted; so is all that is taken
 FINALISTS = 3
 FINAL_SECONDS = 8.0  # for the finalists together
 TURNS = 5  # of each finalist, alternating
@@ -79,8 +80,9 @@ def make(
     whether weights and images are those of the run; otherwise no gradients are compared, and the times of the costs
     stand.
     """
-    begun, level, room = time.monotonic(), FIDELITY[task.config.fidelity], task.room()
+    begun, level = time.monotonic(), FIDELITY[task.config.fidelity]
     modes, weights, smallest = task.modes(level), task.weights(level), task.smallest(level)
+    room = task.room(weights[0], DOUBT)
     if not any(map(room.fits, smallest)):
         raise UserError(nothing(min(map(room.needed, smallest))))
     fitting = [name for name in weights if any(room.fits(one) for one in smallest if one.weights == name)]
@@ -90,7 +92,13 @@ def make(
         timers = {name: Timer(task.timed(name), stored(name), *common) for name in fitting}
         for timer in timers.values():
             stack.enter_context(closing(timer))
-        costs = measure(timers[base], _halvings(room.sizes), modes, lambda one: room.fits(replace(one, weights=base)))
+        costs = measure(
+            timers[base],
+            _halvings(room.sizes),
+            modes,
+            lambda one: room.fits(replace(one, weights=base)),
+            task.run_images,
+        )
         for name in filter(None, fitting[1:]):
             costs.add_weights(name, timers[name], room.fits, least=0.0 if base in (None, "fp32") else -math.inf)
         cosine = None
@@ -105,7 +113,8 @@ def make(
         if not finalists:
             raise UserError(nothing(min(map(room.needed, smallest))))
         if is_real and len(finalists) > 1:
-            _time(finalists, timers, task.batch)
+            run = finalists[0].found.seconds / task.batch * task.run_images
+            _time(finalists, timers, task.batch, min(FINAL_SECONDS, SHORT_RUN * run))
     best = _best(finalists)
     contenders += [Contender(Found(one.candidate, math.inf, one.seconds), _too_slow(one, best)) for one in slower]
     _explain(best, contenders)
@@ -142,18 +151,18 @@ def _finalists(
     return [*found, *exact[1 : 1 + FINALISTS - len(found)]]
 
 
-def _time(finalists: list[Contender], timers: Mapping[str | None, Timer], batch: int) -> None:
+def _time(finalists: list[Contender], timers: Mapping[str | None, Timer], batch: int, most: float) -> None:
     """Times some micro-batches of each finalist in turn, and notes the seconds of a step.
 
-    One whose micro-batch alone would take half of the time for all keeps its prediction.
+    most: seconds for all of them. One whose micro-batch alone would take half of `FINAL_SECONDS` keeps its prediction.
     """
-    share = FINAL_SECONDS / len(finalists)
+    share = most / len(finalists)
     turn_of = {id(one): min(share / TURNS, one.found.seconds) for one in finalists}
     timed = [one for one in finalists if one.found.seconds * one.candidate.micro_batch / batch < FINAL_SECONDS / 2]
     if len(timed) < 2:
         return
     rates: dict[int, list[float]] = {id(one): [] for one in timed}
-    until = time.monotonic() + FINAL_SECONDS
+    until = time.monotonic() + most
     for turn in range(TURNS):
         for one in timed:
             timer, images, seconds = timers[one.candidate.weights], 0, 0.0

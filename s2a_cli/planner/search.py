@@ -33,11 +33,21 @@ class Room:
     """Tells what fits into a budget.
 
     needed: predicts the bytes of the device that a candidate needs; infinity for one that can't be run. sizes:
-    micro-batches to choose from, the smallest first. total: blocks of the backbone.
+    micro-batches to choose from, the smallest first. total: blocks of the backbone. like: weights by which those stored
+    in another way are estimated: from one to the other a step needs so much more or less, whatever its activations.
+    doubt: share of the budget; an estimate that is nearer to it is replaced by a prediction.
     """
 
-    def __init__(self, needed: Callable[[Candidate], float], available: float, sizes: list[int], total: int):
-        self.available, self.sizes, self.total = available, sizes, total
+    def __init__(
+        self,
+        needed: Callable[[Candidate], float],
+        available: float,
+        sizes: list[int],
+        total: int,
+        like: str | None = None,
+        doubt: float = math.inf,
+    ):
+        self.available, self.sizes, self.total, self.like, self.doubt = available, sizes, total, like, doubt
         self.needed = functools.cache(needed)
         self.fitting = functools.cache(self._fitting)
 
@@ -52,7 +62,10 @@ class Room:
         below = bisect_right(self.sizes, self.available, key=lambda n: self.line(replace(candidate, micro_batch=n)))
 
         def needed(size: int) -> float:
-            return self.needed(replace(candidate, micro_batch=size))
+            one = replace(candidate, micro_batch=size)
+            estimated = self.line(one)
+            sure = abs(estimated - self.available) > self.doubt * self.available
+            return estimated if sure else self.needed(one)
 
         return self.sizes[: how_many(needed, self.sizes, self.available, below - 1)]
 
@@ -62,9 +75,18 @@ class Room:
         if 0 < share < 1:
             plain, whole = (self.line(_with_blocks(candidate, blocks)) for blocks in (0, candidate.total))
             return plain + share * (whole - plain)
+        if (more := self._beside(candidate)) is not None:
+            return self.line(replace(candidate, weights=self.like)) + more
         least, most = self.sizes[0], self.sizes[-1]
         low, high = (self.needed(replace(candidate, micro_batch=size)) for size in (least, most))
         return low + (high - low) * (candidate.micro_batch - least) / max(most - least, 1)
+
+    def _beside(self, candidate: Candidate) -> float | None:
+        """Returns what a candidate needs more than with weights as `like`; None where it is not estimated by them."""
+        if self.like is None or candidate.weights in (None, self.like):
+            return None
+        own, other = (self.needed(Candidate(self.sizes[0], weights=name)) for name in (candidate.weights, self.like))
+        return own - other if math.isfinite(own) and math.isfinite(other) else None
 
     def guessed(self, candidate: Candidate) -> Candidate:
         """Returns the candidate with as few blocks in its mode as are estimated to fit, at least one."""
@@ -128,8 +150,11 @@ def _of_mode(
 
     plain = room.fitting(Candidate(1, weights=weights))
     if mode == PLAIN:
-        fastest = sorted(plain, key=lambda size: costs.step(Candidate(size, weights=weights), batch))
-        known = (found(Candidate(size, weights=weights)) for size in fastest)
+        sizes = [Candidate(size, weights=weights) for size in plain]
+        fastest = sorted(sizes, key=lambda one: costs.step(one, batch))
+        if fastest and costs.step(fastest[0], batch) >= limit:
+            return [Slower(fastest[0], costs.step(fastest[0], batch))]
+        known = (found(one) for one in fastest if costs.step(one, batch) < limit)
         return list(islice((one for one in known if one.needed <= room.available), MOST))
     if mode not in costs.extra:  # with all blocks in it, it did not fit where it was to be measured
         return []

@@ -82,10 +82,15 @@ class Task:
                 return None
         return self._stored[weights]
 
-    def room(self) -> Room:
-        """Returns what tells which candidates fit."""
+    @property
+    def run_images(self) -> int:
+        """The images that a process trains on in all epochs."""
+        return self.config.optim.epochs * self.images // self.processes
+
+    def room(self, like: str | None = None, doubt: float = math.inf) -> Room:
+        """Returns what tells which candidates fit; like and doubt are Room's."""
         sizes = [self.batch] if self.whole else micro_batches(self.batch)
-        return Room(self.needed, self.available, sizes, self.total)
+        return Room(self.needed, self.available, sizes, self.total, like, doubt)
 
     def needed(self, candidate: Candidate) -> float:
         """Returns the bytes of the device that a candidate is predicted to need; infinity for one that can't be run."""

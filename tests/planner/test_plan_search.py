@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from s2a_cli.planner.candidates import EXACT, MODES, PLAIN, RECOMPUTED, Candidate, micro_batches
-from s2a_cli.planner.costs import SECONDS, Costs, assumed, measure
+from s2a_cli.planner.costs import SECONDS, SHORT_RUN, Costs, assumed, measure
 from s2a_cli.planner.search import Found, Room, how_many, plans
 
 BATCH, BLOCKS = 64, 12
@@ -81,6 +81,36 @@ def test_weights_in_fewer_bits_are_worth_what_they_take():
     found, _ = plans(space, known, BATCH, MODES, ("fp32", "int8"))
     assert found[0].candidate.weights == "int8" and found[0].candidate.fidelity < EXACT
     assert any(plan.candidate.weights == "fp32" for plan in found)
+
+
+@pytest.mark.parametrize("small", [0.01, 20.0])
+@pytest.mark.parametrize("available", [130, 300, 600, 1000, 2000])
+def test_weights_are_estimated_by_each_other(available, small):
+    """Each way to store them takes a fixed number of bytes: then estimates find what predictions would."""
+    stored = {"fp32": 0, "offload": -390, "bf16": -150, "int8": -300}
+    calls = []
+
+    def with_weights(candidate: Candidate) -> float:
+        calls.append(candidate)
+        return needed(candidate) + stored[candidate.weights or "fp32"]
+
+    known = costs(small)
+    known.weights |= {"offload": 0.5, "bf16": 0.3, "int8": 0.2}
+    exactly = plans(Room(with_weights, available, micro_batches(BATCH), BLOCKS), known, BATCH, MODES, tuple(stored))[0]
+    without, calls[:] = len(calls), []
+    estimated = Room(with_weights, available, micro_batches(BATCH), BLOCKS, "fp32", 0.1)
+    found = plans(estimated, known, BATCH, MODES, tuple(stored))[0]
+    assert found[0].seconds == pytest.approx(exactly[0].seconds)
+    assert all(plan.needed == with_weights(plan.candidate) <= available for plan in found)
+    assert len(calls) < without
+
+
+def test_an_estimate_is_not_taken_for_a_prediction():
+    """Beyond one image memory jumps, which no line shows: what is taken was predicted, what is near is."""
+    jump = Room(lambda one: 10.0 * one.micro_batch + (30 if 1 < one.micro_batch < 64 else 0), 60, [1, 2, 4, 64], 1)
+    jump.doubt = 0.1
+    found, _ = plans(jump, costs(0.5), 64, [PLAIN])
+    assert all(plan.needed <= 60 for plan in found) and {plan.candidate.micro_batch for plan in found} == {1, 2}
 
 
 def test_stock_sizes_are_taken_where_they_fit_themselves():
@@ -159,6 +189,23 @@ def test_a_slow_device_is_measured_in_time(monkeypatch):
     assert set(found.stock) == {1, 2} and all(set(sizes) == {1} for sizes in found.extra.values())
     assert clock.now < 2 * SECONDS
     assert found.more(RECOMPUTED, 2) == pytest.approx(0.3)
+
+
+def test_a_short_run_is_not_measured_for_longer_than_a_part_of_it(monkeypatch):
+    clock = Clock(lambda candidate, images: images * (0.013 if candidate.blocks else 0.01), monkeypatch)
+    measure(clock, [1, 2, 4, 8, 16, 32, 64], MODES[:4], lambda candidate: True, run=4000)
+    assert clock.now == pytest.approx(SHORT_RUN * 4000 * 0.01, rel=0.3)
+
+
+def test_predictions_take_no_time_from_measurements(monkeypatch):
+    clock = Clock(lambda candidate, images: images * (0.13 if candidate.blocks else 0.1), monkeypatch)
+
+    def fits(candidate: Candidate) -> bool:
+        clock.now += 5.0
+        return True
+
+    found = measure(clock, [1, 2, 4, 8, 16, 32, 64], MODES[:4], fits)
+    assert set(found.stock) >= {1, 2, 4, 8, 16} and set(found.extra) == set(MODES[1:4])
 
 
 def test_a_fast_device_is_measured_at_all_sizes_that_fit(monkeypatch):
