@@ -6,13 +6,14 @@
 WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors. DATA: a train/ and test/ tree of class
 folders, or such a tree in a .tar, with settings for it alone behind commas. key=value goes to every run.
 
-Full fine-tuning trains first, whole batches and no budget, at the best of four learning rates on validation: its test
-accuracy, at the epoch that is best on validation, in the mean of the seeds, times 0.987 is what is to be reached, and
+Full fine-tuning trains first, whole batches and no budget, at the learning rate that is best on validation, of two and
+of further ones while the best lies at an end: its test accuracy, at the epoch that is best on validation, in the mean of the seeds, times 0.987 is what is to be reached, and
 its predicted peak over SHARE is the budget. Then each method trains as the planner has it (fidelity=0.999
 backbone.weights=auto); its learning rate is that of the comparison of methods (RATES, a result of
 compare_structures.py). The time is that of planning, of filling the cache of features, of training and of validation,
 up to the end of the first epoch behind which the test split is at the accuracy; looking at that split takes none of it.
-Methods that nothing fits are named. Written to OUT after every run, as JSON and as a table.
+Methods that nothing fits are named. Written to OUT after every method, as JSON and as a table; DATA that OUT has from
+another call stay there.
 """
 
 from __future__ import annotations
@@ -42,14 +43,11 @@ from s2a_cli.training.trainer import planned
 ROOT = Path(__file__).resolve().parents[2]
 ENOUGH = 0.987  # of full fine-tuning's accuracy, as the paper of S2A reports
 PLANNED = ("fidelity=0.999", "backbone.weights=auto")
-FULL_RATES = ("5e-5", "1e-4", "2e-4", "4e-4")
+FULL_RATES = (2e-4, 4e-4)  # the first two
+CACHED = ("dataset.cache=features", "dataset.scale=null", "backbone.weights=offload")
 METHODS: dict[str, list[str]] = {  # name -> words; the first part of a name is what the comparison calls it
-    "side, cached features": [
-        "method=side",
-        "dataset.cache=features",
-        "dataset.scale=null",
-        "backbone.weights=offload",
-    ],
+    "side, cached features": ["method=side", *CACHED],
+    "linear, cached features": ["method=linear", *CACHED],
     "side": ["method=side"],
     "s2a": ["method=s2a"],
     "bias": ["method=bias"],
@@ -115,11 +113,7 @@ def seconds_to(entry: Entry, wanted: float) -> float | None:
 
 def table(result: Entry) -> str:
     """Returns the result as a page."""
-    about = result["environment"]
-    pages = [
-        "# Time to full fine-tuning's accuracy, in little memory",
-        f"`{result['command']}`, {about['device']}, torch {about['torch']}, {result['date']}.",
-    ]
+    pages = ["# Time to full fine-tuning's accuracy, in little memory"]
     for name, data in result["data"].items():
         if "wanted" not in data:
             continue
@@ -137,7 +131,9 @@ def table(result: Entry) -> str:
                 [method, shown, f"{mean(run['test_top1'] for run in runs):.1f}", f"{runs[0]['peak_mib']:.0f}", plans]
             )
         head = ["method", "seconds", "test top-1 %", "peak, MiB", "planned"]
-        pages += [f"## {name}: {said}", tabulate(rows, head, tablefmt="github", disable_numparse=True)]
+        about = data["environment"]
+        made = f"`{data['command']}`, {about['device']}, torch {about['torch']}, {data['date']}."
+        pages += [f"## {name}: {said}", made, tabulate(rows, head, tablefmt="github", disable_numparse=True)]
     return "\n\n".join(pages) + "\n"
 
 
@@ -154,11 +150,10 @@ def main(argv: list[str]) -> int:
     changes = [word for word in args.words if "=" in word.split(",")[0]]
     compared = json.loads(args.rates.read_text())
     compared = compared.get("structures", compared)
-    result: Entry = {
+    about = {
         "command": " ".join(["python benchmarks/planner/time_to_accuracy.py", *argv]),
         "date": time.strftime("%Y-%m-%d"),
         "environment": environment("cpu"),
-        "data": {},
     }
 
     def words_of(method: str, root: str, own: list[str], seed: int) -> list[str]:
@@ -168,35 +163,51 @@ def main(argv: list[str]) -> int:
         place = f"run_dir=runs/time_to_accuracy/{Path(root).stem}/{method.replace(', ', '_').replace(' ', '_')}/{seed}"
         return [*common, *METHODS[method], *own, *changes, f"seed={seed}", place]
 
-    def save() -> None:
+    def save(name: str, data: Entry) -> None:
+        result: Entry = json.loads(args.out.read_text()) if args.out.exists() else {"data": {}}
+        result["data"][name] = data
         files.atomic_write(args.out, json.dumps(result, indent=1) + "\n")
         files.atomic_write(args.out.with_suffix(".md"), table(result))
+
+    def full_finetuning(words: list[str]) -> dict[float, Entry]:
+        """Returns the runs of the first seed by learning rate, the best on validation first."""
+        tried: dict[float, Entry] = {}
+        rates = list(FULL_RATES)
+        while rates:
+            tried |= {rate: train([*words, f"optim.lr={rate:g}"]) for rate in rates}
+            best = max(tried, key=lambda rate: tried[rate]["val_top1"])
+            beyond = {min(tried): best / 2, max(tried): best * 2}
+            rates = [beyond[best]] if best in beyond else []
+        return dict(sorted(tried.items(), key=lambda item: item[1]["val_top1"], reverse=True))
 
     for word in args.words:
         if word in changes:
             continue
         root, *own = word.split(",")
-        data: Entry = {"methods": {}}
-        result["data"][Path(root).stem] = data
+        data: Entry = about | {"methods": {}}
         first, *others = args.seeds
-        tried = {rate: train([*words_of("full", root, own, first), f"optim.lr={rate}"]) for rate in FULL_RATES}
-        rate = max(FULL_RATES, key=lambda rate: tried[rate]["val_top1"])
-        full = [tried[rate], *(train([*words_of("full", root, own, seed), f"optim.lr={rate}"]) for seed in others)]
-        data |= {"full_rate": rate, "full_tried": {rate: run["val_top1"] for rate, run in tried.items()}}
+        tried = full_finetuning(words_of("full", root, own, first))
+        rate = f"{next(iter(tried)):g}"
+        full = [next(iter(tried.values()))]
+        full += [train([*words_of("full", root, own, seed), f"optim.lr={rate}"]) for seed in others]
+        data |= {"full_rate": rate, "full_tried": {f"{rate:g}": run["val_top1"] for rate, run in tried.items()}}
         top1 = mean(run["test_top1"] for run in full)
         data |= {"full": full, "full_top1": top1, "wanted": ENOUGH * top1}
         data["budget"] = f"{full[0]['peak_mib'] / args.share:.1f}MiB"
-        save()
+        save(Path(root).stem, data)
         for method in args.only:
             cached = "cached" in method  # a plan chooses settings of blocks, which do not run then
             more = ["quant=none"] if cached else [f"budget={data['budget']}", *PLANNED]
             more += [f"optim.lr={rate}"] if method == "full" else []
             try:
-                data["methods"][method] = [train([*words_of(method, root, own, seed), *more]) for seed in args.seeds]
+                runs = [train([*words_of(method, root, own, seed), *more]) for seed in args.seeds]
+                peak = runs[0]["peak_mib"]
+                fits = peak is not None and peak <= full[0]["peak_mib"] / args.share
+                data["methods"][method] = runs if fits else f"needs {peak} MiB"
             except UserError as error:
                 data["methods"][method] = str(error).splitlines()[0]
-            save()
-    print(table(result))
+            save(Path(root).stem, data)
+    print(args.out.with_suffix(".md").read_text())
     return 0
 
 
