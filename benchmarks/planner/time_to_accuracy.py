@@ -7,11 +7,12 @@ WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors. DATA:
 folders, or such a tree in a .tar, with settings for it alone behind commas. key=value goes to every run.
 
 Full fine-tuning trains first, whole batches and no budget, at the learning rate that is best on validation, of two and
-of further ones while the best lies at an end: its test accuracy, at the epoch that is best on validation, in the mean of the seeds, times 0.987 is what is to be reached, and
-its predicted peak over SHARE is the budget. Then each method trains as the planner has it (fidelity=0.999
-backbone.weights=auto); its learning rate is that of the comparison of methods (RATES, a result of
-compare_structures.py). The time is that of planning, of filling the cache of features, of training and of validation,
-up to the end of the first epoch behind which the test split is at the accuracy; looking at that split takes none of it.
+of further ones while the best lies at an end: its test accuracy, at the epoch that is best on validation, in the mean
+of the seeds, times 0.987 is what is to be reached, and its predicted peak over SHARE is the budget. Then each method
+trains as the planner has it (fidelity=0.999 backbone.weights=auto); its learning rate is that of the comparison of
+methods (RATES, a result of compare_structures.py). The time is that of planning, of filling the cache of features, of
+training and of validation, up to the end of the first epoch behind which the test split is at the accuracy; looking at
+that split takes none of it.
 Methods that nothing fits are named. Written to OUT after every method, as JSON and as a table; DATA that OUT has from
 another call stay there.
 """
