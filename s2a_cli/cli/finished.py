@@ -207,7 +207,7 @@ def report(words: list[str]) -> int:
     from s2a_cli.config.words import command, words_of
     from s2a_cli.training import reporting
 
-    own = recompose(result["config"], [])
+    own = recompose(record.asked(result), [])  # a budget's choices are left to its plan
     own.dataset.download = result["config"]["dataset"].get("download", True)
     again = words_of(own)
     uses = reporting.uses(config, result)

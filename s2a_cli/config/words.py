@@ -17,7 +17,7 @@ from s2a_cli.config.settings import leaves
 GROUPS = ("backbone", "method", "quant", "dataset", "optim")
 FREE = {"backbone": "timm"}  # the option of a group whose name can be any
 LEFT_OUT = ("run_dir",)
-PLAIN = re.compile(r"[A-Za-z_./][\w./:+-]*")  # what Hydra reads as a text without quotes
+PLAIN = re.compile(r"[A-Za-z_./][\w./:+-]*|\d+(\.\d+)?[MG]iB")  # what Hydra reads as a text without quotes
 WORDS = ("null", "true", "false", "nan", "inf")  # what Hydra reads as something else
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html as html_module
+import json
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -10,6 +13,9 @@ import numpy as np
 import pytest
 
 from s2a_cli.cli.main import main
+from s2a_cli.config.compose import compose
+from s2a_cli.config.settings import plain
+from s2a_cli.results import record
 from s2a_cli.results.evaluation import Answers, Evaluation
 from s2a_cli.results.multi_label import MultiLabelEvaluation
 from s2a_cli.results.run_report import SHOWN, html, least_certain, most_confident_mistakes
@@ -73,6 +79,29 @@ def test_the_page_says_what_the_record_says(page, finished):
     assert text[shown["mistakes"] : shown["uncertain"]].count('class="wrong"') == SHOWN
     assert text.count('<div class="panels">') == 1 and "training loss" in text and "The most confident mistakes" in text
     assert not re.search(r"""(src|href)=["'](?!#|data:)""", text) and "@import" not in text
+
+
+def test_a_planned_run_is_done_again_by_the_words_that_asked_for_it(finished, tmp_path, monkeypatch):
+    _, result = finished
+    before = plain(compose(["budget=900MiB"]))
+    asked = {"quant": before["quant"], "optim.micro_batch": None, "cuda_graphs": None, "backbone.weights": "fp32"}
+    settings = {"quant": plain(compose(["quant=int8"]))["quant"], "optim.micro_batch": 2, "cuda_graphs": False}
+    config = result["config"] | {"budget": "900MiB", "quant": settings["quant"], "cuda_graphs": False}
+    config["optim"] = config["optim"] | {"micro_batch": 2}
+    choice = dict.fromkeys(("needed_mib", "predicted_seconds", "measured_seconds", "fidelity"))
+    choices = [choice | {"about": "micro-batches of 2", "words": ["optim.micro_batch=2"], "why": "the fastest"}]
+    plan = {"settings": settings, "asked": asked, "available_mib": 900.0, "batch": 8, "device": "cpu", "seconds": 1.0}
+    planned = result | {"config": config, "plan": plan | {"choices": choices}}
+    (tmp_path / "result.json").write_text(json.dumps(planned))
+    monkeypatch.setattr(reporting, "uses", lambda config, result: None)
+    monkeypatch.setattr(reporting, "tested", lambda folder, config: (None, "not here"))
+    assert main(["report", f"run={tmp_path}"]) == 0
+    shown = re.search("<pre>(.*)</pre>", (tmp_path / "report.html").read_text())
+    assert shown, "a command"
+    words = shlex.split(html_module.unescape(shown[1]))[2:]
+    assert "budget=900MiB" in words and not [word for word in words if "micro_batch" in word or "quant" in word]
+    content = record.content(plain(compose(words)), result["data"]["revision"], result["weights"])
+    assert content == record.content_of(record.read_result(tmp_path))
 
 
 def test_a_run_without_its_data_or_its_curves_has_a_page(finished, tmp_path):
