@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def test_domains_and_a_test_folder_elsewhere(tmp_path):
     photo, elsewhere = tmp_path / "pacs" / "photo", tree(tmp_path / "elsewhere", classes=["dog"], seed=9)
     save(elsewhere / "dog" / "again.png", 0)  # as the first cat
     splits = load(folder_config(photo, test_root=str(elsewhere)))
-    assert [Path.parent.name for Path in map(splits.test.root.joinpath, splits.test.files)] == ["dog"] * 7
+    assert [path.parent.name for path in map(splits.test.root.joinpath, splits.test.files)] == ["dog"] * 7
     assert len(splits.train) + len(splits.val) == 8 and splits.same == [["cat/0.png", str(elsewhere / "dog/again.png")]]
     assert splits.test[0][0].size == (12, 10)
     tree(tmp_path / "more", classes=["cow"])
@@ -121,3 +122,15 @@ def test_domains_and_a_test_folder_elsewhere(tmp_path):
     assert f"dataset.test_root={tmp_path / 'no'} does not exist" in folder_refusal(
         photo, test_root=str(tmp_path / "no")
     )
+
+
+def test_a_test_root_is_relative_to_the_current_folder(tmp_path, monkeypatch):
+    """Whether root is relative or not."""
+    tree(tmp_path / "sub" / "photos")
+    tree(tmp_path / "sub" / "tst", classes=["dog"], images=2, seed=9)
+    monkeypatch.chdir(tmp_path)
+    for root in (Path("sub/photos"), tmp_path / "sub" / "photos"):
+        splits = load(folder_config(root, test_root="sub/tst"))
+        assert splits.test[1][0].size == (12, 10) and splits.test.name(1) == str(tmp_path / "sub/tst/dog/1.png")
+    tree(tmp_path / "w1", classes=["cow"])
+    assert f"{tmp_path / 'w1'} has classes that train" in folder_refusal(Path("sub/photos"), test_root="w1")

@@ -39,7 +39,7 @@ def read(config: DatasetConfig, cache: Path, least: int = 2) -> Source:
     reports = {root: _examine(root, images, config, cache)}
     left_out = [*walk.left_out(), *_outside(root, trees, "not asked for" if by_domain else "no split")]
     if config.test_root:
-        there = _open_root(Path(config.test_root).expanduser(), cache, "test_root")
+        there = _open_root(Path(config.test_root).expanduser(), cache, "test_root").absolute()  # not below root
         test_walk = _Walk(there)
         elsewhere = {"test": _class_files(test_walk, "")}
         reports[there] = _examine(there, elsewhere, config, cache)
