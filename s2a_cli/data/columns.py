@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -94,9 +95,11 @@ def read_frame(path: Path) -> pd.DataFrame:
         if path.suffix.lower() in (".parquet", ".pq"):
             frame = pd.read_parquet(path)
         else:
-            with path.open(encoding="utf-8-sig") as file:
+            with path.open(encoding="utf-8-sig", newline="") as file:
                 header = file.readline()
-            separator = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
+                separator = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
+                file.seek(0)
+                _check_fields(csv.reader(file, delimiter=separator))
             frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except ImportError:
         raise UserError(
@@ -118,6 +121,14 @@ def read_frame(path: Path) -> pd.DataFrame:
     return frame
 
 
+def _check_fields(rows: Any) -> None:
+    """Raises ValueError for a line of a csv.reader with more fields than the header, by which pandas shifts columns."""
+    names = next(rows, [])
+    for row in rows:
+        if len(row) > len(names):
+            raise ValueError(f"line {rows.line_num} has {len(row)} fields, the header {len(names)}")
+
+
 def find_columns(frame: pd.DataFrame, path: Path, config: DatasetConfig) -> Columns:
     """Returns the columns that the settings name, and finds the others by their names and what is in them.
 
@@ -134,7 +145,7 @@ def find_columns(frame: pd.DataFrame, path: Path, config: DatasetConfig) -> Colu
         return name
 
     group = named("hold_out", config.hold_out) if config.hold_out else None
-    split = named("split_column", config.split_column) if config.split_column else _found_split(frame)
+    split = named("split_column", config.split_column) if config.split_column else _found_split(frame, path)
     image = named("image_column", config.image_column) if config.image_column else _found_image(frame, path)
     rest = [name for name in names if name not in (image, split, group) and _plain(name) not in SPLIT]
     label, classes = None, ()
@@ -192,10 +203,18 @@ def _found_image(frame: pd.DataFrame, path: Path) -> str:
     raise UserError(f"{printable(path.name)} has {said}; say which: dataset.image_column=, of {listed(frame, 12)}")
 
 
-def _found_split(frame: pd.DataFrame) -> str | None:
+def _found_split(frame: pd.DataFrame, path: Path) -> str | None:
+    """Returns a column that is called split and names some; None without one.
+
+    A cell in it that names none is refused later: without the column, test images would be trained on.
+    """
     found = [name for name in frame if _plain(name) in SPLIT]
-    found = [name for name in found if _share(frame[name], lambda text: text.lower() in SPLIT_OF) == 1]
-    return found[0] if len(found) == 1 else None
+    found = [name for name in found if any(_text(cell).lower() in SPLIT_OF for cell in frame[name])]
+    if len(found) > 1:
+        raise UserError(
+            f"{printable(path.name)} has several columns of splits: {listed(found)}; say which: dataset.split_column="
+        )
+    return found[0] if found else None
 
 
 def _found_labels(frame: pd.DataFrame, rest: list[str], path: Path) -> tuple[str | None, tuple[str, ...]]:

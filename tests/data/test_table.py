@@ -71,6 +71,19 @@ def test_the_split_column_is_kept_and_what_has_none_is_left_out(photos):
     assert "line 13 has 'maybe'; expected train, val or test" in refusal(load, config(odd, split_column="part"))
 
 
+def test_a_split_column_with_a_wrong_cell_is_not_passed_over(photos):
+    """A random split in its place would train on images that it keeps for the test."""
+    split = ["train"] * 7 + ["val"] * 2 + ["test", "tets", "test"]
+    wrong = table(photos, {"label": SPECIES, "split": split})
+    assert "dataset.split_column=split: line 12 has 'tets'; expected train, val or test" in refusal(load, config(wrong))
+    few = table(photos, {"label": SPECIES, "subset": ["dev"] * 11 + ["test"]})
+    assert "line 2 has 'dev'" in refusal(load, config(few))
+    two = table(photos, {"label": SPECIES, "split": ["train", "test"] * 6, "set": ["train", "test"] * 6})
+    assert "several columns of splits: split, set; say which: dataset.split_column=" in refusal(load, config(two))
+    other = load(config(table(photos, {"label": SPECIES, "set": ["holidays", "school"] * 6})))
+    assert len(other.test) == 2, "a column of that name that is about something else"
+
+
 def test_several_labels_an_image(photos):
     tags = ["owl;night", "jay", "owl", "", "jay;night", "owl"] * 2
     expected = {f"{index:02}.png": tuple(sorted(filter(None, of.split(";")))) for index, of in enumerate(tags)}
@@ -156,7 +169,11 @@ def test_what_can_not_be_read_is_refused_in_a_line(photos):
         ("a,b,label\n00.png,01.png,owl\n", "several columns of images"),
         ("path,label,tag\n00.png,owl,x\n", "several columns of labels: label, tag"),
         ("path,x,y\n00.png,owl,x\n", "no column that is called label or class"),
-        ("path,label\n00.png,owl\n01.png,owl\n", "has 1 class: owl; two are needed"),
+        ("path,label\n00.png,owl\n01.png,owl\n", "has 1 class: owl; two classes are needed"),
+        ("path,label\n00.png,\n01.png,\n", "has no labels; two classes are needed"),
+        ("path,label\n00.png,owl,\n01.png,jay,\n", "is no table (line 2 has 3 fields, the header 2)"),
+        ("path,label\n00.png,owl\n\n01.png,jay,x,y\n", "is no table (line 4 has 4 fields, the header 2)"),
+        ("path;label\n00.png;a,b,c;\n", "is no table (line 2 has 3 fields, the header 2)"),
         ('path,label\n00.png,"owl\n', "is no table"),
     ):
         (photos / "bad.csv").write_text(text)

@@ -58,7 +58,8 @@ def read(config: DatasetConfig, cache: Path) -> Source:
     if columns.classes:
         classes = [name for name in columns.classes if columns.multi_label or name in classes]
     if len(classes) < 2 and not (columns.multi_label and classes):
-        raise UserError(f"{printable(table)} has {counted(len(classes), 'class')}: {listed(classes)}; two are needed")
+        has = f"1 class: {printable(classes[0])}" if classes else "no labels"
+        raise UserError(f"{printable(table)} has {has}; two classes are needed")
     said = json.dumps([[file, sorted(row.labels), row.split, row.group] for file, row in rows.items()])
     revision = sha256(f"{report.revision} {json.dumps(classes)} {said}".encode()).hexdigest()[:12]
     splits = {split: _images(root, rows, split, classes, columns) for split in (None, *SPLITS)}
