@@ -100,6 +100,45 @@ def test_sorting_and_filtering_in_a_browser(runs, tmp_path):
     assert shot.stat().st_size > 50_000
 
 
+WIDTHS = (390, 768, 1440)
+PLACES = """
+<script>addEventListener("load", () => setTimeout(() => {
+  const seen = [...document.querySelectorAll("iframe")].map((one) =>
+    [...one.contentDocument.querySelectorAll(".bars *")].filter((e) => ["name", "bar", "peak"].includes(e.classList[0]))
+      .map((e) => { const { left, top, right, bottom } = e.getBoundingClientRect();
+        return { kind: e.classList[0], text: e.textContent, left, top, right, bottom }; }));
+  document.body.setAttribute("data-seen", JSON.stringify(seen));
+}, 500))</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.slow
+def test_each_memory_bar_stands_by_its_own_name_at_any_width(runs, tmp_path):
+    main(["report", str(runs), f"out={tmp_path / 'page.html'}"])
+    frames = "".join(
+        f'<iframe src="page.html" style="width: {w}px; height: 900px; border: 0"></iframe>' for w in WIDTHS
+    )
+    (tmp_path / "all.html").write_text(f"<body>{frames}{PLACES}</body>")
+    flags = [*HEADLESS, "--allow-file-access-from-files", "--disable-web-security", "--virtual-time-budget=5000"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "all.html").as_uri()]
+    done = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, timeout=120)
+    found = re.search(r'data-seen="([^"]*)"', done.stdout)
+    assert found, done.stderr[-2000:]
+    for width, places in zip(WIDTHS, json.loads(found[1].replace("&quot;", '"')), strict=True):
+        names, bars, peaks = ([one for one in places if one["kind"] == kind] for kind in ("name", "bar", "peak"))
+        assert [one["text"] for one in names] == ["bias int4", "bias int4", "linear int4", "s2a int4"]
+        ends = [*(one["top"] for one in names[1:]), 1e9]
+        for name, bar, peak, end in zip(names, bars, peaks, ends, strict=True):
+            assert name["right"] < peak["left"] and peak["bottom"] <= end
+            assert abs(name["top"] - peak["top"]) < 8, "its name and its peak share a line"
+            if width <= 768:
+                assert name["bottom"] <= bar["top"] and bar["bottom"] <= end, (
+                    "its bar is below them, above the next name"
+                )
+            else:
+                assert name["right"] < bar["left"] < bar["right"] < peak["left"] and abs(name["top"] - bar["top"]) < 8
+
+
 def test_runs_are_chosen_and_bad_input_is_one_line(runs, tmp_path, capsys):
     assert main(["report", str(runs), "method=bias", f"out={tmp_path / 'p.html'}"]) == 0
     assert main(["report", str(runs), "out=/nowhere/p.html"]) == 2
