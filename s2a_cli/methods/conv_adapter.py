@@ -14,6 +14,7 @@ from s2a_cli.config.schema import AT_LEAST_1
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Structure
+from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 # Class names in lower case, of torch and of timm, which has some of its own.
 ACTIVATIONS = {
@@ -43,6 +44,8 @@ class ConvAdapter(nn.Module):
     returns, as there in BasicBlocks, BiT and ConvNeXt, and not after the activation.
     """
 
+    _x = ThreadLocal[Tensor | None](None)  # what the attention beside it reads, until that returns
+
     def __init__(self, channels: int, outputs: int, reduction: int, act: nn.Module, kernel: Any, **geometry: Any):
         super().__init__()
         width = max(1, channels // reduction)
@@ -52,7 +55,6 @@ class ConvAdapter(nn.Module):
         self.act = act
         self.up = nn.Conv2d(width, outputs, 1)
         self.scale = nn.Parameter(torch.ones(outputs))
-        self._x: Tensor | None = None  # what the attention beside it reads, until that returns
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.up.weight * self.scale.view(-1, 1, 1, 1)
@@ -71,9 +73,6 @@ class ConvAdapter(nn.Module):
         x, self._x = self._x, None
         assert x is not None, "the normalisation runs before the end of its branch"
         return output + self(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_x": None}
 
 
 def activation(block: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from s2a_cli.config.schema import AT_LEAST_1, POSITIVE
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Published, Structure
+from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 UP_TO_1 = number("a number above 0, at most 1", lambda value: 0 < value <= 1)
 
@@ -29,6 +30,8 @@ class CompactSideNetwork(nn.Module):
     heekhero/DTL. There s * sigmoid(beta s) keeps two tensors; silu(beta s) / beta is the same and keeps one.
     """
 
+    _state = ThreadLocal[Tensor | None](None)  # [B, N, C], from the first block's input to the last one's output
+
     def __init__(self, blocks: Sequence[Block], first: int, rank: int, beta: float):
         super().__init__()
         self.states, self.first, self.beta = [(block.input, block.output) for block in blocks], first, beta
@@ -37,7 +40,6 @@ class CompactSideNetwork(nn.Module):
         self.ups = nn.ModuleList(nn.Linear(rank, channels, bias=False) for _ in blocks)
         for up in self.ups:
             nn.init.zeros_(up.get_parameter("weight"))
-        self._state: Tensor | None = None  # [B, N, C], from the first block's input to the last one's output
 
     def on_block_input(self, index: int, block: nn.Module, args: tuple, kwargs: dict) -> None:
         """Adds to the side state what block `index` is about to read. A hook of that block."""
@@ -58,9 +60,6 @@ class CompactSideNetwork(nn.Module):
     def fused(self, state: Tensor) -> Tensor:
         """Returns what is added to a block's output for the side state after its swish, both [B, N, C]."""
         return state
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_state": None}
 
 
 @dataclass

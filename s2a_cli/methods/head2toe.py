@@ -17,6 +17,7 @@ from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Structure
 from s2a_cli.methods.parts.feature_head import FeatureHead
+from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 
 class PooledState(nn.Module):
@@ -61,6 +62,8 @@ class SelectedFeatures(nn.Module):
     kept: Tensor
     steps: Tensor
 
+    _read = ThreadLocal[tuple[Tensor, ...]](())
+
     def __init__(self, states: list[Hidden], classes: int, settings: Head2ToeSettings):
         super().__init__()
         self.lasso, self.fraction, self.select_after = settings.lasso, settings.fraction, settings.select_after
@@ -70,14 +73,13 @@ class SelectedFeatures(nn.Module):
         nn.init.zeros_(self.classifier.weight)
         self.register_buffer("kept", torch.ones(sum(self.sizes), dtype=torch.bool))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self._read: list[Tensor] = []
 
     def on_block_output(self, index: int, block: nn.Module, args: tuple, output: Any) -> None:
         """Reads a hidden state. A hook of the block that is read as number `index`."""
         if index == 0:
-            self._read = []
+            self._read = ()
         feature = cast(PooledState, self.features[index])
-        self._read.append(feature(feature.hidden.of(output)))
+        self._read = *self._read, feature(feature.hidden.of(output))
 
     def on_logits(self, model: nn.Module, args: tuple, logits: Tensor) -> Tensor:
         """Adds to the model's logits. A hook of the model."""
@@ -85,11 +87,11 @@ class SelectedFeatures(nn.Module):
 
     def read(self, tensors: list[Tensor]) -> None:
         """Takes the pooled states, in place of a forward pass through the blocks."""
-        self._read = tensors
+        self._read = tuple(tensors)
 
     def join(self, logits: Tensor) -> Tensor:
         """Returns the model's logits [B, classes] with those of the features that were read."""
-        states, self._read = self._read, []
+        states, self._read = self._read, ()
         dtype = self.classifier.weight.dtype
         kept = self.kept.split(self.sizes)
         parts = [F.normalize(x.to(dtype) * mask, dim=1) for x, mask in zip(states, kept, strict=True)]
@@ -112,9 +114,6 @@ class SelectedFeatures(nn.Module):
             self.kept[best] = True
             weight.zero_()
             optimizer.state.pop(weight, None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_read": []}
 
 
 @dataclass

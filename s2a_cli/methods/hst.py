@@ -18,6 +18,7 @@ from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Published, Structure
 from s2a_cli.methods.parts.head_input import head_width
 from s2a_cli.methods.parts.own_features import OwnFeatures, is_plain
+from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 COUNTS = Rule("a list of integers of at least 1", lambda values: len(values) > 0 and min(values) >= 1)
 
@@ -90,6 +91,9 @@ class HierarchicalSideNetwork(OwnFeatures):
     bias, which add nothing before a linear layer: with them it is one that trains, and so uses statistics of the batch.
     """
 
+    _x = ThreadLocal[Tensor | None](None)  # the image, then the map or tokens of the stage
+    _size = ThreadLocal[tuple[int, int]]((0, 0))
+
     def __init__(self, blocks: Sequence[Block], settings: HSTSettings, features: int):
         super().__init__()
         count, channels = len(settings.widths), blocks[0].input.channels
@@ -106,8 +110,6 @@ class HierarchicalSideNetwork(OwnFeatures):
         bound = (6 / (channels + settings.meta * channels)) ** 0.5
         self.meta = nn.Parameter(torch.empty(len(blocks), settings.meta, channels).uniform_(-bound, bound))
         self.norm = nn.BatchNorm1d(settings.widths[-1], eps=1e-6)
-        self._x: Tensor | None = None  # the image, then the map or tokens of the stage
-        self._size: tuple[int, int] = (0, 0)
 
     def on_images(self, model: nn.Module, args: tuple) -> None:
         """Takes the images. A hook of the model."""
@@ -146,9 +148,6 @@ class HierarchicalSideNetwork(OwnFeatures):
         else:
             self._x = x
         return hidden.replaced(output, tokens[:, count:])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_x": None}
 
 
 def _initialise(module: nn.Module) -> None:

@@ -16,6 +16,7 @@ from s2a_cli.methods.base import BlocksSettings, Published, Structure
 from s2a_cli.methods.parts.head_input import head_width
 from s2a_cli.methods.parts.own_features import OwnFeatures, is_plain, mixed, summary
 from s2a_cli.methods.parts.side_transformer import NarrowBlock, prune_into
+from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 
 @dataclass
@@ -44,6 +45,8 @@ class LadderSideNetwork(OwnFeatures):
     attention head, as in its third version.
     """
 
+    _state = ThreadLocal[Tensor | None](None)  # [B, N, width], from the first block's input to the last one's output
+
     def __init__(self, blocks: Sequence[Block], settings: LSTSettings, features: int):
         super().__init__()
         channels = blocks[0].input.channels
@@ -59,7 +62,6 @@ class LadderSideNetwork(OwnFeatures):
         kept = None
         for mine, block in zip(narrow, blocks):
             kept = prune_into(mine, block, kept)
-        self._state: Tensor | None = None  # [B, N, width], from the first block's input to the last one's output
 
     def on_first_input(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         """Begins the side state with what the first block is about to read. A hook of that block."""
@@ -77,9 +79,6 @@ class LadderSideNetwork(OwnFeatures):
             self._state = state
         else:
             self.hand_over(self.up(summary(hidden, self.norm(state))))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_state": None}
 
 
 class LST(Structure):

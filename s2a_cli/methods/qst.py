@@ -16,6 +16,7 @@ from s2a_cli.methods.base import BlocksSettings, Structure
 from s2a_cli.methods.parts.head_input import head_width
 from s2a_cli.methods.parts.own_features import OwnFeatures, is_plain, mixed, summary
 from s2a_cli.methods.parts.side_transformer import NarrowBlock
+from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 
 @dataclass
@@ -47,6 +48,8 @@ class SideNetwork(OwnFeatures):
     for each channel: at the start 0.73 of it is x. All layers as PyTorch initialises them.
     """
 
+    _state = ThreadLocal[Tensor | None](None)  # [B, N, width], from the first block's input to the last one's output
+
     def __init__(self, blocks: Sequence[Block], settings: QSTSettings, features: int):
         super().__init__()
         channels = blocks[0].input.channels
@@ -58,7 +61,6 @@ class SideNetwork(OwnFeatures):
         self.blocks = nn.ModuleList(NarrowBlock(width, 4 * width, heads) for _ in blocks)
         self.norm, self.up = nn.LayerNorm(width), nn.Linear(width, features)
         self.gate = nn.Parameter(torch.ones(features))
-        self._state: Tensor | None = None  # [B, N, width], from the first block's input to the last one's output
 
     def on_first_input(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         """Begins the side state with what the first block is about to read. A hook of that block."""
@@ -79,9 +81,6 @@ class SideNetwork(OwnFeatures):
         """Mixes what a layer of the head is about to read with what the side network has found. A hook of the layer."""
         side, *others = super().on_head_input(head, args)
         return (mixed(side, args[0], torch.sigmoid(self.gate)), *others)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_state": None}
 
 
 class QST(Structure):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +10,7 @@ from s2a_cli.config.schema import AT_LEAST_1
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Structure
+from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 
 class ResAdapter(nn.Module):
@@ -38,10 +38,11 @@ class ResAdapter(nn.Module):
 class BranchTuner(nn.Module):
     """Adds ResAdapter(x) to what a residual branch returns, for the normalised x that it reads."""
 
+    _x = ThreadLocal[Tensor | None](None)  # what the branch reads, until it returns
+
     def __init__(self, channels: int, dim: int):
         super().__init__()
         self.adapter = ResAdapter(channels, dim, zero=True)
-        self._x: Tensor | None = None  # what the branch reads, until it returns
 
     def watch(self, branch: Branch) -> None:
         branch.norm.register_forward_hook(self.on_norm)
@@ -54,9 +55,6 @@ class BranchTuner(nn.Module):
         x, self._x = self._x, None
         assert x is not None, "the normalisation runs before the end of its branch"
         return output + self.adapter(x).to(output.dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_x": None}
 
 
 @dataclass

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from s2a_cli.backbones import Block
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import Structure
+from s2a_cli.methods.parts.thread_local import ThreadLocal
 from s2a_cli.methods.res_tuning import ResAdapter, ResTuningSettings
 
 
@@ -20,13 +21,14 @@ class Bypass(nn.Module):
     modelscope/swift, with tuner_cfg=res_adapter and the blocks of a ViT.
     """
 
+    _x = ThreadLocal[Tensor | None](None)  # so far
+
     def __init__(self, blocks: list[Block], dim: int, detach: bool):
         super().__init__()
         self.input, self.outputs, self.detach = blocks[0].input, [block.output for block in blocks], detach
         channels = self.input.channels
         self.lateral = nn.ModuleList(ResAdapter(channels, dim) for _ in blocks)
         self.vertical = nn.ModuleList(ResAdapter(channels, dim) for _ in blocks)
-        self._x: Tensor | None = None  # so far
 
     def read(self, h: Tensor) -> Tensor:
         return h.detach() if self.detach else h
@@ -44,9 +46,6 @@ class Bypass(nn.Module):
             return output
         self._x = None
         return hidden.replaced(output, x.to(h.dtype))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_x": None}
 
 
 class ResTuningBypass(Structure):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import Structure
 from s2a_cli.methods.parts.head_input import head_width, only_head
 from s2a_cli.methods.parts.own_features import mixed
+from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 LEAST = 63  # pixels of a side that AlexNet's three poolings take
 
@@ -45,12 +46,13 @@ class SideNetwork(nn.Module):
     enlarged to that.
     """
 
+    _images = ThreadLocal[Tensor | None](None)  # until the head runs
+
     def __init__(self, width: int):
         super().__init__()
         self.features = alexnet_features()
         self.projection = nn.Linear(256 * 6 * 6, width, bias=False)
         self.alpha = nn.Parameter(torch.zeros(()))
-        self._images: Tensor | None = None  # until the head runs
 
     def forward(self, images: Tensor) -> Tensor:
         if min(images.shape[-2:]) < LEAST:
@@ -82,9 +84,6 @@ class SideNetwork(nn.Module):
             )
         except (AttributeError, RuntimeError) as error:
             raise UserError(f"{key}: is no AlexNet of torchvision: {first_line(error)}") from None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_images": None}
 
 
 @dataclass

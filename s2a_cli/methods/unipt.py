@@ -14,6 +14,7 @@ from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Structure
 from s2a_cli.methods.parts.head_input import head_width, only_head
+from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 
 class ParallelNetwork(nn.Module):
@@ -29,6 +30,8 @@ class ParallelNetwork(nn.Module):
     one says (VSE-infty/lib/adapter_for_cnn.py).
     """
 
+    _targets = ThreadLocal[tuple[Tensor, ...]](())  # t_i [B, N, M], until the head runs
+
     def __init__(self, blocks: list[Block], feature: int, width: int):
         super().__init__()
         self.states = [blocks[0].input, *(block.output for block in blocks)]
@@ -36,17 +39,16 @@ class ParallelNetwork(nn.Module):
         self.anchor = nn.Linear(feature, width)
         self.up = nn.Linear(width, feature)
         self.gate = nn.Linear(width, 1, bias=False)
-        self._targets: list[Tensor] = []  # t_i [B, N, M], until the head runs
 
     def collect(self, h: Tensor) -> None:
         """Keeps t_i of the next hidden state."""
         index = len(self._targets)
         tokens = as_tokens(self.states[index], h.detach(), self.states[-1].positions)
-        self._targets.append(self.down[index](F.relu(tokens)))
+        self._targets = *self._targets, self.down[index](F.relu(tokens))
 
     def on_first_input(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         """Reads the hidden state before the first block. A pre-hook of it."""
-        self._targets = []
+        self._targets = ()
         self.collect(self.states[0].of((args, kwargs)))
 
     def on_block_output(self, index: int, block: nn.Module, args: tuple, output: Any) -> None:
@@ -60,7 +62,7 @@ class ParallelNetwork(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Returns what is added to a feature [B, F] of the hidden states that were read."""
-        targets, self._targets = self._targets, []
+        targets, self._targets = self._targets, ()
         q = self.anchor(F.relu(feature))
         means = [t.mean(1) for t in targets]
         merged = []
@@ -70,9 +72,6 @@ class ParallelNetwork(nn.Module):
             merged.append((weights @ t).squeeze(1) + (t[:, 0] if state.prefix else mean))
         gates = torch.softmax(torch.cat([self.gate(q * mean) for mean in means], 1), 1)
         return self.up(F.relu(torch.einsum("bl,blm->bm", gates, torch.stack(merged, 1).to(gates.dtype))))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_targets": []}
 
 
 def as_tokens(hidden: Hidden, h: Tensor, most: int) -> Tensor:

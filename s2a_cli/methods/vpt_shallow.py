@@ -14,6 +14,7 @@ from s2a_cli.config.schema import AT_LEAST_1, BELOW_1
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Published, Structure
+from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 
 class Prompts(nn.Module):
@@ -42,10 +43,11 @@ class ShallowPrompts(Prompts):
     Between two blocks they are kept here, beside the hidden state.
     """
 
+    _passing = ThreadLocal[Tensor | None](None)  # what has become of the prompts, [B, tokens, C]
+
     def __init__(self, blocks: Sequence[Block], tokens: int, inputs: int, dropout: float):
         super().__init__(blocks[0].input, tokens, inputs, dropout)
         self.inputs, self.outputs = [block.input for block in blocks], [block.output for block in blocks]
-        self._passing: Tensor | None = None  # what has become of the prompts, [B, tokens, C]
 
     def on_block_input(self, index: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Puts the prompts behind the image's tokens. A hook of the block that is number `index`."""
@@ -60,9 +62,6 @@ class ShallowPrompts(Prompts):
         x, passing = y.split([y.shape[1] - len(self.prompts), len(self.prompts)], dim=1)
         self._passing = passing if index + 1 < len(self.outputs) else None
         return self.outputs[index].replaced(output, x)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_passing": None}
 
 
 @dataclass

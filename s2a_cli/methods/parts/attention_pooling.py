@@ -47,7 +47,7 @@ def batch_chunks(h: Tensor) -> tuple[Tensor, ...]:
     """
     if torch.jit.is_tracing() or isinstance(h.shape[0], torch.SymInt):
         return (h,)
-    return h.split(max(1, chunk_sizes(h.device).pooled * len(h) // h.numel()))
+    return h.split(max(1, chunk_sizes(h.device).pooled * len(h) // max(1, h.numel())))
 
 
 class DifferentiableFeature(torch.autograd.Function):

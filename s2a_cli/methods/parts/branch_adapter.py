@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
 from s2a_cli.backbones import Backbone, Block
 from s2a_cli.backbones.branches import Branch
+from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 if TYPE_CHECKING:
     from s2a_cli.methods.base import Structure
@@ -23,10 +24,11 @@ class BranchAdapter(nn.Module):
     norm(h), beside the branch, behind its norm; sum: h + e, after the residual sum.
     """
 
+    _seen = ThreadLocal[Tensor | None](None)  # h or norm(h), while the branch runs
+
     def __init__(self, inner: nn.Module, reads: Reads):
         super().__init__()
         self.inner, self.reads = inner, reads
-        self._seen: Tensor | None = None  # h or norm(h), while the branch runs
 
     def act_on(self, branch: Branch) -> None:
         """Registers the hooks."""
@@ -52,9 +54,6 @@ class BranchAdapter(nn.Module):
         elif self.reads == "sum":
             seen = seen + added
         return added + self.inner(seen).to(added.dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": None}
 
 
 def adapted_branches(

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 Learn = Callable[[Tensor], None]  # takes auxiliary logits [B, classes] and back-propagates their loss
 
@@ -43,10 +44,8 @@ class AuxiliaryHeads(nn.Module):
     A subclass hands each to `collect` when it is computed and takes all of them with `collected` at the end.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._learn: Learn | None = None
-        self._logits: list[Tensor] = []
+    _learn = ThreadLocal[Learn | None](None)
+    _logits = ThreadLocal[tuple[Tensor, ...]](())
 
     @contextmanager
     def learning(self, learn: Learn) -> Iterator[None]:
@@ -59,19 +58,16 @@ class AuxiliaryHeads(nn.Module):
 
     def begin(self) -> None:
         """Forgets the logits of a forward pass that did not end."""
-        self._logits = []
+        self._logits = ()
 
     def collect(self, logits: Tensor) -> None:
         """Keeps auxiliary logits [B, classes] to the end of the forward pass; within `learning` without a graph."""
         if self._learn is not None and logits.requires_grad and not torch.compiler.is_compiling():
             self._learn(logits)
             logits = logits.detach()
-        self._logits.append(logits)
+        self._logits = *self._logits, logits
 
-    def collected(self) -> list[Tensor]:
+    def collected(self) -> tuple[Tensor, ...]:
         """Returns the auxiliary logits of this forward pass, and forgets them."""
-        logits, self._logits = self._logits, []
+        logits, self._logits = self._logits, ()
         return logits
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_learn": None, "_logits": []}  # a copy learns by a loop of its own

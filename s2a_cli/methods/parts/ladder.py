@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2a_cli.backbones import Hidden
+from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 HEADS = 4  # of attention in the branch
 
@@ -58,13 +59,14 @@ class Ladder(nn.Module):
     projection that is zero at the start. Nothing is back-propagated through the backbone.
     """
 
+    _state = ThreadLocal[tuple[Tensor, Shape] | None](None)  # s and the shape of its tokens
+
     def __init__(self, states: Sequence[Hidden], width: int, grid: int, heads: Iterable[nn.Linear | nn.Conv2d]):
         super().__init__()
         self.averages = nn.ModuleList(AveragedChannels(hidden, width, grid) for hidden in states)
         self.layers = nn.ModuleList(Attention(width) for _ in states)
         self.norm = nn.LayerNorm(width)
         self.merges = nn.ModuleList(_zero(nn.Linear(width, head.weight.shape[1])) for head in heads)
-        self._state: tuple[Tensor, Shape] | None = None  # s and the shape of its tokens
 
     def on_block_output(self, index: int, block: nn.Module, args: tuple, output: Any) -> None:
         """Climbs from one hidden state to the next. A hook of the block that is read as number `index`."""
@@ -85,11 +87,9 @@ class Ladder(nn.Module):
         if index + 1 == len(self.merges):
             self._state = None
         x, *others = args
-        shape = (-1, 1, 1) if isinstance(head, nn.Conv2d) else (*[1] * (x.ndim - 2), -1)
+        channels = added.shape[1]
+        shape = (channels, 1, 1) if isinstance(head, nn.Conv2d) else (*[1] * (x.ndim - 2), channels)
         return (x + added.to(x.dtype).view(x.shape[0], *shape), *others)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_state": None}
 
 
 def _zero(layer: nn.Linear) -> nn.Linear:

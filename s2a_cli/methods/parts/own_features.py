@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 
 from s2a_cli.backbones import Backbone, Block, Hidden
 from s2a_cli.common.errors import UserError
+from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 
 class OwnFeatures(nn.Module):
@@ -17,9 +17,7 @@ class OwnFeatures(nn.Module):
     A subclass calls `hand_over` when it has them, [B, features], after the last block has run.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._features: Tensor | None = None
+    _features = ThreadLocal[Tensor | None](None)
 
     def hand_over(self, features: Tensor) -> None:
         """Keeps the features [B, features] for the layers of the head."""
@@ -54,9 +52,6 @@ class OwnFeatures(nn.Module):
                 raise UserError("method: the head can read one side network only; name one of them")
             layer.register_forward_pre_hook(self.on_head_input)
         backbone.model.register_forward_hook(self.on_logits)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_features": None}
 
 
 def mixed(one: Tensor, other: Tensor, share: Tensor) -> Tensor:

@@ -1,0 +1,56 @@
+"""Keeps what one hook of a forward pass hands on to a later one, for each thread apart."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Generic, TypeVar, overload
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+
+
+class _Values(threading.local):
+    """Holds a value for each thread; a copy holds none."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Values, ()
+
+
+class ThreadLocal(Generic[T]):
+    """An attribute of a module of which each thread has its own, so that several can run one model at a time.
+
+        class Ladder(nn.Module):
+            _state = ThreadLocal[Tensor | None](None)
+
+    Begins with `default` in every thread, and in every copy of the module. The compiler can't trace thread-local data:
+    in what it has compiled, threads share the value.
+    """
+
+    def __init__(self, default: T):
+        self.default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.values, self.compiled = f"{name}_of_threads", f"{name}_compiled"
+
+    @overload
+    def __get__(self, module: None, owner: type) -> ThreadLocal[T]: ...
+
+    @overload
+    def __get__(self, module: nn.Module, owner: type) -> T: ...
+
+    def __get__(self, module: nn.Module | None, owner: type) -> Any:
+        if module is None:
+            return self
+        if not torch.compiler.is_compiling():
+            value = getattr(module.__dict__.get(self.values), "value", self.default)
+            if value is not self.default:
+                return value
+        return getattr(module, self.compiled, self.default)  # also where the hook before was compiled and this is not
+
+    def __set__(self, module: nn.Module, value: T) -> None:
+        if torch.compiler.is_compiling():
+            setattr(module, self.compiled, value)
+        else:
+            module.__dict__.setdefault(self.values, _Values()).value = value
