@@ -37,9 +37,11 @@ def text(result: Result, description: dict[str, Any], use: str, difference: floa
         *_memory(result),
         f"- **Backbone**: timm's `{config['backbone']['timm']}`, weights {of_weights}; licence that timm states for"
         f" them: {license or 'none; look it up before you hand this model on'}",
-        f"- **Images**: shorter side resized to {images['resize_shorter_side']} px ({images['interpolation']},"
-        f" antialiased), centre crop of {images['center_crop']} px, values of RGB from 0 to 1, less {images['mean']},"
-        f" divided by {images['std']}; float32 [batch, 3, {images['center_crop']}, {images['center_crop']}]",
+        f"- **Images**: {images['decode']}; shorter side resized to {images['resize_shorter_side']} px, the longer one"
+        f" to `{images['resize_longer_side']}` px ({images['interpolation']}, antialiased, {images['resample']});"
+        f" centre crop of {images['center_crop']} px from `{images['crop_left']}` and `{images['crop_top']}`"
+        f" ({images['rounding']}); values of RGB from 0 to 1, less {images['mean']}, divided by {images['std']};"
+        f" float32 [batch, 3, {images['center_crop']}, {images['center_crop']}]",
         f"- **Output**: logits [batch, classes]; {probable}",
         f"- **Checked**: loaded again, its logits on {photos} photos differ from the run's in fp32 by at most"
         f" {difference:.1e} of the largest",

@@ -20,6 +20,7 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import first_line, listed
 from s2a_cli.config.settings import plain
 from s2a_cli.data import photos
+from s2a_cli.data.transforms import ImageConfig
 from s2a_cli.results import export_files, model_card
 from s2a_cli.training import testing
 from s2a_cli.training.export_formats import FORMATS, Format, described, quiet
@@ -168,14 +169,31 @@ def _description(trained: Trained) -> dict[str, Any]:
             "classifier": known.get("classifier"),
             "fixed_input_size": known.get("fixed_input_size", False),
         },
-        "preprocessing": {
-            "resize_shorter_side": image.resize,
-            "interpolation": image.interpolation,
-            "center_crop": image.size,
-            "scale": "1/255",
-            "mean": list(image.mean),
-            "std": list(image.std),
-        },
+        "preprocessing": _preprocessing(image, trained.transform.at_least),
         "weights": known.get("hf_hub_id") or known.get("url") or config.backbone.timm,
         "license": known.get("license"),
+    }
+
+
+def _preprocessing(image: ImageConfig, at_least: int) -> dict[str, Any]:
+    """Returns how a photo becomes an image, in full: what is left open here moves logits by percents.
+
+    Rules are expressions of Python over the names beside them. at_least: of the transform.
+    """
+    return {
+        "decode": "8-bit RGB, upright by the EXIF orientation, transparency over white; a JPEG whose shorter side has"
+        f" {2 * at_least} px or more at 1/2, 1/4 or 1/8 of its size, {at_least} px or more (Pillow's draft)",
+        "resize_shorter_side": image.resize,
+        "resize_longer_side": "int(resize_shorter_side * longer / shorter)",
+        "interpolation": image.interpolation,
+        "antialias": True,
+        "resample": "as Pillow's Image.resize does, to 8 bits a value",
+        "center_crop": image.size,
+        "crop_left": "int(round((width - center_crop) / 2))",
+        "crop_top": "int(round((height - center_crop) / 2))",
+        "rounding": "int drops the fraction, round takes a half to the even integer",
+        "scale": "1/255",
+        "mean": list(image.mean),
+        "std": list(image.std),
+        "input": "float32 [batch, 3, center_crop, center_crop], RGB: (value * scale - mean) / std",
     }

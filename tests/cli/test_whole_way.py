@@ -18,17 +18,20 @@ from s2a_cli.cli.main import main
 from s2a_cli.training import loop
 
 ALONE = """
-import json, sys
+import glob, json, sys
 import numpy as np, onnxruntime, timm, torch
 from PIL import Image
 how = json.load(open("flowers.onnx.json"))["preprocessing"]
-size = how["center_crop"]
-image = Image.open("new/0.png").convert("RGB")
-image = image.resize([round(side * how["resize_shorter_side"] / min(image.size)) for side in image.size])
-left, top = ((side - size) // 2 for side in image.size)
-pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
-pixels = (pixels - np.float32(how["mean"])) / np.float32(how["std"])
-images = np.stack([pixels.transpose(2, 0, 1)] * 3)
+def prepared(path):
+    image = Image.open(path).convert("RGB")
+    known = how | {"longer": max(image.size), "shorter": min(image.size)}
+    sides = {min(image.size): how["resize_shorter_side"], max(image.size): eval(how["resize_longer_side"], known)}
+    image = image.resize([sides[side] for side in image.size], Image.Resampling[how["interpolation"].upper()])
+    known |= {"width": image.width, "height": image.height}
+    left, top, size = eval(how["crop_left"], known), eval(how["crop_top"], known), how["center_crop"]
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
+    return ((pixels - np.float32(how["mean"])) / np.float32(how["std"])).transpose(2, 0, 1)
+images = np.stack([prepared(path) for path in sorted(glob.glob("uneven/*.png"))])
 session = onnxruntime.InferenceSession("flowers.onnx")
 graph = session.run(["logits"], {"images": images})[0]
 model = timm.create_model("local-dir:plain", pretrained=True).eval()
@@ -37,6 +40,7 @@ with torch.no_grad():
 assert not any(name.startswith("s2a") for name in sys.modules)
 np.savez("alone.npz", images=images, graph=graph, plain=plain)
 """
+UNEVEN = ((37, 23), (23, 37), (41, 29), (37, 28), (53, 31), (101, 47))  # sides whose ratio no resized side keeps
 
 
 def draw(folder, names, each, first=0):
@@ -60,6 +64,10 @@ def test_from_photos_to_models_for_others(tmp_path, monkeypatch, capsys):
     (tmp_path / "new").mkdir()
     for number, color in enumerate(["red", "white"]):
         Image.new("RGB", (40, 30), color).save(tmp_path / "new" / f"{number}.png")
+    (tmp_path / "uneven").mkdir()
+    for number, size in enumerate(UNEVEN):
+        noise = np.random.default_rng(number).integers(0, 256, (*reversed(size), 3)).astype(np.uint8)
+        Image.fromarray(noise).save(tmp_path / "uneven" / f"{number}.png")
     (tmp_path / "new" / "cut.png").write_bytes((tmp_path / "new" / "0.png").read_bytes()[:40])
 
     def said(*words, code=0):
@@ -89,9 +97,10 @@ def test_from_photos_to_models_for_others(tmp_path, monkeypatch, capsys):
     said("export", "run=bias", "out=plain")
 
     subprocess.run([sys.executable, "-c", ALONE], check=True)
-    alone = np.load("alone.npz")
+    alone, places = np.load("alone.npz"), sorted((tmp_path / "uneven").iterdir())
     for run, key in (("run", "graph"), ("bias", "plain")):
-        expected = s2a_cli.load(run, ["device=cpu"])(torch.from_numpy(alone["images"])).numpy()
+        trained = s2a_cli.load(run, ["device=cpu"])
+        expected = trained(torch.stack([trained.transform(Image.open(path)) for path in places])).numpy()
         assert abs(alone[key] - expected).max() <= 1e-4 * abs(expected).max()
 
 

@@ -97,6 +97,9 @@ def test_the_card_says_what_it_is_and_not_where_it_was(finished, tmp_path, capsy
     out = tmp_path / "model.pt"
     assert main(["export", f"run={finished[0]}", f"out={out}", "to=torchscript"]) == 0
     card = (tmp_path / "model.pt.md").read_text()
+    assert (
+        "`int(resize_shorter_side * longer / shorter)` px" in card and "`int(round((width - center_crop) / 2))`" in card
+    )
     front = yaml.safe_load(card.split("---")[1])
     accuracy = finished[1]["accuracy"]["test_top1"]
     assert front["library_name"] == "timm" and f"test top-1 {accuracy:.2f} % (95 % interval" in card
