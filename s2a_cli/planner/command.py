@@ -44,9 +44,9 @@ def run(words: list[str]) -> int:
         print(report.replayed(replay(Path(given["snapshot"]).expanduser())))
         return 0
     if figure:
-        from s2a_cli.results import formats
+        from s2a_cli.results import made_files
 
-        formats.check_out(figure, "figure", force)
+        made_files.check_out(figure, "figure", force)
     available, margin = device_size(given["fit"]) if "fit" in given else None, _margin(given)
     predictor = Predictor(_processes(given.get("processes", "1")))
     grid = expand(rest)

@@ -21,7 +21,7 @@ from s2a_cli.memory.breakdown import Profile
 from s2a_cli.memory.result import MIB
 from s2a_cli.memory.watch import NAMES, USES
 from s2a_cli.planner.report import Prediction, Row
-from s2a_cli.results import formats
+from s2a_cli.results import made_files
 
 # Cold for what stays between steps, warm for what a step needs.
 COLORS = {
@@ -62,10 +62,10 @@ def save(rows: list[Row], path: Path, force: bool = False) -> None:
         figure = single(*drawn[0]) if len(rows) == 1 else several(drawn)
         data = io.BytesIO()
         kind = path.suffix.removeprefix(".")
-        made = {formats.MAKER[kind]: formats.MADE_BY} | ({"Date": None} if kind == "svg" else {})
+        made = {made_files.MAKER[kind]: made_files.MADE_BY} | ({"Date": None} if kind == "svg" else {})
         figure.savefig(data, format=kind, dpi=160, metadata=made)
         plt.close(figure)
-    formats.save(path, data.getvalue(), "figure", force)
+    made_files.save(path, data.getvalue(), "figure", force)
 
 
 def single(row: Row, predicted: Prediction) -> Figure:

@@ -21,7 +21,7 @@ from tabulate import tabulate
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import atomic_file, atomic_write
 from s2a_cli.common.text import brief, counted, listed, printable
-from s2a_cli.results.formats import safe_cell
+from s2a_cli.results.made_files import safe_cell
 
 SCHEMA = 1
 FILES = ("evaluation.json", "answers.csv", "confusion.svg", "calibration.svg")

@@ -7,7 +7,7 @@ from typing import IO, Any
 import numpy as np
 
 from s2a_cli.common.text import brief
-from s2a_cli.results import formats, plots
+from s2a_cli.results import made_files, plots
 from s2a_cli.results.plots import plt
 
 NAMED = 60  # classes whose names fit beside the matrix
@@ -58,5 +58,5 @@ def reliability(figures: dict[str, Any]) -> plt.Figure:
 def save(figure: plt.Figure, file: IO[bytes]) -> None:
     """Writes a figure as SVG, on white."""
     with plt.rc_context(plots.STYLE):
-        figure.savefig(file, format="svg", facecolor="white", metadata={"Date": None, "Creator": formats.MADE_BY})
+        figure.savefig(file, format="svg", facecolor="white", metadata={"Date": None, "Creator": made_files.MADE_BY})
     plt.close(figure)

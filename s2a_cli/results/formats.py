@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pandas as pd
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.files import atomic_write
 from s2a_cli.common.text import nearest
 from s2a_cli.results.frames import is_missing
+from s2a_cli.results.made_files import safe_cell
 
-MADE_BY = "s2a figure"  # in the files of figures
-MAKER = {"svg": "Creator", "png": "Software", "pdf": "Creator"}  # what each kind of file calls the program that made it
-OURS = (b"<title>s2a report</title>", b"<title>s2a predictions</title>", MADE_BY.encode())
-FORMULA = ("=", "+", "-", "@")
 FORMATS = ("terminal", "md", "csv", "latex", "html")
 ESCAPED = {character: f"\\{character}" for character in "&%$#_{}"}
 ESCAPED |= {
@@ -110,36 +105,6 @@ def render(tables: list[TextTable], notes: list[str], format: str) -> str:
 def as_csv(rows: pd.DataFrame) -> str:
     """Returns the rows as CSV, with cells as `safe_cell` makes them."""
     return rows.map(safe_cell).rename(columns=safe_cell).to_csv(index=False).rstrip("\n")
-
-
-def safe_cell(value: object) -> object:
-    """Returns what stands in a cell of a CSV: a text that a spreadsheet would run as a formula has a ' before it."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
-
-
-def save(path: Path, data: bytes | str, word: str, force: bool = False) -> None:
-    """Writes a page or a figure under the name that the `word` of a command gave.
-
-    Raises UserError when it can't be written, and without `force` when it would replace a file that is not one of ours.
-    """
-    check_out(path, word, force)
-    try:
-        atomic_write(path, data)
-    except OSError as error:
-        raise UserError(f"{word}={path}: can't be written ({error.strerror})") from None
-
-
-def check_out(path: Path, word: str, force: bool = False) -> None:
-    """Raises UserError for a path under which there is something else than a page or figure of ours, or no file."""
-    try:
-        if not path.exists() or (not path.stat().st_size and path.is_file()):
-            return
-        if not path.is_file():
-            raise UserError(f"{word}={path}: is no file; expected the name of one")
-        if not force and not any(mark in path.read_bytes() for mark in OURS):
-            raise UserError(f"{word}={path}: is there, and was not made by s2a {word}=; --force overwrites it")
-    except OSError as error:
-        raise UserError(f"{word}={path}: can't be written ({error.strerror})") from None
 
 
 def _marked(table: TextTable, mark: str) -> pd.DataFrame:

@@ -17,8 +17,9 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import first_line, printable
 from s2a_cli.results import pages, pivot, pivot_text, plan_text, plots, record, run_folder, summary
 from s2a_cli.results.aggregate import BASE, KINDS, hidden_notes, memory_kinds, read, runs_of, select, tell, varying
-from s2a_cli.results.formats import check_out, label, mib, number, save
+from s2a_cli.results.formats import label, mib, number
 from s2a_cli.results.frames import column, column_counts, grouped, groups_of, is_missing, numeric, where
+from s2a_cli.results.made_files import check_out, save
 
 NOTHING: dict[str, Any] = {"panels": [], "legend": []}  # where there is nothing to draw
 CURVES = {"panels": 9, "lines": 10, "runs": 3, "points": 60}  # most of each in the learning curves

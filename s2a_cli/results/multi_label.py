@@ -15,7 +15,7 @@ from tabulate import tabulate
 from s2a_cli.common.files import atomic_write
 from s2a_cli.common.text import brief, counted, printable
 from s2a_cli.results.evaluation import NAME, ROWS, head
-from s2a_cli.results.formats import safe_cell
+from s2a_cli.results.made_files import safe_cell
 from s2a_cli.results.metrics import mean_average_precision
 
 LIMIT = 0.5  # the probability from which on a label counts as answered

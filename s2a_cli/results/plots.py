@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import natural
-from s2a_cli.results import formats
+from s2a_cli.results import made_files
 from s2a_cli.results.frames import column, grouped, groups_of, where
 from s2a_cli.results.summary import scored
 
@@ -282,7 +282,7 @@ def save(rows: pd.DataFrame, path: Path, force: bool = False) -> None:
     write, and where there are no points.
     """
     kind = path.suffix.removeprefix(".")
-    if kind not in formats.MAKER:
+    if kind not in made_files.MAKER:
         raise UserError(f"figure={path}: expected a file that ends in .svg, .png or .pdf")
     with plt.rc_context(STYLE):
         figure, said = pareto(rows, "peak_mib")
@@ -295,10 +295,10 @@ def save(rows: pd.DataFrame, path: Path, force: bool = False) -> None:
             bbox_inches="tight",
             facecolor="white",
             dpi=160,
-            metadata={formats.MAKER[kind]: formats.MADE_BY},
+            metadata={made_files.MAKER[kind]: made_files.MADE_BY},
         )
         plt.close(figure)
-    formats.save(path, data.getvalue(), "figure", force)
+    made_files.save(path, data.getvalue(), "figure", force)
 
 
 def _styles(names: pd.Series, choices: str | tuple[str, ...]) -> Styles:

@@ -17,8 +17,7 @@ from typing import IO, Protocol
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import atomic_file
 from s2a_cli.common.text import nearest, printable
-from s2a_cli.results import pages
-from s2a_cli.results.formats import safe_cell, save
+from s2a_cli.results.made_files import safe_cell, save
 
 SHOWN = 500  # photos of a page, at most
 CSV_OPENS, JSON_OPENS = b"image,class,probability", b'[\n{"image": '  # what files of ours begin with
@@ -148,7 +147,9 @@ class Gallery:
             heapq.heappushpop(self._kept, entry)
 
     def save(self, path: Path, title: str, force: bool) -> None:
-        """Writes the page. Raises UserError as formats.save does."""
+        """Writes the page. Raises UserError as made_files.save does."""
+        from s2a_cli.results import pages  # which draws, and takes a second to import
+
         kept = [prediction for _, _, prediction in sorted(self._kept, reverse=True)]
         page = pages.render(
             "predictions.html",

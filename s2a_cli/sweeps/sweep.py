@@ -12,7 +12,7 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.common.progress import Progress
 from s2a_cli.common.text import duration, first_line, printable
 from s2a_cli.results import record, run_folder
-from s2a_cli.results.formats import check_out
+from s2a_cli.results.made_files import check_out
 from s2a_cli.sweeps.launchers import Job, Launcher, make_launcher
 from s2a_cli.sweeps.planning import Member, Plan, left_out, overview, plan, predict
 
