@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from s2a_cli.backbones.backbone import Backbone
 from s2a_cli.backbones.branches import is_linear
 from s2a_cli.backbones.head import Head
-from s2a_cli.backbones.trace import Sample, Trace, images_of, trace
+from s2a_cli.backbones.trace import ModuleTrace, Sample, Trace, find_blocks, images_of, trace
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import first_line, nearest
 from s2a_cli.data.transforms import ImageConfig
@@ -24,8 +24,8 @@ def of_module(
     """Returns the backbone of a module that returns logits [B, classes].
 
     sample: what it is called with for one sample; by default an image of the size that the module was made for. head:
-    the name of its classifier; by default the last linear layer or 1 x 1 convolution that has one output a class.
-    blocks: its repeated blocks; by default they are found. Raises UserError for what does not fit the module.
+    the name of its classifier; by default what timm names, else the last linear layer or convolution that runs. blocks:
+    its repeated blocks; by default they are found. Raises UserError for what does not fit the module.
     """
     known = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     sample, seen = (sample, _traced(model, sample)) if sample else _first_fit(model, known)
@@ -33,7 +33,10 @@ def of_module(
         found = list(seen.output.shape) if isinstance(seen.output, Tensor) else type(seen.output).__name__
         raise UserError(f"{type(model).__name__} returns {found}: expected one logit a class, [B, classes]")
     classes = seen.output.shape[1]
-    layers = _named(model, head) if head else _classifiers(model, known, seen, classes)
+    layers = _named(model, head) if head else _classifiers(model, known, seen)
+    if problem := _no_classifier(layers, seen, classes, find_blocks(model, seen, blocks)):
+        what = f"head={head}" if head else f"{type(model).__name__} has no classifier"
+        raise UserError(f"{what}: {problem}; give it one (of timm: num_classes=), or name it as head=")
     ran = {found.module for found in seen.ran if found.maps}
     if odd := [block for block in blocks if block not in ran]:
         raise UserError(
@@ -98,19 +101,36 @@ def _named(model: nn.Module, name: str) -> dict[str, nn.Module]:
     return {name: layers[name]}
 
 
-def _classifiers(model: nn.Module, known: dict, seen: Trace, classes: int) -> dict[str, nn.Module]:
-    """Returns the classifiers that timm names, else the last linear layer or 1 x 1 convolution that ran.
+def _classifiers(model: nn.Module, known: dict, seen: Trace) -> dict[str, nn.Module]:
+    """Returns the classifiers that timm names, else the last linear layer or convolution that ran.
 
-    Raises UserError where they have not one output a class.
+    There are none where timm's name is of an nn.Identity, as with num_classes=0, or nothing of the kind ran.
     """
     layers = {found.name: found.module for found in seen.ran if is_linear(found.module)}
     stated = known.get("classifier") or ()
-    named = [name for name in ([stated] if isinstance(stated, str) else stated) if name in layers]
-    found = {name: layers[name] for name in named or list(layers)[-1:]}
-    weights = [layer.get_parameter("weight") for layer in found.values()]
-    if not weights or any(len(w) != classes or w[0].numel() != w.shape[1] for w in weights):
-        raise UserError(
-            f"{type(model).__name__} has no classifier: its last linear layer does not return the {classes} numbers"
-            " that it returns; give it one (of timm: num_classes=), or name it as head="
-        )
-    return found
+    stated = [stated] if isinstance(stated, str) else stated
+    modules = dict(model.named_modules())
+    if any(isinstance(modules.get(name), nn.Identity) for name in stated):
+        return {}
+    return {name: layers[name] for name in [name for name in stated if name in layers] or list(layers)[-1:]}
+
+
+def _no_classifier(
+    layers: dict[str, nn.Module], seen: Trace, classes: int, blocks: Collection[ModuleTrace]
+) -> str | None:
+    """Returns why these layers are not the classifier of a model that returns so many numbers; None where they are.
+
+    What they return has to be what the model returns, but for means over positions and heads.
+    """
+    if not layers:
+        return "no linear layer runs where it would be"
+    last = max(layers, key=seen.order.__getitem__)
+    weights = [layer.get_parameter("weight") for layer in layers.values()]
+    if any(len(w) != classes or w[0].numel() != w.shape[1] for w in weights):
+        return f"{last} does not return the {classes} numbers that the model returns"
+    behind = (found for found in seen.ran if found.order > seen.order[last])
+    later = next((found for found in behind if list(found.module.parameters(recurse=False))), None)
+    if later:
+        return f"{later.name} runs behind {last}"
+    around = next((block for block in blocks if layers[last] in set(block.module.modules())), None)
+    return f"{last} is within {around.name}, a repeated block" if around else None
