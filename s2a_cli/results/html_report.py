@@ -19,6 +19,7 @@ from s2a_cli.results import pages, pivot, pivot_text, plan_text, plots, record, 
 from s2a_cli.results.aggregate import BASE, KINDS, hidden_notes, memory_kinds, read, runs_of, select, tell, varying
 from s2a_cli.results.formats import label, mib, number
 from s2a_cli.results.frames import column, column_counts, grouped, groups_of, is_missing, numeric, where
+from s2a_cli.results.looks import Looks
 from s2a_cli.results.made_files import check_out, save
 
 NOTHING: dict[str, Any] = {"panels": [], "legend": []}  # where there is nothing to draw
@@ -49,9 +50,10 @@ def write(places: list[str], wanted: dict[str, str], out: Path, force: bool = Fa
 def html(frame: pd.DataFrame, odd: list[str], beside: Path) -> str:
     """Returns the page of the runs in `frame`, see aggregate.load; links to run folders are relative to `beside`."""
     runs, rows = runs_of(frame), summary.table(frame)
+    looks = plots.looks_of(runs)
     with plots.plt.rc_context(plots.STYLE):
-        drawn = [_pareto(rows, "peak_mib"), _pareto(rows, "trainable")]
-        curves = _curves(runs, odd)
+        drawn = [_pareto(rows, "peak_mib", looks), _pareto(rows, "trainable", looks)]
+        curves = _curves(runs, looks, odd)
     return pages.render(
         "report.html",
         counts=runs["status"].value_counts().to_dict(),
@@ -85,13 +87,13 @@ def _grid(frame: pd.DataFrame) -> dict[str, Any] | None:
     return _numbered(table.text) | {"right": table.right, "bold": table.bold, "notes": notes}
 
 
-def _pareto(rows: pd.DataFrame, cost: str) -> dict[str, Any]:
-    panels, said = plots.pareto_panels(rows, cost)
+def _pareto(rows: pd.DataFrame, cost: str, looks: Looks) -> dict[str, Any]:
+    panels, said = plots.pareto_panels(rows, cost, looks)
     title = {"peak_mib": "Accuracy against peak memory", "trainable": "Accuracy against trainable parameters"}[cost]
     return pages.drawn(panels, cost) | {"title": title, "said": said}
 
 
-def _curves(runs: pd.DataFrame, odd: list[str]) -> dict[str, Any]:
+def _curves(runs: pd.DataFrame, looks: Looks, odd: list[str]) -> dict[str, Any]:
     """Returns learning curves from metrics.jsonl beside result.json, thinned to CURVES, and a line on what is left out.
 
     Adds a line to `odd` for each file that can't be read.
@@ -107,7 +109,7 @@ def _curves(runs: pd.DataFrame, odd: list[str]) -> dict[str, Any]:
             read = [points for path in paths[: CURVES["runs"]] if (points := _metrics(path, odd)) is not None]
             if read:
                 mean: pd.DataFrame = grouped(pd.concat(read), "epoch")[["score"]].mean().reset_index()
-                lines.append((f"{method} {quant}", mean.iloc[:: -(-len(mean) // CURVES["points"])]))
+                lines.append((str(method), str(quant), mean.iloc[:: -(-len(mean) // CURVES["points"])]))
         if lines:
             of_place = where(runs, (runs["backbone"] == place[0]) & (runs["dataset"] == place[1]))
             metric = "mAP" if any(column(of_place, "accuracy.val_map").notna()) else "top-1"
@@ -119,7 +121,7 @@ def _curves(runs: pd.DataFrame, odd: list[str]) -> dict[str, Any]:
         " points at most."
     )
     left = f" {len(panels) - CURVES['panels']} panels are left out." if len(panels) > CURVES["panels"] else ""
-    return pages.drawn(plots.curves(found), "curves") | {"said": said.format(**CURVES) + left}
+    return pages.drawn(plots.curves(found, looks), "curves") | {"said": said.format(**CURVES) + left}
 
 
 def _metrics(path: str, odd: list[str]) -> pd.DataFrame | None:

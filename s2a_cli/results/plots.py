@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,15 +23,12 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import natural
 from s2a_cli.results import made_files
 from s2a_cli.results.frames import column, grouped, groups_of, where
+from s2a_cli.results.looks import COLORS, Looks
 from s2a_cli.results.summary import scored
 
-# Readable on white and on black (after Okabe & Ito); line and marker by quant where there are several.
-COLORS = ("#3b8fd0", "#e0702f", "#27a074", "#c263a0", "#b8941c", "#7c7cf0", "#d6504c", "#4aa8b8", "#8a8a8a", "#9b6a3c")
-MARKERS = "osD^vP*Xph<>"
 GREY = "#808080"
 INK = "#010203"  # text and axes; in a page it becomes the page's own colour
 PANELS = 12
-Styles = dict[str, str]
 AXES = {"peak_mib": "peak MiB", "trainable": "trainable M, head apart"}
 STYLE: Any = {  # of matplotlib.rc_context
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
@@ -75,13 +73,18 @@ class Panels:
     legend: list[Line2D]
 
 
+def looks_of(rows: pd.DataFrame) -> Looks:
+    """Returns how the methods and quants of these rows look."""
+    return Looks.of(column(rows, "method"), column(rows, "quant"))
+
+
 def pareto(rows: pd.DataFrame, cost: str) -> tuple[plt.Figure | None, str]:
     """Returns test top-1, or mAP, against `cost`, a panel a backbone and data set, and a line on what is left out.
 
     The figure is None where there is nothing to draw. Measured peaks are filled marks and a solid frontier, predicted
     ones hollow and dashed.
     """
-    chosen, legend, said = _chosen(rows, cost)
+    chosen, legend, said = _chosen(rows, cost, looks_of(rows))
     if not chosen:
         return None, said
     figure, axes = _canvas(len(chosen))
@@ -92,32 +95,32 @@ def pareto(rows: pd.DataFrame, cost: str) -> tuple[plt.Figure | None, str]:
     return figure, said
 
 
-def pareto_panels(rows: pd.DataFrame, cost: str) -> tuple[Panels, str]:
+def pareto_panels(rows: pd.DataFrame, cost: str, looks: Looks) -> tuple[Panels, str]:
     """Returns what `pareto` draws, each panel as a figure, and the line on what is left out."""
-    chosen, legend, said = _chosen(rows, cost)
+    chosen, legend, said = _chosen(rows, cost, looks)
     return Panels([(title, _alone(draw)) for title, draw in chosen], legend), said
 
 
 Draw = Callable[[plt.Axes], None]
 
 
-def _chosen(rows: pd.DataFrame, cost: str) -> tuple[list[tuple[str, Draw]], list[Line2D], str]:
+def _chosen(rows: pd.DataFrame, cost: str, looks: Looks) -> tuple[list[tuple[str, Draw]], list[Line2D], str]:
     """Returns (title, what draws it) of each panel, the legend, and a line on what is left out."""
     found = panels(rows, cost)
     if not found:
         return [], [], "No backbone and data set has two finished settings."
     chosen = found[:PANELS]
     points = pd.concat([group for _, group in chosen])
-    styles = _styles(column(points, "method"), COLORS), _styles(column(points, "quant"), MARKERS)
+    methods, quants = (sorted(set(column(points, name))) for name in ("method", "quant"))
 
     def draw(group: pd.DataFrame, axis: plt.Axes) -> None:
-        _draw_points(axis, group, cost, styles)
+        _draw_points(axis, group, cost, looks)
         _scale_costs(axis, [value * _unit(cost) for value in group[cost]])
         axis.set(xlabel=AXES[cost], ylabel=f"test {group['metric'].iloc[0]} %")
 
-    handles = [Line2D([], [], color=c, marker="o", ls="", label=name) for name, c in styles[0].items()]
-    if len(styles[1]) > 1:
-        handles += [Line2D([], [], color=GREY, marker=m, ls="", label=name) for name, m in styles[1].items()]
+    handles = [Line2D([], [], ls="", label=name, **looks.mark(name)) for name in methods]
+    if len(looks.quants) > 1:
+        handles += [Line2D([], [], color=GREY, marker=looks.shape(name), ls="", label=name) for name in quants]
     kinds = set(points["memory"]) if cost == "peak_mib" else set()
     if "measured" in kinds:
         handles.append(Line2D([], [], color=GREY, marker="o", label="measured"))
@@ -135,12 +138,8 @@ def _unit(cost: str) -> float:
     return 1e-6 if cost == "trainable" else 1.0
 
 
-def _draw_points(axis: plt.Axes, points: pd.DataFrame, cost: str, styles: tuple[Styles, Styles]) -> None:
-    """Draws the points of a panel and their frontier, measured and predicted ones apart where cost is a peak.
-
-    styles: colours by method, markers by quant.
-    """
-    color, marker = styles
+def _draw_points(axis: plt.Axes, points: pd.DataFrame, cost: str, looks: Looks) -> None:
+    """Draws the points of a panel and their frontier, measured and predicted ones apart where cost is a peak."""
     scale = _unit(cost)
     kinds = points["memory"].fillna("predicted") if cost == "peak_mib" else points["n"] * 0
     for kind, part in grouped(points, kinds):
@@ -161,10 +160,9 @@ def _draw_points(axis: plt.Axes, points: pd.DataFrame, cost: str, styles: tuple[
                 row[cost] * scale,
                 row["score_mean"],
                 yerr=row["score_std"] if row["n"] > 1 else None,
-                fmt=marker[row["quant"]],
-                ms=6,
-                color=color[row["method"]],
-                mfc=color[row["method"]] if measured else "none",
+                ls="",
+                **looks.mark(row["method"], row["quant"]),
+                mfc=looks.color(row["method"]) if measured else "none",
                 elinewidth=0.7,
                 alpha=0.9,
                 zorder=2,
@@ -174,27 +172,36 @@ def _draw_points(axis: plt.Axes, points: pd.DataFrame, cost: str, styles: tuple[
 def _scale_costs(axis: plt.Axes, costs: list[float]) -> None:
     """Makes the axis of costs logarithmic where they span much, and labels it in plain figures."""
     low, high = min(costs), max(costs)
+    least = min((value for value in costs if value > 0), default=0.0)
+    steps = (1, 2, 5) if least and high / least < 200 else (1,)
     if low > 0 and high / low > 4:
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=steps))
     elif low == 0 and high > 0:  # the linear probe trains nothing beside the head
-        axis.set_xscale("symlog", linthresh=min(value for value in costs if value > 0), linscale=0.5)
-    if axis.get_xscale() == "log":
-        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+        axis.set_xscale("symlog", linthresh=least, linscale=0.7)
+        powers = range(math.floor(math.log10(least)), math.ceil(math.log10(high)) + 1)
+        found = [step * 10.0**power for power in powers for step in steps if least <= step * 10.0**power <= high]
+        axis.xaxis.set_major_locator(ticker.FixedLocator([0, *(found or [least])]))  # below `least` it is linear
     axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axis.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def curves(found: list[tuple[str, str, list[tuple[str, pd.DataFrame]]]]) -> Panels:
-    """Returns scores on validation by epoch of [(panel's title, what they are, [(name, frame of epoch and score)])]."""
-    color = _styles(pd.Series([name for *_, lines in found for name, _ in lines]), COLORS)
-    dashes = {name: ("-", "--", ":", "-.")[place // len(COLORS) % 4] for place, name in enumerate(color)}
+Lines = list[tuple[str, str, pd.DataFrame]]  # (method, quant, frame of epoch and score)
 
-    def draw(metric: str, lines: list[tuple[str, pd.DataFrame]], axis: plt.Axes) -> None:
-        for name, points in lines:
-            _line(axis, column(points, "epoch"), column(points, "score"), color[name], dashes[name])
+
+def curves(found: list[tuple[str, str, Lines]], looks: Looks) -> Panels:
+    """Returns scores on validation by epoch of [(panel's title, what they are, its lines)]."""
+
+    def draw(metric: str, lines: Lines, axis: plt.Axes) -> None:
+        for method, quant, points in lines:
+            _line(axis, points, "score", ls=looks.dashes(quant), **looks.mark(method, quant))
         _by_epoch(axis, metric)
 
-    legend = [Line2D([], [], color=color[name], ls=dashes[name], label=name) for name in color]
+    pairs = sorted({(method, quant) for *_, lines in found for method, quant, _ in lines})
+    legend = [
+        Line2D([], [], ls=looks.dashes(quant), label=f"{method} {quant}", **looks.mark(method, quant))
+        for method, quant in pairs
+    ]
     return Panels([(title, _alone(functools.partial(draw, metric, lines))) for title, metric, lines in found], legend)
 
 
@@ -216,7 +223,7 @@ def run_curves(lines: pd.DataFrame, best_epoch: int | None) -> Panels:
 
     def draw(names: list[str], unit: str, axis: plt.Axes) -> None:
         for name in names:
-            _line(axis, column(lines, "epoch"), column(lines, name), color[name], dashes(name))
+            _line(axis, lines, name, color=color[name], ls=dashes(name), marker="." if len(lines) < 3 else "")
         if best_epoch is not None:
             axis.axvline(best_epoch, color=GREY, lw=1, ls=":")
         _by_epoch(axis, unit)
@@ -231,13 +238,21 @@ def run_curves(lines: pd.DataFrame, best_epoch: int | None) -> Panels:
     return Panels(figures, legend)
 
 
-def _line(axis: plt.Axes, epochs: pd.Series, values: pd.Series, color: str, dashes: str) -> None:
-    axis.plot(epochs, values, color=color, ls=dashes, lw=1.6, marker="." if len(epochs) < 3 else "")
+def _line(axis: plt.Axes, points: pd.DataFrame, name: str, **look: Any) -> None:
+    """Draws a column by epoch; a mark stands at the end of a line, and at each point of a short one."""
+    every = None if len(points) < 3 else [len(points) - 1]
+    axis.plot(column(points, "epoch"), column(points, name), lw=1.6, markevery=every, **look)
 
 
 def _by_epoch(axis: plt.Axes, label: str) -> None:
     axis.set(xlabel="epoch", ylabel=label)
-    axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=6))
+    first, last = axis.dataLim.intervalx
+    if first == last:  # an axis around a single epoch would be labelled with fractions of one
+        axis.set_xlim(first - 1, last + 1)
+        axis.set_xticks([first])
+    else:
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+    axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%d"))
 
 
 def _alone(draw: Draw) -> plt.Figure:
@@ -299,10 +314,6 @@ def save(rows: pd.DataFrame, path: Path, force: bool = False) -> None:
         )
         plt.close(figure)
     made_files.save(path, data.getvalue(), "figure", force)
-
-
-def _styles(names: pd.Series, choices: str | tuple[str, ...]) -> Styles:
-    return {name: choices[place % len(choices)] for place, name in enumerate(sorted(names.unique()))}
 
 
 def _canvas(count: int) -> tuple[plt.Figure, list[plt.Axes]]:
