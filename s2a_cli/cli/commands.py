@@ -49,6 +49,10 @@ def train(words: list[str]) -> int:
     from s2a_cli.config.paths import check_paths
 
     check_paths(config)
+    if config.run_dir:
+        from s2a_cli.results.run_folder import check_run_dir
+
+        check_run_dir(Path(config.run_dir))
     if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun the first alone speaks
         print(f"{_headline(config)}, seed {config.seed}", flush=True)
     with imports():

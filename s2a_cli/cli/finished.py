@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from s2a_cli.cli.deferred import imports
+from s2a_cli.cli.options import OF_TRAINING, check_keys, options_of
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import is_there
 from s2a_cli.common.text import counted, listed, printable
@@ -23,20 +24,6 @@ def _finished(words: list[str]) -> tuple[Path, list[str]]:
     with suppress(OSError):  # on a read-only disk
         settle(Path(folders[0]))
     return Path(folders[0]), [word for word in words if not word.startswith("run=")]
-
-
-def options_of(words: list[str], *names: str) -> tuple[dict[str, str], list[str]]:
-    """Returns the words `name=value` of these names, and the others. Raises UserError for an empty or a second one."""
-    options, others = {}, []
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in names or not equals:
-            others.append(word)
-        elif not value or name in options:
-            raise UserError(f"{name}=: expected once, with a value")
-        else:
-            options[name] = value
-    return options, others
 
 
 def _asked(words: list[str], *names: str) -> tuple[bool, dict[str, str], list[str]]:
@@ -81,17 +68,23 @@ def evaluate(words: list[str]) -> int:
     force, options, words = _asked(words, "data", "out")
     out = Path(options["out"]) if "out" in options else None
     elsewhere, own = _data(words, options.get("data"))
+    what, unused = ("eval on other data", ("dataset.",)) if elsewhere else ("eval", ())
+    check_keys(what, own, ("run", "data", "dataset", "out"), (*OF_TRAINING, *unused, "test"))
     folder, _ = _finished(own)
     config = recomposed(own)
     from s2a_cli.config.compose import compose
-    from s2a_cli.results import evaluation, multi_label, record
+    from s2a_cli.config.paths import check_paths
+
+    other = compose(elsewhere) if elsewhere else None
+    check_paths(other or config)
+    with imports():
+        from s2a_cli.results import evaluation, multi_label, record
+        from s2a_cli.training import testing
+        from s2a_cli.training.trained import load_as
 
     if out:
         evaluation.check_out(out, force)
-    from s2a_cli.training import testing
-    from s2a_cli.training.trained import load_as
-
-    dataset = compose(elsewhere).dataset if elsewhere else None
+    dataset = other.dataset if other else None
     recorded = record.read_result(folder)
     labelled = testing.elsewhere(recorded["data"], dataset) if dataset else testing.own_test(folder, config)
     found = testing.evaluate(load_as(folder, config), labelled)
@@ -127,7 +120,7 @@ def _compared(figures: dict[str, Any], recorded: Any) -> int:
     return 0 if equal else 1
 
 
-PREDICT = ("top", "out", "gallery")  # options of `s2a predict`
+PREDICT = ("top", "out", "gallery")  # options of `s2a predict`, beside run= and images=
 
 
 def _photos(words: list[str]) -> tuple[list[str], list[str]]:
@@ -145,23 +138,27 @@ def predict(words: list[str]) -> int:
     """Classifies photos with a finished run; returns 1 where one of them can't be read."""
     force, options, words = _asked(words, *PREDICT)
     named, words = _photos(words)
+    check_keys("predict", words, ("run", "images", *PREDICT), (*OF_TRAINING, "dataset.", "test"))
     folder, _ = _finished(words)
     if not named or "" in named:
         raise UserError("images=FILES, a folder or a pattern is needed: the photos to classify")
     if not options.get("top", "5").isdecimal() or not int(options.get("top", "5")):
         raise UserError(f"top={options['top']}: expected an integer of at least 1")
-    from s2a_cli.common.progress import Progress
-    from s2a_cli.results import formats, predictions
+    from s2a_cli.config.paths import check_photos
+    from s2a_cli.results import made_files, predictions
 
     out, gallery = (Path(options[name]) if name in options else None for name in ("out", "gallery"))
     if out:
         predictions.check_out(out, force)
     if gallery:
-        formats.check_out(gallery, "gallery", force)
+        made_files.check_page(gallery, "gallery", force)
     config = recomposed(words)
-    from s2a_cli.data import photos
-    from s2a_cli.training import prediction
-    from s2a_cli.training.trained import load_as
+    check_photos(named)
+    with imports():
+        from s2a_cli.common.progress import Progress
+        from s2a_cli.data import photos
+        from s2a_cli.training import prediction
+        from s2a_cli.training.trained import load_as
 
     paths = photos.find(named)
     trained = load_as(folder, config)
@@ -197,14 +194,16 @@ EXPORT = ("to", "out")  # options of `s2a export`
 def report(words: list[str]) -> int:
     """Writes the page of one run and prints where it is."""
     force, options, words = _asked(words, "out")
+    check_keys("report", words, ("run", "out"), OF_TRAINING)
     folder, _ = _finished(words)
     out = Path(options.get("out", folder / "report.html"))
-    from s2a_cli.results import formats, record, run_report
+    from s2a_cli.results import made_files, record
 
-    formats.check_out(out, "out", force)
+    made_files.check_page(out, "out", force)
     result, config = record.read_result(folder), recomposed(words)
     from s2a_cli.config.compose import recompose
     from s2a_cli.config.words import command, words_of
+    from s2a_cli.results import run_report
     from s2a_cli.training import reporting
 
     own = recompose(record.asked(result), [])  # a budget's choices are left to its plan
@@ -213,7 +212,7 @@ def report(words: list[str]) -> int:
     uses = reporting.uses(config, result)
     tested, untested = reporting.tested(folder, config)
     page = run_report.html(folder, result, command(again) if again else None, tested, untested, uses)
-    formats.save(out, page, "out", force)
+    made_files.save(out, page, "out", force)
     print(f"{out}: {len(page.encode()) / 2**20:.1f} MiB{f'. {untested}' if untested else ''}")
     return 0
 
@@ -227,14 +226,18 @@ def export(words: list[str]) -> int:
     """Writes the model of a finished run in a form that others load without this package."""
     force, options, words = _asked(words, *EXPORT)
     images, words = _photos(words)
+    what, unused = ("export with images=", ("dataset.",)) if images else ("export", ())
+    check_keys(what, words, ("run", "images", *EXPORT), (*OF_TRAINING, *unused, "test"))
     folder, _ = _finished(words)
     if "out" not in options:
         raise UserError("out=PATH is needed: where the model goes")
+    from s2a_cli.config.paths import check_photos
     from s2a_cli.results import export_files
 
     out, to = Path(options["out"]), options.get("to", "timm")
     export_files.check(to, out, force)
     config = recomposed([*words, "device=cpu"])
+    check_photos(images)
     with imports():
         from s2a_cli.training import export as exporting
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import listed, nearest
 from s2a_cli.config.checks import domain_problems
+from s2a_cli.config.paths import missing_root
 from s2a_cli.config.schema import DOMAINS, DatasetConfig
 from s2a_cli.config.settings import rule_of
 from s2a_cli.data import sources
@@ -143,10 +144,7 @@ def problems(config: DatasetConfig) -> list[str]:
             found.append(rule.problem(f"dataset.{key}", value))
     if config.shots is not None and config.fraction is not None:
         found.append("dataset.shots and dataset.fraction exclude each other: set one to null")
-    if config.name == "folder" and not config.root:
-        found.append("dataset=folder needs dataset.root=FOLDER, your images")
-    if config.name == "table" and not config.file:
-        found.append("dataset=table needs dataset.file=FILE, a table of paths and labels")
+    found += missing_root(config.name, config.root, config.file)
     for key, names in FOR.items():
         if config.name not in names and getattr(config, key) not in (None, "stop"):
             found.append(f"dataset.{key} is for {' and '.join(f'dataset={name}' for name in names)}, not {config.name}")

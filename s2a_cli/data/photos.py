@@ -17,6 +17,7 @@ from torch import Tensor
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import is_there, reason
 from s2a_cli.common.text import one_line, printable
+from s2a_cli.config.paths import missing_photos
 from s2a_cli.data.images import EXTENSIONS, open_rgb
 from s2a_cli.data.layout import hidden
 from s2a_cli.data.transforms import Transform
@@ -53,7 +54,7 @@ def find(words: Sequence[str]) -> list[Path]:
         else:
             photos = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
             if not photos:
-                raise UserError(f"images={printable(word)}: no such file or folder, and no photo matches it")
+                raise UserError(missing_photos(word))
         found += photos
     return list(dict.fromkeys(found))
 

@@ -80,6 +80,7 @@ def test_the_file_is_what_the_command_line_says(photos, pace, capsys):
     ("words", "said"),
     [
         (["init"], "expected one folder of photos"),
+        (["init", "photos", "minuts=5", "out=mine.yaml"], "minuts: no such word; s2a init takes out=, minutes= and"),
         (["init", "photos", "minutes=soon"], "minutes=soon: expected a number above 0"),
         (["init", "photos", "out=mine.yaml"], "out=mine.yaml: is there already"),
         (["init", "photos", "out=no/a.yaml"], "there is no folder no"),

@@ -92,18 +92,23 @@ def test_predict_from_the_command_line(finished, folder, tmp_path, capsys):
         (["photo.png", "top=0"], "top=0: expected an integer"),
         (["photo.png", "out=p.xls"], "ends in .csv or .json"),
         (["photo.png", "out=mine.csv"], "holds no predictions"),
-        (["photo.png", "gallery=mine.csv"], "was not made by s2a"),
+        (["photo.png", "gallery=mine.html"], "was not made by s2a"),
+        (["photo.png", "gallery=page.pdf"], "gallery=page.pdf: is a page; expected a file that ends in .html or .htm"),
+        (["photo.png", "out=q.csv", "gallery=none/page.html"], "gallery=none/page.html: there is no folder none"),
         (["photo.png", "deviec=cpu"], "did you mean 'device'"),
         (["photo.png", "top=1", "top=2"], "top=: expected once"),
     ],
 )
 def test_what_cannot_be_predicted(finished, tmp_path, capsys, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.csv").write_text("my own table")
+    for name in ("mine.csv", "mine.html"):
+        (tmp_path / name).write_text("my own")
+    Image.new("RGB", (32, 32)).save(tmp_path.parent / "photo.png")
+    words = [word.replace("photo.png", "../photo.png") for word in words]
     assert main(["predict", f"run={finished[0]}", *words]) == 2
     printed = capsys.readouterr().err
     assert said in printed and printed.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.csv"]
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.csv", "mine.html"}
 
 
 def test_a_page_keeps_the_least_certain():
