@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from s2a_cli.activations import kernels  # registers them
 from s2a_cli.activations.mode import ActivationMode
+from s2a_cli.common.arguments import check_type
+from s2a_cli.common.errors import UserError
 from s2a_cli.config.checks import check_quant
 from s2a_cli.config.schema import QuantConfig
 
@@ -44,17 +46,21 @@ def compress_activations(
         sample.
     settings: of QuantConfig, in place of those of `config`.
 
-    Raises ValueError for settings that are out of range or say nothing.
+    Raises UserError for a config or blocks that are none, and for settings of blocks that are not there; ValueError for
+    settings that are out of range or say nothing. Within it, blocks that are recomputed or split may hold no BatchNorm
+    in training mode, which reads the batch as a whole and counts each pass: their forward pass raises UserError.
     """
     if config is None:
         config = QuantConfig(name="own")
     elif isinstance(config, str):
         config = QuantConfig.named(config)
-    elif config == QuantConfig(name=config.name) and _means_more(config):
-        raise ValueError(
-            f"QuantConfig(name={config.name!r}) has a name and no settings; those of that name are"
-            f" QuantConfig.named({config.name!r})"
-        )
+    else:
+        check_type("config", config, QuantConfig, "a QuantConfig or a name such as 'tiny'")
+        if config == QuantConfig(name=config.name) and _means_more(config):
+            raise ValueError(
+                f"QuantConfig(name={config.name!r}) has a name and no settings; those of that name are"
+                f" QuantConfig.named({config.name!r})"
+            )
     return context_of(config.changed(**settings), blocks)
 
 
@@ -75,7 +81,7 @@ def checkpointed(
 
     blocks: modules that map hidden states [B, ...] to others, sample by sample. bits: of the inputs that are kept, 1 to
     8, or 16 for bfloat16; None keeps them as they are, and gradients with them. chunks: of the batch, in which a block
-    runs; None: as many as pay on the device. Raises ValueError for settings that are out of range.
+    runs; None: as many as pay on the device. Raises as `compress_activations` does.
     """
     config = QuantConfig(name="checkpointed", lossless=False, recompute="block", input=bits, chunks=chunks)
     return context_of(config, blocks)
@@ -84,15 +90,37 @@ def checkpointed(
 def context_of(config: QuantConfig, blocks: Iterable[nn.Module] = ()) -> AbstractContextManager[Any]:
     """Returns the context for forward passes under a config whose name says no more than a table shows.
 
-    Raises ValueError as `compress_activations` does.
+    Raises as `compress_activations` does.
     """
-    if isinstance(blocks, nn.Module) and not hasattr(blocks, "__iter__"):
-        raise ValueError(f"blocks: expected the modules in a list, not one {type(blocks).__name__}")
+    blocks = module_list(blocks)
     if problems := check_quant(config):
         raise ValueError("; ".join(problems))
-    if config.recompute == "block" and not (blocks := list(blocks)):
+    if config.recompute == "block" and not blocks:
         raise ValueError("recompute='block' needs the blocks: compress_activations(config, model.blocks)")
+    if odd := [number for number in config.blocks if number not in range(len(blocks))]:
+        raise UserError(
+            f"blocks={{{odd[0]}: ...}} of QuantConfig: no block {odd[0]} is among the {len(blocks)} given; give all:"
+            " compress_activations(config, model.blocks)"
+        )
     return nullcontext() if config.is_reference else ActivationMode(config, blocks)
 
 
-__all__ = ["REFERENCE", "ActivationMode", "checkpointed", "compress_activations", "context_of", "kernels"]
+def module_list(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """Returns the blocks that a caller gave. Raises UserError where they are no modules, or one alone."""
+    expected = "modules in a list, such as model.blocks"
+    check_type("blocks", blocks, Iterable, expected)
+    found = cast(list[nn.Module], [blocks] if isinstance(blocks, str) else list(blocks))
+    for block in found:
+        check_type("blocks", block, nn.Module, expected)
+    return found
+
+
+__all__ = [
+    "REFERENCE",
+    "ActivationMode",
+    "checkpointed",
+    "compress_activations",
+    "context_of",
+    "kernels",
+    "module_list",
+]

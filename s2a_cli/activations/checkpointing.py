@@ -29,6 +29,7 @@ from s2a_cli.activations.probe import Probe, mlps, probe
 from s2a_cli.activations.random_numbers import SampleDraws, batch_chunks, random_state, set_random_state
 from s2a_cli.activations.recompute import Recomputation, Recompute, in_batch_chunks, input_bytes
 from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
+from s2a_cli.common.errors import UserError
 from s2a_cli.config.schema import QuantConfig
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ class CheckpointedBlock:
         self.mode, self.index, self.module = mode, index, module
         self.config, self.handlers = config, handlers_of(config)  # those of this block
         self.has_mlp = bool(mlps(module))
+        divided = config.recompute == "block" or config.chunks != 1
+        self._norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if divided else []
         self._probes: dict[tuple, Probe] = {}
         self._users = 0  # threads that are within the mode
         self._stand_in: StandIn | None = None
@@ -139,6 +142,11 @@ class CheckpointedBlock:
         if frame is None:  # in a thread of its own
             return inner(*args, **kwargs)
         refuse_checkpointing(frame.grad)
+        if any(norm.training for norm in self._norms):
+            raise UserError(
+                f"block {self.index} ({type(self.module).__name__}) has BatchNorms in training mode, whose statistics"
+                " recompute='block' and chunks change: put them into eval(), or set recompute='none' and chunks=1"
+            )
         call = Call(self, inner, args, kwargs, self.mode.sites.entry(f"block {self.index}"))
         inputs = call.inputs
         call.inputs = []  # a call that is to be made again must not keep them

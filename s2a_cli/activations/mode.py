@@ -69,8 +69,13 @@ class ActivationMode(TorchFunctionMode):
         super().__init__()
         self.config, self.handlers = config, handlers_of(config)
         self.calibration, self.sites = Calibration(config), Sites()
-        self.blocks = checkpointed_blocks(self, blocks)
+        self._given = list(blocks)
+        self.blocks = checkpointed_blocks(self, self._given)
         self._thread = ThreadState()
+
+    def __reduce__(self) -> tuple[type[ActivationMode], tuple[QuantConfig, list[nn.Module]]]:
+        """Makes a copy begin anew: no thread is within it, nothing is fitted; blocks are copied with their model."""
+        return ActivationMode, (self.config, self._given)
 
     @property
     def frame(self) -> Frame | None:
