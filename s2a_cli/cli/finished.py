@@ -199,8 +199,8 @@ def report(words: list[str]) -> int:
     out = Path(options.get("out", folder / "report.html"))
     from s2a_cli.results import made_files, record
 
-    made_files.check_page(out, "out", force)
     result, config = record.read_result(folder), recomposed(words)
+    made_files.check_page(out, "out", force)
     from s2a_cli.config.compose import recompose
     from s2a_cli.config.words import command, words_of
     from s2a_cli.results import run_report
