@@ -10,32 +10,47 @@ from s2a_cli.common.text import brief
 from s2a_cli.results import made_files, plots
 from s2a_cli.results.plots import plt
 
-NAMED = 60  # classes whose names fit beside the matrix
+NAMED = 60  # names that fit beside the matrix
+CELLS = 400  # a side of the matrix that can still be told apart
 NUMBERED = 15  # classes whose counts fit into the cells
 
 
 def confusion(figures: dict[str, Any], title: str | None = None) -> plt.Figure:
     """Returns the confusion matrix, a row for each class that is; shades are shares of the row.
 
-    title: by default the name of the data.
+    Few classes have their counts in the cells. Of many, every n-th is named; of more than CELLS, several neighbours
+    share a cell, which has the largest share among them. title: by default the name of the data.
     """
     matrix, names = np.array(figures["confusion"]), [brief(name, 24) for name in figures["classes"]]
+    shares, together = _pooled(matrix / np.maximum(matrix.sum(1, keepdims=True), 1))
+    every = -(-len(shares) // NAMED)
+    places = range(0, len(shares), every)
+    shown = [names[place * together] for place in places]
+    notes = [f"1 of {every * together} classes is named"] if every * together > 1 else []
+    notes += [f"a cell: {together} x {together} classes, the largest share of them"] if together > 1 else []
     size = min(12.0, max(3.6, 1.8 + 0.24 * len(names)))
     with plt.rc_context(plots.STYLE):
         figure, axis = plt.subplots(figsize=(size, size), layout="constrained")
-        shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="none")  # the pixels of an SVG are the cells
         axis.grid(False)
-        axis.set(xlabel="said", ylabel="is", title=f"{figures['data']}: confusion matrix" if title is None else title)
-        if len(names) <= NAMED:
-            axis.set_xticks(range(len(names)), names, rotation=90)
-            axis.set_yticks(range(len(names)), names)
+        axis.set(ylabel="is", title=f"{figures['data']}: confusion matrix" if title is None else title)
+        axis.set_xlabel("; ".join(["said", *notes]))
+        axis.set_xticks(places, shown, rotation=90)
+        axis.set_yticks(places, shown)
         if len(names) <= NUMBERED:
             for (row, column), count in np.ndenumerate(matrix):
                 if count:
                     color = "white" if shares[row, column] > 0.5 else "black"
                     axis.text(column, row, str(count), ha="center", va="center", color=color)
     return figure
+
+
+def _pooled(shares: np.ndarray) -> tuple[np.ndarray, int]:
+    """Returns a square matrix of at most CELLS a side, the largest values of its blocks, and the side of a block."""
+    side = -(-len(shares) // CELLS)
+    left = -len(shares) % side
+    cells = (len(shares) + left) // side
+    return np.pad(shares, (0, left)).reshape(cells, side, cells, side).max((1, 3)), side
 
 
 def reliability(figures: dict[str, Any]) -> plt.Figure:

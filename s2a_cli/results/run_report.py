@@ -24,7 +24,7 @@ from s2a_cli.results.pages import drawn
 
 SHOWN = 24  # pictures of mistakes, and of the least certain
 NOTHING: dict[str, Any] = {"panels": [], "legend": []}
-MATRIX = 60  # classes of a confusion matrix that is drawn
+BESIDE = 30  # classes of a confusion matrix that leaves room for a table beside it
 PAIRS = 20  # confusions that are listed
 
 
@@ -54,7 +54,7 @@ class Uses:
 
     mine: dict[str, float]
     full: dict[str, float]
-    where: str  # the peak is
+    where: str  # the peak is, and what is counted
 
 
 def most_confident_mistakes(evaluation: Evaluation | MultiLabelEvaluation) -> list[Picture]:
@@ -132,6 +132,7 @@ def html(
         curves=curves | {"said": said},
         figures=figures,
         matrix=matrix,
+        beside=len(result["data"]["classes"]) <= BESIDE,
         confusions=_confusions(figures) if figures else [],
         classes=_by_class(figures) if figures else None,
         mistakes=_shown(tested, tested.mistakes) if tested else [],
@@ -163,8 +164,8 @@ def _curves(folder: Path, result: record.Result) -> tuple[dict[str, Any], str]:
 
 
 def _matrix(figures: dict[str, Any]) -> dict[str, Any]:
-    """Returns the confusion matrix as a figure; nothing for many classes or several labels an image."""
-    if "confusion" not in figures or len(figures["classes"]) > MATRIX:
+    """Returns the confusion matrix as a figure; nothing for several labels an image."""
+    if "confusion" not in figures:
         return NOTHING
     return drawn(plots.Panels([("", confusion(figures, title=""))], []), "matrix")
 
@@ -228,7 +229,7 @@ def _about(result: record.Result) -> list[tuple[str, str]]:
         ("status", result["status"] + (f": {result['error']}" if result["error"] else "")),
         ("backbone", f"{backbone.get('timm', backbone['name'])}{size}, weights {result['weights'][:12]}"),
         ("method", f"{config['method']['name']}: {trained}"),
-        ("kept for backward", f"quant={config['quant']['name']}, precision={config.get('precision', 'fp32')}"),
+        ("activations", f"quant={config['quant']['name']}, precision={config.get('precision', 'fp32')}"),
         (
             "optimiser",
             f"{optim['name']}, lr {label(optim.get('lr'))}, {optim.get('epochs', '?')} epochs, batch {batch}",

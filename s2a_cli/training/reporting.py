@@ -21,6 +21,11 @@ from s2a_cli.training.forecast import full_finetuning, profile_step
 from s2a_cli.training.run import attach
 from s2a_cli.training.trained import load_as
 
+OF_KEPT = (
+    "What is kept for backward counts here as far as it is alive at the peak; in the bar, at the end of the forward"
+    " pass, with images and loss."
+)
+
 
 def tested(folder: Path, config: DictConfig) -> tuple[Tested | None, str]:
     """Tests a run on its own test split, or returns None and why it can't be."""
@@ -53,9 +58,11 @@ def uses(config: DictConfig, result: record.Result) -> Uses | None:
     except Exception as error:  # a model of timm whose forward pass reads values can't run without data
         print(f"the memory of this run can't be predicted: {type_and_first_line(error)}")
         return None
-    return Uses(_by_use(mine), _by_use(full), f"The peak is in the {mine.phase} pass, at {mine.place}; predicted.")
+    where = f"The peak is in the {mine.phase} pass, at {mine.place}; predicted."
+    return Uses(_by_use(mine), _by_use(full), f"{where} {OF_KEPT}")
 
 
 def _by_use(profile: Profile) -> dict[str, float]:
     found = profile.by("use")
-    return {NAMES[use]: found[(use,)] / MIB for use in USES if found.get((use,))}
+    names = NAMES | {"kept": f"{NAMES['kept']}, alive then"}
+    return {names[use]: found[(use,)] / MIB for use in USES if found.get((use,))}

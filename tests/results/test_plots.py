@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from s2a_cli.results import aggregate, html_report, plots, summary
+from s2a_cli.results.evaluation_plots import confusion
 from s2a_cli.results.looks import Looks
 
 
@@ -71,3 +73,26 @@ def test_one_epoch_has_one_label():
         figure.draw_without_rendering()
         assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["1"]
         plots.plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    "classes, cells, named, note",
+    [
+        (12, 12, 12, "said"),
+        (60, 60, 60, "said"),
+        (102, 102, 51, "said; 1 of 2 classes is named"),
+        (1000, 334, 56, "said; 1 of 18 classes is named; a cell: 3 x 3 classes, the largest share of them"),
+    ],
+)
+def test_a_confusion_matrix_is_drawn_of_any_number_of_classes(classes, cells, named, note):
+    matrix = 3 * np.eye(classes, dtype=int)
+    matrix[7, 2] = 1
+    names = [f"class {number}" for number in range(classes)]
+    figure = confusion({"confusion": matrix.tolist(), "classes": names, "data": "photos"})
+    axis = figure.axes[0]
+    shares, together = axis.images[0].get_array(), -(-classes // cells)
+    assert shares.shape == (cells, cells) and shares[7 // together, 2 // together] == 0.25
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert len(labels) == named and labels[1] == f"class {int(axis.get_yticks()[1]) * together}"
+    assert axis.get_xlabel() == note and len(axis.texts) == (classes + 1 if classes <= 15 else 0)
+    plots.plt.close(figure)

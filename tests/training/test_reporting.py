@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from s2a_cli.cli.main import main
-from s2a_cli.config.compose import compose
+from s2a_cli.config.compose import compose, recompose
 from s2a_cli.config.settings import plain
-from s2a_cli.results import record
+from s2a_cli.results import record, run_report
 from s2a_cli.results.evaluation import Answers, Evaluation
 from s2a_cli.results.multi_label import MultiLabelEvaluation
-from s2a_cli.results.run_report import SHOWN, html, least_certain, most_confident_mistakes
+from s2a_cli.results.run_report import SHOWN, Uses, html, least_certain, most_confident_mistakes
 from s2a_cli.training import reporting
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -114,6 +114,32 @@ def test_a_run_without_its_data_or_its_curves_has_a_page(finished, tmp_path):
     assert "training loss" in html(tmp_path, result, None, None, "", None)
     (tmp_path / "metrics.jsonl").write_text("[]\n[]\n")
     assert "metrics.jsonl can&#39;t be read: line 1" in html(tmp_path, result, None, None, "", None)
+
+
+def test_a_run_of_many_classes_has_its_matrix(finished, tmp_path):
+    names, draw = [f"class {number}" for number in range(102)], np.random.default_rng(0)
+    answers = Answers(
+        list(map(str, range(408))), np.arange(408) % 102, draw.integers(0, 102, 408), draw.random(408), None, 1.0
+    )
+    result = finished[1] | {"data": finished[1]["data"] | {"classes": names}}
+    tested = run_report.Tested(Evaluation("run", "id", "data", names, answers, []), [], [], {})
+    text = html(tmp_path, result, None, tested, "", None)
+    matrix = text[text.index('id="confusion"') : text.index("Most frequent confusions")]
+    assert "<image " in matrix and "1 of 2 classes is named" in matrix and ">class 100<" in matrix
+
+
+def test_no_name_of_memory_has_two_values(finished, tmp_path):
+    _, result = finished
+    config = recompose(result["config"], ["device=cpu"])
+    uses = reporting.uses(config, result)
+    assert isinstance(uses, Uses)
+    peaks = {"kind": "predicted", "peak_mib": 9.0, "static_mib": 3.0, "kept_mib": 4.0, "full_finetune_peak_mib": 20.0}
+    text = html(tmp_path, result | {"memory": peaks}, None, None, "", uses)
+    memory = text[text.index('id="memory"') : text.index('id="again"')]
+    key, table = memory[: memory.index("<table")], memory[memory.index("<table") :]
+    rows = re.findall(r"<tr><td>([^<]*)</td>", table)
+    assert "kept for backward, alive then" in rows and "kept at the end of the forward pass" in key
+    assert not [row for row in rows if f"</i>{row} " in key], "what the bar and the table both name"
 
 
 def test_a_page_that_is_not_ours_is_not_replaced(finished, tmp_path, capsys):
