@@ -76,14 +76,26 @@ def _holds_record(path: Path) -> bool:
     return isinstance(found, dict) and {"schema", "config"} <= found.keys()
 
 
-def usable(folder: Path) -> None:
-    """Creates a run's folder. Raises UserError for one in which no run can be made and none is finished."""
+def usable(folder: Path) -> list[Path]:
+    """Creates a run's folder, and returns it and those above that were not there, for `remove_empty`.
+
+    Raises UserError for one in which no run can be made and none is finished.
+    """
     check_run_dir(folder)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         make_run_dir(folder)
     except UserError:
         if not is_finished(folder):
             raise
+    return made
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Removes folders in which there is nothing, such as that of a run whose checkpoint turned out to be damaged."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 class Busy(UserError):

@@ -59,7 +59,8 @@ def train(
     with ExitStack() as stack:
         config.device = stack.enter_context(distributed.joined(config.device))
         if config.run_dir:
-            run_folder.usable(Path(config.run_dir))  # before anything is downloaded
+            # Before anything is downloaded; what is wrong with that leaves no folder.
+            stack.callback(run_folder.remove_empty, run_folder.usable(Path(config.run_dir)))
         run = prepare(config)
         folder = Path(
             config.run_dir or f"runs/{run.splits.name}/{config.backbone.name}/{config.method.name}/{run.run_id}"
@@ -149,8 +150,6 @@ def _train(run: Run, folder: Path, state: dict[str, Any] | None, plan: record.Pl
                 compile_model(run.model, config.compile_budget, run.backbone.image.size)
             if run.feature_head:
                 run.cache = feature_cache.opened(run)
-            if state:
-                print(f"going on in {folder}: epoch {state['sofar']['epoch']}, step {state['sofar']['step'] + 1}")
             TrainLoop(run, folder, known, board)(state)
             judge(run, known.accuracy["test_top1"])
         known.ended("ok")

@@ -155,6 +155,15 @@ def test_errors_of_a_run(training, capsys, error, code, expected):
             main(["train", "--debug"])
 
 
+def test_a_damaged_checkpoint_leaves_no_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cut.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
+    words = ["experiment=smoke", "backbone.checkpoint=cut.safetensors", "device=cpu"]
+    assert main(["train", *words, "run_dir=runs/mine"]) == 2
+    assert "cut.safetensors" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["cut.safetensors"]
+
+
 def test_table_reads_runs_of_this_folder(write_result, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_result("a")
