@@ -63,7 +63,7 @@ class Progress:
             self._bar.write(line, file=sys.stderr)
             self._bar.update(amount)
         else:
-            self._say(f"{line}, {self._pace(self.seconds)}")
+            self._say(line + self._pace(self.seconds))
 
     def warn(self, line: str) -> None:
         """Prints a line that stays, also where it is quiet: above the bar on a terminal."""
@@ -81,15 +81,18 @@ class Progress:
     def line(self, seconds: float) -> str:
         """Returns where things stand `seconds` after the start: "real.zip: 1.2 GB of 6.1 GB, 8.3 MB/s, 9 min left"."""
         of = f" of {self._amount(self.total)}" if self.total else ""
-        return f"{self.title}: {self._amount(self.done)}{of}, {self._pace(seconds)}"
+        return f"{self.title}: {self._amount(self.done)}{of}{self._pace(seconds)}"
 
     def _pace(self, seconds: float) -> str:
+        """Returns the rate and the time left behind a comma; nothing before anything was done."""
+        if self.done == self._first:
+            return ""
         rate = (self.done - self._first) / max(seconds, 1e-9)
-        left = f", {duration((self.total - self.done) / rate)} left" if self.total and rate else ""
+        left = f", {duration((self.total - self.done) / rate)} left" if self.total else ""
         seconds_each, unit = (
             (1, "s") if self.unit == "B" or rate >= 1 else (60, "min") if rate >= 1 / 60 else (3600, "h")
         )
-        return f"{self._amount(seconds_each * rate)}/{unit}{left}"
+        return f", {self._amount(seconds_each * rate)}/{unit}{left}"
 
     def _amount(self, value: float) -> str:
         return size(value) if self.unit == "B" else f"{value:.0f} {self.unit.strip()}"

@@ -80,6 +80,7 @@ class TrainLoop:
         if state:
             self._restore(state)
             state.clear()  # else its tensors would stay beside those of the run
+            print(f"going on in {self.folder}: {self._place()}")
         images = self.optim.epochs * len(self.run.splits.train)
         done = (self.sofar.epoch - 1) * len(self.run.splits.train) + self.sofar.images
         if done < images and duration.is_worth_saying(self.run):
@@ -103,6 +104,13 @@ class TrainLoop:
             checkpoints.load(self.folder, self.run.model, self.run.weights)
             scores = accuracy(self.run, self.run.loader("test"))
             self.known.tested(scores)
+
+    def _place(self) -> str:
+        """Returns in words what comes next."""
+        at, steps = self.sofar, len(self.loader)
+        if at.epoch > self.optim.epochs:
+            return "every epoch is done"
+        return f"epoch {at.epoch}, {f'step {at.step + 1} of {steps}' if at.step < steps else 'validation'}"
 
     def _epoch(self, progress: Progress, asked: Callable[[], bool]) -> None:
         """Trains the rest of an epoch, validates, writes a line of metrics and saves a state.

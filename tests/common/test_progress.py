@@ -20,3 +20,10 @@ def test_progress_without_a_terminal_is_plain_lines(capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and lines[1].startswith("checking photos: 3 images of 3 images, ")
     assert "\r" not in "".join(lines)
+
+
+def test_what_was_done_by_an_earlier_attempt_has_no_rate(capsys):
+    with Progress("training", 240, " images", done=90) as progress:
+        progress.note("epoch 3/8")
+        assert progress.line(5.0) == "training: 90 images of 240 images"
+    assert capsys.readouterr().err == "epoch 3/8\n"

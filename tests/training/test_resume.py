@@ -106,6 +106,16 @@ def test_ctrl_c_waits_for_the_end_of_a_step_and_saves(tmp_path, monkeypatch, how
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("step, place", [(2, "step 3 of 4"), (4, "validation")])
+def test_where_a_run_goes_on_is_a_step_that_there_is(tmp_path, monkeypatch, capsys, step, place):
+    with monkeypatch.context() as patch:
+        breaks_at(patch, step, signal.SIGINT)
+        train(tmp_path)
+    capsys.readouterr()
+    train(tmp_path)
+    assert f"going on in {tmp_path}: epoch 1, {place}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), Killed()], ids=["full disk", "kill"]
 )
