@@ -236,11 +236,11 @@ class Backbone:
         return digest.hexdigest()[:12]
 
     def count(self) -> dict[str, float]:
-        """Returns numbers of parameters: total, trainable (without the head) and head.
+        """Returns numbers of parameters: total, trainable (without the head) and head, those of it that train.
 
-        percent: the trainable ones in percent of the pretrained ones, without the head.
+        percent: the trainable ones in percent of the pretrained ones, without the head; 0 where nothing is pretrained.
         """
-        head = sum(p.numel() for p in self.head.parameters())
+        head = sum(p.numel() for p in self.head.parameters() if p.requires_grad)
         stored = sum(module.elements for module in self.model.modules() if isinstance(module, Stored))
         total = sum(p.numel() for p in self.model.parameters()) + stored
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad) - head
@@ -248,7 +248,7 @@ class Backbone:
             "total": total,
             "trainable": trainable,
             "head": head,
-            "percent": 100 * trainable / self._pretrained_parameters,
+            "percent": 100 * trainable / max(self._pretrained_parameters, 1),
         }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import fields
 from typing import Any
 
@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2a_cli import methods
+from s2a_cli.activations import module_list
 from s2a_cli.activations.sites import is_compiled
-from s2a_cli.backbones.backbone import ADDED, Backbone
+from s2a_cli.backbones.backbone import ADDED, Added, Backbone
 from s2a_cli.backbones.given import of_module
+from s2a_cli.backbones.trace import Sample
+from s2a_cli.common.arguments import check_type, described
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import listed
 from s2a_cli.config.compose import compose_method
@@ -28,16 +31,30 @@ Criterion = Callable[[Tensor, Tensor], Tensor]  # criterion(logits [B, classes],
 
 
 class TrainingOutput(nn.Module):
-    """Makes a model return one [B, classes] in training, and keeps frozen BatchNorms on their statistics."""
+    """Makes a model return one [B, classes] in training, and keeps frozen BatchNorms on their statistics.
 
-    def __init__(self, votes: bool, holds_norms: bool):
+    reads_logits: whether hooks of the method read what the model returns.
+    """
+
+    def __init__(self, votes: bool, holds_norms: bool, reads_logits: bool):
         super().__init__()
-        self.votes, self.holds_norms = votes, holds_norms
+        self.votes, self.holds_norms, self.reads_logits = votes, holds_norms, reads_logits
 
     def on_inputs(self, model: nn.Module, args: Any) -> None:
         """Holds the frozen BatchNorms, which model.train() sets free. A forward pre-hook of the model."""
         if self.holds_norms and model.training:
             hold_norms(model)
+
+    def on_logits(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Refuses what the method can't read, such as the outputs of auxiliary heads. The model's first forward hook.
+
+        Raises UserError.
+        """
+        if self.reads_logits and not isinstance(output, Tensor):
+            raise UserError(
+                f"{type(model).__name__} returned a {type(output).__name__}, and what is attached to it reads logits"
+                " [B, classes]: have it return these alone, in training too (of timm: set_distilled_training(False))"
+            )
 
     def on_output(self, model: nn.Module, args: Any, output: Any) -> Any:
         """Averages the logits of several heads. A forward hook of the model."""
@@ -50,8 +67,11 @@ class Attached:
 
     model: the module that was given, changed in place: call it, move it, compile it, put it into any loop. blocks: its
     repeated blocks in order, for `compress_activations` and `checkpointed`. attachment: what the loop of `s2a train`
-    knows of it. It can be copied and pickled as a whole.
+    knows of it. It can be copied and pickled as a whole. After `merge` or `detach` it is over: what would change or
+    save the model then raises UserError.
     """
+
+    _over = ""  # why it is no longer attached
 
     def __init__(self, attachment: Attachment, original: Original, lr: float):
         self.attachment, self._original, self._lr = attachment, original, lr
@@ -92,6 +112,7 @@ class Attached:
         lr: the learning rate, by default the method's own for AdamW; parts whose rate is another have theirs times
         this. weight_decay: of weight matrices; biases, norms and prompts have none.
         """
+        self._check_attached()
         rate = self._lr if lr is None else lr
         return parameter_groups(self.model, rate, weight_decay, self.attachment.learning_rates)
 
@@ -108,21 +129,23 @@ class Attached:
 
         These are those that trained from the start and those that train now.
         """
+        self._check_attached()
         names, state = self._changed(), self.model.state_dict()
         return {name: state[name].detach().cpu().clone() for name in state if name in names}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the tensors of `state_dict` into the model. Raises UserError where they are of another model or method.
+        """Takes the tensors of `state_dict` into the model: just those that trained from the start or train now.
 
-        The model is then as it was, or untouched.
+        Raises UserError where they are of another model or method; the model is then untouched.
         """
+        self._check_attached()
+        check_type("state", state, Mapping, "the tensors that state_dict() returned")
         own = self.model.state_dict()
-        missing, unknown = sorted(self._names - state.keys()), sorted(state.keys() - own.keys())
-        if missing or unknown:
-            odd = f"lacks {listed(missing, 3)}" if missing else f"has {listed(unknown, 3)}, which the model has not"
+        if odd := self._odd_names(state.keys(), own.keys()):
             raise UserError(f"these tensors are not of this model and method: the state {odd}")
         for name, tensor in state.items():
+            check_type(name, tensor, Tensor, "a tensor")
             if tensor.shape != own[name].shape:
                 raise UserError(f"{name}: {list(tensor.shape)} in the state, {list(own[name].shape)} in the model")
         for name, tensor in state.items():
@@ -134,8 +157,10 @@ class Attached:
         Parameters require a gradient as they did before. Raises UserError where no weight of the model can hold what
         was added, such as a side branch; the model then stays as it is.
         """
+        self._check_attached()
         model = self.attachment.merge()
         self._original.put_back_flags()
+        self._over = "merge(): its own weights now hold what was trained"
         return model
 
     def detach(self) -> nn.Module:
@@ -143,8 +168,27 @@ class Attached:
 
         Parameters that were unfrozen by hand afterwards keep their values.
         """
+        self._check_attached()
         self._original.put_back()
+        self._over = "detach(): it is as it was found"
         return self.model
+
+    def _check_attached(self) -> None:
+        """Raises UserError where the model was given back: by now it may be trained or attached to in another way."""
+        if self._over:
+            raise UserError(
+                f"nothing of this is attached to the {type(self.model).__name__} any more since {self._over}; attach to"
+                " it again"
+            )
+
+    def _odd_names(self, names: Set[str], own: Set[str]) -> str:
+        """Returns what is wrong with the names of a state; empty where nothing is. own: those of the model's state."""
+        if missing := sorted(self._names - names):
+            return f"lacks {listed(missing, 3)}"
+        if unknown := sorted(names - own):
+            return f"has {listed(unknown, 3)}, which the model has not"
+        frozen = sorted(names - self._changed())
+        return f"has {listed(frozen, 3)}, frozen here; requires_grad_(True) thaws what was thawed" if frozen else ""
 
     def _changed(self) -> set[str]:
         """Returns the names of the tensors that trained from the start, or train now."""
@@ -174,8 +218,8 @@ def attach(
     inputs: what the model is called with: one tensor or several (only shapes and dtypes are read), or a shape such as
         (1, 3, 224, 224); by default square images of the size that it was made for.
     blocks: its repeated blocks, such as model.layers; by default they are found by a forward pass without data.
-    head: the name of its classifier, a linear layer or a 1 x 1 convolution; by default the last one that has an output
-        for each class.
+    head: the name of its classifier, a linear layer or a 1 x 1 convolution, whose output is what the model returns; by
+        default the last one that runs.
     adapt: "all" blocks or the "last:K", which is `method.blocks` on the command line.
     votes: structures such as `side` train several classifiers, votes. In training the model returns the mean of their
         logits, [B, classes], with which any loss works. Its cross entropy is the mean of the votes' cross entropies
@@ -186,30 +230,54 @@ def attach(
     Frozen BatchNorms stay on their statistics in training. Raises UserError, a line for each problem, for what does not
     fit; the model is then as it was.
     """
-    if isinstance(blocks, str):
-        raise UserError(f"blocks={blocks}: expected the modules themselves; adapt= chooses among them")
-    names = [method] if isinstance(method, str) else list(method)
+    names = [method] if isinstance(method, str) else method
+    _check_arguments(model, names, blocks, head)
+    names = list(names)
     if adapt is not None:
         settings = _adapting(names, settings, adapt)
     config = compose_method(names, settings)
-    if hasattr(model, ADDED):
+    if hasattr(model, ADDED) or any(isinstance(module, Added) for module in model.modules()):
         raise UserError(f"{type(model).__name__} has something attached to it: attached.detach() or merge() it first")
     if is_compiled(model):
         raise UserError("a compiled model: attach to the model itself, and compile it then")
     original = Original(model)
     try:
-        sample = None if inputs is None else tuple(x[0].to("meta") for x in inputs_of(model, inputs))
-        backbone = of_module(model, sample=sample, head=head, blocks=list(blocks or ()))
+        sample = None if inputs is None else _sample(model, inputs)
+        backbone = of_module(model, sample=sample, head=head, blocks=[] if blocks is None else module_list(blocks))
         attachment = methods.attach(config, backbone)
         if attachment.after_step:
             raise UserError(f"method={config.name} acts between steps, in the loop of s2a train alone")
-        _add_output(backbone, votes)
+        _add_output(backbone, votes, reads_logits=original.has_more_hooks())
     except BaseException:
         original.put_back()
         raise
     attached = Attached(attachment, original, config.lr)
     original.keep_values(trained_names(model))
     return attached
+
+
+def _check_arguments(
+    model: nn.Module, names: Sequence[str], blocks: Iterable[nn.Module] | None, head: str | None
+) -> None:
+    """Raises UserError for arguments of `attach` that are of another type."""
+    check_type("model", model, nn.Module, "a torch.nn.Module")
+    check_type("method", names, Sequence, "a name or several")
+    for name in names:
+        check_type("method", name, str, "a name or several")
+    check_type("head", head, (str, type(None)), "the name of the classifier")
+    if isinstance(blocks, str):
+        raise UserError(f"blocks={blocks}: expected the modules themselves; adapt= chooses among them")
+
+
+def _sample(model: nn.Module, inputs: Tensor | Sequence[Tensor] | Sequence[int]) -> Sample:
+    """Returns what a model is called with for one sample, as `attach` is told. Raises UserError."""
+    try:
+        return tuple(x[0].to("meta") for x in inputs_of(model, inputs))
+    except (ValueError, TypeError, IndexError):
+        raise UserError(
+            f"inputs: expected tensors of at least one sample, or a shape such as (1, 3, 224, 224), not"
+            f" {described(inputs)}"
+        ) from None
 
 
 def _adapting(names: list[str], settings: dict[str, Any], adapt: str) -> dict[str, Any]:
@@ -226,10 +294,11 @@ def _adapting(names: list[str], settings: dict[str, Any], adapt: str) -> dict[st
     return settings | {name: {**settings.get(name, {}), "blocks": adapt} for name in having}
 
 
-def _add_output(backbone: Backbone, votes: bool) -> None:
+def _add_output(backbone: Backbone, votes: bool, reads_logits: bool) -> None:
     """Registers what makes one output of several in training; added modules get the classifier's dtype."""
     model, weight = backbone.model, next(backbone.head.parameters())
-    backbone.add("output", output := TrainingOutput(votes, holds_norms=bool(batch_norms(model))))
+    backbone.add("output", output := TrainingOutput(votes, bool(batch_norms(model)), reads_logits))
     model.get_submodule(ADDED).to(weight.dtype).train(model.training)
     model.register_forward_pre_hook(output.on_inputs)
+    model.register_forward_hook(output.on_logits, prepend=True)
     model.register_forward_hook(output.on_output)

@@ -54,6 +54,11 @@ class Original:
         tables = (module.tables[name][1] for name in ("_parameters", "_buffers"))
         return [tensor for table in tables for tensor in table.values() if tensor is not None]
 
+    def has_more_hooks(self) -> bool:
+        """Tells whether something reads what the model returns that did not before."""
+        table, content = self._modules[self.model].tables["_forward_hooks"]
+        return len(table) > len(content)
+
     def put_back_flags(self) -> None:
         """Has the parameters of before require a gradient as they did then."""
         for parameter, flag in self._flags.items():

@@ -193,6 +193,34 @@ def test_what_can_not_be_merged_stays():
     assert torch.equal(attached.model(*inputs(attached.model)), output)
 
 
+@pytest.mark.parametrize("method", ["bias", "ssf"])
+def test_after_merge_it_is_over(method):
+    attached = attach(vit(), method)
+    step(attached)
+    model, few = attached.model, attached.state_dict()
+    output = model(*inputs(model))
+    attached.merge()
+    for call in (attached.merge, attached.detach, attached.state_dict, attached.parameter_groups):
+        with pytest.raises(s2a_cli.UserError, match=r"nothing of this is attached .* since merge\(\)"):
+            call()
+    with pytest.raises(s2a_cli.UserError, match=r"since merge\(\)"):
+        attached.load_state_dict(few)
+    torch.testing.assert_close(model(*inputs(model)), output)
+    attach(model, "bias").detach()
+
+
+def test_a_detached_one_leaves_alone_what_is_attached_later():
+    model = vit()
+    first = attach(model, "bias")
+    first.detach()
+    second = attach(model, "side")
+    step(second)
+    before = state(model)
+    with pytest.raises(s2a_cli.UserError, match=r"since detach\(\)"):
+        first.detach()
+    assert state(model) == before
+
+
 # Few tensors, copies and files.
 
 
@@ -209,6 +237,8 @@ def test_the_few_tensors_carry_all_that_was_trained():
         other.load_state_dict(few)
     with pytest.raises(s2a_cli.UserError, match=r"lacks s2a\.prompt\.0\.A"):
         second.load_state_dict(other.state_dict())
+    with pytest.raises(s2a_cli.UserError, match=r"has blocks\.0\.attn\.proj\.weight, .* more, frozen here"):
+        other.load_state_dict(attach(vit(), "full").state_dict())
     before = second.state_dict()
     with pytest.raises(s2a_cli.UserError, match=r"head\.bias: \[6\] in the state, \[5\] in the model"):
         second.load_state_dict({name: t + 1 for name, t in few.items()} | {"head.bias": torch.zeros(6)})
@@ -240,6 +270,7 @@ def test_copies_are_of_their_own(how):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"head": "blocks.0.mlp.fc1"}, r"fc1 does not return the 5 numbers that the model returns"),
         ({"head": "haed"}, r"head=haed: no linear layer .*did you mean 'head'"),
         ({"blocks": "last:2"}, "expected the modules themselves; adapt="),
         ({"blocks": [nn.Linear(1, 1)]}, "a Linear is none of VisionTransformer"),
@@ -249,6 +280,16 @@ def test_copies_are_of_their_own(how):
         ({"method": "s2b"}, "method=s2b: expected one of"),
         ({"method": "head2toe"}, "acts between steps"),
         ({"method": "linear", "adapt": "all"}, "adapts no blocks"),
+        ({"method": None}, "method: expected a name or several, not None"),
+        ({"method": ["bias", 3]}, "method: expected a name or several, not 3"),
+        ({"blocks": nn.Linear(1, 1)}, "blocks: expected modules in a list, such as model.blocks, not Linear"),
+        ({"blocks": 3}, "blocks: expected modules in a list, such as model.blocks, not 3"),
+        ({"head": nn.Linear(1, 1)}, "head: expected the name of the classifier, not Linear"),
+        ({"inputs": 32}, "inputs: expected tensors .* not 32"),
+        ({"inputs": {"x": torch.ones(1, 3, 16, 16)}}, "inputs: expected tensors .* not dict"),
+        ({"inputs": "1,3"}, "inputs: expected tensors .* not '1,3'"),
+        ({"inputs": (0, 3, 16, 16)}, r"inputs: expected tensors .* not \(0, 3, 16, 16\)"),
+        ({"inputs": torch.ones(0, 3, 16, 16)}, r"inputs: expected tensors .* not Tensor"),
     ],
     ids=str,
 )
@@ -261,7 +302,7 @@ def test_what_does_not_fit_is_refused_and_leaves_no_trace(settings, said):
 
 
 def test_a_model_without_a_classifier_and_one_that_has_something_attached_are_refused():
-    with pytest.raises(s2a_cli.UserError, match="its last linear layer does not return the 16 numbers"):
+    with pytest.raises(s2a_cli.UserError, match="0 does not return the 16 numbers"):
         s2a_cli.attach(
             nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), "linear"
         )
@@ -273,3 +314,43 @@ def test_a_model_without_a_classifier_and_one_that_has_something_attached_are_re
     attach(model, "bias")
     with pytest.raises(s2a_cli.UserError, match="has something attached"):
         attach(model, "bias")
+    with pytest.raises(s2a_cli.UserError, match="has something attached"):
+        s2a_cli.attach(nn.Sequential(model), "side")
+    for other in (None, "vit"):
+        with pytest.raises(s2a_cli.UserError, match=rf"model: expected a torch\.nn\.Module, not {other!r}"):
+            s2a_cli.attach(other)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("state", [None, {"head.bias": [0.0] * 5}], ids=str)
+def test_a_state_without_tensors_is_refused(state):
+    attached = attach(vit(), "bias")
+    with pytest.raises(s2a_cli.UserError, match=r"state: expected the tensors .* None|head\.bias: expected a tensor"):
+        attached.load_state_dict(state and attached.state_dict() | state)
+
+
+def test_several_outputs_in_training_are_refused_where_the_method_reads_them():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = vit()
+
+        def forward(self, x):
+            logits = self.vit(x)
+            return (logits, logits) if self.training else logits
+
+    x = torch.randn(2, 3, 16, 16)
+    attached = s2a_cli.attach(Net(), "s2a", inputs=(1, 3, 16, 16))
+    assert attached.model.eval()(x).shape == (2, 5)
+    with pytest.raises(s2a_cli.UserError, match="Net returned a tuple, and what is attached to it reads logits"):
+        attached.model.train()(x)
+    attached.detach()
+    assert len(s2a_cli.attach(attached.model, "bias", inputs=(1, 3, 16, 16)).model.train()(x)) == 2
+
+
+def test_a_frozen_head_does_not_count():
+    attached = attach(vit(), "bias")
+    before = attached.count()
+    attached.model.head.requires_grad_(False)
+    assert attached.count() == before | {"head": 0} and before["head"] == 24 * 5 + 5
+    alone = s2a_cli.attach(nn.Linear(10, 5), "linear", inputs=(1, 10))
+    assert alone.count()["percent"] == 0 and "0 parameters and 55 of the head train" in repr(alone)
