@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from s2a_cli.common.arguments import check_type
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import QuantConfig
@@ -16,7 +17,7 @@ from s2a_cli.library.attach import Attached
 from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.result import MIB
 from s2a_cli.planner import plan as planning
-from s2a_cli.planner.batch_size import size
+from s2a_cli.planner.sizes import size
 from s2a_cli.planner.task import Task
 from s2a_cli.results import plan_text, record
 
@@ -67,6 +68,9 @@ def plan(
 
     Raises UserError where nothing fits, and for what is no such model or setting.
     """
+    check_type("attached", attached, Attached, "what s2a_cli.attach returned")
+    check_type("images", images, Tensor, "a tensor [B, 3, H, H]")
+    check_type("targets", targets, Tensor, "a tensor")
     side = attached.attachment.backbone.image.size
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side) or len(images) != len(targets):
         raise UserError(

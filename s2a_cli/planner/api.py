@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from s2a_cli.activations import compress_activations
+from s2a_cli.common.arguments import check_type
 from s2a_cli.config.schema import QuantConfig
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.memory.predict import inputs_of, profile
@@ -47,10 +48,14 @@ def predict_memory(
 
     Returns a Profile: `memory` (peak, static and kept MiB; its kind is "predicted"), `parts` (what is alive at the
     peak, in bytes that add up to it), `phase` and `place` of the peak, `timeline`. Where a mask chooses elements, all
-    are taken to be chosen. Raises ValueError for settings that don't fit, torch's DataDependentOutputException or
+    are taken to be chosen. Raises UserError for what is no model, blocks or quant, ValueError for settings that don't
+    fit, torch's DataDependentOutputException or
     DynamicOutputShapeException where memory depends on the data in another way and NotImplementedError for an operator
     on sparse tensors that can't be run without data, each with the name of the operator, and whatever the model raises.
     """
+    check_type("model", model, nn.Module, "a torch.nn.Module")
+    check_type("batch", batch, (Tensor, Sequence), "tensors, or a shape such as (64, 3, 224, 224)")
+    check_type("blocks", blocks, (Mapping, nn.ModuleDict, type(None)), "{name: module}")
     if precision not in ("fp32", *AUTOCAST):
         raise ValueError(f"precision={precision!r}: expected one of fp32, {', '.join(AUTOCAST)}")
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from s2a_cli.common.arguments import check_type
 from s2a_cli.config.compose import recompose
 from s2a_cli.data import Transform, build_transform
 from s2a_cli.methods import Attachment
@@ -66,6 +67,8 @@ def load(run: Path | str, overrides: Sequence[str] = ()) -> Trained:
     backbone lie. Raises UserError for a folder without a run and for one whose tensors are damaged or were trained on
     other weights.
     """
+    check_type("run", run, (str, Path), "the folder of a run")
+    check_type("overrides", overrides, (list, tuple), "a list of words, such as ['device=cpu']")
     stored = record.read_result(Path(run))["config"]
     return load_as(Path(run), recompose(stored, list(overrides)))
 

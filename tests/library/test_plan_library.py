@@ -95,6 +95,8 @@ def test_what_can_not_be_planned_is_refused():
     attached = made("bias")
     with pytest.raises(s2a_cli.UserError, match=re.escape("expected [B, 3, 32, 32]")):
         s2a_cli.plan(attached, IMAGES[..., :16], LABELS, "1GiB")
+    with pytest.raises(s2a_cli.UserError, match=r"attached: expected what s2a_cli\.attach returned, not VisionTrans"):
+        s2a_cli.plan(attached.model, IMAGES, LABELS, "1GiB")  # pyright: ignore[reportArgumentType]
     with pytest.raises(s2a_cli.UserError, match="and a target for each"):
         s2a_cli.plan(attached, IMAGES, LABELS[:3], "1GiB")
     with pytest.raises(s2a_cli.UserError, match="budget=900"):

@@ -156,6 +156,20 @@ def test_the_api_refuses(change, said):
         s2a_cli.predict_memory(Convolutions().requires_grad_(False), (8, 3, 8, 8))
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"model": "vit"}, r"model: expected a torch\.nn\.Module, not 'vit'"),
+        ({"batch": 8}, "batch: expected tensors, or a shape such as .* not 8"),
+        ({"blocks": torch.nn.ModuleList()}, "blocks: expected {name: module}, not ModuleList"),
+        ({"quant": 4}, "config: expected a QuantConfig or a name such as 'tiny', not 4"),
+    ],
+)
+def test_the_api_refuses_what_is_of_another_type(change, said):
+    with pytest.raises(s2a_cli.UserError, match=said):
+        s2a_cli.predict_memory(**({"model": Convolutions(), "batch": (8, 3, 8, 8)} | change))
+
+
 def test_importing_the_package_imports_no_torch():
     subprocess.run([sys.executable, "-c", "import sys, s2a_cli; assert 'torch' not in sys.modules"], check=True)
 

@@ -30,3 +30,7 @@ def test_what_cannot_be_loaded(finished, tmp_path):
         load(finished[0], ["method=bias"])
     with pytest.raises(UserError, match="trained on backbone weights"):
         load(finished[0], ["backbone.pretrained=false"])
+    with pytest.raises(UserError, match="^run: expected the folder of a run, not None$"):
+        load(None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match=r"^overrides: expected a list of words, .* not 'device=cpu'$"):
+        load(finished[0], "device=cpu")
