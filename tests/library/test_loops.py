@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import CLASSES, inputs, net, targets, vit
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -115,9 +116,63 @@ def test_gradual_unfreezing_in_lightning(tmp_path):
     assert not torch.equal(attached.model.state_dict()[name], before[name])
     assert name in attached.state_dict() and "blocks.1.mlp.fc1.weight" not in attached.state_dict()
     again = s2a_cli.attach(vit(), "s2a")
+    with pytest.raises(s2a_cli.UserError, match=r"has blocks\.2\.mlp.*frozen here; requires_grad_\(True\) thaws"):
+        again.load_state_dict(attached.state_dict())
+    again.blocks[-1].mlp.requires_grad_(True)
     again.load_state_dict(attached.state_dict())
     x = inputs(again.model)
     assert torch.equal(again.model(*x), attached.model.eval()(*x))
+
+
+def test_weight_averaging_in_lightning(tmp_path):
+    """Its callback copies the module that holds the memory as a whole."""
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.attached, self.memory = fresh(compressed=True)
+            self.model = self.attached.model.train()
+
+        def training_step(self, batch, index):
+            with self.memory:
+                return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.attached.parameter_groups(RATE))
+
+    module, average = Module(), EMAWeightAveraging(decay=0.5)
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, callbacks=[average], **quiet
+    )
+    trainer.fit(module, loader())
+    wanted, found = plainly(compressed=True), module.attached.state_dict()
+    assert found.keys() == wanted.keys()
+    assert any(not torch.equal(found[name], wanted[name]) for name in found)  # the average, which it leaves in the end
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_distributed_data_parallel(compressed, one_process):
+    attached, memory = fresh(compressed)
+    optimizer = torch.optim.SGD(attached.parameter_groups(RATE))
+    model = DistributedDataParallel(attached.model.train())
+    for images, labels in loader():
+        with memory:
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    check(attached, compressed)
 
 
 @pytest.mark.parametrize("compressed", [False, True])
