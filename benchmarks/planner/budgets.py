@@ -36,7 +36,7 @@ from s2a_cli.config.compose import compose
 from s2a_cli.config.settings import replaced
 from s2a_cli.memory.result import MIB
 from s2a_cli.planner import plan
-from s2a_cli.planner.batch_size import size
+from s2a_cli.planner.sizes import size
 from s2a_cli.planner.task import Task
 from s2a_cli.training import forecast
 from s2a_cli.training.environment import environment

@@ -30,6 +30,12 @@ COMMANDS: dict[str, tuple[list[str], int | None, float]] = {
     "a folder that is not there": (["train", "dataset=folder", "dataset.root=/no/such/folder"], 2, 1),
     "a checkpoint that is not there": (["train", "backbone.checkpoint=/no/such/file"], 2, 1),
     "a run that is not there": (["eval", "run=/no/such/run"], 2, 1),
+    "a photo of a run that is not there": (["predict", "run=/no/such/run", "images=photo.jpg"], 2, 1),
+    "photos that are not there, to begin with": (["init", "/no/such/folder"], 2, 1),
+    "a data set without its folder": (["train", "dataset=folder"], 2, 1),
+    "a folder that can't be a run's": (["train", "run_dir=/"], 2, 1),
+    "a size without a unit": (["memory", "fit=8"], 2, 1),
+    "a misspelt setting of a grid": (["sweep", "optim.lrr=1,2"], 2, 1),
     "a config that is right": (["validate"], 0, 1),
     "the first line of train": (["train", "experiment=smoke"], None, 2),
 }

@@ -103,10 +103,13 @@ def first_of_grid(words: list[str]) -> Any:
 
 def sweep(words: list[str]) -> int:
     """Runs a grid."""
+    from s2a_cli.sweeps.grid import read_grid
+
+    grid = read_grid([word for word in words if not word.startswith("--")])
     with imports():
         from s2a_cli.sweeps import sweep as sweeps
 
-    return sweeps.sweep(words)
+    return sweeps.sweep(grid, [word for word in words if word.startswith("--")])
 
 
 def search(words: list[str]) -> int:
@@ -183,15 +186,18 @@ def report(words: list[str]) -> int:
 
 def memory(words: list[str]) -> int:
     """Prints the predicted memory of runs."""
+    from s2a_cli.planner.request import read_request
+
+    asked = read_request(words)
     with imports():
         from s2a_cli.planner import command
 
-    return command.run(words)
+    return command.run(asked)
 
 
 def first_of_memory(words: list[str]) -> Any:
     """Returns the config of the first composition of `s2a memory`."""
-    from s2a_cli.planner.command import OPTIONS
+    from s2a_cli.planner.request import OPTIONS
 
     return first_of_grid([word for word in words if word.partition("=")[0] not in OPTIONS])
 

@@ -10,21 +10,11 @@ from omegaconf import DictConfig
 from s2a_cli.common import distributed
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
-from s2a_cli.config.schema import SIZE
 from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.result import MIB
 from s2a_cli.planner.run_memory import Composition, Predictor, with_batch_size
 from s2a_cli.planner.search import largest
-
-UNITS = {"MiB": MIB, "GiB": 1024 * MIB}
-
-
-def size(key: str, text: str) -> int:
-    """Returns the bytes of `8GiB` or `512MiB`. Raises UserError, which names the units, for anything else."""
-    match = re.fullmatch(SIZE, text)
-    if not match or float(match[1]) <= 0:
-        raise UserError(f"{key}={text}: expected a size above 0 in MiB or GiB (2^20 or 2^30 bytes), such as {key}=8GiB")
-    return round(float(match[1]) * UNITS[match[2]])
+from s2a_cli.planner.sizes import AUTO, size
 
 
 def device_size(text: str) -> int:
@@ -57,9 +47,6 @@ def largest_batch(
         return margin.needed(predictor(Composition.of(with_batch_size(config, batch))))
 
     return largest(needed, device_bytes, Composition.of(config).images, least=predictor.processes)
-
-
-AUTO = "optim.batch_size=auto"
 
 
 def need_device() -> None:

@@ -12,9 +12,9 @@ from s2a_cli.config.settings import merge, replaced
 from s2a_cli.memory.margin import Margin
 from s2a_cli.methods import Attachment
 from s2a_cli.planner import plan
-from s2a_cli.planner.batch_size import size
 from s2a_cli.planner.fallbacks import said
 from s2a_cli.planner.run_memory import Composition
+from s2a_cli.planner.sizes import size
 from s2a_cli.planner.task import Task
 from s2a_cli.results import record
 from s2a_cli.training.run import Run, attach, choose_device, no_graphs

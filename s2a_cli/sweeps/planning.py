@@ -23,17 +23,17 @@ from s2a_cli.backbones.hub import WeightsMissing, cache_alone
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.progress import Progress
 from s2a_cli.common.text import listed, nearest, printable
-from s2a_cli.config.compose import compose, compose_sweep
-from s2a_cli.config.overrides import expand
-from s2a_cli.config.rules import show
+from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import DatasetConfig, SweepConfig
 from s2a_cli.config.settings import merge, plain
 from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import keeps_codable
-from s2a_cli.planner.batch_size import AUTO, need_device, resolved
+from s2a_cli.planner.batch_size import need_device, resolved
 from s2a_cli.planner.run_memory import sizes
+from s2a_cli.planner.sizes import AUTO
 from s2a_cli.results import record, run_folder
+from s2a_cli.sweeps.grid import Chosen, Grid
 from s2a_cli.training import forecast
 from s2a_cli.training.run import attach
 
@@ -90,43 +90,35 @@ class Plan:
     settings: SweepConfig = field(default_factory=SweepConfig)
 
 
-def plan(words: list[str], dry: bool = False) -> Plan:
-    """Returns the runs that the words of `s2a sweep` stand for.
+def plan(grid: Grid, dry: bool = False) -> Plan:
+    """Returns the runs of a grid.
 
     Their data and weights are read or downloaded, because a run is known by them. dry: what is not here stays away, and
-    is named. Raises UserError for words that can't be read, and when no run is left.
+    is named. Raises UserError when no run is left.
     """
-    own = [word for word in words if word.removeprefix("++").startswith("sweep.")]
-    rest = [word for word in words if word not in own]
-    settings = compose_sweep([*expand([w for w in rest if w.startswith("experiment=")])[0], *own])
-    given = {key for word in rest if (key := word.partition("=")[0])}
-    rest = [f"{key}={_several(value)}" for key, value in settings.grid.items() if key not in given] + rest
-    grid = expand(rest)
-    if any(AUTO in chosen for chosen in grid):
+    settings = grid.settings
+    if any(AUTO in chosen.words for chosen in grid.members):
         _whole_gpus(settings)
-    varied = [index for index in range(len(rest)) if len({member[index] for member in grid}) > 1]
     members: dict[str, Member] = {}  # by what each computes
     excluded: dict[str, list[str]] = {}
     unfit: dict[str, list[str]] = {}
     known = Known(dry)
-    with Progress("planning", len(grid), " runs") as progress:
-        for chosen in grid:
-            name = " ".join(chosen[index] for index in varied) or "the only run"
+    with Progress("planning", len(grid.members), " runs") as progress:
+        for chosen in grid.members:
             try:
-                chosen = known.sized(chosen)
-                config = compose(chosen)
+                words, config = known.sized(chosen)
                 if reason := _excluded(config, settings.exclude):
-                    excluded.setdefault(reason, []).append(name)
+                    excluded.setdefault(reason, []).append(chosen.name)
                 else:
-                    member = known.member(chosen, config, name, Path(settings.dir))
+                    member = known.member(words, config, chosen.name, Path(settings.dir))
                     members.setdefault(member.content, member)
             except UserError as error:
-                unfit.setdefault(str(error), []).append(name)
+                unfit.setdefault(str(error), []).append(chosen.name)
             progress.add(1)
     if not members:
         lines = [line for reason in unfit or excluded for line in reason.splitlines()]
         raise UserError("\n".join(dict.fromkeys(lines)))
-    repeated = len(grid) - len(members) - sum(map(len, [*excluded.values(), *unfit.values()]))
+    repeated = len(grid.members) - len(members) - sum(map(len, [*excluded.values(), *unfit.values()]))
     return Plan(list(members.values()), excluded, unfit, list(known.missing.values()), repeated, settings)
 
 
@@ -142,11 +134,6 @@ def _whole_gpus(settings: SweepConfig) -> None:
         raise UserError(
             f"{AUTO}: fills a GPU, and here several runs share one; set sweep.workers to at most the number of GPUs"
         )
-
-
-def _several(value: Any) -> str:
-    """Returns the values of a grid's key, a list or a text in Hydra's grammar, as they stand on a command line."""
-    return ",".join(map(show, value)) if isinstance(value, list) else show(value)
 
 
 def _excluded(config: DictConfig, rules: Iterable[dict[str, Any]]) -> str | None:
@@ -186,17 +173,22 @@ class Known:
         self._fits: set[str] = set()
         self._batches: dict[str, str] = {}
 
-    def sized(self, words: list[str]) -> list[str]:
-        """Returns the words with optim.batch_size=auto replaced by what fits the first GPU.
+    def sized(self, chosen: Chosen) -> tuple[list[str], DictConfig]:
+        """Returns words and config, with optim.batch_size=auto replaced by what fits the first GPU.
 
         The GPUs of one machine are taken to be alike. A run is known by its batch, which has to be the same number
-        whenever the sweep goes on: that of the whole memory of the GPU, whatever others hold of it now.
+        whenever the sweep goes on: that of the whole memory of the GPU, whatever others hold of it now. Raises
+        UserError for what is no run.
         """
-        if AUTO not in words:
-            return words
-        alone = [word for word in words if not word.startswith("busy=")]
+        if chosen.config is None:
+            raise UserError(chosen.problem)
+        if AUTO not in chosen.words:
+            return chosen.words, chosen.config
+        alone = [word for word in chosen.words if not word.startswith("busy=")]
         unseeded = merge(compose([word for word in alone if word != AUTO]), {"seed": 0})
-        return [*(word for word in words if word != AUTO), _once(self._batches, unseeded, lambda: resolved(alone)[-1])]
+        batch = _once(self._batches, unseeded, lambda: resolved(alone)[-1])
+        words = [*(word for word in chosen.words if word != AUTO), batch]
+        return words, compose(words)
 
     def member(self, words: list[str], config: DictConfig, name: str, root: Path) -> Member:
         """Returns a run of the grid.
@@ -269,7 +261,8 @@ def predict(members: list[Member]) -> None:
 
     with Progress("predicting", len(members), " runs") as progress:
         for member in members:
-            chosen = {name: plain(member.config, resolve=True)[name] for name in OF_MEMORY}
+            settings = plain(member.config, resolve=True)
+            chosen = {name: settings[name] for name in OF_MEMORY}
             chosen["optim"] = {name: value for name, value in chosen["optim"].items() if name not in OF_THE_RATE}
             batch = min(member.images, member.config.optim.batch_size)
             beside = {"classes": member.classes, "batch": batch, "cache": member.config.dataset.cache}

@@ -13,6 +13,7 @@ from s2a_cli.common.progress import Progress
 from s2a_cli.common.text import duration, first_line, printable
 from s2a_cli.results import record, run_folder
 from s2a_cli.results.made_files import check_out
+from s2a_cli.sweeps.grid import Grid
 from s2a_cli.sweeps.launchers import Job, Launcher, make_launcher
 from s2a_cli.sweeps.planning import Member, Plan, left_out, overview, plan, predict
 
@@ -164,10 +165,9 @@ def _last_line(member: Member) -> str:
         return "said nothing"
 
 
-def sweep(words: list[str]) -> int:
+def sweep(grid: Grid, flags: list[str]) -> int:
     """Plans, runs and sums up for `s2a sweep`. Returns the exit code: 0, or 1 if any run failed."""
-    flags, words = [w for w in words if w.startswith("--")], [w for w in words if not w.startswith("--")]
-    planned = plan(words, dry="--dry-run" in flags)
+    planned = plan(grid, dry="--dry-run" in flags)
     settings = planned.settings
     if settings.report:
         check_out(Path(settings.report), "sweep.report")

@@ -202,6 +202,34 @@ def test_light_commands_import_nothing_heavy(argv, heavy, tmp_path):
     assert "--complete" not in argv or "optim.batch_size=" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["predict", "run=nope", "images=x"],
+        ["predict", "run=runs/a", "images=nope"],
+        ["predict", "run=runs/a", "images=x", "gallery=nope/p.html"],
+        ["eval", "run=runs/a", "data=nope"],
+        ["init", "nope"],
+        ["train", "dataset=folder"],
+        ["train", "dataset=table"],
+        ["train", "run_dir=."],
+        ["memory", "fit=8"],
+        ["memory", "methd=bias"],
+        ["sweep", "optim.epochz=1,2"],
+        ["sweep", "sweep.workers=0"],
+    ],
+)
+def test_refusals_import_nothing_heavy(argv, write_result, tmp_path):
+    write_result("a")
+    script = (
+        "import sys; from s2a_cli.cli.main import main\n"
+        f"assert main({argv}) == 2\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "[]\n" and done.stderr.count("\n") == 1, done.stdout + done.stderr
+
+
 def test_installed_command(tmp_path):
     """The console script itself: exit code 2 without a traceback, and with --debug a traceback."""
     script = Path(sys.executable).with_name("s2a")

@@ -18,10 +18,11 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.memory.margin import Margin, outlook
 from s2a_cli.memory.result import MIB
-from s2a_cli.planner.batch_size import device_size, largest_batch, resolved, size
+from s2a_cli.planner.batch_size import device_size, largest_batch, resolved
 from s2a_cli.planner.report import _merged
 from s2a_cli.planner.run_memory import Composition, Predictor, sizes
 from s2a_cli.planner.search import largest
+from s2a_cli.planner.sizes import size
 
 SMALL = ["backbone=vit_t", "backbone.image_size=64", "dataset=cifar10", "optim.batch_size=16"]
 GIB = 1024 * MIB

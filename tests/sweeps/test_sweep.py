@@ -20,6 +20,7 @@ from s2a_cli.results import record as records
 from s2a_cli.results import run_folder
 from s2a_cli.sweeps import planning
 from s2a_cli.sweeps import sweep as sweeps
+from s2a_cli.sweeps.grid import read_grid
 from s2a_cli.sweeps.launchers import local
 from s2a_cli.sweeps.launchers.local import Local
 
@@ -77,7 +78,7 @@ class Fake:
 
 
 def go(words, ends=None, **flags):
-    planned = planning.plan([*TINY, *words])
+    planned = planning.plan(read_grid([*TINY, *words]))
     launcher = Fake(planned, ends)
     summary = sweeps.Sweep(planned, launcher, **flags)()
     return launcher.started, summary
@@ -126,13 +127,13 @@ def test_a_grid_in_hydras_grammar():
 )
 def test_a_grid_that_can_not_be_is_refused(words, said):
     with pytest.raises(UserError, match=said):
-        planning.plan([*TINY, *words])
+        planning.plan(read_grid([*TINY, *words]))
 
 
 def test_a_part_of_a_grid_that_makes_no_sense_is_left_out_with_its_reason(capsys):
     words = ["method=linear,bias", "quant=none,paper", "optim.micro_batch=null,99", "seed=0,0"]
     words.append("sweep.exclude=[{method: bias, quant: [none], why: known already}]")
-    planned = planning.plan([*TINY, *words])
+    planned = planning.plan(read_grid([*TINY, *words]))
     assert {member.config.method.name + " " + member.config.quant.name for member in planned.members} == {
         "linear none",
         "bias paper",
@@ -145,7 +146,7 @@ def test_a_part_of_a_grid_that_makes_no_sense_is_left_out_with_its_reason(capsys
 
 
 def test_the_same_run_twice_is_one():
-    planned = planning.plan([*TINY, "quant=int4", "quant.bits=4,5", "quant.norm=4", "seed=1", "workers=0,1"])
+    planned = planning.plan(read_grid([*TINY, "quant=int4", "quant.bits=4,5", "quant.norm=4", "seed=1", "workers=0,1"]))
     assert len(planned.members) == 2 and planned.repeated == 2
 
 
@@ -184,7 +185,7 @@ def test_after_the_first_failure_no_more_are_begun():
 
 
 def test_a_record_of_another_run_in_the_folder_does_not_count(capsys):
-    planned = planning.plan([*TINY, "seed=0,1"])
+    planned = planning.plan(read_grid([*TINY, "seed=0,1"]))
     go(["seed=0,1"])
     one, two = (member.folder / "result.json" for member in planned.members)
     two.write_bytes(one.read_bytes())
@@ -219,7 +220,7 @@ def test_what_can_not_be_locked_or_written_stops_no_sweep(monkeypatch):
 
 def test_a_replacement_that_was_broken_off_is_to_be_done():
     go(["seed=0"])
-    (member,) = planning.plan([*TINY, "seed=0"]).members
+    (member,) = planning.plan(read_grid([*TINY, "seed=0"])).members
     assert member.state() == "done"
     begun = records.read_result(member.folder) | {"status": "interrupted"}
     records.write_result(run_folder.make_run_dir(member.folder / run_folder.NEXT), begun)
@@ -242,7 +243,7 @@ def test_a_report_that_would_replace_a_file_of_somebody_is_refused_before_anythi
 
 
 def test_a_run_of_another_process_is_waited_for():
-    planned = planning.plan([*TINY, "seed=0,1"])
+    planned = planning.plan(read_grid([*TINY, "seed=0,1"]))
     member = run_folder.make_run_dir(planned.members[0].folder)
     launcher = Fake(planned)
     with run_folder.claimed(member):
@@ -282,12 +283,12 @@ def test_an_automatic_batch_is_a_number_in_the_plan(gpu, monkeypatch, capsys):
 
     monkeypatch.setattr("s2a_cli.planner.batch_size.largest_batch", largest)
     words = [*TINY[:2], *TINY[4:], "quant=none", "seed=0,1"]
-    planned = planning.plan([*words, "method=linear,bias", "optim.batch_size=auto"])
+    planned = planning.plan(read_grid([*words, "method=linear,bias", "optim.batch_size=auto"]))
     batches = [(member.config.method.name, member.config.optim.batch_size) for member in planned.members]
     assert sorted(batches) == [("bias", 20), ("bias", 20), ("linear", 40), ("linear", 40)]
     assert predicted == [("linear", 2 << 30), ("bias", 2 << 30)], "once for all seeds"
     assert all("optim.batch_size=auto" not in member.command for member in planned.members)
-    given = planning.plan([*words, "optim.batch_size=20", "method=bias"])
+    given = planning.plan(read_grid([*words, "optim.batch_size=20", "method=bias"]))
     run_folder = [member.folder for member in planned.members if member.config.method.name == "bias"]
     assert [member.folder for member in given.members] == run_folder, "a run is known by the number"
     assert capsys.readouterr().out.count("the largest that is predicted to fit") == 2
@@ -304,13 +305,13 @@ def test_an_automatic_batch_is_a_number_in_the_plan(gpu, monkeypatch, capsys):
 )
 def test_an_automatic_batch_needs_a_gpu_for_each_run(gpu, words, said):
     with pytest.raises(UserError, match=said):
-        planning.plan([*TINY[:2], *TINY[3:], "optim.batch_size=16,auto", *words])
+        planning.plan(read_grid([*TINY[:2], *TINY[3:], "optim.batch_size=16,auto", *words]))
 
 
 def test_an_automatic_batch_needs_a_gpu_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match="optim.batch_size=auto: there is no CUDA device to fit; `s2a memory fit=8GiB`"):
-        planning.plan([*TINY[:2], *TINY[3:], "optim.batch_size=auto"])
+        planning.plan(read_grid([*TINY[:2], *TINY[3:], "optim.batch_size=auto"]))
 
 
 def test_a_dry_run_predicts_and_runs_nothing(capsys, tmp_path):
