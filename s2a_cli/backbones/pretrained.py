@@ -33,7 +33,7 @@ def load_checkpoint(model: nn.Module, checkpoint: str, head: list[str]) -> None:
     Formats other than timm's go through timm's filter for the family. Raises UserError for a file that is missing,
     damaged, or does not fit; the message lists missing and unexpected keys.
     """
-    path = _file(checkpoint)
+    path = checkpoint_file(checkpoint)
     if not tensor_files.is_file(path):
         raise UserError(missing_checkpoint(checkpoint))
     if path.suffix == ".npz":
@@ -69,7 +69,7 @@ def map_tensors(model: nn.Module, checkpoint: str) -> None:
     checkpoint: of the config; empty for the file that timm has downloaded. What differs from the file, as in its dtype,
     stays as it is.
     """
-    path = _file(checkpoint) if checkpoint else _downloaded(model)
+    path = checkpoint_file(checkpoint) if checkpoint else _downloaded(model)
     if path is None or path.suffix != ".safetensors":
         return
     own = dict(model.named_parameters())
@@ -79,7 +79,7 @@ def map_tensors(model: nn.Module, checkpoint: str) -> None:
             there.data = tensor
 
 
-def _file(checkpoint: str) -> Path:
+def checkpoint_file(checkpoint: str) -> Path:
     """Returns the path of a checkpoint."""
     if checkpoint.startswith(EMBEDDED):
         return Path(__file__).parents[1] / "weights" / checkpoint.removeprefix(EMBEDDED)

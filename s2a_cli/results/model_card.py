@@ -24,9 +24,13 @@ def text(result: Result, description: dict[str, Any], use: str, difference: floa
     data, images, license = result["data"], description["preprocessing"], description["license"]
     several = "an image may have several classes: the sigmoid of a logit is the probability of its class"
     probable = several if data["multi_label"] else "their softmax is the probability of each class"
-    given, config = result["config"]["backbone"].get("checkpoint"), _handed_on(result["config"])
+    of_a_file, config = license == "other", _handed_on(result["config"])
     front = {"license": license or "unknown", "tags": ["image-classification", "s2a"], "library_name": "timm"}
-    of_weights = f"`{printable(description['weights'])}`{', from a file of the user' if given else ''}"
+    of_weights = f"`{printable(description['weights'])}`{', from a file of the user' if of_a_file else ''}"
+    unknown = "look it up before you hand this model on"
+    licence = f"that timm states for them: {license or f'none; {unknown}'}"
+    if of_a_file:
+        licence = f"of the file's origin, which is not known here; {unknown}"
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {printable(data['name'])}: {config['backbone']['name']}, method {config['method']['name']}\n",
@@ -35,8 +39,7 @@ def text(result: Result, description: dict[str, Any], use: str, difference: floa
         f" {data['val']:,} to validate, {data['test']:,} to test",
         *_accuracy(result),
         *_memory(result),
-        f"- **Backbone**: timm's `{config['backbone']['timm']}`, weights {of_weights}; licence that timm states for"
-        f" them: {license or 'none; look it up before you hand this model on'}",
+        f"- **Backbone**: timm's `{config['backbone']['timm']}`, weights {of_weights}; licence {licence}",
         f"- **Images**: {images['decode']}; shorter side resized to {images['resize_shorter_side']} px, the longer one"
         f" to `{images['resize_longer_side']}` px ({images['interpolation']}, antialiased, {images['resample']});"
         f" centre crop of {images['center_crop']} px from `{images['crop_left']}` and `{images['crop_top']}`"

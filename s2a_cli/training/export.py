@@ -15,8 +15,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from s2a_cli.backbones.frozen_weights import restore
-from s2a_cli.backbones.pretrained import pretrained_cfg
+from s2a_cli.backbones.pretrained import checkpoint_file, pretrained_cfg
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.files import sha256_of
 from s2a_cli.common.text import first_line, listed
 from s2a_cli.config.settings import plain
 from s2a_cli.data import photos
@@ -170,7 +171,19 @@ def _description(trained: Trained) -> dict[str, Any]:
             "fixed_input_size": known.get("fixed_input_size", False),
         },
         "preprocessing": _preprocessing(image, trained.transform.at_least),
-        "weights": known.get("hf_hub_id") or known.get("url") or config.backbone.timm,
+        **_weights(config.backbone, known),
+    }
+
+
+def _weights(config: DictConfig, known: dict[str, Any]) -> dict[str, Any]:
+    """Returns which weights a backbone began with, and their licence; "other" is that of a file from elsewhere."""
+    if not config.pretrained:
+        return {"weights": "random", "license": None}
+    if config.checkpoint:
+        file = checkpoint_file(config.checkpoint)
+        return {"weights": f"{file.name} (SHA-256 {sha256_of(file)})", "license": "other"}
+    return {
+        "weights": known.get("hf_hub_id") or known.get("url") or config.timm,
         "license": known.get("license"),
     }
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +104,11 @@ def test_the_card_says_what_it_is_and_not_where_it_was(finished, tmp_path, capsy
     )
     front = yaml.safe_load(card.split("---")[1])
     accuracy = finished[1]["accuracy"]["test_top1"]
+    file = Path(export.__file__).parents[1] / "weights" / "vit_micro.safetensors"
+    of_weights = f"vit_micro.safetensors (SHA-256 {hashlib.sha256(file.read_bytes()).hexdigest()})"
+    about = json.loads((tmp_path / "model.pt.json").read_text())
+    assert (about["weights"], about["license"]) == (of_weights, "other") and front["license"] == "other"
+    assert f"`{of_weights}`, from a file of the user; licence of the file's origin, which is not known here" in card
     assert front["library_name"] == "timm" and f"test top-1 {accuracy:.2f} % (95 % interval" in card
     assert "licence" in card and 'torch.jit.load("model.pt")' in card and str(finished[0]) not in card
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "model.pt.json", "model.pt.md"]
