@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
@@ -31,6 +32,7 @@ FEWEST = 5  # epochs, where even the fastest choice takes too long
 BATCH = 64
 GROUPS = ("dataset", "backbone", "method", "quant", "optim", *(field.name for field in fields(RunConfig)))  # in a file
 WIDE = 44  # characters of a line before its comment, where it can be
+SHARE = 0.9  # of the free memory that a budget takes
 LOOKED_AT = 200  # photos whose size is read, about
 Settings = dict[str, tuple[str, str]]  # key: (value as on the command line, why)
 
@@ -41,6 +43,7 @@ class Start:
 
     settings: Settings
     found: list[str]
+    proposed: str = ""  # a last line of the file that is commented out
 
     @property
     def words(self) -> list[str]:
@@ -53,7 +56,8 @@ class Start:
         lines = [(f"{key}: {value}", why) for key, (value, why) in ordered]
         width = max(len(line) for line, _ in lines if len(line) <= WIDE)
         commented = [f"{line:<{width}}  # {why}" if why else line for line, why in lines]
-        return "\n".join([f"# s2a train config={path}", *(f"# {line}" for line in self.found), "", *commented]) + "\n"
+        head, last = [f"# s2a train config={path}", *(f"# {line}" for line in self.found), ""], self.proposed
+        return "\n".join([*head, *commented, *([f"# {last}"] if last else [])]) + "\n"
 
 
 def start(folder: str, words: list[str], minutes: float) -> Start:
@@ -102,17 +106,34 @@ def _shorter_sides(splits: data.Splits) -> list[int]:
 
 
 def _fitted(begun: Start, splits: data.Splits, given: dict[str, str]) -> Start:
-    """Returns a start whose batch fits the memory of the GPU, and says how much it is predicted to take."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    config = compose(begun.words)
-    batch = min(BATCH, largest_batch(config, total)) or 1
-    if "optim.batch_size" not in given and batch < BATCH:
-        begun.settings["optim.batch_size"] = (str(batch), "what fits this GPU")
+    """Returns a start that fits the memory of the GPU, and says how much it is predicted to take.
+
+    A budget makes it fit; where what was given goes without one, a smaller batch.
+    """
+    (free, total), settings = torch.cuda.mem_get_info(0), begun.settings
+    if "backbone.image_size" not in given:
+        side = durations.image_size(compose(begun.words).backbone, len(splits.classes))
+        settings["backbone.image_size"] = (str(side), "pixels of a side; less is faster")
+    budget = f"{int(SHARE * free / MIB)}MiB"
+    planned = _composes([*begun.words, f"budget={budget}"])
+    batch = BATCH if planned or "optim.batch_size" in given else largest_batch(compose(begun.words), total) or 1
+    if batch < BATCH:
+        settings["optim.batch_size"] = (str(batch), "what fits this GPU")
     profile = forecast.profile_composition(compose(begun.words), len(splits.classes), len(splits.train))
     said = f"predicted peak: {profile.memory.peak_mib:,.0f} MiB" if profile else "its memory can't be predicted"
-    return Start(
-        begun.settings, [*begun.found, f"{said}; this GPU has {total / MIB:,.0f} MiB. Its time isn't predicted"]
-    )
+    if planned and "budget" not in given:
+        settings["budget"] = (budget, "most of what is free on this GPU; how to train in it is planned")
+        said += " without the budget" if profile else ""
+    return Start(settings, [*begun.found, f"{said}; this GPU has {total / MIB:,.0f} MiB. Its time isn't predicted"])
+
+
+def _composes(words: list[str]) -> bool:
+    """Returns whether words go together."""
+    try:
+        compose(words)
+    except UserError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -161,6 +182,8 @@ def _timed(begun: Start, splits: data.Splits, given: dict[str, str], side: int, 
     settings = begun.settings | {
         word.partition("=")[0]: (word.partition("=")[2], "what this CPU does in time") for word in chosen.words
     }
+    if "backbone.image_size" not in settings:
+        settings["backbone.image_size"] = (str(chosen.size), "pixels of a side; less is faster")
     if takes(chosen, epochs) > seconds and "optim.epochs" not in given:
         epochs = max(FEWEST, int(epochs * seconds / takes(chosen, epochs)))
         settings["optim.epochs"] = (str(epochs), "few, as this CPU takes long for each")
@@ -183,4 +206,14 @@ def _remembered(begun: Start, splits: data.Splits, given: dict[str, str]) -> Sta
         begun.settings["quant"] = ("tiny", "codes of activations, recomputed blocks: little memory, more time")
         taken = peak()
     said = f"predicted peak of memory: {taken:,.0f} MiB; this machine has {there:,.0f} MiB"
-    return Start(begun.settings, [*begun.found, said])
+    proposed = f"budget: {int(SHARE * _free())}MiB  # in the place of quant: how to train in so much memory is planned"
+    return Start(begun.settings, [*begun.found, said], "" if "budget" in given else proposed)
+
+
+def _free() -> float:
+    """Returns the MiB of memory that processes can still have, or where that is not said, those of the machine."""
+    try:
+        kib = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        kib = None
+    return int(kib[1]) / 1024 if kib else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / MIB

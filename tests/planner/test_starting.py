@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from PIL import Image
 
 from s2a_cli import data
@@ -53,7 +54,8 @@ def test_the_most_accurate_choice_that_is_done_in_time(photos, pace, seconds, ch
     asked = pace(seconds)
     begun = starting.start("photos", ["device=cpu"], 50.0)
     assert asked == [("vit_t", 112, False)]
-    assert [word for word in begun.words if word.startswith("backbone")] == chosen
+    size = [] if starting.SMALL in chosen else ["backbone.image_size=224"]
+    assert [word for word in begun.words if word.startswith("backbone")] == [*chosen, *size]
     assert begun.settings["optim.epochs"][0] == epochs
     took = duration.total(
         duration.Pace(0.0, seconds, seconds / 3, 8), data.load(compose(begun.words).dataset), 12 * int(epochs)
@@ -72,8 +74,31 @@ def test_the_file_is_what_the_command_line_says(photos, pace, capsys):
     config = compose(words_of_file(photos.parent / "my.yaml"))
     assert config.dataset.root == 'odd "name" #1, é' and config.optim.lr == 1e-3
     assert config.backbone.name == "vit_micro" and config.method.name == "s2a"
+    text = (photos.parent / "my.yaml").read_text()
+    assert config.backbone.image_size == 16 and "\n# budget: " in text
+    lines = [line.replace("# budget:", "budget:") for line in text.splitlines() if not line.startswith("quant:")]
+    (photos.parent / "less.yaml").write_text("\n".join(lines))
+    assert compose(words_of_file(photos.parent / "less.yaml")).budget
     assert main(["validate", "config=my.yaml", "optim.epochs=3"]) == 0
     assert "optim.epochs=3" in capsys.readouterr().out
+
+
+def test_a_gpu_gets_a_budget_of_what_is_free(photos, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 12 * 2**30))
+    begun = starting.start("photos", ["backbone=vit_micro"], 20.0)
+    config = compose(words_of_file(written(photos, begun)))
+    assert (config.budget, config.backbone.image_size, config.optim.batch_size) == ("9216MiB", 16, 64)
+    assert "this GPU has 12,288 MiB" in begun.found[-1]
+    monkeypatch.setattr(starting, "largest_batch", lambda config, size: 7)
+    without = starting.start("photos", ["backbone=vit_micro", "quant=int4"], 20.0)
+    assert "budget" not in without.settings and without.settings["optim.batch_size"][0] == "7"
+
+
+def written(photos, begun):
+    path = photos.parent / "a.yaml"
+    path.write_text(begun.text(path))
+    return path
 
 
 @pytest.mark.parametrize(
