@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from s2a_cli.common.files import atomic_write
 from s2a_cli.common.progress import Progress
 from s2a_cli.common.text import counted, first_line, listed
 from s2a_cli.config.schema import DatasetConfig
-from s2a_cli.config.settings import plain
+from s2a_cli.config.settings import merge, plain
 from s2a_cli.data import Images
 from s2a_cli.data.images import ImageFiles
 from s2a_cli.results import record
@@ -51,17 +52,18 @@ def own_test(folder: Path, config: DictConfig) -> Labelled:
     """Returns the test split of a run.
 
     Where files have changed since, such as a photo that was repaired, it is made of the same files as before, as far as
-    they are there. Raises UserError where it can't be told which images it was made of.
+    they are there and can be read. Raises UserError where it can't be told which images it was made of.
     """
-    recorded, dataset = record.read_result(folder), config.dataset
+    recorded, chosen = record.read_result(folder), config.dataset
     known = recorded["data"]["classes"]
-    for key, value in plain(dataset).items():
+    for key, value in plain(chosen).items():
         free = key in FREE or f"dataset.{key}" in record.NOT_IDENTITY
         if not free and value != recorded["config"]["dataset"].get(key):
             raise UserError(
                 f"dataset.{key}={value}: the run was made with {recorded['config']['dataset'].get(key)};"
                 " another split could hold images that it was trained on; to test on other data: data=FOLDER"
             )
+    dataset: Any = merge(chosen, {"on_corrupt": "skip"})  # a damaged photo to train on matters no more
     splits = data.load(dataset)
     name = f"{splits.name}, test split"
     if splits.revision == recorded["data"]["revision"]:

@@ -88,6 +88,21 @@ def test_a_photo_that_was_repaired_or_removed_changes_no_other(copied, capsys):
     assert "which images it was tested on is not known" in evaluated(copied, capsys)[2]
 
 
+def test_a_damaged_photo_stops_no_test(copied, capsys):
+    before = evaluated(copied, capsys)[3]
+    stored = json.loads((copied.run / "result.json").read_text())
+    stored["config"]["dataset"]["on_corrupt"] = "stop"
+    (copied.run / "result.json").write_text(json.dumps(stored))
+    (copied.photos / "grey" / "junk.png").write_bytes(b"no photo")
+    code, _, error, figures = evaluated(copied, capsys)
+    assert code == 0 and figures["top1"] == before["top1"] and figures["images"] == before["images"], error
+    tested = json.loads((copied.run / "test_files.json").read_text())[0]
+    (copied.photos / tested).write_bytes(b"no photo")
+    code, said, _, figures = evaluated(copied, capsys)
+    assert code == 0 and f"1 image of it can't be read or is gone: {tested}" in said
+    assert figures["images"] == before["images"] - 1
+
+
 def test_other_photos_of_its_classes(copied, tmp_path, capsys):
     other = draw(tmp_path / "other", 3, ("light", "dark"))
     code, said, _, figures = evaluated(copied, capsys, f"data={other}")
