@@ -63,7 +63,9 @@ def own_test(folder: Path, config: DictConfig) -> Labelled:
                 f"dataset.{key}={value}: the run was made with {recorded['config']['dataset'].get(key)};"
                 " another split could hold images that it was trained on; to test on other data: data=FOLDER"
             )
-    dataset: Any = merge(chosen, {"on_corrupt": "skip"})  # a damaged photo to train on matters no more
+    dataset: Any = chosen
+    if chosen.name in data.OWN:  # a damaged photo to train on matters no more
+        dataset = merge(chosen, {"on_corrupt": "skip"})
     splits = data.load(dataset)
     name = f"{splits.name}, test split"
     if splits.revision == recorded["data"]["revision"]:
