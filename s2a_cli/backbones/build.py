@@ -16,7 +16,7 @@ from torch import nn
 
 from s2a_cli.backbones.backbone import Backbone
 from s2a_cli.backbones.head import Classified, Head, find_head, pooled
-from s2a_cli.backbones.hub import WeightsMissing, hub
+from s2a_cli.backbones.hub import WeightsMissing, hub, is_known
 from s2a_cli.backbones.pretrained import load_checkpoint, map_tensors, pretrained_cfg
 from s2a_cli.common.dataless import Dataless
 from s2a_cli.common.errors import UserError
@@ -154,6 +154,9 @@ def _create(config: BackboneConfig, num_classes: int, from_hub: bool) -> nn.Modu
     except Exception as error:  # models check their settings in ways of their own
         raise UserError(f"backbone: timm can't make {config.timm}: {first_line(error)}") from None
     with hub() as unreachable:
+        repository = pretrained_cfg(model).get("hf_hub_id")
+        if unreachable and repository and not is_known(repository):  # to make the model first takes seconds
+            raise _not_downloaded(config, model, unreachable)
         try:
             return create(pretrained=True)
         except Exception as error:  # the hub raises many kinds: offline, not found, gated, disk full

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 from huggingface_hub import constants, get_session
+from huggingface_hub.file_download import repo_folder_name
 
 from s2a_cli.common.errors import UserError
 
@@ -32,6 +34,12 @@ def cache_alone() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def is_known(repository: str) -> bool:
+    """Tells whether the cache holds something of a model repository, `owner/name` or `owner/name@revision`."""
+    folder = repo_folder_name(repo_id=repository.partition("@")[0], repo_type="model")
+    return (Path(constants.HF_HUB_CACHE) / folder).is_dir()
 
 
 def _unreachable() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 from huggingface_hub import constants
 
 from s2a_cli import backbones
@@ -42,3 +43,19 @@ def test_weights_are_refused_after_one_request(monkeypatch):
     with pytest.raises(UserError, match=r"could not be downloaded \(http\S+ can't be reached: ConnectionError\); give"):
         backbones.build(config, 3)
     assert len(session.asked) == 1
+
+
+def test_a_model_is_made_offline_only_where_the_cache_may_have_its_weights(monkeypatch, tmp_path):
+    made = []
+    create = timm.create_model
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: made.append(kwargs) or create(*args, **kwargs))
+    config = BackboneConfig(name="mine", timm="vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    with pytest.raises(hub.WeightsMissing, match="HF_HUB_OFFLINE is set"):
+        backbones.build(config, 3)
+    assert made and not any(kwargs["pretrained"] for kwargs in made)
+    (tmp_path / "models--timm--vit_tiny_patch16_224.augreg_in21k_ft_in1k").mkdir()
+    with pytest.raises(hub.WeightsMissing, match="HF_HUB_OFFLINE is set"):
+        backbones.build(config, 3)
+    assert made[-1]["pretrained"]
