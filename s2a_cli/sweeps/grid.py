@@ -79,6 +79,7 @@ class _Composed:
         rest = tuple(word for word in words if word not in seeds)
         if rest not in self._known:
             self._known[rest] = compose(words)
+            return self._known[rest]
         return replaced(self._known[rest], {"seed": int(seeds[0].removeprefix("seed="))})
 
 

@@ -197,12 +197,9 @@ class Known:
         """
         revision, label, classes, images = _once(self._data, config.dataset, lambda: self._summary(config.dataset))
         seed = config.seed if not (config.backbone.pretrained or config.backbone.checkpoint) else None
-        weights = _once(
-            self._weights,
-            OmegaConf.create({"of": config.backbone, "seed": seed}),
-            lambda: self._fingerprint(config, classes),
-        )
         settings = plain(config, resolve=True)
+        of_weights = {"of": settings["backbone"], "seed": seed}
+        weights = _once(self._weights, of_weights, lambda: self._fingerprint(config, classes))
         shape = {key: settings[key] for key in ("backbone", "method", "quant", "optim", "precision")}
         shape = json.dumps(shape | {"cache": settings["dataset"]["cache"]})
         if shape not in self._fits:
@@ -243,9 +240,9 @@ class Known:
             return None
 
 
-def _once(known: dict[str, Any], key: DictConfig, make: Callable[[], Any]) -> Any:
+def _once(known: dict[str, Any], key: DictConfig | dict[str, Any], make: Callable[[], Any]) -> Any:
     """Returns what is known under the settings of `key`; made when it is first asked for."""
-    text = json.dumps(plain(key, resolve=True), sort_keys=True)
+    text = json.dumps(plain(key, resolve=True) if OmegaConf.is_config(key) else key, sort_keys=True)
     if text not in known:
         known[text] = make()
     return known[text]
@@ -266,8 +263,7 @@ def predict(members: list[Member]) -> None:
             chosen["optim"] = {name: value for name, value in chosen["optim"].items() if name not in OF_THE_RATE}
             batch = min(member.images, member.config.optim.batch_size)
             beside = {"classes": member.classes, "batch": batch, "cache": member.config.dataset.cache}
-            key = OmegaConf.create({**chosen, **beside})
-            if found := _once(known, key, lambda member=member: of(member)):
+            if found := _once(known, {**chosen, **beside}, lambda member=member: of(member)):
                 member.peak_mib, member.needed_mib = found
             progress.add(1)
 
