@@ -86,4 +86,5 @@ def _task(
     if config.cuda_graphs and needed:
         raise UserError(f"cuda_graphs=true needs {needed}")
     graphs = config.cuda_graphs is not False and not needed
-    return Task(config, attached, classes, images, size("budget", config.budget), margin, processes, graphs)
+    available, run = size("budget", config.budget), config.optim.epochs * images / processes
+    return Task(config, attached, classes, images, available, margin, processes, graphs, run_images=run)

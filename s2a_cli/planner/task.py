@@ -28,7 +28,8 @@ class Task:
 
     attached: to a backbone on any device. images: to train on. available: bytes that a step may take. margin: what the
     device needs beyond the peak; None for a CPU. cuda_graphs: whether passes can be replayed as CUDA graphs.
-    dtype: of a batch on the device; None for what a run has there.
+    dtype: of a batch on the device; None for what a run has there. run_images: that a process trains on in all epochs;
+    infinite where it is not known for how long.
     """
 
     config: DictConfig
@@ -40,6 +41,7 @@ class Task:
     processes: int = 1
     cuda_graphs: bool = False
     dtype: torch.dtype | None = None
+    run_images: float = math.inf
     _stored: dict[str, Attachment] = field(default_factory=dict)
 
     @property
@@ -81,11 +83,6 @@ class Task:
             except UserError:
                 return None
         return self._stored[weights]
-
-    @property
-    def run_images(self) -> int:
-        """The images that a process trains on in all epochs."""
-        return self.config.optim.epochs * self.images // self.processes
 
     def room(self, like: str | None = None, doubt: float = math.inf) -> Room:
         """Returns what tells which candidates fit; like and doubt are Room's."""

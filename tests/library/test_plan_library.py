@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -14,6 +15,7 @@ from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import QuantConfig
 from s2a_cli.memory import track
 from s2a_cli.memory.result import MIB
+from s2a_cli.planner import plan as planning
 from s2a_cli.planner.candidates import Candidate
 from s2a_cli.planner.task import Task
 
@@ -105,3 +107,11 @@ def test_what_can_not_be_planned_is_refused():
         s2a_cli.plan(attached, IMAGES, LABELS, "1GiB", fidelity="0.5")
     with pytest.raises(s2a_cli.UserError, match=r"budget=1MiB: nothing fits; the least .* [\d.]+ MiB"):
         s2a_cli.plan(attached, IMAGES, LABELS, "1MiB")
+
+
+def test_a_batch_is_not_taken_for_the_whole_run(monkeypatch):
+    """How long measurements may take depends on how long a run is, which a loop of one's own does not say."""
+    known, measure = [], planning.measure
+    monkeypatch.setattr(planning, "measure", lambda *args: known.append(args[-1]) or measure(*args))
+    s2a_cli.plan(made("bias"), IMAGES, LABELS, "1GiB")
+    assert known == [math.inf]
