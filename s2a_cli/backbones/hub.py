@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -37,7 +38,9 @@ def cache_alone() -> Iterator[None]:
 
 
 def is_known(repository: str) -> bool:
-    """Tells whether the cache holds something of a model repository, `owner/name` or `owner/name@revision`."""
+    """Tells whether a cache may hold something of a model repository, `owner/name` or `owner/name@revision`."""
+    if os.environ.get("TIMM_USE_OLD_CACHE"):  # timm then looks into a cache of its own first
+        return True
     folder = repo_folder_name(repo_id=repository.partition("@")[0], repo_type="model")
     return (Path(constants.HF_HUB_CACHE) / folder).is_dir()
 

@@ -50,6 +50,7 @@ def test_a_model_is_made_offline_only_where_the_cache_may_have_its_weights(monke
     create = timm.create_model
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("TIMM_USE_OLD_CACHE", raising=False)
     monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: made.append(kwargs) or create(*args, **kwargs))
     config = BackboneConfig(name="mine", timm="vit_tiny_patch16_224.augreg_in21k_ft_in1k")
     with pytest.raises(hub.WeightsMissing, match="HF_HUB_OFFLINE is set"):
@@ -59,3 +60,6 @@ def test_a_model_is_made_offline_only_where_the_cache_may_have_its_weights(monke
     with pytest.raises(hub.WeightsMissing, match="HF_HUB_OFFLINE is set"):
         backbones.build(config, 3)
     assert made[-1]["pretrained"]
+    assert not hub.is_known("timm/other")
+    monkeypatch.setenv("TIMM_USE_OLD_CACHE", "1")
+    assert hub.is_known("timm/other"), "timm's own cache may have it"
