@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
 from models import CLASSES, inputs, net, targets, vit
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -31,17 +33,21 @@ def fresh(compressed: bool = False):
     return attached, memory
 
 
-def plainly(compressed: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors after two steps of a loop written by hand."""
-    attached, memory = fresh(compressed)
+def train(attached: s2a_cli.Attached, memory: AbstractContextManager, model: nn.Module) -> None:
+    """Two steps of a loop written by hand. model: the attached one, or what is wrapped around it."""
     optimizer = torch.optim.SGD(attached.parameter_groups(RATE))
-    model = attached.model.train()
     for images, labels in loader():
         with memory:
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def plainly(compressed: bool = False) -> dict[str, torch.Tensor]:
+    """The tensors after two steps of a loop written by hand."""
+    attached, memory = fresh(compressed)
+    train(attached, memory, attached.model.train())
     return attached.state_dict()
 
 
@@ -164,14 +170,7 @@ def one_process(tmp_path):
 @pytest.mark.parametrize("compressed", [False, True])
 def test_distributed_data_parallel(compressed, one_process):
     attached, memory = fresh(compressed)
-    optimizer = torch.optim.SGD(attached.parameter_groups(RATE))
-    model = DistributedDataParallel(attached.model.train())
-    for images, labels in loader():
-        with memory:
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(attached, memory, DistributedDataParallel(attached.model.train()))
     check(attached, compressed)
 
 
