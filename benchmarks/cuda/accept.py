@@ -64,10 +64,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small models")
-    parser.add_argument("words", nargs="*", metavar="key=value", help="minutes=8, batch=N, out=FOLDER, name=NAME")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="minutes=8, batch=N, out=FOLDER, name=NAME, only=memory")
     found = parser.parse_args(argv)
-    kinds = {"minutes": float, "batch": int, "out": Path, "name": str}
-    given: dict[str, Any] = {"minutes": 8.0, "batch": None, "out": Path(__file__).parent, "name": None}
+    kinds = {"minutes": float, "batch": int, "out": Path, "name": str, "only": str}
+    given: dict[str, Any] = {"minutes": 8.0, "batch": None, "out": Path(__file__).parent, "name": None, "only": None}
     for word in found.words:
         key, equals, value = word.partition("=")
         if not equals or key not in kinds:
@@ -79,6 +79,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     for key in ("minutes", "batch"):
         if given[key] is not None and not (math.isfinite(given[key]) and given[key] > 0):
             raise UserError(f"{key}={given[key]}: expected a number above 0")
+    if given["only"] not in (None, "memory"):
+        raise UserError(f"only={given['only']}: expected only=memory")
     vars(found).update(given)
     if found.device == "cpu" and not found.tiny:
         raise UserError("--device cpu needs --tiny: the whole takes days on a CPU, and would say nothing about CUDA")
@@ -208,6 +210,8 @@ def accept(argv: list[str]) -> Path:
         for line in remarks(about, chosen.device):
             print(line, file=sys.stderr, flush=True)
         plan = Plan.of(chosen.device, chosen.tiny, about["total_mib"], chosen.batch)
+        if chosen.only:
+            plan = plan.of_memory()
         head = {
             "benchmark": "accept",
             "command": " ".join(["python benchmarks/cuda/accept.py", *argv]),

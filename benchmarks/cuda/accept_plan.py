@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accept_pool import Task
@@ -115,6 +115,10 @@ class Plan:
         pairs = (("full", "none"), ("bias", "none"), ("bias", "int4"), ("full", "int4"), ("s2a", "tiny"))
         race = (("vit_micro", "bf16" if device == "cuda" else "fp32"),)
         return cls(device, batch or 16, 3, SMALL, ("fp32", "bf16"), pairs, checked, rows, race, race, PROFILED[:3])
+
+    def of_memory(self) -> Plan:
+        """Returns the part that needs no idle device."""
+        return replace(self, checked=(), races=(), hosts=())
 
     def ask(self, kind: str, backbone: str, precision: str, **more: Any) -> dict[str, Any]:
         words = [*self.backbones[backbone], f"precision={precision}", f"optim.batch_size={self.batch}"]

@@ -62,9 +62,10 @@ class Run:
         self.pool.room = 0.92 * total - CONTEXT_MIB * self.pool.size if total else float("inf")
         lead = sum((task.ask["method"], task.ask["quant"]) in FIRST for task in self.measures)
         first = [*self.compilations, *self.measures[:lead], *self.checks, *self.measures[lead:]]
+        until = MEMORY_UNTIL if self.plan.races else END
         with Progress("acceptance", len(first) + len(self.profiles) + len(self.plan.races), " tasks") as self.progress:
-            self._predict(MEMORY_UNTIL)
-            self.pool.run(first, self.at(MEMORY_UNTIL), self._finished, self._needs, grace=20)
+            self._predict(until)
+            self.pool.run(first, self.at(until), self._finished, self._needs, grace=20)
             self._alone()
             self.pool_of_one(self.profiles, self.at(SPEED_UNTIL))
             for number, (backbone, precision) in enumerate(self.plan.races):

@@ -20,7 +20,8 @@ from s2a_cli.results.significance import difference, holm
 
 RESULTS = "results.json"
 AGAINST = "s2a"
-Entry = dict[str, Any]  # words, validation {setting: %}, test {data set: [% a seed]}, peaks {codes: MiB}, percent
+# words, validation {setting: %}, test and last {data set: [% a seed]}, peaks {codes: MiB}, percent
+Entry = dict[str, Any]
 
 
 def load(out: Path) -> dict[str, Entry]:
@@ -46,6 +47,7 @@ def rows(entries: dict[str, Entry]) -> pd.DataFrame:
             **{data: mean(values) for data, values in entry["test"].items()},
             "mean": mean(seeds),
             "std": stdev(seeds) if len(seeds) > 1 else float("nan"),
+            "val., last epoch": mean(mean(of) for of in entry["last"].values()) if "last" in entry else float("nan"),
             "trained %": entry.get("percent"),
             "x full's images/s": entry.get("speed_ratio", float("nan")),
             **{f"{codes} MiB": peak for codes, peak in entry["peaks"].items()},
@@ -93,9 +95,9 @@ def draw(table: pd.DataFrame, backbone: str, path: Path) -> None:
             best = top
             front.append((peak, top))
             axes.annotate(name, (peak, top), xytext=(4, 5), textcoords="offset points", fontsize=8)
-    axes.step(
-        *zip(*front, strict=True), where="post", color="tab:red", linewidth=0.8, label="nothing is better in less"
-    )
+    if front:
+        peaks, tops = zip(*front, strict=True)
+        axes.step(peaks, tops, where="post", color="tab:red", linewidth=0.8, label="nothing is better in less")
     for marker, label in (("o", "without codes"), ("v", "quant=tiny, 8 chunks")):
         axes.plot([], [], marker, color="black", label=label)
     axes.set(xscale="log", xlabel=f"predicted peak of a step, {backbone}, batch 64, MiB", ylabel="mean test top-1, %")

@@ -1,7 +1,7 @@
 """Which structure buys the most accuracy for its memory? One search protocol for all, that anyone can run again.
 
     .venv/bin/python benchmarks/structures/compare_structures.py WEIGHTS DATA... [key=value ...] [--search DATA...]
-    [--seeds 0 1 2] [--search-seeds 0] [--only NAME...] [--workers 2] [--out runs/structures]
+    [--seeds 0 1 2] [--search-seeds 0 1 2] [--only NAME...] [--workers 2] [--out runs/structures]
 
 WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors; those of another backbone together with
 backbone=NAME. DATA: a train/ and test/ tree of class folders, or such a tree in a .tar, with settings for it alone
@@ -9,24 +9,28 @@ behind commas: photos.tar,optim.epochs=5. key=value goes to every run. NAME: a s
 of the contenders below.
 
 Each contender takes the learning rate, of four and of further ones while the best lies at an end, with the best mean of
-the validation accuracies on the DATA and the seeds of the search: by default all DATA and seed 0, whose choice is
-something of a draw. The test split is not read. Where its paper tunes another number a task, the best of three of these
-is taken likewise. Then it trains with every seed, and the test split is read once for each of these runs, at the epoch
-that was best on validation. Contenders run without codes (quant=none); their memory is predicted for 224 px and a batch
-of 64, of ViT-B/16 or of backbone=NAME, without codes and with quant=tiny in 8 chunks, which trains BatchNorms only
-without. Runs that are finished are not repeated, so that the same line goes on after a break. Written to OUT:
-results.json, table.md, and structures.png, accuracy against memory.
+the validation accuracies on the DATA and the seeds of the search: by default all DATA and three seeds, each with a split
+of its own (of one seed, the choice is something of a draw). The test split is not read. Where its paper tunes another
+number a task, the best of three of these is taken likewise. Then it trains with every seed and its split, and the test
+split is read once for each of these runs, at the epoch that was best on validation; the validation accuracy of the last
+epoch stands beside it. Contenders run without codes (quant=none); their memory is predicted for 224 px and a batch of
+64, of ViT-B/16 or of backbone=NAME, without codes and with quant=tiny in 8 chunks, which trains BatchNorms only without.
+Runs that are finished are not repeated, so that the same line goes on after a break. A contender that fails is named,
+and the others go on. Written to OUT: results.json, table.md, and structures.png, accuracy against memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
+import traceback
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
@@ -38,7 +42,9 @@ from peaks import predicted
 
 from s2a_cli.common import files
 from s2a_cli.config.compose import compose
-from s2a_cli.training import trainer
+from s2a_cli.data import images
+from s2a_cli.results.run_folder import METRICS
+from s2a_cli.training import duration, forecast, trainer
 
 LARGE, SMALL = (1e-3, 2e-3, 4e-3, 8e-3), (5e-5, 1e-4, 2e-4, 4e-4)
 CONTENDERS = ["linear", "bias", "prompt", "side", "bias+side", "s2a", "full", "full+side", "lora", "lora+side"]
@@ -51,6 +57,7 @@ SPECIAL = {  # contenders that are no plain list of structures -> their words
 PRETRAINED = ("full", "partial")  # structures that change pretrained weights, by smaller steps
 MOST = 8  # learning rates that are tried at most
 BUSY = 3  # processes that one contender keeps busy: between its rounds they would wait
+DECODED = 8192  # images that a process keeps decoded
 Knob = dict[str, tuple[float, ...]]  # a key -> its values
 SCALES: Knob = {"method.scale": (0.1, 1, 10)}
 TOKENS: Knob = {"method.tokens": (5, 10, 50)}
@@ -85,17 +92,29 @@ class Data:
 
 
 def calm(threads: int) -> None:
-    """What a process of the pool begins with. Ctrl-C is the parent's."""
+    """What a process of the pool begins with. Ctrl-C is the parent's.
+
+    Runs of seconds neither predict their memory and their time nor decode an image twice.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
+    forecast.predict = lambda run: None
+    duration.is_worth_saying = lambda run: False
+    images.open_rgb = functools.lru_cache(DECODED)(images.open_rgb)
 
 
 def run(words: list[str]) -> dict[str, float]:
-    """The accuracies of a run."""
+    """The accuracies of a run, and `last`: that on validation at the end."""
     result, folder = trainer.train(compose(words), skip_finished=True)
     if result["status"] != "ok":
-        raise SystemExit(f"{folder}: {result['status']}: {result['error']}")
-    return cast(dict[str, float], result["accuracy"])
+        raise RuntimeError(f"{folder}: {result['status']}: {result['error']}")
+    last = json.loads((folder / METRICS).read_text().splitlines()[-1])
+    return cast(dict[str, float], result["accuracy"]) | {"last": last["val_top1"]}
+
+
+def of_seed(seed: int) -> list[str]:
+    """The words of a seed, which has a validation split of its own."""
+    return [f"seed={seed}", f"dataset.split_seed={seed}"]
 
 
 class Search:
@@ -109,7 +128,7 @@ class Search:
     def scores(self, tried: list[str]) -> list[float]:
         """Of several settings, each words of a config in one text."""
         lines = [
-            [*self.words, *text.split(), f"seed={seed}", "test=false", *data.words, self.place(data, text, seed)]
+            [*self.words, *text.split(), *of_seed(seed), "test=false", *data.words, self.place(data, text, seed)]
             for text in tried
             for data in self.datas
             for seed in self.seeds
@@ -119,8 +138,8 @@ class Search:
         return [mean(tops[i * size : (i + 1) * size]) for i in range(len(tried))]
 
     def place(self, data: Data, text: str, seed: int) -> str:
-        """The folder of a run; that of seed 0 is known by its settings alone."""
-        return data.place(self.out, "search", self.name, f"{text} seed{seed}" if seed else text)
+        """The folder of a run."""
+        return data.place(self.out, "search", self.name, f"{text} seed{seed}")
 
     def rate(self, rates: tuple[float, ...]) -> dict[float, float]:
         """{learning rate: score}, with further ones while the best lies at an end."""
@@ -149,15 +168,20 @@ class Search:
 
 def tested(
     pool: ProcessPoolExecutor, name: str, words: list[str], datas: list[Data], seeds: list[int], out: Path
-) -> dict[str, list[float]]:
-    """{data set: test top-1 in %, one a seed}."""
+) -> Entry:
+    """Test top-1 in %, and validation top-1 at the last epoch: {data set: [one a seed]}."""
     lines = [
-        [*words, f"seed={seed}", *data.words, data.place(out, "test", name, str(seed))]
+        [*words, *of_seed(seed), *data.words, data.place(out, "test", name, str(seed))]
         for data in datas
         for seed in seeds
     ]
-    tops = [accuracy["test_top1"] for accuracy in pool.map(run, lines)]
-    return {data.name: tops[i * len(seeds) : (i + 1) * len(seeds)] for i, data in enumerate(datas)}
+    found = list(pool.map(run, lines))
+
+    def by_data(key: str) -> dict[str, list[float]]:
+        tops = [accuracy[key] for accuracy in found]
+        return {data.name: tops[i * len(seeds) : (i + 1) * len(seeds)] for i, data in enumerate(datas)}
+
+    return {"test": by_data("test_top1"), "last": by_data("last")}
 
 
 def costs(backbone: str, words: list[str]) -> Entry:
@@ -173,7 +197,7 @@ def main() -> None:
     parser.add_argument("words", nargs="+", metavar="DATA | key=value")
     parser.add_argument("--search", nargs="+", metavar="DATA")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--search-seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--search-seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/structures"))
@@ -195,22 +219,34 @@ def main() -> None:
         best, scores = Search(pool, name, words, search, args.search_seeds, args.out).chosen()
         found = tested(pool, name, [*words, *best], datas, args.seeds, args.out)
         cost = pool.submit(costs, backbone, words_of(name)).result()
-        entry = {"words": [*words_of(name), *best], "validation": scores, "test": found} | cost
+        entry = {"words": [*words_of(name), *best], "validation": scores} | found | cost
         with lock:
             entries = load(args.out) | {name: entry}
             files.atomic_write(args.out / RESULTS, json.dumps(entries, indent=1) + "\n")
             report(entries, args.out, backbone)
+
+    def tried(name: str) -> bool:
+        """Tells whether a contender came to its end; what stopped it is said."""
+        try:
+            compare(name)
+        except Exception:
+            print(f"{name}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+            return False
+        return True
 
     with (
         ProcessPoolExecutor(args.workers, mp_context=context, initializer=calm, initargs=(threads,)) as pool,
         ThreadPoolExecutor(max(1, args.workers // BUSY)) as contenders,
     ):
         try:
-            list(contenders.map(compare, args.only))
+            failed = [name for name, ok in zip(args.only, contenders.map(tried, args.only), strict=True) if not ok]
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    print((args.out / "table.md").read_text())
+    if (args.out / "table.md").exists():
+        print((args.out / "table.md").read_text())
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

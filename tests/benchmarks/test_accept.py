@@ -141,7 +141,8 @@ def test_a_page_that_fails_loses_no_figures(monkeypatch, tmp_path):
     "argv, said",
     [
         (["--device", "cpu"], "--device cpu needs --tiny"),
-        (["--tiny", "minute=3"], "minute=3: expected one of minutes=..., batch=..., out=..., name=..."),
+        (["--tiny", "minute=3"], "minute=3: expected one of minutes=..., batch=..., out=..., name=..., only=..."),
+        (["only=speed"], "only=speed: expected only=memory"),
         (["minutes=no"], "minutes=no: expected a number"),
         (["minutes=nan"], "minutes=nan: expected a number above 0"),
         (["--device", "cpu", "--tiny", "batch=0"], "batch=0: expected a number above 0"),
