@@ -16,6 +16,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import ParamSpec
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+P = ParamSpec("P")
 RANGE = 16.0  # pointwise inputs beyond +-RANGE share the outermost bins: f' is constant there
 POINTWISE_BINS = 1 << 14
 GROUP_BINS = 1 << 12
@@ -58,6 +60,17 @@ class Codebook:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Codebook:
         chances = None if self.chances is None else change(self.chances)
         return replace(self, bin_codes=change(self.bin_codes), entries=change(self.entries), chances=chances)
+
+
+def on_host(make: Callable[P, Codebook]) -> Callable[P, Codebook]:
+    """Decorates what makes a codebook: it does so on the host, whatever PyTorch's default device is."""
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> Codebook:
+        with torch.device("cpu"):
+            return make(*args, **kwargs)
+
+    return made
 
 
 def fit(
@@ -185,6 +198,7 @@ def pointwise_weights(x: Tensor) -> Tensor:
     return torch.exp(-(((x + 1) / 1.4) ** 2) / 2) + 1e-3 * torch.exp(-((x / 4) ** 2) / 2)
 
 
+@on_host
 def derivative_codebook(
     function: Callable[[Tensor], Tensor],
     bits: int,
@@ -219,6 +233,7 @@ def uniform_entries(function: Callable[[Tensor], Tensor], bits: int) -> Tensor:
     return torch.linspace(float(values.min()), float(values.max()), 2**bits, dtype=torch.float64)
 
 
+@on_host
 def signed_codebook(bits: int, group_size: int, stochastic: bool = False) -> Codebook:
     """Returns the codebook of a value divided by the one of the largest magnitude in its group, sign included.
 
@@ -238,6 +253,7 @@ def signed_codebook(bits: int, group_size: int, stochastic: bool = False) -> Cod
     return fit(u, weights, bits, -1.0, 1.0, stochastic)
 
 
+@on_host
 def unit_codebook(
     bits: int, stochastic: bool = False, histogram: Tensor | None = None, entries: Tensor | None = None
 ) -> Codebook:
@@ -250,11 +266,13 @@ def unit_codebook(
     return fit(u, _mixed(1 / (u + 1e-4), histogram), bits, 0.0, 1.0, stochastic, entries)
 
 
+@on_host
 def slopes_codebook(outside: float, inside: float, dtype: torch.dtype) -> Codebook:
     """Returns the two slopes of a function of straight lines; its codes come from comparisons, not bins."""
     return Codebook(1, 0.0, 0.0, torch.empty(0, dtype=torch.uint8), torch.tensor([outside, inside], dtype=dtype))
 
 
+@on_host
 def mask_codebook(p: float, dtype: torch.dtype) -> Codebook:
     """Returns 0 and 1 / (1 - p), rounded as PyTorch's dropout rounds its noise."""
     kept = torch.tensor([0.0, 1.0], dtype=dtype).div_(1 - p)
