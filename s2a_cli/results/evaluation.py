@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
-from scipy.stats import binomtest
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from tabulate import tabulate
 
 from s2a_cli.common.errors import UserError
@@ -84,6 +82,8 @@ class Evaluation:
         Means over classes are over those with an image. The confusion matrix has a row for each class that is, and a
         column for each that was answered.
         """
+        from sklearn.metrics import confusion_matrix, precision_recall_fscore_support  # slow to import
+
         answers, count = self.answers, len(self.answers.targets)
         labels = range(len(self.classes))
         right = answers.predicted == answers.targets
@@ -128,6 +128,8 @@ def _shares(matrix: np.ndarray) -> list[float]:
 
 def wilson(right: int, count: int) -> list[float]:
     """Returns the 95 % interval of Wilson of a share, [lowest, highest] in %."""
+    from scipy.stats import binomtest  # takes a second to import, which training would wait for
+
     found = binomtest(right, count).proportion_ci(0.95, "wilson")
     return [100 * float(found.low), 100 * float(found.high)]
 
