@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2a_cli.activations import compress_activations
+from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.calibration import LOOKS, PATIENCE
 from s2a_cli.config.schema import QuantConfig
 
@@ -54,6 +55,20 @@ FAMILIES = {"pointwise": 4, "norm": 4, "linear": 4}
 
 def fitted(memory) -> dict[str, torch.Tensor]:
     return memory.calibration.fitted()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_tensors_are_where_the_model_is_whatever_the_default_device(rounding, model):
+    """As under torch.set_default_device("cuda"); on meta, a tensor that is made without a device has no values."""
+    settings, x = config(**FAMILIES, attention=4, rounding=rounding), batch(1)
+    torch.manual_seed(0)
+    expected = gradient(model, compress_activations(settings), x)
+    codebooks._made.cache_clear()
+    codebooks._on.cache_clear()
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        found = gradient(model, compress_activations(settings), x)
+    assert torch.equal(found, expected)
 
 
 def test_a_layer_is_looked_at_in_a_few_forward_passes(model):
