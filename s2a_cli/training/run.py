@@ -220,7 +220,9 @@ def _refuse_parts(config: DictConfig, within_blocks: bool) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Returns the device of that name; `auto` takes CUDA where it is. Makes CUDA deterministic.
+    """Returns the device of that name; `auto` takes CUDA where it is.
+
+    Makes CUDA deterministic but for operators that PyTorch only warns of, its fused attention's backward pass among them.
 
     Raises UserError for a device that is not there, RunError for one whose memory is full.
     """
