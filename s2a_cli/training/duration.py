@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 FEW = 2  # images of the first step that is measured
 MOMENT, PATIENCE = 1.0, 3.0  # seconds of the last one, and of all
+SHARE = 0.05  # of what the run seems to take: where that is less, all take no longer
 LONG = 180.0  # seconds from which on it is said what would be faster
 GAIN = 0.6  # share of the time that is worth saying
 SMALLER = {"backbone": "backbone=vit_t", "images": "backbone.image_size=112"}
@@ -96,9 +97,10 @@ def measure(run: Run) -> Pace:
     """Returns the pace of a run on this machine; what it trains and its random numbers stay as they are.
 
     Steps double in size until one takes a MOMENT and all of them PATIENCE, or one is as large as those of the run: what
-    a step takes in itself then counts as little as it will.
+    a step takes in itself then counts as little as it will. A short run is not kept waiting for so long.
     """
     config, model = run.config, run.model
+    images_of_run = config.optim.epochs * len(run.splits.train)
     most = min(config.optim.micro_batch or config.optim.batch_size, config.optim.batch_size, len(run.splits.train))
     before, step = checkpoints.trainable_state(model), Step(config, run.device, run.attached, run.criterion())
     with torch.random.fork_rng(devices=[]):
@@ -108,7 +110,7 @@ def measure(run: Run) -> Pace:
         batch = images[:count], targets[:count]
         _learn(run, step, *batch)  # allocates, and fits codes
         took = spent = _timed(_learn, run, step, *batch)
-        while count < most and (took < MOMENT or spent < PATIENCE):
+        while count < most and (took < MOMENT or spent < PATIENCE) and spent < SHARE * took / count * images_of_run:
             count = min(2 * count, most)
             repeats = -(-count // len(images))
             batch = torch.cat([images] * repeats)[:count], torch.cat([targets] * repeats)[:count]
