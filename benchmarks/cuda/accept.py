@@ -64,7 +64,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small models")
-    parser.add_argument("words", nargs="*", metavar="key=value", help="minutes=8, batch=N, out=FOLDER, name=NAME, only=memory")
+    words = "minutes=8, batch=N, out=FOLDER, name=NAME, only=memory"
+    parser.add_argument("words", nargs="*", metavar="key=value", help=words)
     found = parser.parse_args(argv)
     kinds = {"minutes": float, "batch": int, "out": Path, "name": str, "only": str}
     given: dict[str, Any] = {"minutes": 8.0, "batch": None, "out": Path(__file__).parent, "name": None, "only": None}

@@ -8,15 +8,16 @@ backbone=NAME. DATA: a train/ and test/ tree of class folders, or such a tree in
 behind commas: photos.tar,optim.epochs=5. key=value goes to every run. NAME: a structure, several as bias+side, or one
 of the contenders below.
 
-Each contender takes the learning rate, of four and of further ones while the best lies at an end, with the best mean of
-the validation accuracies on the DATA and the seeds of the search: by default all DATA and three seeds, each with a split
-of its own (of one seed, the choice is something of a draw). The test split is not read. Where its paper tunes another
-number a task, the best of three of these is taken likewise. Then it trains with every seed and its split, and the test
-split is read once for each of these runs, at the epoch that was best on validation; the validation accuracy of the last
-epoch stands beside it. Contenders run without codes (quant=none); their memory is predicted for 224 px and a batch of
-64, of ViT-B/16 or of backbone=NAME, without codes and with quant=tiny in 8 chunks, which trains BatchNorms only without.
-Runs that are finished are not repeated, so that the same line goes on after a break. A contender that fails is named,
-and the others go on. Written to OUT: results.json, table.md, and structures.png, accuracy against memory.
+Each contender takes the learning rate, of four and of further ones while the best lies at an end, with the best mean
+of the validation accuracies on the DATA and the seeds of the search: by default all DATA and three seeds, each with a
+split of its own (of one seed, the choice is something of a draw). The test split is not read. Where its paper tunes
+another number a task, the best of three of these is taken likewise. Then it trains with every seed and its split, and
+the test split is read once for each of these runs, at the epoch that was best on validation; the validation accuracy
+of the last epoch stands beside it. Contenders run without codes (quant=none); their memory is predicted for 224 px
+and a batch of 64, of ViT-B/16 or of backbone=NAME, without codes and with quant=tiny in 8 chunks, which trains
+BatchNorms only without. Runs that are finished are not repeated, so that the same line goes on after a break. A
+contender that fails is named, and the others go on. Written to OUT: results.json, table.md, and structures.png,
+accuracy against memory.
 """
 
 from __future__ import annotations

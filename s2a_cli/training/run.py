@@ -222,7 +222,7 @@ def _refuse_parts(config: DictConfig, within_blocks: bool) -> None:
 def choose_device(name: str) -> torch.device:
     """Returns the device of that name; `auto` takes CUDA where it is.
 
-    Makes CUDA deterministic but for operators that PyTorch only warns of, its fused attention's backward pass among them.
+    Makes CUDA deterministic but for what PyTorch only warns of, such as the backward pass of its fused attention.
 
     Raises UserError for a device that is not there, RunError for one whose memory is full.
     """

@@ -48,6 +48,47 @@ def test_differences_are_paired_and_costs_may_be_missing(tmp_path):
     assert "| 8,315" in (tmp_path / "table.md").read_text() and (tmp_path / "structures.png").stat().st_size > 1000
 
 
+def test_the_last_epoch_stands_beside_and_peaks_may_be_missing(tmp_path):
+    entries = {
+        "s2a": entry([80.0], last={"photos": [90.0], "sketches": [70.0]}, peaks={}),
+        "bias": entry([79.0], peaks={}),
+    }
+    table = compare_report.rows(entries)
+    assert table.loc["s2a", "val., last epoch"] == 80.0 and math.isnan(table.loc["bias", "val., last epoch"])
+    compare_report.report(entries, tmp_path, "vit_b")
+    assert "| 80.0" in (tmp_path / "table.md").read_text()
+
+
+class Pool:
+    """Runs nothing: a learning rate of 0.004 is the best, and the last epoch 5 points below."""
+
+    def __init__(self):
+        self.lines: list[list[str]] = []
+
+    def map(self, run, lines):
+        self.lines += lines
+        for words in lines:
+            top = 80.0 if "optim.lr=0.004" in words else 70.0
+            yield {"val_top1": top, "test_top1": top + float(words[1][-1]), "last": top - 5}
+
+
+def test_a_search_has_a_split_for_each_seed_and_reads_no_test_split(tmp_path):
+    datas, pool = [compare_structures.Data(f"{name},optim.epochs=2") for name in ("photos", "more")], Pool()
+    search = compare_structures.Search(pool, "bias", ["method=bias"], datas, [0, 3], tmp_path)
+    best, scores = search.chosen()
+    assert best == ["optim.lr=0.004"] and scores == {"0.001": 70.0, "0.002": 70.0, "0.004": 80.0, "0.008": 70.0}
+    assert len(pool.lines) == 4 * 2 * 2 and all("test=false" in words for words in pool.lines)
+    assert sum("seed=3" in words and "dataset.split_seed=3" in words for words in pool.lines) == 8
+    assert len({words[-1] for words in pool.lines}) == len(pool.lines)  # a folder each
+    pool.lines.clear()
+    found = compare_structures.tested(pool, "bias", ["method=bias"], datas, [0, 3], tmp_path)
+    assert found == {
+        "test": {"photos": [70.0, 73.0], "more": [70.0, 73.0]},
+        "last": {"photos": [65.0] * 2, "more": [65.0] * 2},
+    }
+    assert not any("test=false" in words for words in pool.lines)
+
+
 def test_contenders_are_lists_of_structures():
     assert compare_structures.words_of("lora+side") == ["method=[lora,side]"]
     assert compare_structures.rates_of("full+side") == compare_structures.SMALL
