@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from s2a_cli.activations.checkpointing import change_within
 from s2a_cli.backbones import Hidden
 from s2a_cli.common.distributed import is_main_process
 from s2a_cli.common.errors import UserError
@@ -33,7 +34,14 @@ class LowRankPrompt(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.hidden.from_tokens(self.A @ self.B).to(x.dtype)
 
-    def on_block_input(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def on_block_input(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Adds the prompt to the hidden state of a block. A forward pre-hook."""
+        if change_within(block, self.on_block_input, self.added):  # the sum never exists for the whole batch
+            return None
+        return self.added(args, kwargs)
+
+    def added(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Returns the arguments of a block with the prompt added to its hidden state."""
         return self.hidden.replaced((args, kwargs), self(self.hidden.of((args, kwargs))))
 
 

@@ -8,13 +8,16 @@ from layouts import batch, each_backbone, loss_of, make, make_attached, quant
 from omegaconf import OmegaConf
 
 from s2a_cli import backbones
+from s2a_cli.activations import compress_activations
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
-from s2a_cli.config.schema import BackboneConfig
+from s2a_cli.config.schema import BackboneConfig, QuantConfig
 from s2a_cli.memory import saved_bytes
 from s2a_cli.methods import STRUCTURES
 from s2a_cli.methods.parts.deep_supervision import losses_of
-from s2a_cli.training import checkpoints
+from s2a_cli.methods.prompt import LowRankPrompt
+from s2a_cli.training import checkpoints, forecast
+from s2a_cli.training.run import attach
 from s2a_cli.training.step import Step, train_mode
 
 TRAINS = {  # what a name must look like to be trained, the head apart
@@ -112,6 +115,77 @@ def test_prompts_need_no_activation(backbone):
     g = gradient.reshape(len(gradient), -1, block.input.channels).double().sum(0)
     torch.testing.assert_close(prompt.A.grad.double(), g @ prompt.B.double().T, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(prompt.B.grad.double(), prompt.A.double().T @ g, rtol=1e-4, atol=1e-7)
+
+
+@each_backbone
+@pytest.mark.parametrize(
+    "settings, samples",
+    [
+        ({"chunks": 1}, {4}),
+        ({"chunks": 2}, {2}),
+        ({"recompute": "block", "chunks": 2, "input": 16}, {4}),
+        ({"recompute": "block", "chunks": 8, "input": 16}, {1}),
+        ({"recompute": "block", "chunks": 8}, {4}),
+    ],
+    ids=str,
+)
+def test_prompts_are_added_in_chunks_where_that_saves_memory(backbone, settings, samples, monkeypatch):
+    made = make(backbone, "prompt")
+    made.model.eval()
+    for prompt in made.model.s2a["prompt"]:
+        prompt.B.data.normal_(std=0.1)
+    loss_of(made).backward()
+    expected = {name: p.grad.clone() for name, p in made.model.named_parameters() if p.grad is not None}
+    made.model.zero_grad()
+    seen, forward = set(), LowRankPrompt.forward
+    monkeypatch.setattr(LowRankPrompt, "forward", lambda self, x: (seen.add(len(x)), forward(self, x))[1])
+    images, targets = batch(made)
+    with compress_activations(QuantConfig(name="chunks", **settings), made.block_modules):
+        loss = losses_of(made.model(images), targets).sum()
+    loss.backward()
+    assert seen - {1} == samples - {1} and (1 in seen or samples != {1})  # a probe of one sample, too
+    rounding = 0.05 if settings.get("input") else 1e-5
+    for name, p in made.model.named_parameters():
+        if p.grad is not None:
+            assert (p.grad - expected[name]).norm() <= rounding * expected[name].norm(), name
+
+
+def test_hooks_behind_a_prompt_see_its_sum():
+    made, seen = make("vit", "prompt"), []
+    made.model.s2a["prompt"][1].B.data.normal_()
+    made.blocks[1].module.register_forward_pre_hook(lambda block, args: seen.append(args[0].detach().clone()))
+    for settings in ({"chunks": 1}, {"chunks": 2}):
+        with compress_activations(QuantConfig(name="chunks", **settings), made.block_modules):
+            made.model(batch(made)[0])
+    assert len(seen) == 2 and torch.equal(*seen)
+
+
+def test_a_call_that_fails_before_its_block_leaves_no_prompt_for_the_next():
+    made, (images, _) = make("vit", "prompt"), batch(make("vit"))
+    prompt, block = made.model.s2a["prompt"][1], made.blocks[1].module
+    prompt.B.data.normal_()
+    expected, memory = (
+        made.model(images),
+        compress_activations(QuantConfig(name="chunks", chunks=2), made.block_modules),
+    )
+    with memory:
+        prompt.on_block_input(block, (images,), {})  # as where the call ends behind the hook
+        assert torch.allclose(made.model(images), expected, atol=1e-5)
+        prompt.on_block_input(block, (images,), {})
+    with memory:
+        assert torch.allclose(made.model(images), expected, atol=1e-5)
+    assert torch.equal(made.model(images), expected)
+
+
+def test_a_prompt_takes_less_than_a_hidden_state():
+    peaks = []
+    for method in ("[bias,prompt,side]", "[bias,side]"):
+        words = ["backbone=vit_t", "backbone.image_size=112", "optim.batch_size=64", "quant=tiny", "quant.chunks=8"]
+        config = compose([*words, f"method={method}"])
+        attached = attach(config, backbones.build(config.backbone, 10, meta=True))
+        peaks.append(forecast.predict_step(attached, config, 1000).peak_mib)
+    state = 64 * 50 * 192 * 4 / 2**20
+    assert 0 < peaks[0] - peaks[1] < 0.7 * state
 
 
 def test_vit_b_trains_at_most_0_9_percent():
