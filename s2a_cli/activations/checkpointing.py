@@ -90,8 +90,7 @@ class StandIn:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.block is None:
             return self.inner(*args, **kwargs)
-        change: Change | None = self.waiting.__dict__.pop("change", None)
-        return self.block.run(functools.partial(_changed, change, self.inner) if change else self.inner, args, kwargs)
+        return self.block.run(self.inner, args, kwargs, self.waiting.__dict__.pop("change", None))
 
     def retire(self, module: nn.Module) -> None:
         """Puts back what was there, unless someone has replaced the forward since."""
@@ -165,8 +164,10 @@ class CheckpointedBlock:
                     self._stand_in.retire(self.module)
                     self._stand_in = None
 
-    def run(self, inner: Callable, args: tuple, kwargs: dict) -> Any:
-        """Returns inner(*args, **kwargs), which is what the module's forward was."""
+    def run(self, inner: Callable, args: tuple, kwargs: dict, change: Change | None) -> Any:
+        """Returns inner(*args, **kwargs), which is what the module's forward was, of changed arguments."""
+        if change:
+            inner = functools.partial(_changed, change, inner)
         frame = self.mode.frame
         if frame is None:  # in a thread of its own
             return inner(*args, **kwargs)
@@ -176,7 +177,7 @@ class CheckpointedBlock:
                 f"block {self.index} ({type(self.module).__name__}) has BatchNorms in training mode, whose statistics"
                 " recompute='block' and chunks change: put them into eval(), or set recompute='none' and chunks=1"
             )
-        call = Call(self, inner, args, kwargs, self.mode.sites.entry(f"block {self.index}"))
+        call = Call(self, inner, args, kwargs, self.mode.sites.entry(f"block {self.index}"), change is not None)
         inputs = call.inputs
         call.inputs = []  # a call that is to be made again must not keep them
         outputs = None
@@ -229,7 +230,7 @@ class CheckpointedBlock:
     def _probe(self, call: Call, inputs: list[Tensor]) -> Probe:
         x = inputs[0]
         described = tuple((t.requires_grad, t.dtype, t.shape[1:]) for t in inputs)
-        key = described, call.is_whole, self.module.training, torch.is_autocast_enabled(x.device.type)
+        key = described, call.is_whole, call.is_changed, self.module.training, torch.is_autocast_enabled(x.device.type)
         if key not in self._probes or not self._probes[key].holds():
             state = random_state(x.device)
             self._probes[key] = probe(call, inputs if call.is_whole else [t[:1] for t in inputs])
@@ -249,11 +250,13 @@ class Call:
 
     inputs: the first tensor of floats among the arguments, which is split by sample, and all others that need a
     gradient. states: how many of them, the first ones, are split by sample. is_whole: whether the batch must stay
-    whole, because other tensors may hold something for each sample.
+    whole, because other tensors may hold something for each sample. is_changed: whether arguments are changed within.
     """
 
-    def __init__(self, block: CheckpointedBlock, inner: Callable, args: tuple, kwargs: dict, name: str):
-        self.block, self.name, self.inner = block, name, inner
+    def __init__(
+        self, block: CheckpointedBlock, inner: Callable, args: tuple, kwargs: dict, name: str, is_changed: bool
+    ):
+        self.block, self.name, self.inner, self.is_changed = block, name, inner, is_changed
         given, self._spec = tree_flatten((args, kwargs))
         tensors = list({id(x): x for x in given if isinstance(x, Tensor) and x.dim()}.values())
         first = next((x for x in tensors if x.is_floating_point()), None)

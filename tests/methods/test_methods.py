@@ -160,6 +160,26 @@ def test_hooks_behind_a_prompt_see_its_sum():
     assert len(seen) == 2 and torch.equal(*seen)
 
 
+def test_a_hook_that_comes_and_goes_takes_no_gradient_of_a_prompt():
+    made = make("vit", "prompt")
+    block, prompt = made.blocks[1].module, made.model.s2a["prompt"][1]
+    prompt.B.data.normal_()
+    settings = QuantConfig(name="chunks", recompute="block", chunks=8, input=16)
+    images, targets = batch(made)
+    memory, found = compress_activations(settings, made.block_modules), []
+    for hooked in (True, False):
+        handle = block.register_forward_pre_hook(lambda block, args: None)
+        if not hooked:
+            handle.remove()
+        with memory:
+            loss = losses_of(made.model(images), targets).sum()
+        made.model.zero_grad()
+        loss.backward()
+        handle.remove()
+        found.append(prompt.B.grad.clone())
+    assert found[0].any() and (found[1] - found[0]).norm() < 0.02 * found[0].norm()
+
+
 def test_a_call_that_fails_before_its_block_leaves_no_prompt_for_the_next():
     made, (images, _) = make("vit", "prompt"), batch(make("vit"))
     prompt, block = made.model.s2a["prompt"][1], made.blocks[1].module
