@@ -14,10 +14,11 @@ A recomputed block of input [B, ..., C] keeps groupwise_size(B * ..., C, group, 
 from __future__ import annotations
 
 import copy
-import functools
+import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ from s2a_cli.activations.random_numbers import SampleDraws, batch_chunks, random
 from s2a_cli.activations.recompute import Recomputation, Recompute, in_batch_chunks, input_bytes
 from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.hooks import may_read_input
 from s2a_cli.config.schema import QuantConfig
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 TENSOR = object()  # stands for one among what a block returns
 Change = Callable[[tuple, dict], tuple[tuple, dict]]  # of a block's arguments
-MANY_CHUNKS = 8  # ViT-B under tiny: the sum with a prompt in each chunk takes 28 MiB less in 8 chunks, 9 more in 4
+MANY_CHUNKS = 8  # least for which changed inputs of recomputed blocks are made by chunk: ViT-B, -28 MiB in 8, +9 in 4
 _patching = threading.Lock()
 
 
@@ -74,7 +76,6 @@ class StandIn:
 
     def __init__(self, block: CheckpointedBlock):
         self.block: CheckpointedBlock | None = block  # None: it calls through
-        self.waiting = threading.local()  # .change: of the arguments of the call that comes next in this thread
         found = block.module.__dict__.get("forward")
         if isinstance(found, StandIn):
             if found.block is not None:
@@ -90,7 +91,9 @@ class StandIn:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.block is None:
             return self.inner(*args, **kwargs)
-        return self.block.run(self.inner, args, kwargs, self.waiting.__dict__.pop("change", None))
+        waiting: Waiting | None = self.block.waiting.__dict__.pop("call", None)
+        change = waiting.change if waiting and waiting.is_of(args, kwargs) else None
+        return self.block.run(self.inner, args, kwargs, change)
 
     def retire(self, module: nn.Module) -> None:
         """Puts back what was there, unless someone has replaced the forward since."""
@@ -108,28 +111,43 @@ class StandIn:
         return copy.deepcopy(self.inner, memo)
 
 
-def change_within(block: nn.Module, hook: Callable, change: Change) -> bool:
+@dataclass
+class Waiting:
+    """Holds the arguments of a call that its pre-hooks have seen, and how they are to be changed within the block."""
+
+    args: tuple
+    kwargs: dict
+    change: Change
+
+    def is_of(self, args: tuple, kwargs: dict) -> bool:
+        """Tells whether these are the same arguments; those of a call that was broken off are others."""
+        same = len(args) == len(self.args) and kwargs.keys() == self.kwargs.keys()
+        return same and all(map(operator.is_, (*args, *kwargs.values()), (*self.args, *self.kwargs.values())))
+
+
+def change_within(block: nn.Module, hook: Callable, args: tuple, kwargs: dict, change: Change) -> bool:
     """Has the arguments of a block's call changed where its chunks of the batch run: the change exists for one chunk.
 
     Call it in `hook`, a forward pre-hook of the block. The change must be made sample by sample. Returns False, and
-    does nothing, where no memory of this thread runs the block, where hooks behind this one are to see the change, and
-    where it would not save memory.
+    does nothing, where no memory of this thread runs the block, where that would not save memory, and where another
+    hook may read the change: a pre-hook behind this one, a backward hook, or a forward hook, which is given the inputs
+    as well, unless `reads_output_only` says that it does not look at them.
     """
     stand_in = block.__dict__.get("forward")
-    if not isinstance(stand_in, StandIn) or stand_in.block is None or stand_in.block.mode.frame is None:
+    inner = stand_in.block if isinstance(stand_in, StandIn) else None
+    if inner is None or inner.mode.frame is None or not inner.saves_by_changes_within:
         return False
-    config, recomputes = stand_in.block.config, stand_in.block.config.recompute == "block"
-    # Where a block is computed again, a chunk of its input and the changed one exist beside each other.
-    saves = (config.chunks or 1) >= (MANY_CHUNKS if recomputes else 2) and not (recomputes and config.input is None)
-    if not saves or next(reversed(block._forward_pre_hooks.values())) != hook:
+    hooks = list(block._forward_pre_hooks.values())
+    if hooks[-1:] != [hook] or hooks.count(hook) > 1 or _others_read_inputs(block):
         return False
-    stand_in.waiting.change = change
+    inner.waiting.call = Waiting(args, kwargs, change)
     return True
 
 
-def _changed(change: Change, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-    args, kwargs = change(args, kwargs)
-    return inner(*args, **kwargs)
+def _others_read_inputs(block: nn.Module) -> bool:
+    """Returns whether hooks that run after the forward, or the gradients of inputs, may be somebody's."""
+    hooks = (*block._forward_hooks.values(), *torch.nn.modules.module._global_forward_hooks.values())
+    return bool(block._backward_hooks or block._backward_pre_hooks) or any(map(may_read_input, hooks))
 
 
 class CheckpointedBlock:
@@ -141,9 +159,23 @@ class CheckpointedBlock:
         self.has_mlp = bool(mlps(module))
         divided = config.recompute == "block" or config.chunks != 1
         self._norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if divided else []
+        self.waiting = threading.local()  # .call: a Waiting, for the call that comes next in this thread
         self._probes: dict[tuple, Probe] = {}
+        self._probed: tuple[int, ...] = ()  # the ids of the parameters that they are about, which they keep alive
         self._users = 0  # threads that are within the mode
         self._stand_in: StandIn | None = None
+
+    @property
+    def saves_by_changes_within(self) -> bool:
+        """Returns whether a change of the inputs takes less memory in each chunk than for the whole batch.
+
+        It does where there are chunks for certain. Where a block is computed again, a chunk of its input and the
+        changed one exist beside each other: that pays in many chunks, and where not the exact input is kept.
+        """
+        chunks = self.config.chunks or 1
+        if self.config.recompute == "block":
+            return chunks >= MANY_CHUNKS and self.config.input is not None
+        return chunks > 1
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -164,20 +196,24 @@ class CheckpointedBlock:
                     self._stand_in.retire(self.module)
                     self._stand_in = None
 
-    def run(self, inner: Callable, args: tuple, kwargs: dict, change: Change | None) -> Any:
+    def run(self, inner: Callable, args: tuple, kwargs: dict, change: Change | None = None) -> Any:
         """Returns inner(*args, **kwargs), which is what the module's forward was, of changed arguments."""
-        if change:
-            inner = functools.partial(_changed, change, inner)
+
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            if change:
+                args, kwargs = change(args, kwargs)
+            return inner(*args, **kwargs)
+
         frame = self.mode.frame
         if frame is None:  # in a thread of its own
-            return inner(*args, **kwargs)
+            return changed(*args, **kwargs)
         refuse_checkpointing(frame.grad)
         if any(norm.training for norm in self._norms):
             raise UserError(
                 f"block {self.index} ({type(self.module).__name__}) has BatchNorms in training mode, whose statistics"
                 " recompute='block' and chunks change: put them into eval(), or set recompute='none' and chunks=1"
             )
-        call = Call(self, inner, args, kwargs, self.mode.sites.entry(f"block {self.index}"), change is not None)
+        call = Call(self, changed, args, kwargs, self.mode.sites.entry(f"block {self.index}"), change)
         inputs = call.inputs
         call.inputs = []  # a call that is to be made again must not keep them
         outputs = None
@@ -186,7 +222,7 @@ class CheckpointedBlock:
         if outputs is not None:
             return call.returned(outputs)
         with self.mode.inside(self, call.name):
-            return inner(*args, **kwargs)
+            return changed(*args, **kwargs)
 
     def _without_graph(self, call: Call, inputs: list[Tensor]) -> list[Tensor] | None:
         """Returns the outputs, made in batch chunks; None where the batch is to run whole."""
@@ -230,7 +266,12 @@ class CheckpointedBlock:
     def _probe(self, call: Call, inputs: list[Tensor]) -> Probe:
         x = inputs[0]
         described = tuple((t.requires_grad, t.dtype, t.shape[1:]) for t in inputs)
-        key = described, call.is_whole, call.is_changed, self.module.training, torch.is_autocast_enabled(x.device.type)
+        owners = (self.module, getattr(call.change, "__self__", None))
+        parameters = tuple(id(p) for owner in owners if isinstance(owner, nn.Module) for p in owner.parameters())
+        if parameters != self._probed:  # some were replaced by others
+            self._probes.clear()
+            self._probed = parameters
+        key = described, call.is_whole, call.change, self.module.training, torch.is_autocast_enabled(x.device.type)
         if key not in self._probes or not self._probes[key].holds():
             state = random_state(x.device)
             self._probes[key] = probe(call, inputs if call.is_whole else [t[:1] for t in inputs])
@@ -250,13 +291,19 @@ class Call:
 
     inputs: the first tensor of floats among the arguments, which is split by sample, and all others that need a
     gradient. states: how many of them, the first ones, are split by sample. is_whole: whether the batch must stay
-    whole, because other tensors may hold something for each sample. is_changed: whether arguments are changed within.
+    whole, because other tensors may hold something for each sample. change: of the arguments, which `inner` makes.
     """
 
     def __init__(
-        self, block: CheckpointedBlock, inner: Callable, args: tuple, kwargs: dict, name: str, is_changed: bool
+        self,
+        block: CheckpointedBlock,
+        inner: Callable,
+        args: tuple,
+        kwargs: dict,
+        name: str,
+        change: Change | None = None,
     ):
-        self.block, self.name, self.inner, self.is_changed = block, name, inner, is_changed
+        self.block, self.name, self.inner, self.change = block, name, inner, change
         given, self._spec = tree_flatten((args, kwargs))
         tensors = list({id(x): x for x in given if isinstance(x, Tensor) and x.dim()}.values())
         first = next((x for x in tensors if x.is_floating_point()), None)

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from s2a_cli.common.hooks import reads_output_only
+
 COMPILED = (
     "a model that torch.compile has compiled within compress_activations: codes and recomputation break the compiler's"
     " graph at every operator. Call the model itself (of torch.compile(model): compiled._orig_mod), or train the"
@@ -141,6 +143,7 @@ def _before(module: nn.Module, inputs: tuple) -> None:
         _followed.sites.enters(module)
 
 
+@reads_output_only
 def _after(module: nn.Module, inputs: tuple, output: Any) -> None:
     if _followed.sites is not None:
         _followed.sites.leaves(module)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from s2a_cli.common.hooks import reads_output_only
 from s2a_cli.memory.families import of_module
 from s2a_cli.memory.tracker import Tracker
 
@@ -50,7 +51,7 @@ class Watch:
                 hooks.callback(
                     module.register_forward_pre_hook(lambda *_, name=name: self._enters(name), prepend=True).remove
                 )
-                hooks.callback(module.register_forward_hook(lambda *_: self._leaves()).remove)
+                hooks.callback(module.register_forward_hook(reads_output_only(lambda *_: self._leaves())).remove)
             hooks.callback(self.model.register_forward_pre_hook(lambda *_: self._phase("forward"), prepend=True).remove)
             hooks.callback(self.optimizer.register_step_pre_hook(lambda *_: self._updates()).remove)
             self._hooks = hooks.pop_all()

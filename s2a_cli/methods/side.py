@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from s2a_cli.backbones import Block, Hidden
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.hooks import reads_output_only
 from s2a_cli.config.schema import AT_LEAST_1, POSITIVE
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
@@ -58,6 +59,7 @@ class LiteSideBranch(AuxiliaryHeads):
             Reader(hidden.channels, settings.heads, settings.width, classes) for hidden in states
         )
 
+    @reads_output_only
     def on_block_output(self, index: int, block: nn.Module, args: tuple, output: Any) -> Any:
         """Classifies by a hidden state, and passes it on. A hook of the block that is read as number `index`."""
         if index == 0:

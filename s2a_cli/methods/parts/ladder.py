@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2a_cli.backbones import Hidden
+from s2a_cli.common.hooks import reads_output_only
 from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 HEADS = 4  # of attention in the branch
@@ -68,6 +69,7 @@ class Ladder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.merges = nn.ModuleList(_zero(nn.Linear(width, head.weight.shape[1])) for head in heads)
 
+    @reads_output_only
     def on_block_output(self, index: int, block: nn.Module, args: tuple, output: Any) -> None:
         """Climbs from one hidden state to the next. A hook of the block that is read as number `index`."""
         average = cast(AveragedChannels, self.averages[index])

@@ -1,0 +1,22 @@
+"""What a forward hook says of itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+def reads_output_only(hook: Hook) -> Hook:
+    """Marks a forward hook to which its module's inputs do not matter: they may be changed behind the pre-hooks."""
+    hook.reads_output_only = True  # pyright: ignore[reportFunctionMemberAccess]
+    return hook
+
+
+def may_read_input(hook: Callable) -> bool:
+    """Returns whether a forward hook, a bound method or a partial as well, is not marked by `reads_output_only`."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return not getattr(hook, "reads_output_only", False)
