@@ -1,7 +1,7 @@
 """Which structure buys the most accuracy for its memory? One search protocol for all, that anyone can run again.
 
     .venv/bin/python benchmarks/structures/compare_structures.py WEIGHTS DATA... [key=value ...] [--search DATA...]
-    [--seeds 0 1 2] [--search-seeds 0 1 2] [--only NAME...] [--workers 2] [--out runs/structures]
+    [--seeds 0 1 2] [--search-seeds 0 1 2] [--settings FILE] [--only NAME...] [--workers 2] [--out runs/structures]
 
 WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors; those of another backbone together with
 backbone=NAME. DATA: a train/ and test/ tree of class folders, or such a tree in a .tar, with settings for it alone
@@ -10,14 +10,14 @@ of the contenders below.
 
 Each contender takes the learning rate, of four and of further ones while the best lies at an end, with the best mean
 of the validation accuracies on the DATA and the seeds of the search: by default all DATA and three seeds, each with a
-split of its own (of one seed, the choice is something of a draw). The test split is not read. Where its paper tunes
-another number a task, the best of three of these is taken likewise. Then it trains with every seed and its split, and
-the test split is read once for each of these runs, at the epoch that was best on validation; the validation accuracy
-of the last epoch stands beside it. Contenders run without codes (quant=none); their memory is predicted for 224 px
-and a batch of 64, of ViT-B/16 or of backbone=NAME, without codes and with quant=tiny in 8 chunks, which trains
-BatchNorms only without. Runs that are finished are not repeated, so that the same line goes on after a break. A
-contender that fails is named, and the others go on. Written to OUT: results.json, table.md, and structures.png,
-accuracy against memory.
+split of its own (of one seed, the choice is something of a draw). The test split is not read. With --settings FILE,
+the results of another comparison, nothing is searched for the contenders in it. Where its paper tunes another number
+a task, the best of three of these is taken likewise. Then it trains with every seed and its split, and the test split
+is read once for each of these runs, at the epoch that was best on validation; the validation accuracy of the last
+epoch stands beside it. Contenders run without codes (quant=none); their memory is predicted for 224 px and a batch of
+64, of ViT-B/16 or of backbone=NAME, without codes and with quant=tiny in 8 chunks, which trains BatchNorms only
+without. Runs that are finished are not repeated, so that the same line goes on after a break. A contender that fails
+is named, and the others go on. Written to OUT: results.json, table.md, and structures.png, accuracy against memory.
 """
 
 from __future__ import annotations
@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--search", nargs="+", metavar="DATA")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--search-seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--settings", type=Path, help="results.json of a comparison whose settings are taken")
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/structures"))
@@ -212,12 +213,16 @@ def main() -> None:
     backbone = chosen.removeprefix("backbone=")
     threads, lock = max(1, (os.cpu_count() or 1) // args.workers), threading.Lock()
     context = multiprocessing.get_context("spawn")
+    known: dict[str, Entry] = json.loads(args.settings.read_text()) if args.settings else {}
 
     def compare(name: str) -> None:
         """Searches and tests one contender, and adds it to the results."""
         common = ["experiment=photos_112", f"backbone.checkpoint={args.weights}", *words_of(name), "quant=none"]
         words = [*common, *changes]
-        best, scores = Search(pool, name, words, search, args.search_seeds, args.out).chosen()
+        if name in known:
+            best, scores = known[name]["words"][len(words_of(name)) :], {}
+        else:
+            best, scores = Search(pool, name, words, search, args.search_seeds, args.out).chosen()
         found = tested(pool, name, [*words, *best], datas, args.seeds, args.out)
         cost = pool.submit(costs, backbone, words_of(name)).result()
         entry = {"words": [*words_of(name), *best], "validation": scores} | found | cost
