@@ -85,7 +85,7 @@ def draw(table: pd.DataFrame, backbone: str, path: Path) -> None:
         if codes not in table:
             continue
         for name, peak, top in zip(table.index, table[codes], table["mean"]):
-            if peak == peak:  # not missing
+            if not pd.isna(peak):
                 points.append((peak, top, str(name)))
                 ours = bool({"side", "s2a"} & set(str(name).split("+")))
                 axes.plot(peak, top, marker, color="tab:blue" if ours else "tab:gray")

@@ -51,7 +51,7 @@ def test_differences_are_paired_and_costs_may_be_missing(tmp_path):
 def test_the_last_epoch_stands_beside_and_peaks_may_be_missing(tmp_path):
     entries = {
         "s2a": entry([80.0], last={"photos": [90.0], "sketches": [70.0]}, peaks={}),
-        "bias": entry([79.0], peaks={}),
+        "bias": entry([79.0], peaks={"none": None}),
     }
     table = compare_report.rows(entries)
     assert table.loc["s2a", "val., last epoch"] == 80.0 and math.isnan(table.loc["bias", "val., last epoch"])
