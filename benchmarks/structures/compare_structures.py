@@ -209,6 +209,8 @@ def main() -> None:
     search = [Data(word) for word in args.search or ()] or datas
     if not datas:
         parser.error("give DATA: a folder of images")
+    if args.settings and not args.settings.is_file():
+        parser.error(f"--settings {args.settings}: no such file; give the results.json of a comparison")
     chosen = next((word for word in changes if word.startswith("backbone=")), "backbone=vit_b")
     backbone = chosen.removeprefix("backbone=")
     threads, lock = max(1, (os.cpu_count() or 1) // args.workers), threading.Lock()

@@ -128,10 +128,11 @@ class Waiting:
 def change_within(block: nn.Module, hook: Callable, args: tuple, kwargs: dict, change: Change) -> bool:
     """Has the arguments of a block's call changed where its chunks of the batch run: the change exists for one chunk.
 
-    Call it in `hook`, a forward pre-hook of the block. The change must be made sample by sample. Returns False, and
-    does nothing, where no memory of this thread runs the block, where that would not save memory, and where another
-    hook may read the change: a pre-hook behind this one, a backward hook, or a forward hook, which is given the inputs
-    as well, unless `reads_output_only` says that it does not look at them.
+    Call it in `hook`, a forward pre-hook of the block. The change must be made sample by sample, by a method of the
+    module whose parameters it uses. Returns False, and does nothing, where no memory of this thread runs the block,
+    where that would not save memory, and where another hook may read the change: a pre-hook behind this one, a
+    backward hook, or a forward hook, which is given the inputs as well, unless `reads_output_only` says that it
+    does not look at them.
     """
     stand_in = block.__dict__.get("forward")
     inner = stand_in.block if isinstance(stand_in, StandIn) else None

@@ -36,11 +36,9 @@ class LowRankPrompt(nn.Module):
 
     def on_block_input(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Adds the prompt to the hidden state of a block. A forward pre-hook."""
-        if change_within(
-            block, self.on_block_input, args, kwargs, self.added
-        ):  # the sum never exists for the whole batch
-            return None
-        return self.added(args, kwargs)
+        # Where a block runs in many chunks, the sum does not exist for the whole batch.
+        within = change_within(block, self.on_block_input, args, kwargs, self.added)
+        return None if within else self.added(args, kwargs)
 
     def added(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Returns the arguments of a block with the prompt added to its hidden state."""
