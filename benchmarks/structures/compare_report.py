@@ -20,6 +20,8 @@ from s2a_cli.results.significance import difference, holm
 
 RESULTS = "results.json"
 AGAINST = "s2a"
+NAMED = (AGAINST, "full")  # in the figure, beside those on the front
+FRONT: dict[str, Any] = dict(where="post", color="tab:red", linewidth=0.8, label="nothing is better in less")
 # words, validation {setting: %}, test and last {data set: [% a seed]}, peaks {codes: MiB}, percent
 Entry = dict[str, Any]
 
@@ -90,14 +92,19 @@ def draw(table: pd.DataFrame, backbone: str, path: Path) -> None:
                 ours = bool({"side", "s2a"} & set(str(name).split("+")))
                 axes.plot(peak, top, marker, color="tab:blue" if ours else "tab:gray")
     front, best = [], -1.0
-    for peak, top, name in sorted(points, key=lambda point: (point[0], -point[1])):
-        if top > best:
-            best = top
-            front.append((peak, top))
-            axes.annotate(name, (peak, top), xytext=(4, 5), textcoords="offset points", fontsize=8)
+    for point in sorted(points, key=lambda point: (point[0], -point[1])):
+        if point[1] > best:
+            best = point[1]
+            front.append(point)
     if front:
-        peaks, tops = zip(*front, strict=True)
-        axes.step(peaks, tops, where="post", color="tab:red", linewidth=0.8, label="nothing is better in less")
+        axes.step(*zip(*(point[:2] for point in front), strict=True), **FRONT)
+    named = {*front, *(min(of) for name in NAMED if (of := [point for point in points if point[2] == name]))}
+    low, high = axes.get_ylim()
+    gap, height = (high - low) / 28, float("inf")  # names nearer than the gap would lie on each other
+    for peak, top, name in sorted(named, key=lambda point: -point[1]):
+        height = min(top, height - gap)
+        line = {"arrowstyle": "-", "color": "tab:gray", "linewidth": 0.5}
+        axes.annotate(name, (peak, top), (peak * 1.2, height), va="center", fontsize=8, arrowprops=line)
     for marker, label in (("o", "without codes"), ("v", "quant=tiny, 8 chunks")):
         axes.plot([], [], marker, color="black", label=label)
     axes.set(xscale="log", xlabel=f"predicted peak of a step, {backbone}, batch 64, MiB", ylabel="mean test top-1, %")
