@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from s2a_cli.planner.candidates import PLAIN, RECOMPUTED, Candidate
-from s2a_cli.planner.costs import Timer
+from s2a_cli.planner.timer import Timer
 from s2a_cli.training.step import moving_norms
 
 IMAGES = 8  # of the first batch

@@ -1,9 +1,9 @@
 """Plans the steps of a run for a budget: the fastest settings whose predicted peak fits.
 
-Peaks are predicted, times are measured on this device (costs.py), and a search finds what fits (search.py). Candidates
-that leave the gradient as it is come first: one that does not is taken only where it is faster than all of them, and
-where its gradient on the run's first images is as near to the exact one as `fidelity=` asks for. The best three are
-then timed side by side, and the fastest is taken.
+Peaks are predicted, times are measured on this device (measure.py), and a search finds what fits (search.py).
+Candidates that leave the gradient as it is come first: one that does not is taken only where it is faster than all of
+them, and where its gradient on the run's first images is as near to the exact one as `fidelity=` asks for. The best
+three are then timed side by side, and the fastest is taken.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from s2a_cli.config.settings import plain
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import Attachment
 from s2a_cli.planner.candidates import EXACT, FIDELITY, WEIGHTS, Candidate, Mode
-from s2a_cli.planner.costs import SHORT_RUN, Timer, measure
 from s2a_cli.planner.fidelity import Fidelity
+from s2a_cli.planner.measure import SHORT_RUN, measure
 from s2a_cli.planner.search import Found, Room, Slower, plans
 from s2a_cli.planner.task import Task
+from s2a_cli.planner.timer import Timer
 from s2a_cli.results import record
 
 DOUBT = 0.1  # of the budget: what is estimated to be nearer to it is predicted; so is all that is taken

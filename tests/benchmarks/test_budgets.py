@@ -7,14 +7,14 @@ import json
 import budgets
 import pytest
 
-from s2a_cli.planner import costs, plan
+from s2a_cli.planner import measure, plan
 
 SHALLOW = ["backbone=vit_micro", "backbone.kwargs.depth=2", "backbone.checkpoint=null", "backbone.pretrained=false"]
 
 
 @pytest.mark.slow
 def test_plans_stand_beside_all_rows_that_fit(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(costs, "SECONDS", 0.2)
+    monkeypatch.setattr(measure, "SECONDS", 0.2)
     monkeypatch.setattr(plan, "FINAL_SECONDS", 0.2)
     asked = ["device=cpu", "batch=4", "steps=1", "budgets=0.1MiB,1.6MiB,1GiB", f"out={tmp_path}", "name=small"]
     found = budgets.main([*SHALLOW, *asked])

@@ -16,12 +16,12 @@ from s2a_cli.common.progress import Progress
 from s2a_cli.config.compose import compose
 from s2a_cli.config.settings import replaced
 from s2a_cli.memory.result import MIB
-from s2a_cli.planner import costs, plan
+from s2a_cli.planner import measure, plan
 from s2a_cli.planner.candidates import EXACT, MODES, PLAIN, RECOMPUTED, Candidate
-from s2a_cli.planner.costs import Timer
 from s2a_cli.planner.fidelity import Fidelity
 from s2a_cli.planner.run_plan import plan_run
 from s2a_cli.planner.task import Task
+from s2a_cli.planner.timer import Timer
 from s2a_cli.results import record
 from s2a_cli.training import forecast, trainer
 from s2a_cli.training.run import attach
@@ -52,7 +52,7 @@ def timer_of(task: Task) -> Timer:
 @pytest.fixture
 def quick(monkeypatch):
     """Plans that take no time: the search is the same."""
-    monkeypatch.setattr(costs, "SECONDS", 0.2)
+    monkeypatch.setattr(measure, "SECONDS", 0.2)
     monkeypatch.setattr(plan, "FINAL_SECONDS", 0.2)
 
 

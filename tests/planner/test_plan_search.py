@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from s2a_cli.planner.candidates import EXACT, MODES, PLAIN, RECOMPUTED, Candidate, micro_batches
-from s2a_cli.planner.costs import SECONDS, SHORT_RUN, Costs, assumed, measure
+from s2a_cli.planner.costs import Costs, assumed
+from s2a_cli.planner.measure import SECONDS, SHORT_RUN, measure_passes
 from s2a_cli.planner.search import Found, Room, how_many, plans
 
 BATCH, BLOCKS = 64, 12
@@ -171,7 +172,7 @@ class Clock:
     def __init__(self, seconds, monkeypatch, blocks=4):
         self.seconds, self.now, self.calls = seconds, 0.0, []
         self.attached = SimpleNamespace(blocks=[None] * blocks)
-        monkeypatch.setattr("s2a_cli.planner.costs.time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr("s2a_cli.planner.measure.time", SimpleNamespace(monotonic=lambda: self.now))
 
     def __call__(self, candidate: Candidate, images: int) -> float:
         took = self.seconds(candidate, images)
@@ -185,7 +186,7 @@ class Clock:
 
 def test_a_slow_device_is_measured_in_time(monkeypatch):
     clock = Clock(lambda candidate, images: images * (1.3 if candidate.blocks else 1.0), monkeypatch)
-    found = measure(clock, [1, 2, 4, 8, 16, 32, 64], MODES[:4], lambda candidate: True)
+    found = measure_passes(clock, [1, 2, 4, 8, 16, 32, 64], MODES[:4], lambda candidate: True)
     assert set(found.stock) == {1, 2} and all(set(sizes) == {1} for sizes in found.extra.values())
     assert clock.now < 2 * SECONDS
     assert found.more(RECOMPUTED, 2) == pytest.approx(0.3)
@@ -193,7 +194,7 @@ def test_a_slow_device_is_measured_in_time(monkeypatch):
 
 def test_a_short_run_is_not_measured_for_longer_than_a_part_of_it(monkeypatch):
     clock = Clock(lambda candidate, images: images * (0.013 if candidate.blocks else 0.01), monkeypatch)
-    measure(clock, [1, 2, 4, 8, 16, 32, 64], MODES[:4], lambda candidate: True, run=4000)
+    measure_passes(clock, [1, 2, 4, 8, 16, 32, 64], MODES[:4], lambda candidate: True, run=4000)
     assert clock.now == pytest.approx(SHORT_RUN * 4000 * 0.01, rel=0.3)
 
 
@@ -204,7 +205,7 @@ def test_predictions_take_no_time_from_measurements(monkeypatch):
         clock.now += 5.0
         return True
 
-    found = measure(clock, [1, 2, 4, 8, 16, 32, 64], MODES[:4], fits)
+    found = measure_passes(clock, [1, 2, 4, 8, 16, 32, 64], MODES[:4], fits)
     assert set(found.stock) >= {1, 2, 4, 8, 16} and set(found.extra) == set(MODES[1:4])
 
 
@@ -214,7 +215,7 @@ def test_a_fast_device_is_measured_at_all_sizes_that_fit(monkeypatch):
         return max(0.020 * (1.5 if candidate.blocks else 1.0), 0.001 * images * (1.3 if candidate.blocks else 1.0))
 
     clock = Clock(seconds, monkeypatch)
-    found = measure(clock, [1, 2, 4, 8, 16, 32, 64], MODES[:4], lambda c: bool(c.blocks) or c.micro_batch <= 32)
+    found = measure_passes(clock, [1, 2, 4, 8, 16, 32, 64], MODES[:4], lambda c: bool(c.blocks) or c.micro_batch <= 32)
     assert set(found.stock) == {1, 2, 4, 8, 16, 32}
     assert found.more(RECOMPUTED, 4) == pytest.approx(0.5) and found.more(RECOMPUTED, 32) == pytest.approx(0.3)
     assert found.more(RECOMPUTED, 64) == pytest.approx(0.3), "beyond what fits in stock PyTorch its time goes on"
@@ -223,6 +224,6 @@ def test_a_fast_device_is_measured_at_all_sizes_that_fit(monkeypatch):
 
 def test_what_stock_pytorch_can_not_run_is_measured_by_a_mode(monkeypatch):
     clock = Clock(lambda candidate, images: images * 0.1, monkeypatch)
-    found = measure(clock, [1, 2, 4], MODES[:4], lambda candidate: bool(candidate.blocks))
+    found = measure_passes(clock, [1, 2, 4], MODES[:4], lambda candidate: bool(candidate.blocks))
     assert set(found.stock) == {1} and found.stock[1] < 0.1
     assert all(candidate.blocks for candidate, _ in clock.calls)
