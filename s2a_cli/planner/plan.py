@@ -3,7 +3,7 @@
 Peaks are predicted, times are measured on this device (measure.py), and a search finds what fits (search.py).
 Candidates that leave the gradient as it is come first: one that does not is taken only where it is faster than all of
 them, and where its gradient on the run's first images is as near to the exact one as `fidelity=` asks for. The best
-three are then timed side by side, and the fastest is taken.
+three are then timed side by side where the device is fast enough for that to tell more, and the fastest is taken.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ DOUBT = 0.1  # of the budget: what is estimated to be nearer to it is predicted;
 FINALISTS = 3
 FINAL_SECONDS = 8.0  # for the finalists together
 TURNS = 5  # of each finalist, alternating
+FEWEST_TURNS = 2
+ALIKE = 0.01  # of a step: by less no measurement tells two plans apart
 SHOWN = 8  # alternatives
 
 
@@ -51,6 +53,15 @@ class Contender:
     @property
     def candidate(self) -> Candidate:
         return self.found.candidate
+
+    @property
+    def step_seconds(self) -> float:
+        """The seconds of a step, timed or else predicted."""
+        return self.found.seconds if self.seconds is None else self.seconds
+
+    def micro_batch_seconds(self, batch: int) -> float:
+        """Returns the predicted seconds of a micro-batch of a step of so many images."""
+        return self.found.seconds * self.candidate.micro_batch / batch
 
     def choice(self, task: Task) -> record.Choice:
         """Returns what the record of a run says about it."""
@@ -119,7 +130,7 @@ def make(
     best = _best(finalists)
     contenders += [Contender(Found(one.candidate, math.inf, one.seconds), _too_slow(one, best)) for one in slower]
     _explain(best, contenders)
-    rest = sorted((c for c in contenders if c is not best), key=lambda c: c.seconds or c.found.seconds)
+    rest = sorted((c for c in contenders if c is not best), key=lambda c: c.step_seconds)
     settings = task.settings(best.candidate)
     return {
         "settings": settings,
@@ -155,17 +166,16 @@ def _finalists(
 def _time(finalists: list[Contender], timers: Mapping[str | None, Timer], batch: int, most: float) -> None:
     """Times some micro-batches of each finalist in turn, and notes the seconds of a step.
 
-    most: seconds for all of them. One whose micro-batch alone would take half of `FINAL_SECONDS` keeps its prediction.
+    most: seconds for all of them. Where these do not suffice for `FEWEST_TURNS` of each, all keep their predictions,
+    which are made of more and shorter measurements.
     """
-    share = most / len(finalists)
-    turn_of = {id(one): min(share / TURNS, one.found.seconds) for one in finalists}
-    timed = [one for one in finalists if one.found.seconds * one.candidate.micro_batch / batch < FINAL_SECONDS / 2]
-    if len(timed) < 2:
+    if len(finalists) * FEWEST_TURNS * max(one.micro_batch_seconds(batch) for one in finalists) > most:
         return
-    rates: dict[int, list[float]] = {id(one): [] for one in timed}
+    turn_of = {id(one): min(most / len(finalists) / TURNS, one.found.seconds) for one in finalists}
+    rates: dict[int, list[float]] = {id(one): [] for one in finalists}
     until = time.monotonic() + most
     for turn in range(TURNS):
-        for one in timed:
+        for one in finalists:
             timer, images, seconds = timers[one.candidate.weights], 0, 0.0
             while seconds < turn_of[id(one)] and (turn == 0 or time.monotonic() < until or not images):
                 took = timer(one.candidate, one.candidate.micro_batch)
@@ -177,18 +187,23 @@ def _time(finalists: list[Contender], timers: Mapping[str | None, Timer], batch:
                 rates[id(one)].append(seconds / images)
         if time.monotonic() > until:
             break
-    for one in timed:
+    for one in finalists:
         if rates[id(one)] and not one.why:
             one.seconds = batch * min(rates[id(one)])  # of several the least is nearest to an undisturbed device
 
 
 def _best(finalists: list[Contender]) -> Contender:
-    """Returns the one with the shortest step, of the timed ones where there are some. Raises UserError without any."""
+    """Returns the one with the shortest step, of the timed ones where there are some; of equal ones the smallest.
+
+    Those that leave the gradient as it is go before others as fast. Raises UserError without any.
+    """
     left = [one for one in finalists if not one.why]
     if not left:
         raise UserError("budget: what was predicted to fit does not, on this device now; others may be using it")
-    timed = [one for one in left if one.seconds is not None]
-    return min(timed or left, key=lambda one: one.seconds or one.found.seconds)
+    timed = [one for one in left if one.seconds is not None] or left
+    least = min(one.step_seconds for one in timed)
+    alike = [one for one in timed if one.step_seconds <= (1 + ALIKE) * least]
+    return min(alike, key=lambda one: (-one.candidate.fidelity, one.found.needed))
 
 
 def _too_slow(one: Slower, best: Contender) -> str:
@@ -201,9 +216,13 @@ def _too_slow(one: Slower, best: Contender) -> str:
 def _explain(best: Contender, contenders: Iterable[Contender]) -> None:
     """Notes why each contender is not taken, where that has not been said, and why one is."""
     rivals = [one for one in contenders if one.seconds is not None]
-    best.why = (
-        f"the fastest of {len(rivals)} that were timed" if best.seconds else "the fastest that fits, as predicted"
-    )
+    others = rivals if best.seconds else contenders
+    if any(one.step_seconds < best.step_seconds for one in others if not one.why):
+        best.why = f"as fast as any, within {ALIKE:.0%}, {'timed' if best.seconds else 'as predicted'}"
+    elif best.seconds:
+        best.why = f"the fastest of {len(rivals)} that were timed"
+    else:
+        best.why = "the fastest that fits, as predicted"
     for one in contenders:
         if one.why:
             continue

@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from s2a_cli.planner import plan
 from s2a_cli.planner.candidates import EXACT, MODES, PLAIN, RECOMPUTED, Candidate, micro_batches
 from s2a_cli.planner.costs import Costs, assumed
 from s2a_cli.planner.measure import SECONDS, SHORT_RUN, measure_passes
 from s2a_cli.planner.search import Found, Room, how_many, plans
+from s2a_cli.planner.timer import Timer
 
 BATCH, BLOCKS = 64, 12
 KEPT = dict(zip(MODES, (1.0, 0.9, 0.1, 0.1, 0.25, 0.17, 0.05, 0.12), strict=True))
@@ -227,3 +230,31 @@ def test_what_stock_pytorch_can_not_run_is_measured_by_a_mode(monkeypatch):
     found = measure_passes(clock, [1, 2, 4], MODES[:4], lambda candidate: bool(candidate.blocks))
     assert set(found.stock) == {1} and found.stock[1] < 0.1
     assert all(candidate.blocks for candidate, _ in clock.calls)
+
+
+def contenders(*steps: tuple[Candidate, float]) -> list[plan.Contender]:
+    return [plan.Contender(Found(candidate, needed(candidate), seconds)) for candidate, seconds in steps]
+
+
+@pytest.mark.parametrize(("step", "turns"), [(1.0, plan.TURNS), (60.0, 0)])
+def test_a_device_that_can_not_time_finalists_twice_does_not_time_them(step, turns, monkeypatch):
+    """Of some 60 s for 64 images a single turn of each is all that there is time for: it would be noise."""
+    finalists = contenders((Candidate(4), 0.9 * step), (Candidate(8), step))
+    clock = Clock(lambda candidate, images: step * images / BATCH, monkeypatch)
+    monkeypatch.setattr("s2a_cli.planner.plan.time", SimpleNamespace(monotonic=lambda: clock.now))
+    plan._time(finalists, cast(dict[str | None, Timer], {None: clock}), BATCH, plan.FINAL_SECONDS)
+    assert len(clock.calls) >= 2 * turns and bool(clock.calls) == bool(turns)
+    assert [one.step_seconds for one in finalists] == pytest.approx([step, step] if turns else [0.9 * step, step])
+
+
+def test_of_plans_as_fast_the_smallest_is_taken():
+    within = 1 + plan.ALIKE / 2
+    small, large = contenders((Candidate(4), 10.0 * within), (Candidate(8), 10.0))
+    assert plan._best([large, small]) is small
+    plan._explain(small, [large, small])
+    assert small.why == "as fast as any, within 1%, as predicted" and large.why == "1.00 times the seconds, predicted"
+    slower, faster = contenders((Candidate(4), 10.2), (Candidate(8), 10.0))
+    assert plan._best([slower, faster]) is faster
+    coded = Candidate(4, MODES[4], BLOCKS, BLOCKS)
+    exact, rounded = contenders((Candidate(8), 10.0 * within), (coded, 10.0))
+    assert rounded.found.needed < exact.found.needed and plan._best([exact, rounded]) is exact
