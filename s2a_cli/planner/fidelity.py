@@ -17,20 +17,21 @@ IMAGES = 8  # of the first batch
 class Fidelity:
     """Returns the cosine of a candidate's gradient, of all that trains, with the exact one.
 
-    timer: of the run with exact weights. timers: by how weights are stored.
+    timers: of the run, by how weights are stored. exact: how they are stored where they are exact.
     """
 
-    def __init__(self, timer: Timer, timers: Mapping[str | None, Timer]):
-        self.timer, self.timers = timer, timers
+    def __init__(self, timers: Mapping[str | None, Timer], exact: str | None):
+        self.timers, self.exact = timers, exact
         self._exact: dict[int, Tensor] = {}
 
     def __call__(self, candidate: Candidate) -> float:
         size = min(candidate.micro_batch, IMAGES)
         if size not in self._exact:
-            total = max(1, len(self.timer.attached.blocks))
-            alike = self.timer.attached.blocks and not moving_norms(self.timer.attached.model)  # parts of a batch
+            timer = self.timers[self.exact]
+            total = max(1, len(timer.attached.blocks))
+            alike = timer.attached.blocks and not moving_norms(timer.attached.model)  # parts of a batch
             mode = RECOMPUTED if alike else PLAIN
-            self._exact[size] = _gradient(self.timer, Candidate(size, mode, total, total), size)
+            self._exact[size] = _gradient(timer, Candidate(size, mode, total, total), size)
         found = _gradient(self.timers[candidate.weights], candidate, size)
         return torch.cosine_similarity(found, self._exact[size], dim=0).item()
 

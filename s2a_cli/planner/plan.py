@@ -29,7 +29,7 @@ from s2a_cli.planner.fidelity import Fidelity
 from s2a_cli.planner.measure import SHORT_RUN, measure
 from s2a_cli.planner.search import Found, Room, Slower, plans
 from s2a_cli.planner.task import Task
-from s2a_cli.planner.timer import Timer
+from s2a_cli.planner.timer import Timer, Timers
 from s2a_cli.results import record
 
 DOUBT = 0.1  # of the budget: what is estimated to be nearer to it is predicted; so is all that is taken
@@ -87,8 +87,8 @@ def make(
 ) -> record.Plan:
     """Returns the plan of a task. Raises UserError where nothing fits.
 
-    batch: images [B, 3, H, W] and targets [B]. stored: returns the attachment with weights stored so, on the device;
-    None and "fp32" are as they are. nothing: says what would fit, for the least bytes that a candidate needs. is_real:
+    batch: images [B, 3, H, W] and targets [B]. stored: returns the attachment with weights stored so; None and "fp32"
+    are as they are. nothing: says what would fit, for the least bytes that a candidate needs. is_real:
     whether weights and images are those of the run; otherwise no gradients are compared, and the times of the costs
     stand.
     """
@@ -99,11 +99,11 @@ def make(
         raise UserError(nothing(min(map(room.needed, smallest))))
     fitting = [name for name in weights if any(room.fits(one) for one in smallest if one.weights == name)]
     base = fitting[0]  # exact, if any is
-    with Progress("planning", None, " micro-batches") as progress, ExitStack() as stack:
+    exact = base if WEIGHTS[base or "fp32"] == EXACT else None
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress("planning", None, " micro-batches"))
         common = batch, device, progress, criterion
-        timers = {name: Timer(task.timed(name), stored(name), *common) for name in fitting}
-        for timer in timers.values():
-            stack.enter_context(closing(timer))
+        timers = stack.enter_context(closing(Timers(lambda name: Timer(task.timed(name), stored(name), *common))))
         costs = measure(
             timers[base],
             _halvings(room.sizes),
@@ -113,12 +113,7 @@ def make(
         )
         for name in filter(None, fitting[1:]):
             costs.add_weights(name, timers[name], room.fits, least=0.0 if base in (None, "fp32") else -math.inf)
-        cosine = None
-        if is_real:
-            reference = timers[base]
-            if WEIGHTS[base or "fp32"] < EXACT:
-                reference = stack.enter_context(closing(Timer(task.timed(), stored(None), *common)))
-            cosine = Fidelity(reference, timers)
+        cosine = Fidelity(timers, exact) if is_real else None
         found, slower = plans(room, costs, task.batch, modes, tuple(fitting))
         contenders = list(map(Contender, found))
         finalists = _finalists(contenders, level, cosine)

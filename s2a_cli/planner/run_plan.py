@@ -36,13 +36,10 @@ def plan_run(run: Run) -> record.Plan:
 
     def stored(weights: str | None) -> Attachment:
         if weights in (None, "fp32"):
-            attached = run.attached
-        else:
-            config = replaced(run.config, {"backbone.weights": weights})
-            torch.manual_seed(config.seed)  # the same head as the run's, and the same weights where none are loaded
-            attached = attach(config, backbones.build(config.backbone, classes))
-        attached.model.to(run.device)
-        return attached
+            return run.attached
+        config = replaced(run.config, {"backbone.weights": weights})
+        torch.manual_seed(config.seed)  # the same head as the run's, and the same weights where none are loaded
+        return attach(config, backbones.build(config.backbone, classes))
 
     return plan.make(
         task, (images, targets), run.device, stored, lambda least: said(task, least), True, run.criterion()
@@ -61,9 +58,7 @@ def plan_composition(composition: Composition, processes: int = 1) -> record.Pla
     def stored(weights: str | None) -> Attachment:
         weights = weights or config.backbone.weights
         random = merge(config, {"backbone": {"pretrained": False, "checkpoint": None, "weights": weights}})
-        attached = attach(random, backbones.build(random.backbone, classes))
-        attached.model.to(device)
-        return attached
+        return attach(random, backbones.build(random.backbone, classes))
 
     attached = attach(config, backbones.build(config.backbone, classes, meta=True))
     task = _task(config, attached, classes, composition.images, device, processes)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -155,3 +156,39 @@ class Timer:
                 hook.remove()
         whole = sum(seconds.values()) or 1.0
         return [seconds[block] / whole for block in blocks]
+
+
+class Timers(Mapping[str | None, Timer]):
+    """Holds the timers of a run by how its weights are stored, and makes them when they are asked for.
+
+    The model of the one that was asked for last alone is on the device, which may not have room for two; the others are
+    in the host's memory, and come back when they are asked for again.
+    """
+
+    def __init__(self, make: Callable[[str | None], Timer]):
+        self._make = make
+        self._made: dict[str | None, Timer] = {}
+        self._there: Timer | None = None
+        self._stack = ExitStack()
+
+    def __getitem__(self, weights: str | None) -> Timer:
+        if self._there is not None and self._there is self._made.get(weights):
+            return self._there
+        if self._there is not None:
+            self._there.attached.model.to("cpu")
+            torch.cuda.empty_cache()  # does nothing without CUDA
+        if weights not in self._made:
+            self._made[weights] = self._stack.enter_context(closing(self._make(weights)))
+        self._there = self._made[weights]
+        self._there.attached.model.to(self._there.device)
+        return self._there
+
+    def __iter__(self) -> Iterator[str | None]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def close(self) -> None:
+        """Leaves all models as they were found, but for where they are."""
+        self._stack.close()

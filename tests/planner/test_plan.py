@@ -8,6 +8,7 @@ from contextlib import closing
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 
 from s2a_cli import backbones
 from s2a_cli.cli.main import main
@@ -21,7 +22,7 @@ from s2a_cli.planner.candidates import EXACT, MODES, PLAIN, RECOMPUTED, Candidat
 from s2a_cli.planner.fidelity import Fidelity
 from s2a_cli.planner.run_plan import plan_run
 from s2a_cli.planner.task import Task
-from s2a_cli.planner.timer import Timer
+from s2a_cli.planner.timer import Timer, Timers
 from s2a_cli.results import record
 from s2a_cli.training import forecast, trainer
 from s2a_cli.training.run import attach
@@ -84,10 +85,27 @@ def test_two_micro_batches_tell_the_peak_of_many(words, monkeypatch):
 def test_exact_candidates_have_the_exact_gradient_and_codes_less():
     task = task_of()
     with closing(timer_of(task)) as timer:
-        cosine = Fidelity(timer, {None: timer})
+        cosine = Fidelity({None: timer}, None)
         found = {mode: cosine(Candidate(4, mode, 2, 2)) for mode in MODES}
     for mode, value in found.items():
         assert value == pytest.approx(1.0, abs=1e-9) if mode.fidelity == EXACT else 0.9 < value < 1 - 1e-9, mode.about
+
+
+def test_one_model_at_a_time_is_on_the_device(monkeypatch):
+    there: dict[nn.Module, str] = {}
+    monkeypatch.setattr(nn.Module, "to", lambda model, device: there.__setitem__(model, str(device)))
+
+    def made(weights: str | None) -> Timer:
+        timer = timer_of(task_of())
+        timer.device = torch.device("meta")
+        return timer
+
+    with closing(Timers(made)) as timers:
+        for weights in ("fp32", "int8", "int8", "fp32", "nf4", "fp32"):
+            timer = timers[weights]
+            assert there[timer.attached.model] == "meta"
+            assert list(there.values()).count("meta") == 1
+    assert len(timers) == len(there) == 3
 
 
 def test_a_timer_leaves_the_model_as_it_was():
