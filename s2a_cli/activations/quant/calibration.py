@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -279,8 +280,10 @@ def _usual(rows: Tensor, sample: Tensor, samples: int) -> Tensor:
 
     Those are finite, and their mean square deviation is at most `ODD` times the median one.
     """
-    centre = rows.nanmedian(0).values
-    spread = (rows - centre).abs().nanmedian(0).values
+    with warnings.catch_warnings():  # of the places of medians on CUDA, which are not asked for
+        warnings.filterwarnings("ignore", "median CUDA with indices")
+        centre = rows.nanmedian(0).values
+        spread = (rows - centre).abs().nanmedian(0).values
     spread = spread.clamp_min(LEAST * spread.nanmedian())
     square = torch.where(spread > 0, ((rows - centre) / spread).square_(), 0.0).mean(1)
     square = square.masked_fill_(~rows.isfinite().all(1), math.inf)
