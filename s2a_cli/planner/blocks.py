@@ -109,18 +109,22 @@ def kinds_of(timer: Timer, candidate: Candidate, images: int) -> list[Kind] | No
     numbers = {block: number for number, block in enumerate(timer.attached.blocks)}
     kinds: dict[Hashable, Kind] = {}
     ran: list[nn.Module] = []
-    odd: list[nn.Module] = []
+    odd = False
 
     def note(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        nonlocal odd
         given, spec = tree_flatten((args, kwargs))
-        tensors = [(place, value) for place, value in enumerate(given) if isinstance(value, Tensor)]
+        tensors = [place for place, value in enumerate(given) if isinstance(value, Tensor)]
         ran.append(block)
-        lengths = [t.shape[:1] for t in (*(x for _, x in tensors), output) if isinstance(t, Tensor)]
-        if lengths != 2 * [(images,)] or not isinstance(output, Tensor):
-            odd.append(block)
+        lengths = [
+            one.shape[:1] if isinstance(one, Tensor) else None for one in (*map(given.__getitem__, tensors), output)
+        ]
+        if lengths != 2 * [(images,)]:
+            odd = True
             return
-        ((at, x),) = tensors
-        key = _structure(block), x.shape, x.dtype, x.requires_grad, output.shape, output.dtype
+        (at,) = tensors
+        x, others = given[at], repr([spec, given[:at], given[at + 1 :]])
+        key = _structure(block), x.shape, x.dtype, x.requires_grad, output.shape, output.dtype, others
         if key not in kinds:
             given[at] = x.detach()
             kinds[key] = Kind(block, given, spec, at, x.requires_grad, output.detach())
@@ -137,12 +141,25 @@ def kinds_of(timer: Timer, candidate: Candidate, images: int) -> list[Kind] | No
 
 
 def _structure(block: nn.Module) -> Hashable:
-    """Returns what is alike in blocks that compute alike: modules, their hooks, shapes of tensors and what trains."""
-    modules = [(type(m), len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in block.modules() if m is not block]
+    """Returns what is alike in blocks that compute alike: modules, their settings and hooks, tensors and what trains.
+
+    Numbers with a fraction may differ: a rate of stochastic depth grows with depth.
+    """
+    modules = [(type(m), _settings(m), len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in block.modules()]
     tensors = [
         (name, t.shape, t.dtype, t.requires_grad) for name, t in (*block.named_parameters(), *block.named_buffers())
     ]
-    return type(block), tuple(modules), tuple(tensors)
+    return (*modules[0][:2], *modules[1:], *tensors)
+
+
+def _settings(module: nn.Module) -> Hashable:
+    """Returns the public attributes of a module that are names or whole numbers, such as the size of its windows."""
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return tuple((name, value) for name, value in own.items() if isinstance(value, (int, str)) or _are_whole(value))
+
+
+def _are_whole(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(one, int) for one in value)
 
 
 def _images(x: Tensor, images: int) -> Tensor:

@@ -19,11 +19,12 @@ from s2a_cli.planner.costs import RECOMPUTED_EXTRA, Costs
 from s2a_cli.planner.timer import Timer
 from s2a_cli.training.step import moving_norms
 
-SECONDS = 11.0  # for all measurements together, but for the first of each kind
+SECONDS = 11.0  # for all whole passes together, but for the first of each kind
 SHORT_RUN = 0.05  # of what a run is expected to take: where that is less, measurements take no more than it
 
-MANY_PASSES = 200  # of the smallest size within SECONDS: where a CPU takes so many, whole passes are timed
-ALIKE = 2  # blocks of a kind at least, on average: else one of each takes almost as long as a pass
+SLOW = 0.05  # seconds: where a CPU takes less for a pass of the smallest size, whole passes are timed
+PASSES = 3  # of the smallest size that are timed besides blocks
+OF_A_KIND = 2  # blocks at least, on average: else one of each kind takes almost as long as a pass
 BLOCK_SECONDS = 16.0  # for all blocks together: few whole passes of finalists follow
 BLOCK_ROUNDS = 6  # in which blocks are timed once more, while there is time
 FEWEST_ROUNDS = 2  # for which a larger micro-batch must leave time
@@ -56,11 +57,12 @@ def measure(
     if timer.device.type == "cpu" and total and not moving_norms(timer.attached.model):
         first = next(filter(fits, (_everywhere(mode, at, total) for mode in dict.fromkeys((PLAIN, *modes)))), None)
         kinds = kinds_of(timer, first, at) if first else None
-        kinds = kinds if kinds and ALIKE * len(kinds) <= total else None
-        seconds = timer(first, at) if first and kinds else None
-        if first and kinds and seconds and seconds > SECONDS / MANY_PASSES:
+        if first and kinds and OF_A_KIND * len(kinds) <= total:
+            seconds = min(filter(None, (timer(first, at) for _ in range(PASSES))), default=0.0)
             most = min(BLOCK_SECONDS, SHORT_RUN * run * seconds / at)
-            return measure_blocks(Blocks(timer, kinds), first.mode, seconds, sizes, modes, fits, most)
+            blocks = Blocks(timer, kinds)
+            if seconds > SLOW and (costs := measure_blocks(blocks, first.mode, seconds, sizes, modes, fits, most)):
+                return costs
     return measure_passes(timer, sizes, modes, fits, run)
 
 
@@ -72,15 +74,15 @@ def measure_blocks(
     modes: Iterable[Mode],
     fits: Callable[[Candidate], bool],
     most: float = BLOCK_SECONDS,
-) -> Costs:
-    """Returns the costs that follow from the times of single blocks.
+) -> Costs | None:
+    """Returns the costs that follow from the times of single blocks; None where the device has not the memory for one.
 
     whole: seconds of a pass of sizes[0] images with all blocks in the mode `first`, which fits. What it takes beside
     its blocks is taken to grow with the images, and to be the same in all modes. fits: as of `measure`; a block in a
     mode needs less than a pass with all blocks in it, and less than any pass where images are the fewest. most: seconds
     for all.
     """
-    at, spent, total = sizes[0], whole, blocks.total
+    at, spent, total = sizes[0], PASSES * whole, blocks.total
     best: dict[Mode, dict[int, float]] = {}  # by images: the least seconds of all blocks
 
     def take(mode: Mode, images: int) -> None:
@@ -93,12 +95,15 @@ def measure_blocks(
     for mode in 2 * list(dict.fromkeys((PLAIN, first, *modes))):
         if mode in (PLAIN, first) or spent < most:
             take(mode, at)
+    if not {PLAIN, first} <= best.keys():
+        return None
     near = [mode for mode, found in best.items() if found[at] <= (1 + NEAR) * best[first][at]]
     for before, images in pairwise(sizes):
         near = [mode for mode in near if before in best[mode] and fits(_everywhere(mode, images, total))]
         ahead = sum(blocks.turn(mode, before) / before * images for mode in near)
         again = sum(blocks.turn(mode, size) for mode, found in best.items() for size in found)
-        if not near or spent + ahead + FEWEST_ROUNDS * (ahead + again) > most:
+        # Of one size alone nothing would be known of larger ones, not even in a short run.
+        if not near or (before != at and spent + ahead + FEWEST_ROUNDS * (ahead + again) > most):
             break
         for mode in near:
             take(mode, images)

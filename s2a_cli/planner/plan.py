@@ -37,7 +37,7 @@ FINALISTS = 3
 FINAL_SECONDS = 8.0  # for the finalists together
 TURNS = 5  # of each finalist, alternating
 FEWEST_TURNS = 2
-ALIKE = 0.01  # of a step: by less no measurement tells two plans apart
+TIE = 0.01  # of a step: by less no measurement tells two plans apart
 SHOWN = 8  # alternatives
 
 
@@ -161,8 +161,8 @@ def _finalists(
 def _time(finalists: list[Contender], timers: Mapping[str | None, Timer], batch: int, most: float) -> None:
     """Times some micro-batches of each finalist in turn, and notes the seconds of a step.
 
-    most: seconds for all of them. Where these do not suffice for `FEWEST_TURNS` of each, all keep their predictions,
-    which are made of more and shorter measurements.
+    most: seconds for all of them. Where these do not suffice for `FEWEST_TURNS` of each, as on a device that others
+    use, all keep their predictions, which are made of more and shorter measurements.
     """
     if len(finalists) * FEWEST_TURNS * max(one.micro_batch_seconds(batch) for one in finalists) > most:
         return
@@ -182,8 +182,9 @@ def _time(finalists: list[Contender], timers: Mapping[str | None, Timer], batch:
                 rates[id(one)].append(seconds / images)
         if time.monotonic() > until:
             break
-    for one in finalists:
-        if rates[id(one)] and not one.why:
+    left = [one for one in finalists if not one.why]
+    if all(len(rates[id(one)]) >= FEWEST_TURNS for one in left):
+        for one in left:
             one.seconds = batch * min(rates[id(one)])  # of several the least is nearest to an undisturbed device
 
 
@@ -197,7 +198,7 @@ def _best(finalists: list[Contender]) -> Contender:
         raise UserError("budget: what was predicted to fit does not, on this device now; others may be using it")
     timed = [one for one in left if one.seconds is not None] or left
     least = min(one.step_seconds for one in timed)
-    alike = [one for one in timed if one.step_seconds <= (1 + ALIKE) * least]
+    alike = [one for one in timed if one.step_seconds <= (1 + TIE) * least]
     return min(alike, key=lambda one: (-one.candidate.fidelity, one.found.needed))
 
 
@@ -213,7 +214,7 @@ def _explain(best: Contender, contenders: Iterable[Contender]) -> None:
     rivals = [one for one in contenders if one.seconds is not None]
     others = rivals if best.seconds else contenders
     if any(one.step_seconds < best.step_seconds for one in others if not one.why):
-        best.why = f"as fast as any, within {ALIKE:.0%}, {'timed' if best.seconds else 'as predicted'}"
+        best.why = f"as fast as any, within {TIE:.0%}, {'timed' if best.seconds else 'as predicted'}"
     elif best.seconds:
         best.why = f"the fastest of {len(rivals)} that were timed"
     else:

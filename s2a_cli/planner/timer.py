@@ -172,16 +172,18 @@ class Timers(Mapping[str | None, Timer]):
         self._stack = ExitStack()
 
     def __getitem__(self, weights: str | None) -> Timer:
-        if self._there is not None and self._there is self._made.get(weights):
-            return self._there
         if self._there is not None:
+            if self._there is self._made.get(weights):
+                return self._there
             self._there.attached.model.to("cpu")
+            self._there = None
             torch.cuda.empty_cache()  # does nothing without CUDA
         if weights not in self._made:
             self._made[weights] = self._stack.enter_context(closing(self._make(weights)))
-        self._there = self._made[weights]
-        self._there.attached.model.to(self._there.device)
-        return self._there
+        timer = self._made[weights]
+        timer.attached.model.to(timer.device)
+        self._there = timer
+        return timer
 
     def __iter__(self) -> Iterator[str | None]:
         return iter(self._made)

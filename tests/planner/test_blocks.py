@@ -64,6 +64,14 @@ def test_blocks_of_one_kind_are_alike(words, places):
     assert [kind.places for kind in blocks_of(timer_of(*words)).kinds] == places
 
 
+def test_blocks_whose_settings_differ_are_of_two_kinds():
+    timer = timer_of(*VIT, "method=bias")
+    cast(nn.Module, timer.attached.blocks[1]).window_size = (7, 7)
+    assert [kind.places for kind in blocks_of(timer).kinds] == [[0, 2], [1]]
+    cast(Any, timer.attached.blocks[2]).rate = 0.5  # as the rates of stochastic depth do
+    assert [kind.places for kind in blocks_of(timer).kinds] == [[0, 2], [1]]
+
+
 def test_a_block_that_stands_for_nothing_by_itself_is_not_timed(monkeypatch):
     timer = timer_of(*VIT, "method=bias")
     first, second, third = timer.attached.blocks
@@ -117,7 +125,7 @@ def test_frozen_blocks_run_forward_alone():
 @pytest.mark.parametrize("words", [[*VIT, "method=s2a"], [*CONVNEXT, "method=bias"]], ids=["vit", "convnext"])
 def test_a_model_is_left_as_it_was(words, monkeypatch):
     monkeypatch.setattr(measure, "BLOCK_SECONDS", 5.0)
-    monkeypatch.setattr(measure, "MANY_PASSES", float("inf"))  # blocks are timed, however fast they are
+    monkeypatch.setattr(measure, "SLOW", 0.0)  # blocks are timed, however fast they are
     timer = timer_of(*words)
     model = timer.attached.model
 
@@ -149,9 +157,9 @@ def test_whole_passes_are_timed_where_they_are_fast_or_blocks_tell_nothing(monke
     monkeypatch.setattr(measure, "measure_blocks", refused)
     monkeypatch.setattr(measure, "measure_passes", lambda *arguments: "passes")
     timer = timer_of(*VIT, "method=bias")
-    monkeypatch.setattr(measure, "MANY_PASSES", 1e-9)
+    monkeypatch.setattr(measure, "SLOW", float("inf"))
     assert measure.measure(timer, SIZES, MODES, lambda candidate: True) == "passes"
-    monkeypatch.setattr(measure, "MANY_PASSES", float("inf"))
+    monkeypatch.setattr(measure, "SLOW", 0.0)
     with pytest.raises(AssertionError, match="blocks are timed"):
         measure.measure(timer, SIZES, MODES, lambda candidate: True)
     assert measure.measure(timer, SIZES, MODES, lambda candidate: False) == "passes"
@@ -235,5 +243,11 @@ def test_only_what_fits_is_timed(monkeypatch):
 
 def test_a_short_run_is_measured_for_a_short_time(monkeypatch):
     clock = Clocked(slow, monkeypatch)
-    measure_blocks(cast(Blocks, clock), PLAIN, 0.5, SIZES, MODES, lambda candidate: True, most=2.0)
-    assert clock.now < 2.5 and (PLAIN, 1) in clock.calls
+    found = measure_blocks(cast(Blocks, clock), PLAIN, 0.5, SIZES, MODES, lambda candidate: True, most=2.0)
+    assert found and clock.now < 2.5 and set(found.stock) == {1, 2}, "of one size nothing is known of larger ones"
+
+
+def test_a_device_without_the_memory_for_a_block_has_no_costs(monkeypatch):
+    clock = Clocked(slow, monkeypatch)
+    monkeypatch.setattr(Clocked, "__call__", lambda *arguments: None)
+    assert measure_blocks(cast(Blocks, clock), PLAIN, 0.5, SIZES, MODES, lambda candidate: True) is None

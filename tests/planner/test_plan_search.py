@@ -247,8 +247,17 @@ def test_a_device_that_can_not_time_finalists_twice_does_not_time_them(step, tur
     assert [one.step_seconds for one in finalists] == pytest.approx([step, step] if turns else [0.9 * step, step])
 
 
+def test_a_single_turn_of_each_finalist_tells_nothing(monkeypatch):
+    """Others on the device make each micro-batch take ten times as long as it computes."""
+    finalists = contenders((Candidate(4), 9.0), (Candidate(8), 10.0))
+    clock = Clock(lambda candidate, images: images / 8, monkeypatch)
+    monkeypatch.setattr("s2a_cli.planner.plan.time", SimpleNamespace(monotonic=lambda: 10 * clock.now))
+    plan._time(finalists, cast(dict[str | None, Timer], {None: clock}), BATCH, plan.FINAL_SECONDS)
+    assert clock.calls and [one.seconds for one in finalists] == [None, None]
+
+
 def test_of_plans_as_fast_the_smallest_is_taken():
-    within = 1 + plan.ALIKE / 2
+    within = 1 + plan.TIE / 2
     small, large = contenders((Candidate(4), 10.0 * within), (Candidate(8), 10.0))
     assert plan._best([large, small]) is small
     plan._explain(small, [large, small])
