@@ -116,14 +116,12 @@ def kinds_of(timer: Timer, candidate: Candidate, images: int) -> list[Kind] | No
         given, spec = tree_flatten((args, kwargs))
         tensors = [place for place, value in enumerate(given) if isinstance(value, Tensor)]
         ran.append(block)
-        lengths = [
-            one.shape[:1] if isinstance(one, Tensor) else None for one in (*map(given.__getitem__, tensors), output)
-        ]
-        if lengths != 2 * [(images,)]:
+        if len(tensors) != 1 or not isinstance(output, Tensor):
             odd = True
             return
         (at,) = tensors
         x, others = given[at], repr([spec, given[:at], given[at + 1 :]])
+        odd = odd or not x.shape[:1] == output.shape[:1] == (images,)
         key = _structure(block), x.shape, x.dtype, x.requires_grad, output.shape, output.dtype, others
         if key not in kinds:
             given[at] = x.detach()
@@ -149,7 +147,7 @@ def _structure(block: nn.Module) -> Hashable:
     tensors = [
         (name, t.shape, t.dtype, t.requires_grad) for name, t in (*block.named_parameters(), *block.named_buffers())
     ]
-    return (*modules[0][:2], *modules[1:], *tensors)
+    return (*modules[0][:2], *modules[1:], *tensors)  # without hooks on the block itself, which do not run with it
 
 
 def _settings(module: nn.Module) -> Hashable:
