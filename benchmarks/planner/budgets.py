@@ -8,14 +8,16 @@ presets. A row counts at a budget where its predicted peak fits. Each row is fir
 fastest that fits at some budget, or near the fastest checkpointing, are then timed together with all plans, in one
 process: one step each, in an order drawn anew every round, of one shared model; medians. Where micro-batches are small
 a step is cut to some 16 images: the rest would repeat them. Wanted: a plan at 0.97 of the best row that fits or more,
-and 1.15 times as fast as checkpointing wherever that fits. Writes OUT/NAME.json, .md and .png. OMP_NUM_THREADS sets the
-CPU's threads. Words that are no options of this command are settings of the runs.
+and 1.15 times as fast as checkpointing wherever that fits. rows=REGEX takes rows with such names alone, where others
+are known to be slower. Writes OUT/NAME.json, .md and .png. OMP_NUM_THREADS sets the CPU's threads. Words that are no
+options of this command are settings of the runs.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import statistics
 import sys
 import time
@@ -53,6 +55,7 @@ OPTIONS = {
     "batch": "64",
     "budgets": BUDGETS,
     "steps": "5",
+    "rows": ".",
     "fidelity": "exact",
     "out": "benchmarks/planner",
     "name": "",
@@ -186,9 +189,9 @@ class Bench:
         return row, dict(made)
 
 
-def compare(bench: Bench, budgets: list[str], steps: int, fidelity: str) -> dict[str, Any]:
+def compare(bench: Bench, budgets: list[str], steps: int, fidelity: str, names: str = ".") -> dict[str, Any]:
     """Returns the rows, the plan of each budget and how it compares with the best row that fits."""
-    known = rows(bench.batch)
+    known = [row for row in rows(bench.batch) if re.search(names, row.name)]
     plans: dict[str, tuple[Row, dict[str, Any]]] = {}
     with Progress("predicting", len(known), " rows") as progress:
         for row in known:
@@ -271,7 +274,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         "machine": f"{bench.device}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "environment": about,
         "date": time.strftime("%Y-%m-%d"),
-        **compare(bench, given["budgets"].split(","), int(given["steps"]), given["fidelity"]),
+        **compare(bench, given["budgets"].split(","), int(given["steps"]), given["fidelity"], given["rows"]),
     }
     out = Path(given["out"])
     out.mkdir(parents=True, exist_ok=True)
