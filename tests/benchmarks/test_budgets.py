@@ -26,3 +26,19 @@ def test_plans_stand_beside_all_rows_that_fit(tmp_path, monkeypatch, capsys):
     peaks = {row["name"]: row["peak_mib"] for row in found["rows"]}
     assert peaks["timm's checkpointing, the whole batch"] < peaks["stock, the whole batch"]
     assert f"| {large['best']} " in (tmp_path / "small.md").read_text()
+
+
+def test_rows_are_chosen_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "SECONDS", 0.2)
+    monkeypatch.setattr(plan, "FINAL_SECONDS", 0.2)
+    asked = [
+        "device=cpu",
+        "batch=4",
+        "steps=1",
+        "budgets=1GiB",
+        f"out={tmp_path}",
+        "rows=stock, micro-batches of [12]$",
+    ]
+    found = budgets.main([*SHALLOW, *asked])
+    assert [row["name"] for row in found["rows"]] == ["stock, micro-batches of 1", "stock, micro-batches of 2"]
+    assert found["budgets"][0]["checkpointing"] is None and found["budgets"][0]["of_best"] > 0
