@@ -39,11 +39,7 @@ NOISE = 0.05  # as BLOCK_NOISE, of whole passes
 
 
 def measure(
-    timer: Timer,
-    sizes: list[int],
-    modes: Iterable[Mode],
-    fits: Callable[[Candidate], bool],
-    run: float = math.inf,
+    timer: Timer, sizes: list[int], modes: Iterable[Mode], fits: Callable[[Candidate], bool], run: float = math.inf
 ) -> Costs:
     """Returns the costs of micro-batches of these sizes, which ascend, in stock PyTorch and in modes.
 
@@ -136,17 +132,12 @@ def _extra(costs: Costs, mode: Mode, passes: dict[int, float], noise: float) -> 
 
 
 def measure_passes(
-    timer: Timer,
-    sizes: list[int],
-    modes: Iterable[Mode],
-    fits: Callable[[Candidate], bool],
-    run: float = math.inf,
+    timer: Timer, sizes: list[int], modes: Iterable[Mode], fits: Callable[[Candidate], bool], run: float = math.inf
 ) -> Costs:
     """Times micro-batches of the smaller of these sizes, which ascend, in stock PyTorch, and modes at some of them.
 
-    fits: whether a candidate's predicted peak fits the device; others are not run. Where stock PyTorch does not fit
-    with one image, its time is that of the first mode that does, less what is assumed to be computed a second time.
-    run: images that the run trains on, in all its epochs.
+    fits and run are as of `measure`. Where stock PyTorch does not fit with one image, its time is that of the first
+    mode that does, less what is assumed to be computed a second time.
     """
     most, spent, total = SECONDS, 0.0, max(1, len(timer.attached.blocks))
     best: dict[tuple[Candidate, int], float] = {}

@@ -88,9 +88,8 @@ def make(
     """Returns the plan of a task. Raises UserError where nothing fits.
 
     batch: images [B, 3, H, W] and targets [B]. stored: returns the attachment with weights stored so; None and "fp32"
-    are as they are. nothing: says what would fit, for the least bytes that a candidate needs. is_real:
-    whether weights and images are those of the run; otherwise no gradients are compared, and the times of the costs
-    stand.
+    are as they are. nothing: says what would fit, for the least bytes that a candidate needs. is_real: whether weights
+    and images are those of the run; otherwise no gradients are compared, and the times of the costs stand.
     """
     begun, level = time.monotonic(), FIDELITY[task.config.fidelity]
     modes, weights, smallest = task.modes(level), task.weights(level), task.smallest(level)
