@@ -6,8 +6,9 @@
 The rows are stock PyTorch, timm's checkpointing of whole blocks and ours, each in micro-batches of every size, and the
 presets. A row counts at a budget where its predicted peak fits. Each row is first timed once. Rows that come near the
 fastest that fits at some budget, or near the fastest checkpointing, are then timed together with all plans, in one
-process: one step each, in an order drawn anew every round, of one shared model; medians. Where micro-batches are small
-a step is cut to some 16 images: the rest would repeat them. Wanted: a plan at 0.97 of the best row that fits or more,
+process: one step each, in an order drawn anew every round, of one shared model; medians. A plan with the settings of a
+row is that row: timed twice, it would differ from itself by what the machine does meanwhile. Where micro-batches are
+small a step is cut to some 16 images: the rest would repeat them. Wanted: a plan at 0.97 of the best row that fits or more,
 and 1.15 times as fast as checkpointing wherever that fits. rows=REGEX takes rows with such names alone, where others
 are known to be slower. Writes OUT/NAME.json, .md and .png. OMP_NUM_THREADS sets the CPU's threads. Words that are no
 options of this command are settings of the runs.
@@ -125,6 +126,12 @@ class Bench:
             return replaced(compose(self.words), row.settings)
         return compose([*self.words, *(f"{key}={value}" for key, value in row.settings.items())])
 
+    def is_same(self, one: Row, other: Row) -> bool:
+        """Returns whether two rows are the same step."""
+        configs = (self.config(row) for row in (one, other))
+        first, second = (replaced(config, {"cuda_graphs": bool(config.cuda_graphs)}) for config in configs)
+        return one.timm == other.timm and first == second
+
     @contextmanager
     def checkpointing(self, row: Row) -> Iterator[None]:
         """Switches timm's checkpointing on within, where the row has it."""
@@ -200,7 +207,8 @@ def compare(bench: Bench, budgets: list[str], steps: int, fidelity: str, names: 
     for budget in budgets:
         try:
             row, made = bench.plan(budget, fidelity)
-            plans[budget] = next((one for one, _ in plans.values() if one.settings == row.settings), row), made
+            same = (one for one in [*known, *(one for one, _ in plans.values())] if bench.is_same(one, row))
+            plans[budget] = next(same, row), made
         except UserError as error:
             print(f"{budget}: {error}", file=sys.stderr)
     sizes = [size("budgets", budget) / MIB for budget in budgets]
@@ -212,8 +220,9 @@ def compare(bench: Bench, budgets: list[str], steps: int, fidelity: str, names: 
     near = {row.name for available in sizes for row in promising(known, available)}
     planned = list({id(row): row for row, _ in plans.values()}.values())
     for row in planned:
-        bench.screen(row)
-    timed = [row for row in known if row.name in near] + planned
+        if not row.screened:
+            bench.screen(row)
+    timed = [row for row in known if row.name in near and not any(row is one for one in planned)] + planned
     draw = random.Random(0)
     with Progress("timing", len(timed) * steps, " steps") as progress:
         for _ in range(steps):
@@ -244,7 +253,7 @@ def _line(budget: str, row: Row, made: dict[str, Any], known: list[Row]) -> dict
     rival = max(checkpointed, key=lambda one: one.rate, default=None)
     return {
         "budget": budget,
-        "plan": row.name,
+        "plan": made["choices"][0]["about"],
         "peak_mib": row.peak_mib,
         "rate": row.rate,
         "rates": row.rates,

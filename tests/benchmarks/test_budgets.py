@@ -8,6 +8,7 @@ import budgets
 import pytest
 
 from s2a_cli.planner import measure, plan
+from s2a_cli.planner.candidates import Candidate
 
 SHALLOW = ["backbone=vit_micro", "backbone.kwargs.depth=2", "backbone.checkpoint=null", "backbone.pretrained=false"]
 
@@ -42,3 +43,19 @@ def test_rows_are_chosen_by_name(tmp_path, monkeypatch):
     found = budgets.main([*SHALLOW, *asked])
     assert [row["name"] for row in found["rows"]] == ["stock, micro-batches of 1", "stock, micro-batches of 2"]
     assert found["budgets"][0]["checkpointing"] is None and found["budgets"][0]["of_best"] > 0
+
+
+def test_a_plan_with_the_settings_of_a_row_is_that_row():
+    bench = budgets.Bench([*SHALLOW, "method=bias", "device=cpu"], 4)
+    planned = {
+        micro: budgets.Row("", Candidate(micro).settings(4) | {"cuda_graphs": False}, "plan") for micro in (2, 4)
+    }
+    known = {row.name: row for row in budgets.rows(4)}
+    assert bench.is_same(known["stock, micro-batches of 2"], planned[2])
+    assert bench.is_same(known["stock, the whole batch"], planned[4])
+    for other in (
+        "stock, micro-batches of 1",
+        "timm's checkpointing, micro-batches of 2",
+        "quant=int4, micro-batches of 2",
+    ):
+        assert not bench.is_same(known[other], planned[2])
