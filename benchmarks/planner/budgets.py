@@ -8,10 +8,10 @@ presets. A row counts at a budget where its predicted peak fits. Each row is fir
 fastest that fits at some budget, or near the fastest checkpointing, are then timed together with all plans, in one
 process: one step each, in an order drawn anew every round, of one shared model; medians. A plan with the settings of a
 row is that row: timed twice, it would differ from itself by what the machine does meanwhile. Where micro-batches are
-small a step is cut to some 16 images: the rest would repeat them. Wanted: a plan at 0.97 of the best row that fits or more,
-and 1.15 times as fast as checkpointing wherever that fits. rows=REGEX takes rows with such names alone, where others
-are known to be slower. Writes OUT/NAME.json, .md and .png. OMP_NUM_THREADS sets the CPU's threads. Words that are no
-options of this command are settings of the runs.
+small a step is cut to some 16 images: the rest would repeat them. Wanted: a plan at 0.97 of the best row that fits or
+more, and 1.15 times as fast as checkpointing wherever that fits. rows=REGEX takes rows with such names alone, where
+others are known to be slower. Writes OUT/NAME.json, .md and .png. OMP_NUM_THREADS sets the CPU's threads. Words that
+are no options of this command are settings of the runs.
 """
 
 from __future__ import annotations
