@@ -136,7 +136,7 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self.operators += not func.is_view
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        results = [out] if isinstance(out, Tensor) else [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         self.add(results, func)
         if self.reading and (keeper := reads(func)):
             for argument in args:

@@ -113,11 +113,13 @@ def graphed(step: Callable[..., Any], micro_batch: int | None) -> Callable[..., 
 def _profile_two(attached: Attachment, config: DictConfig, batch: tuple[Tensor, Tensor]) -> memory.Profile:
     """Predicts a step of many micro-batches by its first two, while all images of the batch are there.
 
-    The second finds gradients beside what it keeps, as all others do.
+    The second finds gradients beside what it keeps, as all others do. For the step that creates the optimiser's state
+    one of them will do.
     """
     images, targets = batch
-    step, two = Step(config, torch.device("cpu"), attached), 2 * config.optim.micro_batch
-    run_step = graphed(step, config.optim.micro_batch) if config.cuda_graphs else step
+    step, micro = Step(config, torch.device("cpu"), attached), config.optim.micro_batch
+    run_step = graphed(step, micro) if config.cuda_graphs else step
+    counts = iter((micro, 2 * micro))
 
     def run(
         model: nn.Module,
@@ -127,9 +129,10 @@ def _profile_two(attached: Attachment, config: DictConfig, batch: tuple[Tensor, 
         *others: Tensor,
         after_forward: Callable[[], None],
     ) -> None:
-        run_step(model, optimizer, images, targets, after_forward=after_forward)
+        count = next(counts)
+        run_step(model, optimizer, images[:count], targets[:count], after_forward=after_forward)
 
-    tensors = images[:two], targets[:two], images[two:], targets[two:]
+    tensors = images[: 2 * micro], targets[: 2 * micro], images[2 * micro :], targets[2 * micro :]
     return memory.profile(
         attached.model,
         tensors,
