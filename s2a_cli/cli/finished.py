@@ -227,7 +227,7 @@ def export(words: list[str]) -> int:
     force, options, words = _asked(words, *EXPORT)
     images, words = _photos(words)
     what, unused = ("export with images=", ("dataset.",)) if images else ("export", ())
-    check_keys(what, words, ("run", "images", *EXPORT), (*OF_TRAINING, *unused, "test"))
+    check_keys(what, words, ("run", "images", *EXPORT), (*OF_TRAINING, *unused, "test", "device"))
     folder, _ = _finished(words)
     if "out" not in options:
         raise UserError("out=PATH is needed: where the model goes")

@@ -45,7 +45,7 @@ def check_keys(command: str, words: Sequence[str], own: Sequence[str], unused: t
             taken = ", ".join(f"{name}=" for name in own)
             raise UserError(
                 f"{brief(key)}: no such word; s2a {command} takes {taken} and settings of the run, such as"
-                f" device=cpu{nearest(key, [*own, *groups, *settings])}"
+                f" backbone.checkpoint=FILE{nearest(key, [*own, *groups, *settings])}"
             )
         if key not in READ and any(key == one or (one[-1] == "." and key.startswith(one)) for one in unused):
             raise UserError(f"{brief(word)}: has no effect on s2a {command}; leave it out")

@@ -231,12 +231,19 @@ class Step:
         if self.optim.clip_grad:
             self.scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), self.optim.clip_grad)
+        self._update(optimizer)
+        self._release_gradients(optimizer, trained)
+        return total
+
+    def _update(self, optimizer: Optimizer) -> None:
+        """Lets the optimiser take its step, and what acts behind it, where no gradient is infinite."""
+        acts = self.attached.after_step
+        scale = self.scaler.get_scale() if acts else 0.0
         self.scaler.step(optimizer)
         self.scaler.update()
-        self._release_gradients(optimizer, trained)
-        for act in self.attached.after_step:
-            act(optimizer)
-        return total
+        if acts and self.scaler.get_scale() >= scale:  # a step that is left out halves it
+            for act in acts:
+                act(optimizer)
 
     def _replayed(self, model: nn.Module, images: Batch, targets: Tensor, share: float) -> Tensor | None:
         """Returns the loss of a micro-batch whose pass was replayed as a graph; None where it has to run."""

@@ -20,6 +20,7 @@ from s2a_cli.cli.options import OF_TRAINING, check_keys
         (["predict", "images=new", "dataset.root=x"], "dataset.root=x: has no effect on s2a predict"),
         (["export", "out=x", "imges=sub"], "imges: no such word; .* 'images'"),
         (["export", "out=x", "images=sub", "dataset.root=x"], "no effect on s2a export with images="),
+        (["export", "out=x", "device=cuda"], "device=cuda: has no effect on s2a export; leave it out"),
         (["eval", "dat=sub"], "dat: no such word; .* 'data'"),
         (["eval", "optim.lr=1"], "optim.lr=1: has no effect on s2a eval; leave it out"),
         (["eval", "data=sub", "dataset.root=nope"], "dataset.root=nope: has no effect on s2a eval on other data"),

@@ -193,6 +193,21 @@ def test_head2toe_selects_features_in_a_run(tmp_path):
         assert torch.equal(other.model.eval()(images), model.eval()(images))
 
 
+def test_a_step_that_is_left_out_shrinks_nothing():
+    attached = make_attached("vit", "head2toe", select_after=9)
+    model, selected = attached.model, attached.model.s2a["head2toe"]
+    train_mode(model)
+    with torch.no_grad():
+        selected.classifier.weight.fill_(1.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    step = Step(compose(["method=head2toe", "quant=none", "precision=amp-fp16"]), torch.device("cpu"), attached)
+    images, targets = batch(attached.backbone)
+    step(model, optimizer, images * torch.inf, targets)  # its gradients are no numbers
+    assert selected.steps == 0 and (selected.classifier.weight == 1).all()
+    step(model, optimizer, images, targets)
+    assert selected.steps == 1 and (selected.classifier.weight != 1).any()
+
+
 def test_a_strong_lasso_leaves_no_feature():
     attached = make_attached("vit", "head2toe", select_after=9, lasso=1e3)
     optimizer = torch.optim.SGD([p for p in attached.model.parameters() if p.requires_grad], lr=0.1)
