@@ -177,6 +177,12 @@ class Backbone:
         """Tells whether the module of this name runs, rather than that its parent reads its tensors."""
         return self.model.get_submodule(name) in self._ran
 
+    def blocks_before(self, modules: Iterable[nn.Module]) -> list[nn.Module]:
+        """Returns the first blocks, of which none holds or runs behind one of these modules."""
+        block_of = {inner: block for block in self.block_modules for inner in block.modules()}
+        least = min((self._order.get(block_of.get(module, module), -1) for module in modules), default=len(self._order))
+        return [block for block in self.block_modules if self._order[block] < least]
+
     def embedding(self) -> nn.Linear | nn.Conv2d | None:
         """Returns the last linear layer or convolution that runs before the blocks; None where there is none."""
         first = self._order[self.blocks[0].module]

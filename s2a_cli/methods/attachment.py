@@ -15,6 +15,7 @@ from s2a_cli.backbones.frozen_weights import restore
 from s2a_cli.common.errors import UserError
 from s2a_cli.methods.parts.deep_supervision import AuxiliaryHeads, Learn
 from s2a_cli.methods.parts.feature_head import FeatureHead
+from s2a_cli.methods.parts.tail import Tail, tail_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Attachment:
     adapts: whether the backbone computes something else than before, or a gradient passes through it.
     learning_rates: (module, factor): the learning rate of the module's parameters is the run's times this.
     auxiliary: heads whose losses are back-propagated within the forward pass.
-    feature_head: what is trained, alone, where the backbone is not adapted and what it is read of can be kept.
+    feature_head: what is trained, alone, where the backbone is not adapted and what is read of it can be kept; or what
+    is behind the first blocks.
     after_step: each is called with the optimizer after every update of the parameters. Bound methods of the modules, as
     `merges`.
     unmergeable: why no plain weights of the backbone compute the same; empty where they do.
@@ -36,7 +38,7 @@ class Attachment:
     adapts: bool = True
     learning_rates: tuple[tuple[nn.Module, float], ...] = ()
     auxiliary: tuple[AuxiliaryHeads, ...] = ()
-    feature_head: FeatureHead | None = None
+    feature_head: FeatureHead | Tail | None = None
     after_step: tuple[Callable[[Optimizer], None], ...] = ()
     unmergeable: str = ""
     merges: tuple[Callable[[], None], ...] = ()
@@ -53,6 +55,10 @@ class Attachment:
     def with_learning_rates(self, modules: Iterable[nn.Module], factor: float) -> Attachment:
         """Returns this attachment with another learning rate for some modules."""
         return replace(self, learning_rates=(*self.learning_rates, *((module, factor) for module in modules)))
+
+    def with_tail(self) -> Attachment:
+        """Returns this attachment with what is behind the first blocks to be trained alone, where there are some."""
+        return replace(self, feature_head=tail_of(self.backbone))
 
     @contextmanager
     def learning(self, learn: Learn) -> Iterator[None]:
@@ -81,7 +87,7 @@ class Attachment:
     def of(parts: Sequence[Attachment]) -> Attachment:
         """Returns several attachments to one backbone as one."""
         first, adapts = parts[0], any(part.adapts for part in parts)
-        heads = [part.feature_head for part in parts if part.feature_head is not None]
+        heads = [part.feature_head for part in parts if isinstance(part.feature_head, FeatureHead)]
         heads.sort(key=lambda head: head.branch is None)
         alone = len(heads) == len(parts) and sum(head.branch is not None for head in heads) < 2 and not adapts
         return Attachment(

@@ -310,7 +310,7 @@ def _files(run: Run, folder: Path, fields: list[tuple[tuple[int, ...], torch.dty
             run.weights,
         ],
         "image": asdict(run.backbone.image),
-        "reads": [head.branch is not None, head.settings],
+        "reads": head.about,
         "precision": [config.precision, run.device.type],
         "versions": [torch.__version__, torchvision.__version__, timm.__version__, PIL.__version__],
     }

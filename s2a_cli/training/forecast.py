@@ -22,6 +22,7 @@ from s2a_cli.memory.allocator import is_expandable
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.feature_head import FeatureHead, Features
+from s2a_cli.methods.parts.tail import Tail
 from s2a_cli.training import feature_cache
 from s2a_cli.training.run import Run, attach
 from s2a_cli.training.step import Batch, Step, make_optimizer, stays_in_pixels, train_mode, weight_dtype
@@ -143,7 +144,7 @@ def _profile_two(attached: Attachment, config: DictConfig, batch: tuple[Tensor, 
 
 
 def _profile_cached(
-    attached: Attachment, head: FeatureHead, config: DictConfig, step: Step, batch: tuple[Tensor, Tensor]
+    attached: Attachment, head: FeatureHead | Tail, config: DictConfig, step: Step, batch: tuple[Tensor, Tensor]
 ) -> memory.Profile:
     """Predicts the memory of a run that trains on kept features.
 

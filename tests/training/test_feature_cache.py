@@ -63,13 +63,13 @@ def agree(one, two):
     for first, second in zip(one[0], two[0], strict=True):
         assert first == pytest.approx(second, rel=1e-5)
     assert one[1] == two[1]
-    branch = (
-        "calibration.branch",
-        "calibration.s2a.side",
-    )  # what a layer is called in the trained part alone, in the model
-    assert {n.replace(*branch): t.shape for n, t in one[2].items()} == {
-        n.replace(*branch): t.shape for n, t in two[2].items()
-    }
+
+    def shapes(tensors):
+        """By what a layer is called in the model: in the trained part alone it has another name."""
+        names = {name: name.replace("calibration.branch", "calibration.s2a.side") for name in tensors}
+        return {names[n].replace("calibration.model.", "calibration."): t.shape for n, t in tensors.items()}
+
+    assert shapes(one[2]) == shapes(two[2])
     for name, tensor in one[2].items():
         if not name.startswith(checkpoints.CALIBRATION):
             torch.testing.assert_close(two[2][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
@@ -84,8 +84,10 @@ def agree(one, two):
         ["dataset.hflip=0.5", "method.blocks=last:2", "precision=amp-bf16", "optim.micro_batch=6", "optim.clip_grad=1"],
         ["dataset.hflip=1", "precision=bf16", "quant=tiny", "backbone.weights=int8"],
         ["backbone=resnet18", "backbone.pretrained=false", "backbone.image_size=32", "dataset.hflip=0.5"],
+        ["method=s2a", "method.blocks=last:2", "dataset.hflip=0.5", "quant=tiny", "optim.micro_batch=6"],
+        ["method=bias", "method.blocks=last:1", "quant=exact", "quant.recompute=block", "precision=amp-bf16"],
     ],
-    ids=["still", "flips", "linear", "amp", "bf16", "resnet"],
+    ids=["still", "flips", "linear", "amp", "bf16", "resnet", "s2a, last blocks", "bias, last block"],
 )
 def test_a_run_on_kept_taps_is_the_run_without(tmp_path, words):
     train(tmp_path / "without", *words)
@@ -132,6 +134,10 @@ def test_runs_that_read_something_else_have_other_files(tmp_path):
 
     own = names()
     assert own == names("seed=1", "method.heads=2", "method.lr=0.1", "optim.epochs=3", "quant=none") and len(own) == 3
+    tail = ("method=s2a", "method.blocks=last:1")
+    assert names(*tail) == names(*tail, "method.side.heads=2", "method.prompt=null", "quant=none")
+    assert not names(*tail) & (own | names("method=s2a", "method.blocks=last:2") | names(*tail, "method.side.grid=2"))
+    assert not names(*tail) & names("method=bias", "method.blocks=last:1"), "it keeps nothing of other blocks"
     others = ["method.grid=2", "method.blocks=last:1", "method=linear", "dataset.split_seed=1", "dataset.shots=7"]
     others += [
         "backbone.crop_pct=0.8",
@@ -276,8 +282,12 @@ def test_a_broken_run_goes_on(tmp_path, monkeypatch):
         (["compile=true", "quant=none"], "needs compile=false"),
         (["budget=100MiB"], "needs budget=null"),
         (["dataset.cache=tap"], "expected one of features, or null"),
-        (["method=bias"], "method=bias changes what the backbone computes.*accepted are .*linear, side"),
+        (
+            ["method=bias"],
+            "method=bias changes or reads the backbone from its first block on.* linear, side, and .*last:4",
+        ),
         (["method=s2a"], "method=s2a changes"),
+        (["method=partial", "backbone=resnet18", "backbone.pretrained=false"], "method=partial trains BatchNorms, so"),
         (
             ["backbone=swin_t", "backbone.pretrained=false", "backbone.kwargs.drop_path_rate=0.5"],
             "another in training than in evaluation",

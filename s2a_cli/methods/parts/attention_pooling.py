@@ -24,6 +24,9 @@ class Feature(nn.Module):
         super().__init__()
         self.hidden, self.grid = hidden, grid
 
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}"
+
     @torch.no_grad()
     def forward(self, h: Tensor) -> Tensor:
         return torch.cat(

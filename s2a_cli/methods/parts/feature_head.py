@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,13 @@ class Features:
         return [Features(parts) for parts in zip(*(t.split(size) for t in self.tensors))]
 
 
+@runtime_checkable
 class SideBranch(Protocol):
     """A module that reads features of a frozen backbone and adds to its logits."""
 
-    features: nn.ModuleList  # modules without parameters, called by hooks of the blocks; what they return is read
+    # Modules without parameters; what they return is all that is read of a block's output. A hook of the block calls
+    # one, functools.partial(branch.on_block_output, its number).
+    features: nn.ModuleList
 
     def read(self, tensors: list[Tensor]) -> None:
         """Takes what `features` would have returned, in place of a forward pass through the blocks."""
@@ -53,12 +56,19 @@ class FeatureHead(nn.Module):
 
     The modules are the model's own. head: the mean of what its layers return is the model's logits; each reads one of
     the first features, [B, F]. branch: reads the other features and adds to the logits. settings: those on which the
-    features depend.
+    features depend. `misfit` says of a model what does not go with that.
     """
+
+    misfit = "the logits of {} are more than the mean of its classifier's layers"
 
     def __init__(self, head: Head, branch: SideBranch | None = None, settings: str = ""):
         super().__init__()
         self.heads, self.branch, self.settings = nn.ModuleList(head.layers.values()), branch, settings
+
+    @property
+    def about(self) -> list[Any]:
+        """What the features depend on, beside the backbone."""
+        return [self.branch is not None, self.settings]
 
     def forward(self, features: Features) -> Tensor:
         """Returns the model's logits [B, classes] on the images that the features are of."""
