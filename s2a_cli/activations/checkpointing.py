@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 TENSOR = object()  # stands for one among what a block returns
 Change = Callable[[tuple, dict], tuple[tuple, dict]]  # of a block's arguments
+MOST_PROBES = 64  # that are kept of a block
 MANY_CHUNKS = 8  # least for which changed inputs of recomputed blocks are made by chunk: ViT-B, -28 MiB in 8, +9 in 4
 _patching = threading.Lock()
 
@@ -272,7 +273,10 @@ class CheckpointedBlock:
         if parameters != self._probed:  # some were replaced by others
             self._probes.clear()
             self._probed = parameters
-        key = described, call.is_whole, call.change, self.module.training, torch.is_autocast_enabled(x.device.type)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        key = described, call.is_whole, call.change, call.beside, self.module.training, autocast
+        if len(self._probes) >= MOST_PROBES:  # such as of a number that counts steps
+            self._probes.clear()
         if key not in self._probes or not self._probes[key].holds():
             state = random_state(x.device)
             self._probes[key] = probe(call, inputs if call.is_whole else [t[:1] for t in inputs])
@@ -291,8 +295,9 @@ class Call:
     """Makes one call of a block, and can make it again with other tensors in the place of its inputs.
 
     inputs: the first tensor of floats among the arguments, which is split by sample, and all others that need a
-    gradient. states: how many of them, the first ones, are split by sample. is_whole: whether the batch must stay
-    whole, because other tensors may hold something for each sample. change: of the arguments, which `inner` makes.
+    gradient. states: how many of them, the first ones, are split by sample: those with as many samples and dimensions.
+    is_whole: whether the batch must stay whole, because other tensors may hold something for each sample. change: of
+    the arguments, which `inner` makes.
     """
 
     def __init__(
@@ -308,7 +313,7 @@ class Call:
         given, self._spec = tree_flatten((args, kwargs))
         tensors = list({id(x): x for x in given if isinstance(x, Tensor) and x.dim()}.values())
         first = next((x for x in tensors if x.is_floating_point()), None)
-        split = [x for x in tensors if x is first or (first is not None and x.requires_grad and len(x) == len(first))]
+        split = [x for x in tensors if x is first or (first is not None and x.requires_grad and _is_alike(x, first))]
         split.sort(key=lambda x: x is not first)
         others = [x for x in tensors if first is not None and not any(x is state for state in split)]
         self.inputs = [*split, *(x for x in others if x.requires_grad)]
@@ -318,6 +323,9 @@ class Call:
         numbers = {id(x): number for number, x in enumerate(self.inputs)}
         self._places = {i: numbers[id(x)] for i, x in enumerate(given) if id(x) in numbers}
         self._given = [None if i in self._places else x for i, x in enumerate(given)]
+        # What beside tensors says how the block is called.
+        flags = (x if isinstance(x, (int, str)) else type(x) for x in self._given)
+        self.beside = len(args), tuple(kwargs), tuple((type(x), x) for x in flags)
         self._beside: tuple[list, Any] | None = None  # what the block returns beside its tensors, and the structure
 
     def __call__(self, inputs: list[Tensor], unread: int = 0, draws: SampleDraws | None = None) -> list[Tensor]:
@@ -335,3 +343,8 @@ class Call:
         beside, structure = self._beside
         tensors = iter(outputs)
         return tree_unflatten([next(tensors) if y is TENSOR else y for y in beside], structure)
+
+
+def _is_alike(x: Tensor, state: Tensor) -> bool:
+    """Returns whether a tensor can be a hidden state of the same samples: [64, C] beside [64, N, C] is of positions."""
+    return len(x) == len(state) and x.dim() == state.dim()

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from s2a_cli.activations.recompute import splits
+from s2a_cli.common.errors import UserError
 
 if TYPE_CHECKING:
     from s2a_cli.activations.checkpointing import Call
@@ -26,7 +27,7 @@ def mlps(block: nn.Module) -> list[nn.Module]:
 class Probe:
     """Holds what the graph of a sample shows of a block."""
 
-    trained: list[Tensor]  # the trained tensors that its output depends on, wherever they live
+    trained: list[Tensor]  # those that its output depends on, wherever they live, and all that train in the block
     kept: float  # bytes for the backward pass, of one sample
     unread: int  # which of its linear layers is the last, and has an output that backward does not read; or 0
     changes_input: bool  # in place
@@ -71,15 +72,24 @@ def probe(call: Call, inputs: list[Tensor]) -> Probe:
             kept[storage._cdata], last = storage.nbytes(), counters.linears
         return tensor.detach()  # not itself: a node that holds its own output is never freed
 
+    buffers = [(name, buffer, buffer._version) for name, buffer in module.named_buffers()]
     starts, reads = [x.detach().requires_grad_(x.requires_grad) for x in inputs], Reads()
     saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with mode.calibration.paused(), mode.counting() as counters, saved, reads:
         samples = [start.clone() for start in starts]
         versions = [sample._version for sample in samples]
         outputs = call(samples)
+    if changed := [name for name, buffer, version in buffers if buffer._version != version]:
+        raise UserError(
+            f"block {call.block.index} ({type(module).__name__}) changes its buffer {changed[0]} in each pass, which"
+            " recompute='block' and chunks do again: set recompute='none' and chunks=1"
+        )
     reads.found.update((id(p), p) for p in module.parameters())
+    trained = {id(x): x for x in leaves(outputs) if not any(x is start for start in starts)}
+    # Another sample may take another way through the block, as a mixture of experts has them.
+    trained |= {id(p): p for p in module.parameters() if p.requires_grad}
     return Probe(
-        trained=[tensor for tensor in leaves(outputs) if not any(tensor is start for start in starts)],
+        trained=list(trained.values()),
         kept=sum(kept.values()) / len(inputs[0]),
         unread=counters.linears if last < counters.linears else 0,
         changes_input=versions != [sample._version for sample in samples],

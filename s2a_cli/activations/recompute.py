@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,7 @@ class Recompute(torch.autograd.Function):
     def forward(ctx, recomputation: Recomputation, size: int, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         call, inputs = recomputation.call, tensors[:count]
         ctx.recomputation, ctx.size, ctx.trained = recomputation, size, tensors[count:]
+        ctx.versions, ctx.parameters = _versions(ctx.trained), _parameters(call)
         ctx.dtypes, ctx.samples = [x.dtype for x in inputs], len(inputs[0])
         ctx.layouts, kept = [], []
         for index, x in enumerate(inputs):
@@ -80,6 +81,11 @@ class Recompute(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, *grads: Tensor):
+        if ctx.versions != _versions(ctx.trained) or ctx.parameters != _parameters(ctx.recomputation.call):
+            raise RuntimeError(
+                f"block {ctx.recomputation.call.block.index}: its parameters were changed or replaced after its forward"
+                " pass (torch.func.functional_call does so); a block that is recomputed reads them again in backward"
+            )
         needed, kept = ctx.needs_input_grad[3 : 3 + len(ctx.dtypes)], list(ctx.saved_tensors)
         stored = [(layout, [kept.pop(0) for _ in range(count)]) for layout, count in ctx.layouts]
         found: list[Tensor | None] = []
@@ -109,8 +115,34 @@ def _gradients(
     wanted = [*(x for x in inputs if x.requires_grad), *trained]
     new: list[Tensor | None] = [None] * len(wanted)
     if pairs:
-        new = list(torch.autograd.grad([y for y, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True))
+        outputs, of_outputs = zip(*pairs)
+        with _without_hooks(trained):
+            new = list(torch.autograd.grad(outputs, wanted, of_outputs, allow_unused=True))
     return [new.pop(0) if x.requires_grad else None for x in inputs], new
+
+
+@contextmanager
+def _without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Leaves out hooks on these tensors' gradients within: they are to see the sum, outside, and once."""
+    hooks = [t._backward_hooks for t in tensors if t._backward_hooks]
+    before = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, own in zip(hooks, before):
+            each.update(own)
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[int]:
+    """Returns how often each was changed in place."""
+    return [] if torch.compiler.is_compiling() else [t._version for t in tensors]
+
+
+def _parameters(call: Call) -> list[int]:
+    """Returns which tensors are the parameters of a block now."""
+    return [id(p) for p in call.block.module.parameters()]
 
 
 def _add(totals: list[Tensor | None], new: list[Tensor | None], own: set[int]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -203,6 +204,9 @@ class Backbone:
                 stack.callback(more.remove)
                 less = block.module.register_forward_hook(functools.partial(_one_less, block), prepend=True)
                 stack.callback(less.remove)
+            log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a traceback of each failure
+            stack.callback(log.setLevel, log.level)
+            log.setLevel(logging.CRITICAL)
             try:
                 run_without_data(self.model, self._sample)
             except Exception:  # models fail in ways of their own

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import replace
 from typing import Any
 
 from s2a_cli.backbones import Backbone
@@ -40,5 +41,6 @@ def attach(method: Any, backbone: Backbone) -> Attachment:
     structures = [STRUCTURES[name](method if len(names) == 1 else method[name]) for name in names]
     parts: list[Attachment] = []
     for structure in sorted(structures, key=lambda structure: (not structure.adapts, structure.replaces_layers)):
-        parts.append(structure.attach(backbone, parts))
+        made = structure.attach(backbone, parts)
+        parts.append(replace(made, replaces_layers=structure.replaces_layers))
     return Attachment.of(parts)

@@ -30,6 +30,7 @@ class Attachment:
     after_step: each is called with the optimizer after every update of the parameters. Bound methods of the modules, as
     `merges`.
     unmergeable: why no plain weights of the backbone compute the same; empty where they do.
+    replaces_layers: whether layers of its own are in the place of the backbone's, within what other hooks see of them.
     merges: each moves what an added module computes into the backbone's own weights. Bound methods of the modules, so
     that a copy of the attachment merges its own.
     """
@@ -41,6 +42,7 @@ class Attachment:
     feature_head: FeatureHead | Tail | None = None
     after_step: tuple[Callable[[Optimizer], None], ...] = ()
     unmergeable: str = ""
+    replaces_layers: bool = False
     merges: tuple[Callable[[], None], ...] = ()
 
     @property
@@ -98,5 +100,15 @@ class Attachment:
             feature_head=heads[0] if alone else None,
             after_step=tuple(act for part in parts for act in part.after_step),
             unmergeable="; ".join(part.unmergeable for part in parts if part.unmergeable),
-            merges=tuple(merge for part in reversed(parts) for merge in part.merges),
+            replaces_layers=any(part.replaces_layers for part in parts),
+            merges=tuple(merge for part in _as_computed(parts) for merge in part.merges),
         )
+
+
+def _as_computed(parts: Sequence[Attachment]) -> list[Attachment]:
+    """Returns attachments in the order in which they change what a layer computes.
+
+    The last layer that was put in the place of another is called first, and hooks run as they were registered.
+    """
+    replacing = [part for part in reversed(parts) if part.replaces_layers]
+    return [*replacing, *(part for part in parts if not part.replaces_layers)]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,12 +47,21 @@ class ConvAdapter(nn.Module):
 
     _x = ThreadLocal[Tensor | None](None)  # what the attention beside it reads, until that returns
 
-    def __init__(self, channels: int, outputs: int, reduction: int, act: nn.Module, kernel: Any, **geometry: Any):
+    def __init__(
+        self,
+        channels: int,
+        outputs: int,
+        reduction: int,
+        act: nn.Module,
+        kernel: Any,
+        kind: type = nn.Conv2d,
+        **geometry: Any,
+    ):
         super().__init__()
         width = max(1, channels // reduction)
         while channels % width:  # the groups are of one size
             width -= 1
-        self.down = nn.Conv2d(channels, width, kernel, groups=width, **geometry)
+        self.down = kind(channels, width, kernel, groups=width, **geometry)
         self.act = act
         self.up = nn.Conv2d(width, outputs, 1)
         self.scale = nn.Parameter(torch.ones(outputs))
@@ -144,7 +154,10 @@ class ConvAdapterStructure(Structure):
             block.module.register_forward_hook(adapter.on_output)
         else:
             geometry = {name: getattr(conv, name) for name in ("stride", "padding", "dilation")}
-            adapter = ConvAdapter(conv.in_channels, conv.out_channels, reduction, act, conv.kernel_size, **geometry)
+            kind = Conv2dSame if "Same" in type(conv).__name__ else nn.Conv2d  # timm's, which pads as its input wants
+            adapter = ConvAdapter(
+                conv.in_channels, conv.out_channels, reduction, act, conv.kernel_size, kind, **geometry
+            )
             conv.register_forward_hook(adapter.on_output)
         return adapter
 

@@ -141,7 +141,7 @@ class Head2Toe(Structure):
         selected = SelectedFeatures([block.output for block in read], backbone.head.classes, settings)
         for index, block in enumerate(read):
             block.module.register_forward_hook(functools.partial(selected.on_block_output, index))
-        backbone.model.register_forward_hook(selected.on_logits)
+        backbone.model.register_forward_hook(selected.on_logits, prepend=True)  # before auxiliary logits join them
         backbone.add("head2toe", selected)
         return Attachment(
             backbone,

@@ -105,7 +105,7 @@ class QST(Structure):
         if not is_plain(blocks):
             raise self.misfit(backbone, "its hidden states are no tokens of one shape throughout")
         network = SideNetwork(blocks, self.settings, head_width(backbone))
-        blocks[0].module.register_forward_pre_hook(network.on_first_input, with_kwargs=True)
+        blocks[0].module.register_forward_pre_hook(network.on_first_input, with_kwargs=True, prepend=True)
         for index, block in enumerate(blocks):
             block.module.register_forward_hook(functools.partial(network.on_block_output, index))
         network.replace_features(backbone)

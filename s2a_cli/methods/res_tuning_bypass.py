@@ -67,7 +67,7 @@ class ResTuningBypass(Structure):
         if len(states) > 1 or blocks[0].input.layout == "channels_first":
             raise self.misfit(backbone, "its hidden states are not all of one shape with the channels last")
         bypass = Bypass(blocks, self.settings.dim, detach=not any(other.adapts for other in beside))
-        blocks[0].module.register_forward_pre_hook(bypass.on_first_input, with_kwargs=True)
+        blocks[0].module.register_forward_pre_hook(bypass.on_first_input, with_kwargs=True, prepend=True)
         for index, block in enumerate(blocks):
             block.module.register_forward_hook(functools.partial(bypass.on_block_output, index))
         backbone.add("res_tuning_bypass", bypass)

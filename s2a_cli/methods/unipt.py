@@ -101,7 +101,7 @@ class UniPT(Structure):
         blocks, head = backbone.adapted_blocks(self.settings.blocks), only_head(self.name, backbone)
         feature = head_width(backbone)
         network = ParallelNetwork(blocks, feature, max(1, feature // self.settings.reduction))
-        blocks[0].module.register_forward_pre_hook(network.on_first_input, with_kwargs=True)
+        blocks[0].module.register_forward_pre_hook(network.on_first_input, with_kwargs=True, prepend=True)
         for index, block in enumerate(blocks):
             block.module.register_forward_hook(functools.partial(network.on_block_output, index))
         head.register_forward_pre_hook(network.on_head_input)

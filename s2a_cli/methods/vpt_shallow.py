@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from s2a_cli.backbones import Backbone, Block, Hidden
+from s2a_cli.common.errors import UserError
 from s2a_cli.config.schema import AT_LEAST_1, BELOW_1
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Published, Structure
+from s2a_cli.methods.parts.bottleneck import OnMap
 from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 
@@ -103,6 +105,11 @@ class VPTShallow(Structure):
     def fitting(self, backbone: Backbone) -> tuple[list[Block], int]:
         """Returns the adapted blocks and the number of inputs of the patch embedding. Raises UserError for a misfit."""
         blocks = backbone.adapted_blocks(self.settings.blocks)
+        if any(isinstance(module, OnMap) for module in backbone.model.modules()):
+            raise UserError(
+                f"method={self.name}: beside convpass or mona, which read the image's tokens as a map, prompts would"
+                " be a part of it"
+            )
         if not backbone.takes_more_tokens(blocks):
             raise self.misfit(backbone, "its blocks take no more tokens than the image's")
         embedding = backbone.embedding()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 from layouts import CLASSES, batch, loss_of, make, make_attached, quant
 from torch import nn
 from torch.nn import functional as F
 
+import s2a_cli
 from s2a_cli import methods
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
@@ -165,6 +167,16 @@ def test_features_are_pooled_to_about_a_number():
             pooled = PooledState(block.output, 200)
             assert pooled(torch.randn(2, *block.output.shape)).shape == (2, pooled.size)
             assert pooled.size <= 200 or pooled.size == block.output.channels
+
+
+def test_a_conv_adapter_pads_as_its_convolution_does():
+    model = timm.create_model("tf_mobilenetv3_small_100", num_classes=5)
+    attached = s2a_cli.attach(model, "conv_adapter", inputs=(1, 3, 65, 65))
+    images = torch.randn(2, 3, 65, 65)
+    model.train()(images).sum().backward()
+    adapters = model.s2a["conv_adapter"]
+    assert all(adapter.down.weight.grad is not None for adapter in adapters)
+    assert any(type(adapter.down) is not nn.Conv2d for adapter in adapters) and attached.blocks
 
 
 def test_head2toe_selects_features_in_a_run(tmp_path):

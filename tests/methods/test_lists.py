@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
 from pathlib import Path
 
@@ -149,3 +150,66 @@ def test_a_copy_of_an_attachment_learns_by_itself(backbone):
     assert all(p.grad is None for p in attached.model.parameters())
     assert {id(m) for m, _ in twin.learning_rates}.isdisjoint(id(m) for m in attached.model.modules())
     assert {id(m) for m, _ in twin.learning_rates} <= {id(m) for m in twin.model.modules()}
+
+
+MERGED = ("fact_tt", "fact_tk", "ssf", "repadapter", "lora", "dora", "residual_adapter", "bias")
+
+
+@pytest.mark.parametrize(
+    "names, backbone",
+    [
+        *(
+            (f"{one},{two}", "vit")
+            for one, two in itertools.combinations(MERGED, 2)
+            if "residual_adapter" not in (one, two)
+        ),
+        *((names, "resnet") for names in ("residual_adapter,ssf", "bias,residual_adapter")),
+    ],
+)
+def test_what_two_structures_make_of_a_layer_is_merged_as_it_is_computed(names, backbone):
+    try:
+        attached, _ = attach(backbone, f"method=[{names}]")
+    except UserError as error:  # such as FacT's two forms together
+        pytest.skip(str(error))
+    images, generator = batch(attached.backbone)[0], torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in attached.model.parameters():
+            if p.requires_grad:
+                p += 0.1 * torch.randn(p.shape, generator=generator)
+        expected = attached.model.eval()(images)
+        if attached.unmergeable:
+            pytest.skip(attached.unmergeable)
+        torch.testing.assert_close(attached.merge().eval()(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", ["lst", "qst", "res_tuning_bypass", "unipt"])
+@pytest.mark.parametrize("prompts", ["vpt_shallow", "vpt_deep"])
+def test_side_networks_see_no_prompts(network, prompts):
+    attached, words = attach("vit", f"method=[{network},{prompts}]")
+    found = gradients(attached, words)
+    assert any(prompts in name for name in found) and any(network in name for name in found)
+
+
+def test_head2toe_adds_to_the_models_logits_alone():
+    attached, _ = attach("vit", "method=[head2toe,s2a]")
+    added = attached.model.s2a
+    with torch.no_grad():
+        added["head2toe"].classifier.weight.fill_(0.1)
+        for p in added["side"].parameters():
+            p.zero_()
+    train_mode(attached.model)
+    logits = attached.model(batch(attached.backbone)[0])
+    assert logits.ndim == 3 and logits[0].any() and not logits[1:].any()
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        ("convpass,vpt_deep", "method=vpt_deep: beside convpass or mona"),
+        ("mona,vpt_shallow", "method=vpt_shallow: beside convpass or mona"),
+        ("lst,s2a_paper", "the head can read one side network only"),
+    ],
+)
+def test_structures_that_would_read_what_is_not_meant_for_them_are_refused(names, said):
+    with pytest.raises(UserError, match=said):
+        attach("vit", f"method=[{names}]")

@@ -1,7 +1,8 @@
 """Attention: fused attention keeps codes of q, k and v; a softmax keeps codes of its map.
 
 - scaled_dot_product_attention: backward dequantizes a few samples at a time and runs PyTorch's attention on them again.
-  A float mask gets its gradient. One that has rows for each sample and needs a gradient is quantized, others are kept.
+  A float mask gets its gradient. One that has rows for each sample and needs a gradient is kept in bfloat16, others as
+  they are.
   Falls back to PyTorch for dropout_p > 0, inputs without a batch dimension, and q, k, v of unequal batch.
 - the same with `softmax` bits and no `attention` bits, as the S2A paper has it: unfused, with q, k and v kept as they
   are and the map as codes. Alone among all operators its output equals PyTorch's to rounding, not to the bit. It runs a
@@ -44,12 +45,13 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, run, op: OpContext):
         bits, group_size = op.bits("attention"), op.config.group
-        # A mask that depends on each sample is an activation like the others, as large as the map itself.
-        coded = [q, k, v, mask] if ctx.needs_input_grad[3] and _is_own(mask, q) else [q, k, v]
-        kept = [keep_quantized(x, bits, group_size, seed=op.calibration.seed()) for x in coded]
+        kept = [keep_quantized(x, bits, group_size, seed=op.calibration.seed()) for x in (q, k, v)]
         ctx.layouts = [layout for layout, _, _ in kept]
         ctx.run = run
-        ctx.save_for_backward(None if len(coded) > 3 else mask, *(tensor for _, *tensors in kept for tensor in tensors))
+        # A mask that depends on each sample is an activation like the others, as large as the map itself.
+        is_activation = ctx.needs_input_grad[3] and _is_own(mask, q)
+        kept_mask = _rounded(mask) if is_activation and mask is not None else mask
+        ctx.save_for_backward(kept_mask, *(tensor for _, *tensors in kept for tensor in tensors))
         return run(q, k, v, mask)
 
     @staticmethod
@@ -58,22 +60,21 @@ class Attention(torch.autograd.Function):
         mask, *kept = ctx.saved_tensors
         needs_mask = ctx.needs_input_grad[3]
         totals: list[Any] = [None] * len(ctx.layouts)  # tensors, where there is a gradient
-        shape: Any = ctx.layouts[3].shape if len(ctx.layouts) > 3 else () if mask is None else mask.shape
-        if mask is not None and needs_mask:  # it is kept as it is
-            totals.append(torch.zeros_like(mask))
+        is_own = mask is not None and _is_own(mask, grad)
+        width = 0 if mask is None else mask.shape[-1]
         head = math.prod(grad.shape[1:])
         if needs_mask:  # such a mask makes PyTorch's attention write out its map
-            head = max(head, grad.shape[-2] * shape[-1] * (head // (grad.shape[-2] * grad.shape[-1])))
+            totals.append(None if is_own or mask is None else torch.zeros_like(mask))
+            head = max(head, grad.shape[-2] * width * (head // (grad.shape[-2] * grad.shape[-1])))
         for chunk in decoded_chunks(grad, head):
             span = grad.dtype, chunk.start, chunk.stop
             inputs = [layout.dequantize(*kept[2 * i : 2 * i + 2], *span) for i, layout in enumerate(ctx.layouts)]
-            if len(inputs) == 3:
-                inputs.append(mask[chunk] if mask is not None and _is_own(mask, grad) else mask)
+            inputs.append(mask if mask is None or not is_own else mask[chunk])
             found = _gradients(ctx.run, inputs, ctx.needs_input_grad[:4], grad[chunk])
             for index, (total, result) in enumerate(zip(totals, found)):
                 if result is None:
                     continue
-                if index == 3 and not (len(shape) == grad.dim() and shape[0] > 1):
+                if index == 3 and not is_own:
                     total.add_(result)
                 else:
                     totals[index] = write_chunk(total, result, chunk, len(grad))
@@ -83,6 +84,14 @@ class Attention(torch.autograd.Function):
 def _is_own(mask: Tensor, like: Tensor) -> bool:
     """Returns whether a mask has rows for each sample."""
     return mask.dim() == like.dim() and mask.shape[0] > 1
+
+
+def _rounded(mask: Tensor) -> Tensor:
+    """Returns a float mask in bfloat16: beside -100 or -inf, which mask, codes of fewer bits lose its other numbers."""
+    if mask.element_size() <= 2:
+        return mask
+    least = torch.finfo(torch.bfloat16).min
+    return torch.where(mask.isinf(), mask, mask.clamp(least, -least)).to(torch.bfloat16)
 
 
 def _gradients(run: Callable, inputs: list, needed: tuple[bool, ...], grad: Tensor) -> list[Tensor | None]:
@@ -110,6 +119,8 @@ class Unfused(torch.autograd.Function):
                 bias = mask[chunk] if mask.dim() == q.dim() and len(mask) > 1 else mask
                 scores = scores.masked_fill_(~bias, -math.inf) if mask.dtype == torch.bool else scores.add_(bias)
             p = torch.softmax(scores, -1, dtype=working_type(scores.dtype))
+            if mask is not None:  # PyTorch's attention returns 0 where all is masked
+                p.masked_fill_(scores.amax(-1, keepdim=True) == -math.inf, 0.0)
             del scores
             codebook, seed = op.calibration.unit(site, p, ctx.bits), op.calibration.seed() or 0
             kept += quantize_groupwise(

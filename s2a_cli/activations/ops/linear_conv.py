@@ -202,7 +202,7 @@ def weight_gradient(
 @handles(F.conv1d, F.conv2d, F.conv3d, bits=None)
 def convolution(op, stock, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     geometry = _geometry(weight, stride, padding, dilation, groups)
-    if geometry is None or input.dim() != weight.dim():
+    if geometry is None or input.dim() != weight.dim() or weight.is_complex():
         return NotImplemented
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -220,8 +220,11 @@ def transposed_convolution(
     op, stock, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
 ):
     trains = input.requires_grad or (bias is not None and bias.requires_grad)
-    if weight.requires_grad or not trains or input.dim() != weight.dim():
+    if weight.requires_grad or not trains or input.dim() != weight.dim() or weight.is_complex():
         return NotImplemented
+    kernel = len(weight.shape[2:])
+    if any(more >= s for more, s in zip(_tuple(output_padding, kernel), _tuple(stride, kernel))):
+        return NotImplemented  # a convolution of the gradient would be larger than the input
 
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
         return stock(x, weight, bias, stride, padding, output_padding, groups, dilation)

@@ -46,9 +46,8 @@ class OwnFeatures(nn.Module):
         Raises UserError where it reads those of another side network.
         """
         for layer in backbone.head.layers.values():
-            if any(
-                isinstance(getattr(hook, "__self__", None), OwnFeatures) for hook in layer._forward_pre_hooks.values()
-            ):
+            bound = (getattr(hook, "func", hook) for hook in layer._forward_pre_hooks.values())
+            if any(isinstance(getattr(hook, "__self__", None), nn.Module) for hook in bound):
                 raise UserError("method: the head can read one side network only; name one of them")
             layer.register_forward_pre_hook(self.on_head_input)
         backbone.model.register_forward_hook(self.on_logits)

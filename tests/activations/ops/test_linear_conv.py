@@ -48,3 +48,18 @@ def test_it_keeps_nothing_of_its_input():
     bias = torch.zeros(5, requires_grad=True)
     with planned_for("cuda"), compress_activations(QuantConfig(lossless=True)):
         assert saved_bytes(lambda: F.linear(x, weight, bias)) == weight.numel() * weight.element_size()
+
+
+def test_what_a_frozen_kernel_does_otherwise_is_left_to_stock():
+    x, weight = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)
+    spectrum, kernel = torch.randn(2, 3, 8, 8, dtype=torch.cfloat, requires_grad=True), torch.randn(4, 3, 3, 3).cfloat()
+    for run, given in (
+        (lambda: F.conv_transpose2d(x, weight, stride=1, dilation=2, output_padding=1), x),
+        (lambda: F.conv_transpose2d(x, weight, stride=2, output_padding=1), x),
+        (lambda: F.conv2d(spectrum, kernel * (1 + 2j)).abs(), spectrum),
+    ):
+        (expected,) = torch.autograd.grad(run().square().sum(), given)
+        with compress_activations("exact", []):
+            y = run()
+        (found,) = torch.autograd.grad(y.square().sum(), given)
+        torch.testing.assert_close(found, expected)
