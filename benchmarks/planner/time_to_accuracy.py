@@ -1,7 +1,7 @@
 """How long each method takes to reach full fine-tuning's accuracy within a twelfth of its memory.
 
     python benchmarks/planner/time_to_accuracy.py WEIGHTS DATA... [key=value ...] [--seeds 0 1 2] [--share 12]
-        [--rates FILE] [--out benchmarks/planner/time_to_accuracy.json]
+        [--cached key=value ...] [--rates FILE] [--out benchmarks/planner/time_to_accuracy.json]
 
 WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors. DATA: a train/ and test/ tree of class
 folders, or such a tree in a .tar, with settings for it alone behind commas. key=value goes to every run.
@@ -10,11 +10,11 @@ Full fine-tuning trains first, whole batches and no budget, at the learning rate
 of further ones while the best lies at an end: its test accuracy, at the epoch that is best on validation, in the mean
 of the seeds, times 0.987 is what is to be reached, and its predicted peak over SHARE is the budget. Then each method
 trains as the planner has it (fidelity=0.999 backbone.weights=auto); its learning rate is that of the comparison of
-methods (RATES, a result of compare_structures.py). The time is that of planning, of filling the cache of features, of
-training and of validation, up to the end of the first epoch behind which the test split is at the accuracy; looking at
-that split takes none of it.
-Methods that nothing fits are named. Written to OUT after every method, as JSON and as a table; DATA that OUT has from
-another call stay there.
+methods (RATES, a result of compare_structures.py), or, of methods of the last blocks, found as full fine-tuning's is.
+The time is that of planning, of filling the cache of features, of training and of validation, up to the end of the
+first epoch behind which the test split is at the accuracy; looking at that split takes none of it. Methods that nothing
+fits are named. Written to OUT after every method, as JSON and as a table; what OUT has from another call stays there,
+and full fine-tuning is not run again.
 """
 
 from __future__ import annotations
@@ -44,11 +44,13 @@ from s2a_cli.training.trainer import planned
 ROOT = Path(__file__).resolve().parents[2]
 ENOUGH = 0.987  # of full fine-tuning's accuracy, as the paper of S2A reports
 PLANNED = ("fidelity=0.999", "backbone.weights=auto")
-FULL_RATES = (2e-4, 4e-4)  # the first two
+FULL_RATES, LAST_RATES = (2e-4, 4e-4), (4e-3, 8e-3)  # the first two
 CACHED = ("dataset.cache=features", "dataset.scale=null", "backbone.weights=offload")
 METHODS: dict[str, list[str]] = {  # name -> words; the first part of a name is what the comparison calls it
     "side, cached features": ["method=side", *CACHED],
     "linear, cached features": ["method=linear", *CACHED],
+    "s2a, last 6 blocks, cached features": ["method=s2a", "method.blocks=last:6", *CACHED],
+    "bias, last 6 blocks, cached features": ["method=bias", "method.blocks=last:6", *CACHED],
     "side": ["method=side"],
     "s2a": ["method=s2a"],
     "bias": ["method=bias"],
@@ -145,6 +147,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--share", type=float, default=12.0)
     parser.add_argument("--only", nargs="+", default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--cached", nargs="+", default=[], metavar="key=value", help="for runs on cached features")
     parser.add_argument("--rates", type=Path, default=ROOT / "benchmarks/structures/vit_t_112.json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "time_to_accuracy.json")
     args = parser.parse_intermixed_args(argv)
@@ -160,7 +163,7 @@ def main(argv: list[str]) -> int:
     def words_of(method: str, root: str, own: list[str], seed: int) -> list[str]:
         rate = next(word for word in compared[method.split(",")[0]]["words"] if word.startswith("optim.lr="))
         common = ["experiment=photos_112", f"backbone.checkpoint={args.weights}", f"dataset.root={root}"]
-        common += [rate] if method != "full" else []
+        common += [] if method == "full" or "last" in method else [rate]
         place = f"run_dir=runs/time_to_accuracy/{Path(root).stem}/{method.replace(', ', '_').replace(' ', '_')}/{seed}"
         return [*common, *METHODS[method], *own, *changes, f"seed={seed}", place]
 
@@ -170,10 +173,10 @@ def main(argv: list[str]) -> int:
         files.atomic_write(args.out, json.dumps(result, indent=1) + "\n")
         files.atomic_write(args.out.with_suffix(".md"), table(result))
 
-    def full_finetuning(words: list[str]) -> dict[float, Entry]:
+    def searched(words: list[str], first: tuple[float, ...]) -> dict[float, Entry]:
         """Returns the runs of the first seed by learning rate, the best on validation first."""
         tried: dict[float, Entry] = {}
-        rates = list(FULL_RATES)
+        rates = list(first)
         while rates:
             tried |= {rate: train([*words, f"optim.lr={rate:g}"]) for rate in rates}
             best = max(tried, key=lambda rate: tried[rate]["val_top1"])
@@ -185,25 +188,34 @@ def main(argv: list[str]) -> int:
         if word in changes:
             continue
         root, *own = word.split(",")
-        data: Entry = about | {"methods": {}}
         first, *others = args.seeds
-        tried = full_finetuning(words_of("full", root, own, first))
-        rate = f"{next(iter(tried)):g}"
-        full = [next(iter(tried.values()))]
-        full += [train([*words_of("full", root, own, seed), f"optim.lr={rate}"]) for seed in others]
-        data |= {"full_rate": rate, "full_tried": {f"{rate:g}": run["val_top1"] for rate, run in tried.items()}}
-        top1 = mean(run["test_top1"] for run in full)
-        data |= {"full": full, "full_top1": top1, "wanted": ENOUGH * top1}
-        data["budget"] = f"{full[0]['peak_mib'] / args.share:.1f}MiB"
-        save(Path(root).stem, data)
+        known: Entry = json.loads(args.out.read_text())["data"] if args.out.exists() else {}
+        data: Entry = known.get(Path(root).stem) or about | {"methods": {}}
+        if "wanted" in data:
+            data["later"] = [*data.get("later", ()), about]
+        else:
+            tried = searched(words_of("full", root, own, first), FULL_RATES)
+            rate = f"{next(iter(tried)):g}"
+            full = [next(iter(tried.values()))]
+            full += [train([*words_of("full", root, own, seed), f"optim.lr={rate}"]) for seed in others]
+            data |= {"full_rate": rate, "full_tried": {f"{rate:g}": run["val_top1"] for rate, run in tried.items()}}
+            top1 = mean(run["test_top1"] for run in full)
+            data |= {"full": full, "full_top1": top1, "wanted": ENOUGH * top1}
+            data["budget"] = f"{full[0]['peak_mib'] / args.share:.1f}MiB"
+            save(Path(root).stem, data)
         for method in args.only:
-            cached = "cached" in method  # a plan chooses settings of blocks, which do not run then
-            more = ["quant=none"] if cached else [f"budget={data['budget']}", *PLANNED]
-            more += [f"optim.lr={rate}"] if method == "full" else []
+            cached = "cached" in method  # what is in the memory is little
+            more = ["quant=none", *args.cached] if cached else [f"budget={data['budget']}", *PLANNED]
+            more += [f"optim.lr={data['full_rate']}"] if method == "full" else []
             try:
-                runs = [train([*words_of(method, root, own, seed), *more]) for seed in args.seeds]
+                runs, left = [], args.seeds
+                if "last" in method:
+                    tried = searched([*words_of(method, root, own, first), *more], LAST_RATES)
+                    (rate, run), left = next(iter(tried.items())), others
+                    more, runs = [*more, f"optim.lr={rate:g}"], [run | {"rate": rate}]
+                runs += [train([*words_of(method, root, own, seed), *more]) for seed in left]
                 peak = runs[0]["peak_mib"]
-                fits = peak is not None and peak <= full[0]["peak_mib"] / args.share
+                fits = peak is not None and peak <= data["full"][0]["peak_mib"] / args.share
                 data["methods"][method] = runs if fits else f"needs {peak} MiB"
             except UserError as error:
                 data["methods"][method] = str(error).splitlines()[0]
