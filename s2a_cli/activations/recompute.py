@@ -16,6 +16,7 @@ from s2a_cli.activations.ops.linear_conv import FrozenLinear
 from s2a_cli.activations.quant.groupwise import GroupwiseLayout, keep_quantized, write_chunk
 from s2a_cli.activations.quant.packing import groupwise_size
 from s2a_cli.activations.random_numbers import SampleDraws, batch_chunks, random_state, set_random_state
+from s2a_cli.common.errors import UserError
 from s2a_cli.config.schema import QuantConfig
 
 if TYPE_CHECKING:
@@ -74,7 +75,11 @@ class Recompute(torch.autograd.Function):
         # is not recomputed and shares the weight, which would get no gradient from it.
         with recomputation.autocast():
             outputs = in_batch_chunks(call, list(inputs), size)
-        assert outputs is not None, "a probe has shown that they are split by sample"
+        if outputs is None:  # of one sample it can't be seen
+            raise UserError(
+                f"block {call.block.index} ({type(call.block.module).__name__}) returns tensors that do not begin with"
+                " the batch, so that it can't run in chunks: set chunks=1"
+            )
         # A view of what was made in here, or of an input, could not be changed in place, as a block's output can be.
         return tuple(y.clone() if any(_share(y, x) for x in inputs) else y.detach() for y in outputs)
 

@@ -177,3 +177,17 @@ def test_a_block_that_counts_its_passes_is_refused():
         block(torch.randn(4, 6, 8, requires_grad=True))
     block.eval()  # its estimate stays as it is
     agree(block, [lambda: block(torch.ones(4, 6, 8))])
+
+
+def test_a_block_whose_results_do_not_begin_with_the_batch_is_told_from_others():
+    block, x = nn.LSTM(8, 8, batch_first=True), torch.randn(4, 3, 8, requires_grad=True)
+    refused = pytest.raises(
+        UserError, match="block 0 .LSTM. returns tensors that do not begin with the batch.*chunks=1"
+    )
+    with refused, compress_activations(CHUNKS, [block]):
+        block(x)
+    with compress_activations(EXACT, [block]):
+        (y, _), (expected, _) = block(x), block(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert x.grad.any()
