@@ -124,7 +124,9 @@ class Head2ToeSettings(BlocksSettings):
         help="of the features that is kept",
         rule=number("a number above 0, at most 1", lambda value: 0 < value <= 1),
     )
-    select_after: int = setting(500, help="optimisation steps in which all features are scored", rule=AT_LEAST_1)
+    select_after: int = setting(
+        500, help="optimisation steps in which all features are scored; a shorter run keeps them all", rule=AT_LEAST_1
+    )
     lasso: float = setting(1e-5, help="weight of the group lasso while features are scored", rule=NOT_NEGATIVE)
 
 

@@ -18,8 +18,8 @@ class Lora(Peft):
 
     Position, rank, scale and learning rate are NOAH's on VTAB-1k (arXiv 2206.04673, model/module/qkv_super_prompt.py):
     one A [8, channels] and one B [3 * channels, 8] at the fused layer of q, k and v, alpha = rank. A is Kaiming
-    uniform, B zero. QLoRA is `backbone.weights=nf4`, rsLoRA and PiSSA are `method.peft={use_rslora: true}` and
-    `{init_lora_weights: pissa_niter_16}`.
+    uniform, B zero. With another `r`, lora_alpha stays 8 unless it is given, too. QLoRA is `backbone.weights=nf4`,
+    rsLoRA and PiSSA are `method.peft={use_rslora: true}` and `{init_lora_weights: pissa_niter_16}`.
     """
 
     Settings = LoraSettings
