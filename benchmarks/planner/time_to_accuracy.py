@@ -204,7 +204,7 @@ def main(argv: list[str]) -> int:
             data["budget"] = f"{full[0]['peak_mib'] / args.share:.1f}MiB"
             save(Path(root).stem, data)
         for method in args.only:
-            cached = "cached" in method  # what is in the memory is little
+            cached = "cached" in method  # nothing is planned for these: dataset.cache refuses a budget
             more = ["quant=none", *args.cached] if cached else [f"budget={data['budget']}", *PLANNED]
             more += [f"optim.lr={data['full_rate']}"] if method == "full" else []
             try:

@@ -24,6 +24,7 @@ from s2a_cli.backbones.hidden import Hidden
 from s2a_cli.backbones.stored import Stored
 from s2a_cli.backbones.trace import LayoutError, Sample, find_blocks, images_of, layouts, run_without_data, trace
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.hooks import owner_of
 from s2a_cli.common.text import first_line
 from s2a_cli.data.transforms import ImageConfig
 
@@ -230,8 +231,7 @@ class Backbone:
         for module in self.model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for number, hook in list(hooks.items()):
-                    bound = getattr(hook, "func", hook)  # of a functools.partial
-                    if getattr(bound, "__self__", None) in added:
+                    if owner_of(hook) in added:
                         del hooks[number]
                         module._forward_pre_hooks_with_kwargs.pop(number, None)
         if hasattr(self.model, ADDED):

@@ -15,8 +15,18 @@ def reads_output_only(hook: Hook) -> Hook:
     return hook
 
 
+def owner_of(hook: Callable) -> Any:
+    """Returns the object whose method a hook is, itself or in a partial; None for a plain function."""
+    return getattr(_function(hook), "__self__", None)
+
+
 def may_read_input(hook: Callable) -> bool:
     """Returns whether a forward hook, a bound method or a partial as well, is not marked by `reads_output_only`."""
+    return not getattr(_function(hook), "reads_output_only", False)
+
+
+def _function(hook: Callable) -> Callable:
+    """Returns what a partial, or a partial of one, is of."""
     while isinstance(hook, functools.partial):
         hook = hook.func
-    return not getattr(hook, "reads_output_only", False)
+    return hook

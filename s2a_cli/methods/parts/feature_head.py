@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ class Features:
         return [Features(parts) for parts in zip(*(t.split(size) for t in self.tensors))]
 
 
-@runtime_checkable
 class SideBranch(Protocol):
     """A module that reads features of a frozen backbone and adds to its logits."""
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from s2a_cli.backbones import Backbone, Block, Hidden
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.hooks import owner_of
 from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 
@@ -46,8 +47,7 @@ class OwnFeatures(nn.Module):
         Raises UserError where it reads those of another side network.
         """
         for layer in backbone.head.layers.values():
-            bound = (getattr(hook, "func", hook) for hook in layer._forward_pre_hooks.values())
-            if any(isinstance(getattr(hook, "__self__", None), nn.Module) for hook in bound):
+            if any(isinstance(owner_of(hook), nn.Module) for hook in layer._forward_pre_hooks.values()):
                 raise UserError("method: the head can read one side network only; name one of them")
             layer.register_forward_pre_hook(self.on_head_input)
         backbone.model.register_forward_hook(self.on_logits)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from s2a_cli.backbones import ADDED, Backbone
-from s2a_cli.methods.parts.feature_head import Features, SideBranch
+from s2a_cli.common.hooks import owner_of
+from s2a_cli.methods.parts.feature_head import Features
 
 
 class Tail(nn.Module):
@@ -31,7 +32,7 @@ class Tail(nn.Module):
 
     @property
     def about(self) -> list[Any]:
-        """What the features depend on, beside the backbone: where they are taken, and their shapes."""
+        """What the features depend on, beside the backbone: where they are taken, and what reads them."""
         names = {module: name for name, module in self.model.named_modules()}
         read = [[names[block], *(repr(feature) for feature in _features(block))] for block in self._blocks]
         return ["tail", read]
@@ -90,9 +91,11 @@ def _features(block: nn.Module) -> list[nn.Module]:
     """Returns the modules that are all by which side branches read a block's output, see SideBranch."""
     found = []
     for hook in block._forward_hooks.values():
-        branch = getattr(hook.func, "__self__", None) if isinstance(hook, functools.partial) else None
-        if isinstance(branch, SideBranch):
-            found.append(branch.features[hook.args[0]])
+        branch = owner_of(hook)
+        # A check of the protocol by isinstance would not see submodules from Python 3.12 on.
+        features = getattr(branch, "features", None) if hasattr(branch, "read") else None
+        if isinstance(features, nn.ModuleList) and isinstance(hook, functools.partial):
+            found.append(features[hook.args[0]])
     return found
 
 
