@@ -116,10 +116,11 @@ def _check_cache(values: dict[str, Any]) -> dict[str, str]:
         ("optim.mixup", 0.0, "each mixed image would need another forward pass of the backbone"),
         ("optim.cutmix", 0.0, "each mixed image would need another forward pass of the backbone"),
         ("compile", False, "the part that is trained is too small to compile"),
-        ("budget", None, "a plan chooses settings of blocks, which do not run"),
     ):
         if values.get(other) != value:
             return {key: f"{key}={values[key]} needs {other}={show(value)}: {why}"}
+    if values[key] == "auto" and values.get("budget") is None:
+        return {key: f"{key}=auto needs budget=SIZE, the memory that a plan is made for"}
     return {}
 
 

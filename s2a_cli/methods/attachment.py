@@ -62,6 +62,19 @@ class Attachment:
         """Returns this attachment with what is behind the first blocks to be trained alone, where there are some."""
         return replace(self, feature_head=tail_of(self.backbone))
 
+    def trained(self, cached: bool) -> nn.Module:
+        """Returns what batches go through: the model, or what is trained of it where features of the rest are kept."""
+        return self.feature_head if cached and self.feature_head else self.model
+
+    def passed_blocks(self) -> list[nn.Module]:
+        """Returns the blocks that a gradient passes: the first that trains or is changed, and those behind it."""
+        before = tail_of(self.backbone)
+        return [block for block in self.blocks if not before or block not in before.kept]
+
+    def running_blocks(self, cached: bool) -> list[nn.Module]:
+        """Returns the blocks that run in a pass, in order: where features are kept, those that a gradient passes."""
+        return self.blocks if self.trained(cached) is self.model else self.passed_blocks()
+
     @contextmanager
     def learning(self, learn: Learn) -> Iterator[None]:
         """Hands auxiliary logits [B, classes] to `learn` within, which back-propagates their loss at once."""

@@ -49,11 +49,11 @@ class Kind:
 class Blocks:
     """Times one block of each kind, forward and backward, and keeps the least seconds of each.
 
-    timer: of the run. kinds: of its blocks, which `kinds_of` tells.
+    timer: of the run. kinds: of its blocks, which `kinds_of` tells. total: blocks of the model.
     """
 
     def __init__(self, timer: Timer, kinds: list[Kind]):
-        self.timer, self.kinds, self.total = timer, kinds, sum(len(kind.places) for kind in kinds)
+        self.timer, self.kinds, self.total = timer, kinds, len(timer.attached.blocks)
         self._memories: dict[tuple[int, Mode], AbstractContextManager[Any]] = {}
         self._least: dict[tuple[int, Mode, int], float] = {}
 
@@ -95,9 +95,12 @@ class Blocks:
         return self.timer.seconds(run, f"{mode.about}, a block of {images} images")
 
     def shares(self, mode: Mode, images: int) -> list[float]:
-        """Returns the share of each block, in order, in what all of them take."""
-        each = {place: seconds for kind, seconds in zip(self.kinds, self._each(mode, images)) for place in kind.places}
-        return [each[place] / sum(each.values()) for place in range(self.total)]
+        """Returns the share of each of the model's blocks, in order, in what those take that a gradient passes."""
+        each = dict.fromkeys(range(self.total), 0.0)
+        for kind, seconds in zip(self.kinds, self._each(mode, images)):
+            each |= dict.fromkeys(kind.places, seconds if kind.block in self.timer.passed else 0.0)
+        whole = sum(each.values()) or 1.0
+        return [seconds / whole for seconds in each.values()]
 
 
 def kinds_of(timer: Timer, candidate: Candidate, images: int) -> list[Kind] | None:
@@ -106,7 +109,7 @@ def kinds_of(timer: Timer, candidate: Candidate, images: int) -> list[Kind] | No
     None where one block by itself does not stand for its part of a pass: where it runs not once, is given several
     tensors, or returns another thing than a tensor; and where the device has not the memory.
     """
-    numbers = {block: number for number, block in enumerate(timer.attached.blocks)}
+    numbers = {block: number for number, block in enumerate(timer.attached.blocks) if block in timer.blocks}
     kinds: dict[Hashable, Kind] = {}
     ran: list[nn.Module] = []
     odd = False
@@ -134,7 +137,7 @@ def kinds_of(timer: Timer, candidate: Candidate, images: int) -> list[Kind] | No
     finally:
         for hook in hooks:
             hook.remove()
-    alone = fits and not odd and len(ran) == len(numbers) == len(timer.attached.blocks) and set(ran) == set(numbers)
+    alone = fits and not odd and len(ran) == len(numbers) == len(timer.blocks) and set(ran) == set(numbers)
     return list(kinds.values()) if alone else None
 
 

@@ -29,7 +29,7 @@ class Fidelity:
         if size not in self._exact:
             timer = self.timers[self.exact]
             total = max(1, len(timer.attached.blocks))
-            alike = timer.attached.blocks and not moving_norms(timer.attached.model)  # parts of a batch
+            alike = timer.blocks and not moving_norms(timer.attached.model)  # parts of a batch
             mode = RECOMPUTED if alike else PLAIN
             self._exact[size] = _gradient(timer, Candidate(size, mode, total, total), size)
         found = _gradient(self.timers[candidate.weights], candidate, size)
@@ -41,7 +41,7 @@ def _gradient(timer: Timer, candidate: Candidate, size: int) -> Tensor:
 
     Under the same random numbers each time.
     """
-    step, model = timer.step(candidate), timer.attached.model
+    step, model = timer.step(candidate), timer.trained
     model.zero_grad(set_to_none=True)
     torch.manual_seed(timer.config.seed)
     for start in range(0, IMAGES, size):

@@ -50,10 +50,10 @@ def measure(
     of a pass. A GPU computes one block while the host launches the next.
     """
     modes, at, total = list(modes), sizes[0], len(timer.attached.blocks)
-    if timer.device.type == "cpu" and total and not moving_norms(timer.attached.model):
+    if timer.device.type == "cpu" and timer.blocks and not moving_norms(timer.attached.model):
         first = next(filter(fits, (_everywhere(mode, at, total) for mode in dict.fromkeys((PLAIN, *modes)))), None)
         kinds = kinds_of(timer, first, at) if first else None
-        if first and kinds and OF_A_KIND * len(kinds) <= total:
+        if first and kinds and OF_A_KIND * len(kinds) <= len(timer.blocks):
             seconds = min(filter(None, (timer(first, at) for _ in range(PASSES))), default=0.0)
             most = min(BLOCK_SECONDS, SHORT_RUN * run * seconds / at)
             blocks = Blocks(timer, kinds)

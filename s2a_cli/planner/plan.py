@@ -31,6 +31,7 @@ from s2a_cli.planner.search import Found, Room, Slower, plans
 from s2a_cli.planner.task import Task
 from s2a_cli.planner.timer import Timer, Timers
 from s2a_cli.results import record
+from s2a_cli.training.step import Batch
 
 DOUBT = 0.1  # of the budget: what is estimated to be nearer to it is predicted; so is all that is taken
 FINALISTS = 3
@@ -78,7 +79,7 @@ class Contender:
 
 def make(
     task: Task,
-    batch: tuple[Tensor, Tensor],
+    batch: tuple[Batch, Tensor],
     device: torch.device,
     stored: Callable[[str | None], Attachment],
     nothing: Callable[[float], str],
@@ -87,9 +88,10 @@ def make(
 ) -> record.Plan:
     """Returns the plan of a task. Raises UserError where nothing fits.
 
-    batch: images [B, 3, H, W] and targets [B]. stored: returns the attachment with weights stored so; None and "fp32"
-    are as they are. nothing: says what would fit, for the least bytes that a candidate needs. is_real: whether weights
-    and images are those of the run; otherwise no gradients are compared, and the times of the costs stand.
+    batch: images [B, 3, H, W], or what is kept of them, and targets [B]. stored: returns the attachment with weights
+    stored so; None and "fp32" are as they are. nothing: says what would fit, for the least bytes that a candidate
+    needs. is_real: whether weights and images are those of the run; otherwise no gradients are compared, and the times
+    of the costs stand.
     """
     begun, level = time.monotonic(), FIDELITY[task.config.fidelity]
     modes, weights, smallest = task.modes(level), task.weights(level), task.smallest(level)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from s2a_cli import backbones
 from s2a_cli.common import distributed
@@ -11,15 +15,19 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.config.settings import merge, replaced
 from s2a_cli.memory.margin import Margin
 from s2a_cli.methods import Attachment
-from s2a_cli.planner import plan
+from s2a_cli.planner import kept_features, plan
 from s2a_cli.planner.fallbacks import said
+from s2a_cli.planner.kept_features import Decision
 from s2a_cli.planner.run_memory import Composition
 from s2a_cli.planner.sizes import size
 from s2a_cli.planner.task import Task
 from s2a_cli.results import record
+from s2a_cli.training.criterion import Criterion
 from s2a_cli.training.run import Run, attach, choose_device, no_graphs
+from s2a_cli.training.step import Batch
 
 PLENTY = 64  # images, at most, that measurements take
+ENOUGH = 8  # where their features have to be computed before
 
 
 def plan_run(run: Run) -> record.Plan:
@@ -30,20 +38,23 @@ def plan_run(run: Run) -> record.Plan:
     loader = run.loader("train", train=True)
     loader.epoch = 1
     images, targets = next(iter(loader))
-    processes = distributed.rank_and_world_size()[1]
-    classes = len(run.splits.classes)
-    task = _task(run.config, run.attached, classes, len(run.splits.train), run.device, processes)
+    splits, processes = run.splits, distributed.rank_and_world_size()[1]
+    classes, count = len(splits.classes), len(splits.train)
+    config, decision = run.config, None
+    if config.dataset.cache == "auto":
+        others = len(splits.val) + len(splits.test)
+        decision = kept_features.decide(config, run.attached, images, count, others, run.device, processes)
+        config = decision.applied(config)
 
     def stored(weights: str | None) -> Attachment:
         if weights in (None, "fp32"):
             return run.attached
-        config = replaced(run.config, {"backbone.weights": weights})
+        changed = replaced(config, {"backbone.weights": weights})
         torch.manual_seed(config.seed)  # the same head as the run's, and the same weights where none are loaded
-        return attach(config, backbones.build(config.backbone, classes))
+        return attach(changed, backbones.build(config.backbone, classes))
 
-    return plan.make(
-        task, (images, targets), run.device, stored, lambda least: said(task, least), True, run.criterion()
-    )
+    task = _task(config, run.attached, classes, count, run.device, processes, decision)
+    return _plan(task, (images, targets), run.device, stored, decision, is_real=True, criterion=run.criterion())
 
 
 def plan_composition(composition: Composition, processes: int = 1) -> record.Plan:
@@ -52,23 +63,53 @@ def plan_composition(composition: Composition, processes: int = 1) -> record.Pla
     Nothing is timed but what costs are made of, and what codes do to gradients is not looked at. Raises UserError where
     nothing fits.
     """
-    config, classes = composition.config, composition.classes
+    config, classes, decision = composition.config, composition.classes, None
     device = choose_device(config.device)
 
+    @functools.cache
     def stored(weights: str | None) -> Attachment:
         weights = weights or config.backbone.weights
         random = merge(config, {"backbone": {"pretrained": False, "checkpoint": None, "weights": weights}})
         return attach(random, backbones.build(random.backbone, classes))
 
     attached = attach(config, backbones.build(config.backbone, classes, meta=True))
-    task = _task(config, attached, classes, composition.images, device, processes)
-    count, pixels = min(task.batch, PLENTY), attached.backbone.image.size
-    batch = torch.randn(count, 3, pixels, pixels), torch.arange(count) % classes
-    return plan.make(task, batch, device, stored, lambda least: said(task, least), is_real=False)
+    count, pixels = min(config.optim.batch_size, PLENTY), attached.backbone.image.size
+    images, targets = torch.randn(count, 3, pixels, pixels), torch.arange(count) % classes
+    if config.dataset.cache == "auto":
+        decision = kept_features.decide(config, stored(None), images, composition.images, 0, device, processes)
+        config = decision.applied(config)
+    task = _task(config, attached, classes, composition.images, device, processes, decision)
+    return _plan(task, (images, targets), device, stored, decision, is_real=False)
+
+
+def _plan(
+    task: Task,
+    batch: tuple[Batch, Tensor],
+    device: torch.device,
+    stored: Callable[[str | None], Attachment],
+    decision: Decision | None,
+    is_real: bool,
+    criterion: Criterion | None = None,
+) -> record.Plan:
+    """Returns the plan of a task, with what was decided before; the arguments are those of plan.make."""
+    images, targets = batch
+    if task.config.dataset.cache and isinstance(images, Tensor):
+        batch = kept_features.captured(task.config, stored(None), images[:ENOUGH], device), targets[:ENOUGH]
+    made = plan.make(task, batch, device, stored, lambda least: said(task, least), is_real, criterion)
+    if decision:
+        made["asked"] |= dict.fromkeys(decision.settings, "auto")
+        made["choices"].append(decision.other)
+    return made
 
 
 def _task(
-    config: DictConfig, attached: Attachment, classes: int, images: int, device: torch.device, processes: int
+    config: DictConfig,
+    attached: Attachment,
+    classes: int,
+    images: int,
+    device: torch.device,
+    processes: int,
+    decision: Decision | None,
 ) -> Task:
     """Returns what is planned; on CUDA the budget is the memory of a device, with its context.
 
@@ -82,4 +123,5 @@ def _task(
         raise UserError(f"cuda_graphs=true needs {needed}")
     graphs = config.cuda_graphs is not False and not needed
     available, run = size("budget", config.budget), config.optim.epochs * images / processes
-    return Task(config, attached, classes, images, available, margin, processes, graphs, run_images=run)
+    chosen = decision.settings if decision else {}
+    return Task(config, attached, classes, images, available, margin, processes, graphs, run_images=run, chosen=chosen)

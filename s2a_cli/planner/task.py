@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from s2a_cli import backbones
 from s2a_cli.common.errors import UserError
+from s2a_cli.config.rules import show
 from s2a_cli.config.settings import replaced
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.memory.margin import Margin
@@ -29,7 +30,7 @@ class Task:
     attached: to a backbone on any device. images: to train on. available: bytes that a step may take. margin: what the
     device needs beyond the peak; None for a CPU. cuda_graphs: whether passes can be replayed as CUDA graphs.
     dtype: of a batch on the device; None for what a run has there. run_images: that a process trains on in all epochs;
-    infinite where it is not known for how long.
+    infinite where it is not known for how long. chosen: {dotted key: value} that was chosen before, and is in `config`.
     """
 
     config: DictConfig
@@ -42,6 +43,7 @@ class Task:
     cuda_graphs: bool = False
     dtype: torch.dtype | None = None
     run_images: float = math.inf
+    chosen: dict[str, Any] = field(default_factory=dict)
     _stored: dict[str, Attachment] = field(default_factory=dict)
 
     @property
@@ -61,6 +63,8 @@ class Task:
 
     def modes(self, fidelity: float) -> list[Mode]:
         """Returns the modes that can be tried, down to a level of fidelity."""
+        if self.attached.blocks and not self.attached.running_blocks(bool(self.config.dataset.cache)):
+            return [PLAIN]
         found = [mode for mode in MODES if mode.fidelity >= fidelity]
         if self.whole:
             return [mode for mode in found if mode.name in ("none", "exact") and not mode.recomputes]
@@ -103,11 +107,13 @@ class Task:
 
     def settings(self, candidate: Candidate) -> dict[str, Any]:
         """Returns {dotted key: value} of all that is chosen with a candidate."""
-        return candidate.settings(self.batch) | {"cuda_graphs": self.graphs(candidate.weights)}
+        return candidate.settings(self.batch) | {"cuda_graphs": self.graphs(candidate.weights)} | self.chosen
 
     def words(self, candidate: Candidate) -> list[str]:
         """Returns the words of `s2a train` that ask for the same."""
-        return [*candidate.words(self.batch), *(["cuda_graphs=true"] if self.graphs(candidate.weights) else [])]
+        graphs = {"cuda_graphs": True} if self.graphs(candidate.weights) else {}
+        others = [f"{key}={show(value)}" for key, value in (graphs | self.chosen).items()]
+        return [*candidate.words(self.batch), *others]
 
     def timed(self, weights: str | None = None) -> DictConfig:
         """Returns the config with which candidates are timed whose weights are stored so; None leaves them."""

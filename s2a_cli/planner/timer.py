@@ -17,7 +17,7 @@ from s2a_cli.methods import Attachment
 from s2a_cli.planner.candidates import Candidate
 from s2a_cli.training.cuda_graphs import PassGraphs, own_stream
 from s2a_cli.training.run import OUT_OF_MEMORY
-from s2a_cli.training.step import Step, moving_norms, train_mode
+from s2a_cli.training.step import Batch, Step, moving_norms, train_mode
 
 REPLAYS = 3  # of a graph that are timed
 
@@ -25,15 +25,16 @@ REPLAYS = 3  # of a graph that are timed
 class Timer:
     """Times forward and backward passes of a run under candidates' settings, and leaves its model as it was.
 
-    batch: images [B, 3, H, W] and targets, on any device; taken again where a micro-batch is larger. These and the
-    criterion are as Step takes them.
+    batch: images [B, 3, H, W], or what is kept of them, and targets, on any device; taken again where a micro-batch is
+    larger. These and the criterion are as Step takes them. trained: what they go through, the model or a part of it.
+    blocks: those that run, in order. passed: of these, those that a gradient passes; a mode changes nothing in others.
     """
 
     def __init__(
         self,
         config: DictConfig,
         attached: Attachment,
-        batch: tuple[Tensor, Tensor],
+        batch: tuple[Batch, Tensor],
         device: torch.device,
         progress: Progress,
         criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -41,6 +42,9 @@ class Timer:
         self.config, self.attached, self.device, self.progress = config, attached, device, progress
         self.criterion = criterion
         self.images, self.targets = batch
+        cached = bool(config.dataset.cache)
+        self.trained, self.blocks = attached.trained(cached), attached.running_blocks(cached)
+        self.passed = attached.passed_blocks()
         self._steps: dict[Candidate, Step] = {}
         self._replays: dict[tuple[Candidate, int], float] = {}  # seconds, with CUDA graphs
         self._norms = {
@@ -61,7 +65,7 @@ class Timer:
             self._steps[candidate] = Step(changed, self.device, self.attached, self.criterion)
         return self._steps[candidate]
 
-    def take(self, count: int, start: int = 0) -> tuple[Tensor, Tensor]:
+    def take(self, count: int, start: int = 0) -> tuple[Batch, Tensor]:
         """Returns `count` images and targets on the device."""
         index = torch.arange(start, start + count) % len(self.images)
         return self.images[index].to(self.device), self.targets[index].to(self.device)
@@ -73,7 +77,7 @@ class Timer:
         """
         if seconds := self._replays.get((candidate, images)):
             return seconds
-        batch, step, model = self.take(images), self.step(candidate), self.attached.model
+        batch, step, model = self.take(images), self.step(candidate), self.trained
         about = f"{candidate.mode.about}, {images} at a time"
         if (graphs := step.graphs) is None:
             return self.seconds(lambda: step.accumulate(model, *batch), about)
@@ -117,9 +121,9 @@ class Timer:
         self._wait()
         return clock() - begun
 
-    def _replayed(self, step: Step, graphs: PassGraphs, images: Tensor, targets: Tensor) -> float:
+    def _replayed(self, step: Step, graphs: PassGraphs, images: Batch, targets: Tensor) -> float:
         """Returns the seconds in which the pass that has just run is replayed as a graph."""
-        run = functools.partial(step.accumulate, self.attached.model)
+        run = functools.partial(step.accumulate, self.trained)
         with step.as_fitted():
             for _ in range(2):  # for the first time it is only noted that it has run
                 graphs(run, images, targets, 1.0, ready=True)
@@ -132,9 +136,12 @@ class Timer:
             torch.cuda.synchronize(self.device)
 
     def shares(self, images: int) -> list[float]:
-        """Returns the shares of the blocks in the time of all their forward passes; of no block one share of 1."""
-        blocks = self.attached.blocks
-        if not blocks:
+        """Returns what share each of the model's blocks has in the time of all forward passes of `passed`.
+
+        Of no block there is one share of 1.
+        """
+        blocks = self.passed
+        if not self.attached.blocks:
             return [1.0]
         seconds, begun = dict.fromkeys(blocks, 0.0), dict.fromkeys(blocks, 0.0)
 
@@ -150,12 +157,12 @@ class Timer:
         hooks += [block.register_forward_hook(ends) for block in blocks]
         try:
             with torch.no_grad():
-                self.step(Candidate(1)).logits(self.attached.model, self.take(images)[0])
+                self.step(Candidate(1)).logits(self.trained, self.take(images)[0])
         finally:
             for hook in hooks:
                 hook.remove()
         whole = sum(seconds.values()) or 1.0
-        return [seconds[block] / whole for block in blocks]
+        return [seconds.get(block, 0.0) / whole for block in self.attached.blocks]
 
 
 class Timers(Mapping[str | None, Timer]):
@@ -175,13 +182,13 @@ class Timers(Mapping[str | None, Timer]):
         if self._there is not None:
             if self._there is self._made.get(weights):
                 return self._there
-            self._there.attached.model.to("cpu")
+            self._there.trained.to("cpu")
             self._there = None
             torch.cuda.empty_cache()  # does nothing without CUDA
         if weights not in self._made:
             self._made[weights] = self._stack.enter_context(closing(self._make(weights)))
         timer = self._made[weights]
-        timer.attached.model.to(timer.device)
+        timer.trained.to(timer.device)
         self._there = timer
         return timer
 

@@ -35,7 +35,7 @@ from s2a_cli.results.fields import (
 
 __all__ = ["Accuracy", "Data", "Headline", "MemoryRecord", "Parameters", "Plan", "Result", "Throughput", "headline"]
 SCHEMA = 1
-PLANNED = ("quant", "optim.micro_batch", "backbone.weights", "cuda_graphs")  # what a budget chooses
+PLANNED = ("quant", "optim.micro_batch", "backbone.weights", "cuda_graphs", "dataset.cache")  # what a budget chooses
 MOST = 16 << 20  # bytes of a record; the largest has a name for each of some ten thousand classes
 LARGEST = 1e20  # no figure of a record is as large
 DEEPEST, LONGEST = 50, 300  # levels of a record; characters of a name

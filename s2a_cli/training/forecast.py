@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -78,23 +79,18 @@ def profile_step(
 
 
 def _profile(
-    attached: Attachment, config: DictConfig, images: int, processes: int, dtype: torch.dtype | None
+    attached: Attachment, config: DictConfig, most: int, processes: int, dtype: torch.dtype | None
 ) -> memory.Profile:
     backbone, model = attached.backbone, attached.model
     train_mode(model)
-    count, size = -(-min(config.optim.batch_size, images) // processes), backbone.image.size
+    count, size = -(-min(config.optim.batch_size, most) // processes), backbone.image.size
     in_pixels = stays_in_pixels(config.optim) or config.dataset.cache
     dtype = dtype or (torch.uint8 if in_pixels else weight_dtype(config.precision))
-    batch = torch.empty(count, 3, size, size, dtype=dtype), torch.empty(count, dtype=torch.int64)
-    if (micro := config.optim.micro_batch) and count > 2 * micro and not config.dataset.cache:
-        return _profile_two(attached, config, batch)
+    images, targets = torch.empty(count, 3, size, size, dtype=dtype), torch.empty(count, dtype=torch.int64)
     step = Step(config, torch.device("cpu"), attached)
     if config.dataset.cache and attached.feature_head:
-        return _profile_cached(attached, attached.feature_head, config, step, batch)
-    taken = graphed(step, micro) if config.cuda_graphs else step
-    return memory.profile(
-        model, batch, taken, lambda model: make_optimizer(config.optim, model, attached), backbone.parts
-    )
+        return _profile_cached(attached, attached.feature_head, config, step, images, targets)
+    return _profile_step(model, attached, config, step, [images], targets)
 
 
 def graphed(step: Callable[..., Any], micro_batch: int | None) -> Callable[..., None]:
@@ -111,50 +107,40 @@ def graphed(step: Callable[..., Any], micro_batch: int | None) -> Callable[..., 
     return run
 
 
-def _profile_two(attached: Attachment, config: DictConfig, batch: tuple[Tensor, Tensor]) -> memory.Profile:
-    """Predicts a step of many micro-batches by its first two, while all images of the batch are there.
+def _profile_step(
+    module: nn.Module, attached: Attachment, config: DictConfig, step: Step, tensors: list[Tensor], targets: Tensor
+) -> memory.Profile:
+    """Predicts a step on images, or on the tensors of their kept features, that go through a module.
 
-    The second finds gradients beside what it keeps, as all others do. For the step that creates the optimiser's state
-    one of them will do.
+    One of many micro-batches is predicted by its first two, while the whole batch is there: the second finds gradients
+    beside what it keeps, as all others do. For the step that creates the optimiser's state one of them will do.
     """
-    images, targets = batch
-    step, micro = Step(config, torch.device("cpu"), attached), config.optim.micro_batch
-    run_step = graphed(step, micro) if config.cuda_graphs else step
-    counts = iter((micro, 2 * micro))
+    whole, micro = [*tensors, targets], config.optim.micro_batch
+    taken = graphed(step, micro) if config.cuda_graphs else step
+    counts, given = itertools.repeat(len(targets)), whole
+    if micro and len(targets) > 2 * micro:
+        counts, given = iter((micro, 2 * micro)), [t[: 2 * micro] for t in whole] + [t[2 * micro :] for t in whole]
 
-    def run(
-        model: nn.Module,
-        optimizer: Optimizer,
-        images: Tensor,
-        targets: Tensor,
-        *others: Tensor,
-        after_forward: Callable[[], None],
-    ) -> None:
+    def run(model: nn.Module, optimizer: Optimizer, *given: Tensor, after_forward: Callable[[], None]) -> None:
         count = next(counts)
-        run_step(model, optimizer, images[:count], targets[:count], after_forward=after_forward)
+        *batch, targets = (t[:count] for t in given[: len(whole)])
+        images = batch[0] if module is attached.model else Features(batch)
+        taken(model, optimizer, images, targets, after_forward=after_forward)
 
-    tensors = images[: 2 * micro], targets[: 2 * micro], images[2 * micro :], targets[2 * micro :]
-    return memory.profile(
-        attached.model,
-        tensors,
-        run,
-        lambda model: make_optimizer(config.optim, model, attached),
-        attached.backbone.parts,
-    )
+    def make(model: nn.Module) -> Optimizer:
+        return make_optimizer(config.optim, model, attached)
+
+    return memory.profile(module, given, run, make, attached.backbone.parts if module is attached.model else {})
 
 
 def _profile_cached(
-    attached: Attachment, head: FeatureHead | Tail, config: DictConfig, step: Step, batch: tuple[Tensor, Tensor]
+    attached: Attachment, head: FeatureHead | Tail, config: DictConfig, step: Step, images: Tensor, targets: Tensor
 ) -> memory.Profile:
     """Predicts the memory of a run that trains on kept features.
 
     It is that of the forward pass that fills the files, or of the step of the trained part alone, whichever is more.
     """
-    (images, targets), fields = batch, []
-    taken = graphed(step, config.optim.micro_batch) if config.cuda_graphs else step
-
-    def make(model: nn.Module) -> Optimizer:
-        return make_optimizer(config.optim, model, attached)
+    fields: list[tuple[torch.Size, torch.dtype]] = []
 
     def fills(model: nn.Module, optimizer: Optimizer, images: Tensor, after_forward: Callable[[], None]) -> None:
         with torch.no_grad():
@@ -162,11 +148,11 @@ def _profile_cached(
         fields[:] = [(t.shape[1:], t.dtype) for t in features.tensors]
         after_forward()
 
-    def trains(model: nn.Module, optimizer: Optimizer, *tensors: Tensor, after_forward: Callable[[], None]) -> None:
-        taken(model, optimizer, Features(tensors[:-1]), tensors[-1], after_forward=after_forward)
+    def make(model: nn.Module) -> Optimizer:
+        return make_optimizer(config.optim, model, attached)
 
-    few, blocks = [images[: feature_cache.fill_size(config)]], attached.backbone.parts
-    filling = memory.profile(attached.model, few, fills, make, blocks)
-    features = [torch.empty(len(targets), *shape, dtype=dtype) for shape, dtype in fields]
-    training = memory.profile(head, [*features, targets], trains, make, {})
+    few = images[: feature_cache.fill_size(config)]
+    filling = memory.profile(attached.model, [few], fills, make, attached.backbone.parts)
+    kept = [torch.empty(len(targets), *shape, dtype=dtype) for shape, dtype in fields]
+    training = _profile_step(head, attached, config, step, kept, targets)
     return max(filling, training, key=lambda profile: profile.memory.peak_mib)

@@ -65,7 +65,7 @@ class Run:
     @property
     def trained(self) -> nn.Module:
         """What the batches of `loader` go through: the model, or with kept features the part of it that is trained."""
-        return self.feature_head if self.cache and self.feature_head else self.model
+        return self.attached.trained(bool(self.cache))
 
     @property
     def sampling(self) -> np.ndarray | None:
@@ -104,7 +104,7 @@ def prepare(config: DictConfig) -> Run:
     splits = data.load(config.dataset)
     attached, weights = build(config, len(splits.classes))
     processes = distributed.rank_and_world_size()[1]
-    if config.dataset.cache:
+    if config.dataset.cache == "features":
         check_steady(attached)
         if processes > 1:
             raise UserError(
@@ -145,7 +145,7 @@ def attach(config: DictConfig, backbone: Backbone) -> Attachment:
     moving = moving_norms(backbone.model)
     if config.dataset.cache and not attached.feature_head and not moving:
         attached = attached.with_tail()
-    if config.dataset.cache and not attached.feature_head:
+    if config.dataset.cache == "features" and not attached.feature_head:
         accepted = listed([name for name, kind in methods.STRUCTURES.items() if kind.keeps_features])
         why = "trains BatchNorms" if moving else "changes or reads the backbone from its first block on"
         raise UserError(

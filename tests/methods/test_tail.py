@@ -71,7 +71,7 @@ def test_the_first_blocks_are_those_before_all_that_trains():
     def blocks(method, **settings):
         made = make_attached("vit", method, **settings)
         tail = tail_of(made.backbone)
-        return len(tail._blocks) if tail else 0
+        return len(tail.kept) if tail else 0
 
     assert [blocks("bias", blocks=f"last:{count}") for count in (1, 2, 3)] == [2, 1, 0]
     assert blocks("bias") == blocks("full") == blocks("prompt") == 0

@@ -67,11 +67,10 @@ def test_the_words_of_a_candidate_ask_for_its_settings(mode, blocks):
 
 
 @pytest.mark.parametrize("words", [["quant=none"], ["quant=tiny"], ["quant=int4", "method=full"]])
-def test_two_micro_batches_tell_the_peak_of_many(words, monkeypatch):
+def test_two_micro_batches_tell_the_peak_of_many(words):
     config = compose([*TINY, *words, "optim.micro_batch=4"])
     attached = attach(config, backbones.build(config.backbone, 10, meta=True))
     short = forecast.profile_step(attached, config, 32)
-    monkeypatch.setattr(forecast, "_profile_two", None)  # would fail if it were called
     config.optim.micro_batch = None
     pixels = attached.backbone.image.size
     long = torch.empty(32, 3, pixels, pixels, dtype=torch.uint8), torch.empty(32).long()

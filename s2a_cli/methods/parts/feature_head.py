@@ -20,6 +20,9 @@ class Features:
     def __len__(self) -> int:
         return len(self.tensors[0])
 
+    def __getitem__(self, index: Tensor) -> Features:
+        return Features(t[index] for t in self.tensors)
+
     @property
     def device(self) -> torch.device:
         return self.tensors[0].device

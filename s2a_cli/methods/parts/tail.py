@@ -18,7 +18,7 @@ from s2a_cli.methods.parts.feature_head import Features
 class Tail(nn.Module):
     """A model whose first blocks do not run: they return what was kept of them.
 
-    blocks: the first ones, which nothing that trains is in or before. The last of them returns its hidden state as it
+    kept: the first blocks, which nothing that trains is in or before. The last of them returns its hidden state as it
     was kept, in which all is that the blocks behind it compute with; those before it return what they are given. What
     side branches read of all of these is kept as well. What the model computes before its blocks, such as its patches,
     it computes of one blank image. `misfit` says of a model what does not go with that.
@@ -28,13 +28,13 @@ class Tail(nn.Module):
 
     def __init__(self, backbone: Backbone, blocks: list[nn.Module]):
         super().__init__()
-        self.model, self._size, self._blocks = backbone.model, backbone.image.size, blocks
+        self.model, self._size, self.kept = backbone.model, backbone.image.size, blocks
 
     @property
     def about(self) -> list[Any]:
         """What the features depend on, beside the backbone: where they are taken, and what reads them."""
         names = {module: name for name, module in self.model.named_modules()}
-        read = [[names[block], *(repr(feature) for feature in _features(block))] for block in self._blocks]
+        read = [[names[block], *(repr(feature) for feature in _features(block))] for block in self.kept]
         return ["tail", read]
 
     def forward(self, features: Features) -> Tensor:
@@ -43,9 +43,9 @@ class Tail(nn.Module):
         weight = next(self.model.parameters())
         image = torch.zeros(1, 3, self._size, self._size, dtype=weight.dtype, device=weight.device)
         with ExitStack() as stack:
-            for block in self._blocks[:-1]:
+            for block in self.kept[:-1]:
                 stack.enter_context(_instead(block, lambda x, *args, **kwargs: x))
-            for module, kept in zip((self._blocks[-1], *self._features()), (state, *others), strict=True):
+            for module, kept in zip((self.kept[-1], *self._features()), (state, *others), strict=True):
                 stack.enter_context(_instead(module, lambda *args, kept=kept, **kwargs: kept))
             return self.model(image)
 
@@ -56,7 +56,7 @@ class Tail(nn.Module):
         Raises TypeError where the last block returns more than a hidden state.
         """
         seen: dict[nn.Module, Any] = {}
-        modules = (self._blocks[-1], *self._features())
+        modules = (self.kept[-1], *self._features())
         with ExitStack() as stack:
             for module in modules:
                 hook = module.register_forward_hook(lambda m, args, out: seen.update({m: out}), prepend=True)
@@ -67,7 +67,7 @@ class Tail(nn.Module):
         return Features(seen[module] for module in modules), out
 
     def _features(self) -> list[nn.Module]:
-        return [feature for block in self._blocks for feature in _features(block)]
+        return [feature for block in self.kept for feature in _features(block)]
 
 
 def tail_of(backbone: Backbone) -> Tail | None:
