@@ -1,7 +1,7 @@
 """How long each method takes to reach full fine-tuning's accuracy within a twelfth of its memory.
 
     python benchmarks/planner/time_to_accuracy.py WEIGHTS DATA... [key=value ...] [--seeds 0 1 2] [--share 12]
-        [--cached key=value ...] [--rates FILE] [--out benchmarks/planner/time_to_accuracy.json]
+        [--rates FILE] [--out benchmarks/planner/time_to_accuracy.json]
 
 WEIGHTS: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k as .safetensors. DATA: a train/ and test/ tree of class
 folders, or such a tree in a .tar, with settings for it alone behind commas. key=value goes to every run.
@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENOUGH = 0.987  # of full fine-tuning's accuracy, as the paper of S2A reports
 PLANNED = ("fidelity=0.999", "backbone.weights=auto")
 FULL_RATES, LAST_RATES = (2e-4, 4e-4), (4e-3, 8e-3)  # the first two
-CACHED = ("dataset.cache=features", "dataset.scale=null", "backbone.weights=offload")
+CACHED = ("dataset.cache=features", "dataset.scale=null")
 METHODS: dict[str, list[str]] = {  # name -> words; the first part of a name is what the comparison calls it
     "side, cached features": ["method=side", *CACHED],
     "linear, cached features": ["method=linear", *CACHED],
@@ -147,7 +147,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--share", type=float, default=12.0)
     parser.add_argument("--only", nargs="+", default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--cached", nargs="+", default=[], metavar="key=value", help="for runs on cached features")
     parser.add_argument("--rates", type=Path, default=ROOT / "benchmarks/structures/vit_t_112.json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "time_to_accuracy.json")
     args = parser.parse_intermixed_args(argv)
@@ -204,8 +203,7 @@ def main(argv: list[str]) -> int:
             data["budget"] = f"{full[0]['peak_mib'] / args.share:.1f}MiB"
             save(Path(root).stem, data)
         for method in args.only:
-            cached = "cached" in method  # nothing is planned for these: dataset.cache refuses a budget
-            more = ["quant=none", *args.cached] if cached else [f"budget={data['budget']}", *PLANNED]
+            more = [f"budget={data['budget']}", *PLANNED]
             more += [f"optim.lr={data['full_rate']}"] if method == "full" else []
             try:
                 runs, left = [], args.seeds

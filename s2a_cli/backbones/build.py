@@ -35,23 +35,31 @@ def build(config: BackboneConfig, num_classes: int, *, meta: bool = False) -> Ba
     """
     if not meta:
         return _build(config, num_classes, meta)
-    key = repr(config), num_classes
-    if key not in _ON_META:
-        if len(_ON_META) >= KNOWN:
-            del _ON_META[next(iter(_ON_META))]
-        _ON_META[key] = _build(config, num_classes, meta)
-    return copy.deepcopy(_ON_META[key])  # ten times faster than to build another
+    built = _remembered(_ON_META, (repr(config), num_classes), lambda: _build(config, num_classes, meta))
+    return copy.deepcopy(built)  # ten times faster than to build another
 
 
-_ON_META: dict[tuple[str, int], Backbone] = {}  # backbones on the meta device as they were built
-KNOWN = 4  # at most: a prediction takes those of a run and of full fine-tuning, and most tables have one backbone
+_ON_META: dict[tuple, Backbone] = {}  # backbones on the meta device as they were built
+_OTHERS: dict[tuple, nn.Module] = {}  # models of one class more on the meta device, which find_head compares with
+KNOWN = (
+    4  # of each at most: a prediction takes those of a run and of full fine-tuning, and most tables have one backbone
+)
+
+
+def _remembered(known: dict[tuple, Any], key: tuple, make: Callable[[], Any]) -> Any:
+    """Returns what was made for a key before, or makes it now; the oldest is forgotten for it."""
+    if key not in known:
+        made = make()
+        if len(known) >= KNOWN:
+            del known[next(iter(known))]
+        known[key] = made
+    return known[key]
 
 
 def _build(config: BackboneConfig, num_classes: int, meta: bool) -> Backbone:
     """Does the work of build, always from the start."""
     from_hub = config.pretrained and not config.checkpoint and not meta
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        other = _create(config, num_classes + 1, False)
+    other = _remembered(_OTHERS, (config.timm, repr(config.kwargs), num_classes), lambda: _other(config, num_classes))
     if not meta:
         _refuse_size(config, other)
     with torch.device("meta" if meta else "cpu"):
@@ -67,6 +75,12 @@ def _build(config: BackboneConfig, num_classes: int, meta: bool) -> Backbone:
             model = classified = _classified(model, image.size, num_classes)
             head = Head({"head": classified.head}, num_classes)
     return Backbone(model, image, head)
+
+
+def _other(config: BackboneConfig, num_classes: int) -> nn.Module:
+    """Returns the model with one class more, on the meta device."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return _create(config, num_classes + 1, False)
 
 
 def _refuse_size(config: BackboneConfig, model: nn.Module) -> None:

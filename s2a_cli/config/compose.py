@@ -7,6 +7,7 @@ Hydra composes the files of `conf/`; it accepts any key behind `+` and stops at 
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 import typing
@@ -36,6 +37,7 @@ from s2a_cli.config.settings import (
     plain,
     rule_of,
     schema_of,
+    with_defaults,
 )
 from s2a_cli.config.structures import STRUCTURES
 from s2a_cli.config.trust import check_kwargs, check_stored
@@ -71,7 +73,7 @@ def compose_sweep(overrides: list[str]) -> SweepConfig:
     """
     problems: Problems = {}
     loaded = load(_readable(overrides, CONF, problems), CONF, problems)
-    typed = OmegaConf.structured(SweepConfig)
+    typed = with_defaults(SweepConfig)
     _fit(loaded.get("sweep") or OmegaConf.create(), typed, "sweep.", problems)
     for key, schema, name, value in declared(typed, "sweep."):
         rule = rule_of(schema, name)
@@ -210,7 +212,7 @@ def _planned(words: list[str]) -> Problems:
 
 def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
     """Returns `loaded` as a resolved RunConfig. Raises UserError with all problems when there are any."""
-    typed = OmegaConf.structured(RunConfig)
+    typed = with_defaults(RunConfig)
     found: Problems = {}
     for key, values in OLDER_VALUES.items():
         group, name = key.split(".")
@@ -218,7 +220,7 @@ def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
             loaded[group][name] = now
     name = _method_name(loaded)
     if name and all(one in STRUCTURES for one in name.split("+")):
-        typed.method = OmegaConf.structured(method_schema(name))
+        typed.method = with_defaults(method_schema(name))
     else:
         accepted = offered("method", list(STRUCTURES)) + nearest(str(name), STRUCTURES)
         found["method"] = f"method.name={brief(show(name))}: expected one of {accepted}"
@@ -240,10 +242,14 @@ def _judged(loaded: DictConfig, problems: Problems) -> DictConfig:
 
 def method_schema(name: str) -> type:
     """Returns the dataclass of a method's settings: a structure's own, or those of several, each under its name."""
-    names = name.split("+")
-    if len(names) == 1:
-        return make_dataclass("MethodConfig", [], bases=(STRUCTURES[name], MethodConfig))
-    parts = [(one, STRUCTURES[one], field(default_factory=STRUCTURES[one])) for one in names]
+    return _method_schema(tuple((one, STRUCTURES[one]) for one in name.split("+")))
+
+
+@functools.cache
+def _method_schema(structures: tuple[tuple[str, type], ...]) -> type:
+    if len(structures) == 1:
+        return make_dataclass("MethodConfig", [], bases=(structures[0][1], MethodConfig))
+    parts = [(name, settings, field(default_factory=settings)) for name, settings in structures]
     return make_dataclass("MethodConfig", parts, bases=(MethodConfig,))
 
 
@@ -320,10 +326,10 @@ def _fit_node(value: Any, typed: DictConfig, full: str, node: type, optional: bo
     if optional and (value is None or value is False):
         typed[key] = None
     elif optional and value is True:
-        typed[key] = OmegaConf.structured(node)
+        typed[key] = with_defaults(node)
     elif isinstance(value, DictConfig):
         if typed[key] is None:
-            typed[key] = OmegaConf.structured(node)
+            typed[key] = with_defaults(node)
         _fit(value, typed[key], f"{full}.", problems)
     else:
         names = ", ".join(f"{full}.{name}" for name in typing.get_type_hints(node))

@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from omegaconf import OmegaConf
-
 from s2a_cli import backbones
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import method_schema
-from s2a_cli.config.settings import replaced
+from s2a_cli.config.settings import replaced, with_defaults
 from s2a_cli.memory.result import MIB
 from s2a_cli.planner.candidates import FIDELITY
 from s2a_cli.planner.costs import assumed
@@ -64,7 +62,7 @@ def _changed(task: Task, changes: dict[str, Any]) -> Task:
     settings = {key: value for key, value in changes.items() if key != "method"}
     config = replaced(task.config, settings)
     if "method" in changes:
-        method = OmegaConf.structured(method_schema(changes["method"]))
+        method = with_defaults(method_schema(changes["method"]))
         method.name, method.lr = changes["method"], config.optim.lr
         config.method = method
     if not {"method", "backbone.weights"} & changes.keys():
