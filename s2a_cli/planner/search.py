@@ -48,7 +48,8 @@ class Room:
         doubt: float = math.inf,
     ):
         self.available, self.sizes, self.total, self.like, self.doubt = available, sizes, total, like, doubt
-        self.needed = functools.cache(needed)
+        known = functools.cache(needed)
+        self.needed: Callable[[Candidate], float] = lambda candidate: known(_with_blocks(candidate, candidate.blocks))
         self.fitting = functools.cache(self._fitting)
 
     def fits(self, candidate: Candidate) -> bool:
@@ -107,8 +108,9 @@ class Room:
 
 
 def _with_blocks(candidate: Candidate, blocks: int) -> Candidate:
-    """Returns a candidate with so many blocks in its mode; without any, it is the same for all modes."""
-    return replace(candidate, blocks=blocks) if blocks else Candidate(candidate.micro_batch, weights=candidate.weights)
+    """Returns a candidate with so many blocks in its mode; without any, it is stock PyTorch whatever the mode."""
+    stock = not blocks or candidate.mode == PLAIN
+    return Candidate(candidate.micro_batch, weights=candidate.weights) if stock else replace(candidate, blocks=blocks)
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def plans(
     found: list[Found] = []
     slower: list[Slower] = []
     kinds = [(Candidate(1, mode, room.total, room.total, stored), mode, stored) for stored in weights for mode in modes]
-    for candidate, mode, stored in sorted(kinds, key=lambda kind: kind[0].fidelity, reverse=True):
+    # Stock PyTorch with all weights first: what is slower than its plans is left out before its peaks are predicted.
+    for candidate, mode, stored in sorted(kinds, key=lambda kind: (-kind[0].fidelity, kind[1] != PLAIN)):
         exact = sorted(one.seconds for one in found if one.candidate.fidelity == EXACT)
         best = exact[: 1 if candidate.fidelity < EXACT else MOST]
         limit = best[-1] if (candidate.fidelity < EXACT and best) or len(best) == MOST else math.inf
