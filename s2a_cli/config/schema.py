@@ -225,7 +225,7 @@ class DatasetConfig:
     hflip: float = setting(0.5, help="probability of a mirrored training image", rule=FROM_0_TO_1)
     cache: str | None = setting(
         None,
-        help="features: keep on disk what linear, side and method.blocks=last:K read of the rest; auto: if budget= says",
+        help="features: keep on disk what linear, side and method.blocks=last:K read of the rest; auto: as planned",
         rule=one_of("features", "auto"),
     )
 
