@@ -9,6 +9,7 @@ from typing import Any, cast
 from s2a_cli import backbones
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import method_schema
+from s2a_cli.config.rules import show
 from s2a_cli.config.settings import replaced, with_defaults
 from s2a_cli.memory.result import MIB
 from s2a_cli.planner.candidates import FIDELITY
@@ -19,6 +20,7 @@ from s2a_cli.training.run import attach
 
 SIDE: dict[str, Any] = {"method": "side"}
 STEPS: tuple[dict[str, Any], ...] = (  # what is given up, the least first
+    {"dataset.cache": None},
     {"fidelity": "0.999"},
     {"fidelity": "0.99"},
     {"backbone.weights": "offload"},
@@ -47,6 +49,8 @@ def fallbacks(task: Task) -> Iterator[Fallback]:
         level = changes.get("fidelity", task.config.fidelity)
         if FIDELITY[level] >= FIDELITY[task.config.fidelity] and "fidelity" in changes:
             continue
+        if "dataset.cache" in changes and not task.config.dataset.cache:
+            continue
         try:
             changed = _changed(task, changes)
             smallest = changed.smallest(FIDELITY[level])
@@ -54,7 +58,7 @@ def fallbacks(task: Task) -> Iterator[Fallback]:
             needed = min(map(changed.needed, least or smallest))
         except UserError:
             continue
-        yield Fallback(tuple(f"{key}={value}" for key, value in changes.items()), needed)
+        yield Fallback(tuple(f"{key}={show(value)}" for key, value in changes.items()), needed)
 
 
 def _changed(task: Task, changes: dict[str, Any]) -> Task:

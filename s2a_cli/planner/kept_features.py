@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from s2a_cli import data
+from s2a_cli.activations import REFERENCE
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import duration
-from s2a_cli.config.settings import replaced
+from s2a_cli.config.settings import merge, replaced
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.feature_head import Features
 from s2a_cli.results import record
-from s2a_cli.training.run import check_steady
+from s2a_cli.training.run import OUT_OF_MEMORY, check_steady, keeps_nothing
 from s2a_cli.training.step import Step
 
 IMAGES = 2  # that forward passes are timed with
@@ -68,17 +69,17 @@ def decide(
     others: int,
     device: torch.device,
     processes: int = 1,
+    filled: Callable[[Features], bool] = lambda features: False,
 ) -> Decision:
     """Decides by the seconds that kept features save in all epochs and those that it takes to compute and read them.
 
     attached: with real weights; its model is moved to the device. images: [B, 3, H, W]. count: images that are trained
-    on in an epoch, each of which is kept beside its mirror image. others: images to validate and test on.
+    on in an epoch, each of which is kept beside its mirror image. others: images to validate and test on. filled:
+    whether all features like these are there from an earlier run.
     """
     head = attached.feature_head
     if head is None:
-        return Decision(
-            False, f"is not possible: method={config.method.name} changes the backbone from its first block on"
-        )
+        return Decision(False, f"is not possible: {keeps_nothing(config, attached)}")
     if processes > 1:
         return Decision(False, "is for one process")
     try:
@@ -86,25 +87,28 @@ def decide(
     except UserError as error:
         return Decision(False, f"is not possible: {str(error).removeprefix('dataset.cache=features: ')}")
     few = images[:IMAGES]
-    features = captured(config, attached, few, device)
-    step, model = Step(config, device, attached), attached.model.to(device)
-    with torch.no_grad():
-        whole = _least(lambda: step.logits(model, few.to(device)), device) / len(few)
-        behind = _least(lambda: step.logits(head, features.to(device)), device) / len(few)
+    try:
+        features = captured(config, attached, few, device)
+        step, model = _step(config, attached, device), attached.model.to(device)
+        with torch.no_grad():
+            whole = _least(lambda: step.logits(model, few.to(device)), device) / len(few)
+            behind = _least(lambda: step.logits(head, features.to(device)), device) / len(few)
+    except RuntimeError as error:
+        if not OUT_OF_MEMORY.search(str(error)):
+            raise
+        return Decision(False, "is not looked at: the device has not the memory for the model as it is")
     row = sum(t[0].numel() * t.element_size() for t in features.tensors)
     views = 1 + (config.dataset.hflip > 0)
     saved = config.optim.epochs * count * (whole - behind - row / READ)
-    taken = views * count * whole
+    there = filled(features)
+    taken = 0.0 if there else views * count * whole
     if saved <= taken:
         return Decision(False, f"would save {duration(max(saved, 0))} in all epochs, and take {duration(taken)}")
     folder = data.data_folder(config.dataset)
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    need, free = row * (views * count + others), shutil.disk_usage(there).free
+    disk = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    need, free = 0 if there else row * (views * count + others), shutil.disk_usage(disk).free
     if need > ROOM * free:
-        return Decision(
-            False,
-            f"would take {need / MIB:,.0f} MiB, more than a tenth of what is free in {there}",
-        )
+        return Decision(False, f"would take {need / MIB:,.0f} MiB, more than a tenth of what is free in {disk}")
     return Decision(
         True,
         f"saves {duration(saved)} in all epochs, and takes {duration(taken)} and {need / MIB:,.0f} MiB on the disk",
@@ -116,13 +120,18 @@ def captured(config: DictConfig, attached: Attachment, images: Tensor, device: t
 
     They and the model are left on the CPU.
     """
-    head, model, step = attached.feature_head, attached.model, Step(config, device, attached)
+    head, model, step = attached.feature_head, attached.model, _step(config, attached, device)
     assert head is not None
     model.to(device).eval()
     each = [functools.partial(step.logits, model, image.to(device)) for image in images.split(1)]
     parts = [head.capture(logits)[0] for logits in each]
     model.to("cpu")
     return Features(torch.cat(tensors).cpu() for tensors in zip(*(part.tensors for part in parts)))
+
+
+def _step(config: DictConfig, attached: Attachment, device: torch.device) -> Step:
+    """Returns the step of a run in stock PyTorch: without gradients it keeps nothing."""
+    return Step(merge(config, {"quant": OmegaConf.structured(REFERENCE)}), device, attached)
 
 
 def _least(run: Callable[[], object], device: torch.device) -> float:

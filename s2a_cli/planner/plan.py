@@ -42,6 +42,10 @@ TIE = 0.01  # of a step: by less no measurement tells two plans apart
 SHOWN = 8  # alternatives
 
 
+class NothingFits(UserError):
+    """No plan of a task fits its budget."""
+
+
 @dataclass
 class Contender:
     """A plan that fits, what was measured of it, and why it is taken or not."""
@@ -79,32 +83,38 @@ class Contender:
 
 def make(
     task: Task,
-    batch: tuple[Batch, Tensor],
+    batch: tuple[Tensor, Tensor],
     device: torch.device,
     stored: Callable[[str | None], Attachment],
     nothing: Callable[[float], str],
     is_real: bool = True,
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    read: Callable[[Attachment, Tensor], Batch] = lambda attached, images: images,
 ) -> record.Plan:
-    """Returns the plan of a task. Raises UserError where nothing fits.
+    """Returns the plan of a task. Raises NothingFits where nothing does.
 
-    batch: images [B, 3, H, W], or what is kept of them, and targets [B]. stored: returns the attachment with weights
-    stored so; None and "fp32" are as they are. nothing: says what would fit, for the least bytes that a candidate
-    needs. is_real: whether weights and images are those of the run; otherwise no gradients are compared, and the times
-    of the costs stand.
+    batch: images [B, 3, H, W] and targets [B]. read: returns what an attachment trains on in place of images. stored:
+    returns the attachment with weights stored so; None and "fp32" are as they are. nothing: says what would fit, for
+    the least bytes that a candidate needs. is_real: whether weights and images are those of the run; otherwise no
+    gradients are compared, and the times of the costs stand.
     """
     begun, level = time.monotonic(), FIDELITY[task.config.fidelity]
     modes, weights, smallest = task.modes(level), task.weights(level), task.smallest(level)
     room = task.room(weights[0], DOUBT)
     if not any(map(room.fits, smallest)):
-        raise UserError(nothing(min(map(room.needed, smallest))))
+        raise NothingFits(nothing(min(map(room.needed, smallest))))
     fitting = [name for name in weights if any(room.fits(one) for one in smallest if one.weights == name)]
     base = fitting[0]  # exact, if any is
     exact = base if WEIGHTS[base or "fp32"] == EXACT else None
     with ExitStack() as stack:
         progress = stack.enter_context(Progress("planning", None, " micro-batches"))
-        common = batch, device, progress, criterion
-        timers = stack.enter_context(closing(Timers(lambda name: Timer(task.timed(name), stored(name), *common))))
+        (images, targets), common = batch, (device, progress, criterion)
+
+        def timer(name: str | None) -> Timer:
+            attached = stored(name)
+            return Timer(task.timed(name), attached, (read(attached, images), targets), *common)
+
+        timers = stack.enter_context(closing(Timers(timer)))
         costs = measure(
             timers[base],
             _halvings(room.sizes),
@@ -113,13 +123,16 @@ def make(
             task.run_images,
         )
         for name in filter(None, fitting[1:]):
-            costs.add_weights(name, timers[name], room.fits, least=0.0 if base in (None, "fp32") else -math.inf)
+            if task.runs_blocks:
+                costs.add_weights(name, timers[name], room.fits, least=0.0 if base in (None, "fp32") else -math.inf)
+            else:
+                costs.weights[name] = 0.0  # they are read when features are kept, and in no step
         cosine = Fidelity(timers, exact) if is_real else None
         found, slower = plans(room, costs, task.batch, modes, tuple(fitting))
         contenders = list(map(Contender, found))
         finalists = _finalists(contenders, level, cosine)
         if not finalists:
-            raise UserError(nothing(min(map(room.needed, smallest))))
+            raise NothingFits(nothing(min(map(room.needed, smallest))))
         if is_real and len(finalists) > 1:
             run = finalists[0].found.seconds / task.batch * task.run_images
             _time(finalists, timers, task.batch, min(FINAL_SECONDS, SHORT_RUN * run))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -22,8 +23,9 @@ from s2a_cli.planner.run_memory import Composition
 from s2a_cli.planner.sizes import size
 from s2a_cli.planner.task import Task
 from s2a_cli.results import record
+from s2a_cli.training import feature_cache
 from s2a_cli.training.criterion import Criterion
-from s2a_cli.training.run import Run, attach, choose_device, no_graphs
+from s2a_cli.training.run import Run, attach, check_steady, choose_device, no_graphs
 from s2a_cli.training.step import Batch
 
 PLENTY = 64  # images, at most, that measurements take
@@ -40,21 +42,24 @@ def plan_run(run: Run) -> record.Plan:
     images, targets = next(iter(loader))
     splits, processes = run.splits, distributed.rank_and_world_size()[1]
     classes, count = len(splits.classes), len(splits.train)
-    config, decision = run.config, None
-    if config.dataset.cache == "auto":
+
+    def decide(config: DictConfig) -> Decision:
         others = len(splits.val) + len(splits.test)
-        decision = kept_features.decide(config, run.attached, images, count, others, run.device, processes)
-        config = decision.applied(config)
+        filled = functools.partial(feature_cache.is_filled, run)
+        return kept_features.decide(config, run.attached, images, count, others, run.device, processes, filled)
 
-    def stored(weights: str | None) -> Attachment:
-        if weights in (None, "fp32"):
-            return run.attached
-        changed = replaced(config, {"backbone.weights": weights})
-        torch.manual_seed(config.seed)  # the same head as the run's, and the same weights where none are loaded
-        return attach(changed, backbones.build(config.backbone, classes))
+    def planned(config: DictConfig, chosen: dict[str, Any]) -> record.Plan:
+        def stored(weights: str | None) -> Attachment:
+            if weights in (None, "fp32"):
+                return run.attached
+            changed = replaced(config, {"backbone.weights": weights})
+            torch.manual_seed(config.seed)  # the same head as the run's, and the same weights where none are loaded
+            return attach(changed, backbones.build(config.backbone, classes))
 
-    task = _task(config, run.attached, classes, count, run.device, processes, decision)
-    return _plan(task, (images, targets), run.device, stored, decision, is_real=True, criterion=run.criterion())
+        task = _task(config, run.attached, classes, count, run.device, processes, chosen)
+        return _plan(task, (images, targets), run.device, stored, criterion=run.criterion())
+
+    return _decided(run.config, decide, planned)
 
 
 def plan_composition(composition: Composition, processes: int = 1) -> record.Plan:
@@ -63,43 +68,69 @@ def plan_composition(composition: Composition, processes: int = 1) -> record.Pla
     Nothing is timed but what costs are made of, and what codes do to gradients is not looked at. Raises UserError where
     nothing fits.
     """
-    config, classes, decision = composition.config, composition.classes, None
-    device = choose_device(config.device)
+    classes, device = composition.classes, choose_device(composition.config.device)
+    attached = attach(composition.config, backbones.build(composition.config.backbone, classes, meta=True))
+    count, pixels = min(composition.config.optim.batch_size, PLENTY), attached.backbone.image.size
+    images, targets = torch.randn(count, 3, pixels, pixels), torch.arange(count) % classes
 
     @functools.cache
     def stored(weights: str | None) -> Attachment:
+        config = composition.config
         weights = weights or config.backbone.weights
         random = merge(config, {"backbone": {"pretrained": False, "checkpoint": None, "weights": weights}})
         return attach(random, backbones.build(random.backbone, classes))
 
-    attached = attach(config, backbones.build(config.backbone, classes, meta=True))
-    count, pixels = min(config.optim.batch_size, PLENTY), attached.backbone.image.size
-    images, targets = torch.randn(count, 3, pixels, pixels), torch.arange(count) % classes
-    if config.dataset.cache == "auto":
-        decision = kept_features.decide(config, stored(None), images, composition.images, 0, device, processes)
-        config = decision.applied(config)
-    task = _task(config, attached, classes, composition.images, device, processes, decision)
-    return _plan(task, (images, targets), device, stored, decision, is_real=False)
+    def decide(config: DictConfig) -> Decision:
+        return kept_features.decide(config, stored(None), images, composition.images, 0, device, processes)
+
+    def planned(config: DictConfig, chosen: dict[str, Any]) -> record.Plan:
+        task = _task(config, attached, classes, composition.images, device, processes, chosen)
+        return _plan(task, (images, targets), device, stored, is_real=False)
+
+    if composition.config.dataset.cache == "features":
+        check_steady(stored(None))
+    return _decided(composition.config, decide, planned)
+
+
+def _decided(
+    config: DictConfig,
+    decide: Callable[[DictConfig], Decision],
+    planned: Callable[[DictConfig, dict[str, Any]], record.Plan],
+) -> record.Plan:
+    """Returns what `planned` makes of a config, with dataset.cache=auto decided first, and of what was decided."""
+    if config.dataset.cache != "auto":
+        return planned(config, {})
+    decision = decide(config)
+    try:
+        made = planned(decision.applied(config), decision.settings)
+    except plan.NothingFits:
+        if not decision.keeps:
+            raise
+        decision = Decision(False, "does not fit the budget")
+        made = planned(decision.applied(config), decision.settings)
+    made["asked"] |= dict.fromkeys(decision.settings, "auto")
+    made["choices"].append(decision.other)
+    return made
 
 
 def _plan(
     task: Task,
-    batch: tuple[Batch, Tensor],
+    batch: tuple[Tensor, Tensor],
     device: torch.device,
     stored: Callable[[str | None], Attachment],
-    decision: Decision | None,
-    is_real: bool,
+    is_real: bool = True,
     criterion: Criterion | None = None,
 ) -> record.Plan:
-    """Returns the plan of a task, with what was decided before; the arguments are those of plan.make."""
+    """Returns the plan of a task, on kept features where its config has them; the arguments are those of plan.make."""
     images, targets = batch
-    if task.config.dataset.cache and isinstance(images, Tensor):
-        batch = kept_features.captured(task.config, stored(None), images[:ENOUGH], device), targets[:ENOUGH]
-    made = plan.make(task, batch, device, stored, lambda least: said(task, least), is_real, criterion)
-    if decision:
-        made["asked"] |= dict.fromkeys(decision.settings, "auto")
-        made["choices"].append(decision.other)
-    return made
+    if not task.config.dataset.cache:
+        return plan.make(task, batch, device, stored, lambda least: said(task, least), is_real, criterion)
+
+    def read(attached: Attachment, images: Tensor) -> Batch:
+        return kept_features.captured(task.config, attached, images, device)
+
+    few = images[:ENOUGH], targets[:ENOUGH]
+    return plan.make(task, few, device, stored, lambda least: said(task, least), is_real, criterion, read)
 
 
 def _task(
@@ -109,7 +140,7 @@ def _task(
     images: int,
     device: torch.device,
     processes: int,
-    decision: Decision | None,
+    chosen: dict[str, Any],
 ) -> Task:
     """Returns what is planned; on CUDA the budget is the memory of a device, with its context.
 
@@ -123,5 +154,4 @@ def _task(
         raise UserError(f"cuda_graphs=true needs {needed}")
     graphs = config.cuda_graphs is not False and not needed
     available, run = size("budget", config.budget), config.optim.epochs * images / processes
-    chosen = decision.settings if decision else {}
     return Task(config, attached, classes, images, available, margin, processes, graphs, run_images=run, chosen=chosen)

@@ -61,9 +61,15 @@ class Task:
         """The blocks of the backbone, at least 1."""
         return max(1, len(self.attached.blocks))
 
+    @property
+    def runs_blocks(self) -> bool:
+        """Whether blocks run in a step; where features of all of them are kept, none do."""
+        running = self.attached.running_blocks(bool(self.config.dataset.cache))
+        return bool(running) or not self.attached.blocks
+
     def modes(self, fidelity: float) -> list[Mode]:
         """Returns the modes that can be tried, down to a level of fidelity."""
-        if self.attached.blocks and not self.attached.running_blocks(bool(self.config.dataset.cache)):
+        if not self.runs_blocks:
             return [PLAIN]
         found = [mode for mode in MODES if mode.fidelity >= fidelity]
         if self.whole:

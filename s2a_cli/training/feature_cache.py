@@ -230,6 +230,16 @@ def fill_size(config: DictConfig) -> int:
     return min(IMAGES, config.optim.micro_batch or config.optim.batch_size)
 
 
+def is_filled(run: Run, features: Features) -> bool:
+    """Tells whether all files of a run are there, of rows like these features."""
+    fields = [(tuple(t.shape[1:]), t.dtype) for t in features.tensors]
+    return all(kept.whole() for kept in _files(run, _folder(run), fields).values())
+
+
+def _folder(run: Run) -> Path:
+    return data.data_folder(run.config.dataset).parent / "taps"
+
+
 def opened(run: Run) -> Cache:
     """Returns the files of a run, filled where they are missing or damaged.
 
@@ -257,7 +267,7 @@ def opened(run: Run) -> Cache:
             raise UserError(
                 f"dataset.cache=features: the logits of {type(model).__name__} are not what its head returns"
             )
-    folder = data.data_folder(config.dataset).parent / "taps"
+    folder = _folder(run)
     kept = _files(run, folder, [(tuple(t.shape[1:]), t.dtype) for t in features.tensors])
     train = kept["train"]
     if train.whole() and not _close(train.batch(range(0, train.rows, 1 + train.mirrored)[: len(few)]), features):
@@ -306,7 +316,7 @@ def _files(run: Run, folder: Path, fields: list[tuple[tuple[int, ...], torch.dty
         "backbone": [
             config.backbone.timm,
             OmegaConf.to_container(config.backbone.kwargs),
-            config.backbone.weights,
+            "fp32" if config.backbone.weights == "offload" else config.backbone.weights,  # the same to the bit
             run.weights,
         ],
         "image": asdict(run.backbone.image),

@@ -147,9 +147,8 @@ def attach(config: DictConfig, backbone: Backbone) -> Attachment:
         attached = attached.with_tail()
     if config.dataset.cache == "features" and not attached.feature_head:
         accepted = listed([name for name, kind in methods.STRUCTURES.items() if kind.keeps_features])
-        why = "trains BatchNorms" if moving else "changes or reads the backbone from its first block on"
         raise UserError(
-            f"dataset.cache={config.dataset.cache}: method={config.method.name} {why}, so that it has to run in every"
+            f"dataset.cache={config.dataset.cache}: {keeps_nothing(config, attached)}, so that it has to run in every"
             f" step; accepted are {accepted}, and others that leave the first blocks as they are, as"
             " method.blocks=last:4 does"
         )
@@ -171,6 +170,13 @@ def attach(config: DictConfig, backbone: Backbone) -> Attachment:
     backbone.model.to(weight_dtype(config.precision))
     frozen_weights.store(backbone, config.backbone.weights, AUTOCAST.get(config.precision))
     return attached
+
+
+def keeps_nothing(config: DictConfig, attached: Attachment) -> str:
+    """Says why no features of the backbone can be kept for what trains in it."""
+    moving = moving_norms(attached.model)
+    why = "trains BatchNorms" if moving else "changes or reads the backbone from its first block on"
+    return f"method={config.method.name} {why}"
 
 
 def no_graphs(config: DictConfig, attached: Attachment, device: torch.device, processes: int = 1) -> str | None:

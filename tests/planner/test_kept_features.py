@@ -20,20 +20,24 @@ from s2a_cli.planner import kept_features, measure, plan
 from s2a_cli.planner.blocks import Blocks, kinds_of
 from s2a_cli.planner.candidates import EXACT, MODES, PLAIN, RECOMPUTED, Candidate
 from s2a_cli.planner.fidelity import Fidelity
+from s2a_cli.planner.run_plan import plan_run
 from s2a_cli.planner.task import Task
 from s2a_cli.planner.timer import Timer
 from s2a_cli.training import trainer
-from s2a_cli.training.run import attach
+from s2a_cli.training.run import attach, prepare
 
 CPU = torch.device("cpu")
-SHORT = ["backbone=vit_micro", "backbone.pretrained=false", "+backbone.kwargs.depth=4", "dataset.shots=4", "device=cpu"]
+DEPTH = "+backbone.kwargs.depth=4"
+SHORT = ["backbone=vit_micro", "backbone.pretrained=false", DEPTH, "dataset.shots=4", "device=cpu"]
 SHORT += ["dataset.scale=null", "optim.batch_size=32", "optim.epochs=2"]
 LAST = ["method=s2a", "method.blocks=last:2", "method.side.blocks=last:3"]  # the branch reads a block that is kept
+RESNET = ["backbone=resnet18", "backbone.image_size=32", "method=residual_adapter"]
+RESNET += ["method.blocks=last:1"]
 AUTO = ["budget=1GiB", "dataset.cache=auto"]
 
 
 def task_of(*words: str) -> Task:
-    config = compose([*SHORT, *words])
+    config = compose([*(word for word in SHORT if word != DEPTH or "backbone=resnet18" not in words), *words])
     torch.manual_seed(0)
     return Task(config, attach(config, backbones.build(config.backbone, 10)), 10, 32, 1000 * MIB)
 
@@ -50,9 +54,12 @@ def timer_of(task: Task) -> Timer:
     return Timer(task.config, task.attached, (features, torch.arange(8)), CPU, progress)
 
 
-def decided(*words: str, images: int = 1000, epochs: int = 10, processes: int = 1) -> kept_features.Decision:
+def decided(
+    *words: str, images: int = 1000, epochs: int = 10, processes: int = 1, filled: bool = False
+) -> kept_features.Decision:
     task = task_of(*AUTO, f"optim.epochs={epochs}", *words)
-    return kept_features.decide(task.config, task.attached, images_of(task), images, 0, CPU, processes)
+    there = (lambda features: True) if filled else (lambda features: False)
+    return kept_features.decide(task.config, task.attached, images_of(task), images, 0, CPU, processes, there)
 
 
 @pytest.mark.parametrize("words", [["method=side"], ["method=linear"], LAST], ids=lambda words: words[0])
@@ -64,6 +71,8 @@ def test_features_are_kept_where_that_saves_time(words):
 def test_features_are_not_kept_where_that_is_slower_or_cannot_be(monkeypatch):
     assert "would save" in decided("method=side", epochs=1).why, "of an image and its mirror image, none is seen twice"
     assert "first block on" in decided("method=bias").why
+    assert "trains BatchNorms" in decided(*RESNET).why
+    assert decided("method=side", epochs=1, filled=True).keeps, "what is there takes nothing"
     assert "one process" in decided("method=side", processes=2).why
     assert "drop_path" in decided("method=side", "+backbone.kwargs.drop_path_rate=0.5").why
     monkeypatch.setattr(kept_features, "READ", 1.0)
@@ -160,6 +169,56 @@ def test_a_composition_is_planned_with_kept_features(cache, tmp_path, monkeypatc
     said = capsys.readouterr().out
     assert ("dataset.cache=features" in said) == (cache == "auto") and "stock PyTorch" in said
     assert not list(tmp_path.iterdir()), "nothing is kept yet"
+
+
+TIGHT = ["backbone=vit_micro", "backbone.pretrained=false", "dataset.fraction=0.3", "dataset.scale=null", "device=cpu"]
+TIGHT += ["method=s2a", "method.blocks=last:2", "optim.epochs=12", "budget=3.8MiB"]
+
+
+@pytest.mark.slow
+@pytest.mark.predicts
+@pytest.mark.parametrize("cache", ["auto", "features"])
+def test_features_are_not_kept_where_only_the_whole_model_fits(cache, tmp_path, monkeypatch, capsys):
+    """What is kept of a batch may be more than its images."""
+    monkeypatch.setenv("S2A_DATA", str(tmp_path))
+    monkeypatch.setattr(measure, "SECONDS", 0.2)
+    monkeypatch.setattr(kept_features, "decide", lambda *arguments: kept_features.Decision(True, "is told to"))
+    code = main(["plan", *TIGHT, f"dataset.cache={cache}"])
+    out, err = capsys.readouterr()
+    if cache == "auto":
+        assert code == 0 and "keeping features does not fit the budget" in out and "dataset.cache=null" in out
+    else:
+        assert code == 2 and "would fit, cheapest first: dataset.cache=null" in err
+
+
+@pytest.mark.parametrize("method", [LAST, ["method=side"]], ids=["tail", "branch"])
+def test_stored_weights_are_judged_by_the_features_that_they_make(method, tmp_path, monkeypatch):
+    """The part that trains on kept features may hold no stored weights; what it reads was made by them."""
+    monkeypatch.setenv("S2A_DATA", str(tmp_path))
+    monkeypatch.setattr(measure, "SECONDS", 0.2)
+    monkeypatch.setattr(plan, "FINAL_SECONDS", 0.2)
+    read, captured = [], kept_features.captured
+
+    def noted(config, attached, images, device):
+        read.append((attached, captured(config, attached, images, device)))
+        return read[-1][1]
+
+    monkeypatch.setattr(kept_features, "captured", noted)
+    words = ["backbone.weights=auto", "dataset.cache=features", "budget=1GiB", "fidelity=0.99"]
+    made = plan_run(prepare(compose([*SHORT, *method, *words])))
+    assert made["settings"]["backbone.weights"] in ("fp32", "offload"), "others are no faster"
+    if method == LAST:
+        assert len({id(attached) for attached, _ in read}) == len(read) > 2, "those of fp32, offload, bf16, ..."
+        assert not all(torch.equal(found.tensors[0], read[0][1].tensors[0]) for _, found in read)
+    else:
+        assert len(read) == 1, "no other weights are in a step"
+
+
+def test_models_whose_blocks_can_not_be_kept_are_named(capsys):
+    words = ["plan", "backbone=timm", "backbone.name=coat_tiny", "backbone.timm=coat_tiny", *SHORT[1:2], *SHORT[4:]]
+    words += ["method=lora", "method.target=all", "method.blocks=last:1", "budget=900MiB", "dataset.cache=features"]
+    assert main(words) == 2
+    assert "compute with more than what" in capsys.readouterr().err
 
 
 def test_auto_needs_a_budget(capsys):
