@@ -41,9 +41,7 @@ def build(config: BackboneConfig, num_classes: int, *, meta: bool = False) -> Ba
 
 _ON_META: dict[tuple, Backbone] = {}  # backbones on the meta device as they were built
 _OTHERS: dict[tuple, nn.Module] = {}  # models of one class more on the meta device, which find_head compares with
-KNOWN = (
-    4  # of each at most: a prediction takes those of a run and of full fine-tuning, and most tables have one backbone
-)
+KNOWN = 4  # of each at most: a prediction takes those of a run and of full fine-tuning; most tables have one backbone
 
 
 def _remembered(known: dict[tuple, Any], key: tuple, make: Callable[[], Any]) -> Any:
