@@ -10,20 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from s2a_cli import data
-from s2a_cli.activations import REFERENCE
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import duration
-from s2a_cli.config.settings import merge, replaced
+from s2a_cli.config.settings import replaced
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.feature_head import Features
 from s2a_cli.results import record
+from s2a_cli.training.feature_cache import filling_step
 from s2a_cli.training.run import OUT_OF_MEMORY, check_steady, keeps_nothing
-from s2a_cli.training.step import Step
 
 IMAGES = 2  # that forward passes are timed with
 PASSES = 3  # of each, of which the fastest counts
@@ -89,7 +88,7 @@ def decide(
     few = images[:IMAGES]
     try:
         features = captured(config, attached, few, device)
-        step, model = _step(config, attached, device), attached.model.to(device)
+        step, model = filling_step(config, attached, device), attached.model.to(device)
         with torch.no_grad():
             whole = _least(lambda: step.logits(model, few.to(device)), device) / len(few)
             behind = _least(lambda: step.logits(head, features.to(device)), device) / len(few)
@@ -120,18 +119,13 @@ def captured(config: DictConfig, attached: Attachment, images: Tensor, device: t
 
     They and the model are left on the CPU.
     """
-    head, model, step = attached.feature_head, attached.model, _step(config, attached, device)
+    head, model, step = attached.feature_head, attached.model, filling_step(config, attached, device)
     assert head is not None
     model.to(device).eval()
     each = [functools.partial(step.logits, model, image.to(device)) for image in images.split(1)]
     parts = [head.capture(logits)[0] for logits in each]
     model.to("cpu")
     return Features(torch.cat(tensors).cpu() for tensors in zip(*(part.tensors for part in parts)))
-
-
-def _step(config: DictConfig, attached: Attachment, device: torch.device) -> Step:
-    """Returns the step of a run in stock PyTorch: without gradients it keeps nothing."""
-    return Step(merge(config, {"quant": OmegaConf.structured(REFERENCE)}), device, attached)
 
 
 def _least(run: Callable[[], object], device: torch.device) -> float:

@@ -101,9 +101,13 @@ def make(
     begun, level = time.monotonic(), FIDELITY[task.config.fidelity]
     modes, weights, smallest = task.modes(level), task.weights(level), task.smallest(level)
     room = task.room(weights[0], DOUBT)
-    if not any(map(room.fits, smallest)):
+    fitting = [
+        name
+        for name in weights
+        if any(room.needed(one) <= room.available for one in smallest if one.weights == name)  # few are asked for
+    ]
+    if not fitting:
         raise NothingFits(nothing(min(map(room.needed, smallest))))
-    fitting = [name for name in weights if any(room.fits(one) for one in smallest if one.weights == name)]
     base = fitting[0]  # exact, if any is
     exact = base if WEIGHTS[base or "fp32"] == EXACT else None
     with ExitStack() as stack:

@@ -33,7 +33,8 @@ class Room:
     """Tells what fits into a budget.
 
     needed: predicts the bytes of the device that a candidate needs; infinity for one that can't be run. sizes:
-    micro-batches to choose from, the smallest first. total: blocks of the backbone. like: weights by which those stored
+    micro-batches to choose from, the smallest first. total: blocks of the backbone. idle: the first of these, in which
+    a mode changes nothing. like: weights by which those stored
     in another way are estimated: from one to the other a step needs so much more or less, whatever its activations.
     doubt: share of the budget; an estimate that is nearer to it is replaced by a prediction.
     """
@@ -46,8 +47,10 @@ class Room:
         total: int,
         like: str | None = None,
         doubt: float = math.inf,
+        idle: int = 0,
     ):
         self.available, self.sizes, self.total, self.like, self.doubt = available, sizes, total, like, doubt
+        self.idle = idle
         known = functools.cache(needed)
         self.needed: Callable[[Candidate], float] = lambda candidate: known(_with_blocks(candidate, candidate.blocks))
         self.fitting = functools.cache(self._fitting)
@@ -72,8 +75,8 @@ class Room:
 
     def line(self, candidate: Candidate) -> float:
         """Estimates what a candidate needs, from both ends of the sizes and of the blocks: memory is almost a line."""
-        share = candidate.blocks / candidate.total
-        if 0 < share < 1:
+        if 0 < candidate.blocks < candidate.total:
+            share = max(0, candidate.blocks - self.idle) / (candidate.total - self.idle)
             plain, whole = (self.line(_with_blocks(candidate, blocks)) for blocks in (0, candidate.total))
             return plain + share * (whole - plain)
         if (more := self._beside(candidate)) is not None:
@@ -93,11 +96,12 @@ class Room:
         """Returns the candidate with as few blocks in its mode as are estimated to fit, at least one."""
         plain, whole = (self.line(_with_blocks(candidate, blocks)) for blocks in (0, self.total))
         share = (plain - self.available) / max(plain - whole, 1.0)
-        return replace(candidate, blocks=min(max(math.ceil(share * self.total), 1), self.total))
+        blocks = self.idle + math.ceil(share * (self.total - self.idle))
+        return replace(candidate, blocks=min(max(blocks, self.idle + 1), self.total))
 
     def fewest(self, candidate: Candidate) -> Candidate | None:
         """Returns the candidate with as few blocks in its mode as fit; None where it does not fit with all."""
-        others = range(self.total)  # blocks that are not in the mode
+        others = range(self.total - self.idle)  # blocks that are not in the mode
         fitting = how_many(
             lambda count: self.needed(replace(candidate, blocks=self.total - count)),
             others,

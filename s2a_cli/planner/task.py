@@ -97,7 +97,8 @@ class Task:
     def room(self, like: str | None = None, doubt: float = math.inf) -> Room:
         """Returns what tells which candidates fit; like and doubt are Room's."""
         sizes = [self.batch] if self.whole else micro_batches(self.batch)
-        return Room(self.needed, self.available, sizes, self.total, like, doubt)
+        idle = len(self.attached.blocks) - len(self.attached.passed_blocks())
+        return Room(self.needed, self.available, sizes, self.total, like, doubt, min(idle, self.total - 1))
 
     def needed(self, candidate: Candidate) -> float:
         """Returns the bytes of the device that a candidate is predicted to need; infinity for one that can't be run."""

@@ -35,13 +35,15 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from s2a_cli import data
+from s2a_cli.activations import REFERENCE
 from s2a_cli.common.errors import RunError, UserError
 from s2a_cli.common.files import atomic_file, lock
 from s2a_cli.common.interrupts import guarded, stopping
 from s2a_cli.common.progress import Progress
-from s2a_cli.config.settings import plain
+from s2a_cli.config.settings import merge, plain
 from s2a_cli.data.batches import Batches
 from s2a_cli.memory.result import MIB
+from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.feature_head import Features
 from s2a_cli.training.step import Step
 
@@ -230,6 +232,11 @@ def fill_size(config: DictConfig) -> int:
     return min(IMAGES, config.optim.micro_batch or config.optim.batch_size)
 
 
+def filling_step(config: DictConfig, attached: Attachment, device: torch.device) -> Step:
+    """Returns the step whose forward pass computes features: in stock PyTorch, as nothing is kept without gradients."""
+    return Step(merge(config, {"quant": OmegaConf.structured(REFERENCE)}), device, attached)
+
+
 def is_filled(run: Run, features: Features) -> bool:
     """Tells whether all files of a run are there, of rows like these features."""
     fields = [(tuple(t.shape[1:]), t.dtype) for t in features.tensors]
@@ -249,7 +256,7 @@ def opened(run: Run) -> Cache:
     """
     config, head, model, device = run.config, run.feature_head, run.model, run.device
     assert head is not None
-    step = Step(config, device, run.attached)
+    step = filling_step(config, run.attached, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

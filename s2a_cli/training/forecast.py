@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -140,7 +141,25 @@ def _profile_cached(
 
     It is that of the forward pass that fills the files, or of the step of the trained part alone, whichever is more.
     """
+    few = images[: feature_cache.fill_size(config)]
+    known, key = _FILLING.setdefault(head, {}), (len(few), few.dtype, config.precision, config.optim.name)
+    if key not in known:
+        known[key] = _profile_filling(attached, head, config, few)
+    filling, fields = known[key]
+    kept = [torch.empty(len(targets), *shape, dtype=dtype) for shape, dtype in fields]
+    training = _profile_step(head, attached, config, step, kept, targets)
+    return max(filling, training, key=lambda profile: profile.memory.peak_mib)
+
+
+Filling = tuple[memory.Profile, list[tuple[torch.Size, torch.dtype]]]  # and the shape and dtype of what is kept
+# Of each feature head: the many plans of a run fill their files alike.
+_FILLING: WeakKeyDictionary[nn.Module, dict[tuple, Filling]] = WeakKeyDictionary()
+
+
+def _profile_filling(attached: Attachment, head: FeatureHead | Tail, config: DictConfig, images: Tensor) -> Filling:
+    """Predicts the forward pass that fills the files, of so many images at a time."""
     fields: list[tuple[torch.Size, torch.dtype]] = []
+    step = feature_cache.filling_step(config, attached, torch.device("cpu"))
 
     def fills(model: nn.Module, optimizer: Optimizer, images: Tensor, after_forward: Callable[[], None]) -> None:
         with torch.no_grad():
@@ -151,8 +170,4 @@ def _profile_cached(
     def make(model: nn.Module) -> Optimizer:
         return make_optimizer(config.optim, model, attached)
 
-    few = images[: feature_cache.fill_size(config)]
-    filling = memory.profile(attached.model, [few], fills, make, attached.backbone.parts)
-    kept = [torch.empty(len(targets), *shape, dtype=dtype) for shape, dtype in fields]
-    training = _profile_step(head, attached, config, step, kept, targets)
-    return max(filling, training, key=lambda profile: profile.memory.peak_mib)
+    return memory.profile(attached.model, [images], fills, make, attached.backbone.parts), fields
