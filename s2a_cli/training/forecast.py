@@ -142,7 +142,8 @@ def _profile_cached(
     It is that of the forward pass that fills the files, or of the step of the trained part alone, whichever is more.
     """
     few = images[: feature_cache.fill_size(config)]
-    known, key = _FILLING.setdefault(head, {}), (len(few), few.dtype, config.precision, config.optim.name)
+    key = len(few), few.dtype, config.precision, config.optim.name, config.backbone.weights
+    known = _FILLING.setdefault(head, {})
     if key not in known:
         known[key] = _profile_filling(attached, head, config, few)
     filling, fields = known[key]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from s2a_cli import backbones
+from s2a_cli.backbones import frozen_weights
 from s2a_cli.cli.main import main
 from s2a_cli.common.progress import Progress
 from s2a_cli.config.compose import compose
@@ -219,6 +220,17 @@ def test_models_whose_blocks_can_not_be_kept_are_named(capsys):
     words += ["method=lora", "method.target=all", "method.blocks=last:1", "budget=900MiB", "dataset.cache=features"]
     assert main(words) == 2
     assert "compute with more than what" in capsys.readouterr().err
+
+
+def test_weights_that_are_stored_otherwise_later_are_predicted_so():
+    """As a plan does with the model of its run."""
+    task = task_of("method=side", "dataset.cache=features")
+    before = task.needed(Candidate(4))
+    frozen_weights.store(task.attached.backbone, "int8", None)
+    changed = replaced(task.config, {"backbone.weights": "int8"})
+    stored = Task(changed, task.attached, 10, 32, 1000 * MIB).needed(Candidate(4))
+    fresh = attach(changed, backbones.build(changed.backbone, 10))
+    assert stored == Task(changed, fresh, 10, 32, 1000 * MIB).needed(Candidate(4)) < before
 
 
 def test_auto_needs_a_budget(capsys):
