@@ -122,15 +122,13 @@ def _plan(
     criterion: Criterion | None = None,
 ) -> record.Plan:
     """Returns the plan of a task, on kept features where its config has them; the arguments are those of plan.make."""
-    images, targets = batch
-    if not task.config.dataset.cache:
-        return plan.make(task, batch, device, stored, lambda least: said(task, least), is_real, criterion)
+    cached = bool(task.config.dataset.cache)
+    images, targets = (tensor[: ENOUGH if cached else None] for tensor in batch)
 
     def read(attached: Attachment, images: Tensor) -> Batch:
-        return kept_features.captured(task.config, attached, images, device)
+        return kept_features.captured(task.config, attached, images, device) if cached else images
 
-    few = images[:ENOUGH], targets[:ENOUGH]
-    return plan.make(task, few, device, stored, lambda least: said(task, least), is_real, criterion, read)
+    return plan.make(task, (images, targets), device, stored, lambda least: said(task, least), is_real, criterion, read)
 
 
 def _task(
