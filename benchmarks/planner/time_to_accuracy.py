@@ -10,24 +10,27 @@ Full fine-tuning trains first, whole batches and no budget, at the learning rate
 of further ones while the best lies at an end: its test accuracy, at the epoch that is best on validation, in the mean
 of the seeds, times 0.987 is what is to be reached, and its predicted peak over SHARE is the budget. Then each method
 trains as the planner has it (fidelity=0.999 backbone.weights=auto); its learning rate is that of the comparison of
-methods (RATES, a result of compare_structures.py), or, of methods of the last blocks, found as full fine-tuning's is.
+methods (RATES, a result of compare_structures.py), or, of methods of the last blocks, found as full fine-tuning's is,
+unless OUT has it. Methods train in alternation, a seed after another.
 The time is that of planning, of filling the cache of features, of training and of validation, up to the end of the
 first epoch behind which the test split is at the accuracy; looking at that split takes none of it. Methods that nothing
-fits are named. Written to OUT after every method, as JSON and as a table; what OUT has from another call stays there,
+fits are named. Written to OUT after every run, as JSON and as a table; what OUT has from another call stays there,
 and full fine-tuning is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, ClassVar
 
 from tabulate import tabulate
+from torch import Tensor
 
 from s2a_cli.common import files
 from s2a_cli.common.errors import UserError
@@ -65,6 +68,7 @@ class Timed(TrainLoop):
     """Notes behind each epoch how long the run has taken, and the accuracy on the test split, which takes no time."""
 
     begun = 0.0
+    tests: ClassVar[dict[Any, list[tuple[Tensor, Tensor]]]] = {}  # batches of test splits, which every run looks at
 
     def __call__(self, state: dict[str, Any] | None) -> None:
         self.reached: list[tuple[float, float]] = []
@@ -75,7 +79,11 @@ class Timed(TrainLoop):
         super()._epoch(*args)
         now = time.monotonic()
         cache, self.run.cache = self.run.cache, None  # which the test split is not in
-        top1 = accuracy(self.run, self.run.loader("test"))["top1"] or 0.0
+        config = self.run.config
+        split = config.dataset.root, config.backbone.image_size
+        if split not in self.tests:
+            self.tests[split] = list(self.run.loader("test"))
+        top1 = accuracy(self.run, self.tests[split])["top1"] or 0.0
         self.run.cache = cache
         self.reached.append((now - self.begun - self.looked, top1))
         self.looked += time.monotonic() - now
@@ -202,21 +210,26 @@ def main(argv: list[str]) -> int:
             data |= {"full": full, "full_top1": top1, "wanted": ENOUGH * top1}
             data["budget"] = f"{full[0]['peak_mib'] / args.share:.1f}MiB"
             save(Path(root).stem, data)
-        for method in args.only:
-            more = [f"budget={data['budget']}", *PLANNED]
-            more += [f"optim.lr={data['full_rate']}"] if method == "full" else []
+        runs: dict[str, list[Entry]] = {method: [] for method in args.only}
+        found = {method: old[0].get("rate") for method, old in data["methods"].items() if isinstance(old, list)}
+        rates = {method: f"{rate:g}" for method, rate in found.items() if rate} | {"full": data["full_rate"]}
+        for seed, method in itertools.product(args.seeds, args.only):  # what else the machine does meets all methods
+            if method not in runs:
+                continue
+            words = [*words_of(method, root, own, seed), f"budget={data['budget']}", *PLANNED]
             try:
-                runs, left = [], args.seeds
-                if "last" in method:
-                    tried = searched([*words_of(method, root, own, first), *more], LAST_RATES)
-                    (rate, run), left = next(iter(tried.items())), others
-                    more, runs = [*more, f"optim.lr={rate:g}"], [run | {"rate": rate}]
-                runs += [train([*words_of(method, root, own, seed), *more]) for seed in left]
-                peak = runs[0]["peak_mib"]
-                fits = peak is not None and peak <= data["full"][0]["peak_mib"] / args.share
-                data["methods"][method] = runs if fits else f"needs {peak} MiB"
+                if "last" in method and method not in rates:
+                    rate, run = next(iter(searched(words, LAST_RATES).items()))
+                    rates[method] = f"{rate:g}"
+                else:
+                    run = train([*words, *([f"optim.lr={rates[method]}"] if method in rates else [])])
+                fits = run["peak_mib"] is not None and run["peak_mib"] <= data["full"][0]["peak_mib"] / args.share
+                runs[method].append(run | ({"rate": float(rates[method])} if method in rates else {}))
+                data["methods"][method] = runs[method] if fits else f"needs {run['peak_mib']} MiB"
             except UserError as error:
                 data["methods"][method] = str(error).splitlines()[0]
+            if isinstance(data["methods"][method], str):
+                del runs[method]
             save(Path(root).stem, data)
     print(args.out.with_suffix(".md").read_text())
     return 0

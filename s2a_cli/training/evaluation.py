@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypedDict
 
 import torch
@@ -56,7 +56,7 @@ def sent(batch: Tensor, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: False) -> Scores:
+def accuracy(run: Run, loader: Iterable[tuple[Tensor, Tensor]], asked: Callable[[], bool] = lambda: False) -> Scores:
     """Returns the mean loss and the figures in % of a split, without class weights.
 
     Raises KeyboardInterrupt when it is asked to stop.
@@ -87,7 +87,7 @@ def accuracy(run: Run, loader: data.Loader, asked: Callable[[], bool] = lambda: 
     }
 
 
-def _multi_label(run: Run, loader: data.Loader, asked: Callable[[], bool]) -> Scores:
+def _multi_label(run: Run, loader: Iterable[tuple[Tensor, Tensor]], asked: Callable[[], bool]) -> Scores:
     pairs = [(logits.cpu(), targets.cpu()) for logits, targets in _outputs(run, loader, asked)]
     pairs = [pair for part in distributed.gather(pairs) for pair in part]
     logits, targets = (torch.cat(tensors) for tensors in zip(*pairs))
@@ -101,7 +101,9 @@ def _multi_label(run: Run, loader: data.Loader, asked: Callable[[], bool]) -> Sc
     }
 
 
-def _outputs(run: Run, loader: data.Loader, asked: Callable[[], bool]) -> Iterator[tuple[Tensor, Tensor]]:
+def _outputs(
+    run: Run, loader: Iterable[tuple[Tensor, Tensor]], asked: Callable[[], bool]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields logits [B, classes] in fp32 and targets of each batch of this process, on the run's device."""
     run.model.eval()
     step = Step(run.config, run.device, run.attached)
