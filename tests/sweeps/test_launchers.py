@@ -26,7 +26,14 @@ pytestmark = pytest.mark.xdist_group("launchers")  # `whole` is made once
 QUICK = [
     *("dataset.val_fraction=0.05", "dataset.test_fraction=0.05"),  # 90 images each
     *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=bias", "device=cpu", "workers=0"),
-    *("optim.epochs=8", "optim.batch_size=20", "save_steps=1"),
+    *(
+        "optim.epochs=8",
+        "optim.batch_size=20",
+        "save_steps=1",
+        "quant=none",
+        "backbone.kwargs.depth=2",
+        "backbone.pretrained=false",
+    ),
 ]
 LAUNCHERS = {
     "slurm": ["sweep.launcher=slurm", "sweep.slurm={cluster: local, timeout_min: 10}"],

@@ -31,6 +31,8 @@ TINY = [
     "device=cpu",
     "workers=0",
     "optim.epochs=1",
+    "backbone.kwargs.depth=2",
+    "backbone.pretrained=false",
 ]
 LR = "optim.lr=tag(log,interval(1e-4,1e-1))"
 

@@ -26,6 +26,7 @@ pytestmark = [
 GRID = [
     *("dataset=digits", "dataset.shots=16", "backbone=vit_micro", "device=cpu", "workers=0", "quant=none"),
     *("optim.epochs=5", "optim.batch_size=20", "save_steps=2", "method=bias", "seed=0,1", "sweep.workers=2"),
+    *("backbone.kwargs.depth=2", "backbone.pretrained=false"),
 ]
 RUNS = 2
 

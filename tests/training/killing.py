@@ -35,7 +35,7 @@ WORDS = [
         "device=cpu",
         "workers=0",
     ),
-    *("optim.epochs=3", "optim.batch_size=20", "save_steps=1"),
+    *("optim.epochs=3", "optim.batch_size=20", "save_steps=1", "backbone.kwargs.depth=2", "backbone.pretrained=false"),
 ]
 CACHED = [*WORDS, "method=side", "dataset.cache=features", "dataset.scale=null"]
 

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 WORDS = [
     *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=s2a", "device=cpu", "workers=0"),
     *("optim.epochs=3", "optim.batch_size=27", "optim.name=sgd", "optim.lr=0.05", "optim.clip_grad=1"),
+    *("backbone.kwargs.depth=2", "backbone.pretrained=false"),
 ]  # 80 images: a last batch of 26, whose halves are even, and batches whose halves are not
 
 

@@ -26,6 +26,7 @@ from s2a_cli.training.trained import load
 QUICK = [
     *("dataset.val_fraction=0.05", "dataset.test_fraction=0.05"),  # 90 images each
     "dataset=digits", "dataset.shots=4", "backbone=vit_micro", "optim.epochs=1", "optim.batch_size=16", "device=cpu",
+    "backbone.kwargs.depth=2", "backbone.pretrained=false",
 ]  # fmt: skip
 ALONE = """
 import sys, torch

@@ -31,6 +31,7 @@ QUICK = [
     *("optim.epochs=2", "optim.batch_size=16", "dataset.scale=null"),
 ]
 CACHE = "dataset.cache=features"
+SHALLOW = ["backbone.kwargs.depth=3", "backbone.pretrained=false"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,8 @@ def filled(monkeypatch):
 
 
 def train(folder, *words):
-    return trainer.train(compose([*QUICK, f"run_dir={folder}", *words]))[0]
+    backbone = [] if any(word.startswith("backbone") for word in words) else SHALLOW
+    return trainer.train(compose([*QUICK, *backbone, f"run_dir={folder}", *words]))[0]
 
 
 def outcome(folder):
@@ -114,11 +116,21 @@ def test_an_image_is_mirrored_when_its_transform_would_mirror_it():
 
 
 def test_runs_share_what_is_the_same_for_them(tmp_path, own_folder, filled, capsys):
-    train(tmp_path / "1", CACHE)
+    train(tmp_path / "1", CACHE, "backbone.pretrained=true")
     assert len(filled) == 3 and {path.name for path in own_folder.glob("*.taps")} == set(filled)
-    train(tmp_path / "2", CACHE, "seed=1", "method.width=3", "optim.batch_size=9", "method.lr=0.1")
+    train(
+        tmp_path / "2",
+        CACHE,
+        "backbone.pretrained=true",
+        "seed=1",
+        "method.width=3",
+        "optim.batch_size=9",
+        "method.lr=0.1",
+    )
     assert len(filled) == 3 and "there already" in capsys.readouterr().out
-    train(tmp_path / "3", CACHE, "dataset.hflip=0.5")  # validation and test images stay as they are
+    train(
+        tmp_path / "3", CACHE, "backbone.pretrained=true", "dataset.hflip=0.5"
+    )  # validation and test images stay as they are
     assert len(filled) == 4 and filled[-1].startswith("train-")
 
 

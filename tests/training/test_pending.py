@@ -25,7 +25,7 @@ QUICK = [
         "device=cpu",
         "workers=0",
     ),
-    *("optim.epochs=2", "optim.batch_size=20"),
+    *("optim.epochs=2", "optim.batch_size=20", "backbone.kwargs.depth=2", "backbone.pretrained=false"),
 ]
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default)
 

@@ -27,7 +27,9 @@ QUICK = [
     *("dataset.val_fraction=0.05", "dataset.test_fraction=0.05"),  # 90 images each
     *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=bias", "device=cpu", "workers=0"),
     *("optim.epochs=2", "optim.batch_size=20", "save_steps=1"),  # 4 steps an epoch
+    *("backbone.kwargs.depth=2", "backbone.pretrained=false"),
 ]
+WHOLE = ["backbone.kwargs.depth=6", "backbone.pretrained=true"]  # the weights that ship with s2a
 COUPLED = ["optim.mixup=0.2", "backbone.kwargs.drop_path_rate=0.2", "quant.rounding=stochastic", "optim.clip_grad=1"]
 
 
@@ -207,6 +209,7 @@ def killed_at(step, folder, monkeypatch):
 
 
 def test_a_state_of_another_run_or_one_that_is_not_wanted_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "QUICK", [*QUICK, *WHOLE])
     killed_at(3, tmp_path / "0", monkeypatch)
     for copy in "123":
         shutil.copytree(tmp_path / "0", tmp_path / copy)

@@ -24,7 +24,9 @@ from s2a_cli.training import step as steps
 QUICK = [
     *("dataset.val_fraction=0.05", "dataset.test_fraction=0.05"),  # 90 images each
     "dataset=digits", "dataset.shots=8", "backbone=vit_micro", "optim.epochs=2", "optim.batch_size=16", "device=cpu",
+    "backbone.kwargs.depth=2", "backbone.pretrained=false",
 ]  # fmt: skip
+WHOLE = ["backbone.kwargs.depth=6", "backbone.pretrained=true"]  # the weights that ship with s2a
 
 
 @pytest.fixture(autouse=True)
@@ -99,14 +101,14 @@ def test_a_finished_run_tests_the_same_again(tmp_path, method):
 
 
 def test_a_run_is_not_tested_with_other_tensors_or_data(tmp_path):
-    result = train(tmp_path / "a", "method=bias")
+    result = train(tmp_path / "a", "method=bias", *WHOLE)
     with pytest.raises(UserError, match="not those of this backbone and method"):
         figures_again(recompose(result["config"], ["method.blocks=last:1"]), tmp_path / "a")
     with pytest.raises(UserError, match="which images it was tested on is not known"):
         shutil.copytree(tmp_path / "a", tmp_path / "b")
         result["data"] |= {"revision": "other", "train": 7}
         record.write_result(tmp_path / "b", result)
-        figures_again(compose([*QUICK, "method=bias"]), tmp_path / "b")
+        figures_again(compose([*QUICK, *WHOLE, "method=bias"]), tmp_path / "b")
     with pytest.raises(UserError, match="trained on backbone weights"):
         figures_again(recompose(result["config"], ["backbone.pretrained=false"]), tmp_path / "a")
     tensors = tmp_path / "a" / "trainable.safetensors"
@@ -187,7 +189,7 @@ def test_the_head_may_learn_at_a_rate_of_its_own():
 
 @pytest.mark.parametrize("precision", ["amp-bf16", "amp-fp16", "bf16"])
 def test_low_precision_trains_and_tests_the_same_again(tmp_path, precision):
-    words = [f"precision={precision}", "method=s2a", "optim.clip_grad=1.0", "dataset.shots=24", "optim.epochs=2"]
+    words = [f"precision={precision}", "method=s2a", "optim.clip_grad=1.0", "dataset.shots=24", *WHOLE]
     result = train(tmp_path, *words)
     assert lines(tmp_path)[-1]["train_loss"] < lines(tmp_path)[0]["train_loss"]
     scores = figures_again(recompose(result["config"], []), tmp_path)
@@ -292,19 +294,19 @@ def test_a_block_that_is_not_there_is_refused():
 
 
 def test_an_earlier_run_stays_until_another_is_whole_and_goes_by_force_alone(tmp_path, monkeypatch):
-    old = train(tmp_path)
+    old = train(tmp_path, *WHOLE)
     with pytest.raises(UserError, match="holds a finished run of another config .seed=0, here 1.; --force replaces it"):
-        train(tmp_path, "seed=1")
+        train(tmp_path, "seed=1", *WHOLE)
 
     def fails(self, state):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.TrainLoop, "__call__", fails)
-        result = trainer.train(compose([*QUICK, f"run_dir={tmp_path}", "seed=1"]), force=True)[0]
+        result = trainer.train(compose([*QUICK, *WHOLE, f"run_dir={tmp_path}", "seed=1"]), force=True)[0]
     assert result["status"] == "interrupted" and record.read_result(tmp_path) == old
     assert len(lines(tmp_path)) == 2 and (tmp_path / "trainable.safetensors").exists()
-    new = train(tmp_path, "seed=1")
+    new = train(tmp_path, "seed=1", *WHOLE)
     assert record.read_result(tmp_path)["id"] == new["id"] != old["id"] and not (tmp_path / run_folder.NEXT).exists()
 
 
