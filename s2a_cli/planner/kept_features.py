@@ -100,7 +100,7 @@ def decide(
     views = 1 + (config.dataset.hflip > 0)
     saved = config.optim.epochs * count * (whole - behind - row / READ)
     there = filled(features)
-    taken = 0.0 if there else views * count * whole
+    taken = 0.0 if there else views * count * max(whole - behind, 0.0)  # a pass ends where the kept features are
     if saved <= taken:
         return Decision(False, f"would save {duration(max(saved, 0))} in all epochs, and take {duration(taken)}")
     folder = data.data_folder(config.dataset)
@@ -123,7 +123,7 @@ def captured(config: DictConfig, attached: Attachment, images: Tensor, device: t
     assert head is not None
     model.to(device).eval()
     each = [functools.partial(step.logits, model, image.to(device)) for image in images.split(1)]
-    parts = [head.capture(logits)[0] for logits in each]
+    parts = [head.capture(logits, whole=False)[0] for logits in each]
     model.to("cpu")
     return Features(torch.cat(tensors).cpu() for tensors in zip(*(part.tensors for part in parts)))
 

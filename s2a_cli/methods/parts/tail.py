@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from s2a_cli.backbones import ADDED, Backbone
 from s2a_cli.common.hooks import owner_of
 from s2a_cli.methods.parts.feature_head import Features
+
+
+class _AllSeen(Exception):
+    """Ends a forward pass whose rest is of no use."""
 
 
 class Tail(nn.Module):
@@ -50,18 +54,26 @@ class Tail(nn.Module):
             return self.model(image)
 
     @torch.no_grad()
-    def capture(self, logits: Callable[[], Tensor]) -> tuple[Features, Tensor]:
-        """Returns the features of a forward pass of the whole model, which `logits()` makes, and what that returns.
+    def capture(self, logits: Callable[[], Tensor], whole: bool = True) -> tuple[Features, Tensor | None]:
+        """Returns the features of a forward pass of the model, which `logits()` makes, and what that returns.
 
-        Raises TypeError where the last block returns more than a hidden state.
+        whole: false ends the pass behind the kept blocks; it then returns nothing. Raises TypeError where the last of
+        them returns more than a hidden state.
         """
         seen: dict[nn.Module, Any] = {}
         modules = (self.kept[-1], *self._features())
+
+        def keep(module: nn.Module, args: tuple, out: Any) -> None:
+            seen[module] = out
+            if not whole and len(seen) == len(modules):
+                raise _AllSeen
+
+        out = None
         with ExitStack() as stack:
             for module in modules:
-                hook = module.register_forward_hook(lambda m, args, out: seen.update({m: out}), prepend=True)
-                stack.callback(hook.remove)
-            out = logits()
+                stack.callback(module.register_forward_hook(keep, prepend=True).remove)
+            with suppress(_AllSeen):
+                out = logits()
         if not all(isinstance(seen.get(module), Tensor) for module in modules):
             raise TypeError("a block returns more than a hidden state")
         return Features(seen[module] for module in modules), out
