@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from s2a_cli.cli.deferred import imports
@@ -40,5 +41,5 @@ def init(words: list[str]) -> int:
         atomic_write(out, begun.text(out))
     except OSError as error:
         raise UserError(f"out={out}: can't be written ({error.strerror})") from None
-    print(*begun.found, f"\n{out}: change it as you like, then: s2a train config={out}", sep="\n")
+    print(*begun.found, f"\n{out}: change it as you like, then: s2a train {shlex.quote(f'config={out}')}", sep="\n")
     return 0

@@ -55,8 +55,10 @@ def _data(words: list[str], root: str | None) -> tuple[list[str], list[str]]:
     UserError for two kinds of other data.
     """
     if not any(word.startswith("dataset=") for word in words):
-        root = root and root.replace("\\", "\\\\").replace('"', '\\"')
-        return ["dataset=folder", f'dataset.root="{root}"', "dataset.on_corrupt=skip"] if root else [], words
+        from s2a_cli.config.overrides import value_text
+
+        other = ["dataset=folder", f"dataset.root={value_text(root)}", "dataset.on_corrupt=skip"] if root else []
+        return other, words
     if root:
         raise UserError("data= and dataset= both name the data to test on: give one of them")
     other = [word for word in words if word.startswith(("dataset=", "dataset."))]

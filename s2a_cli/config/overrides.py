@@ -5,6 +5,7 @@ A word can name huge numbers, endless ranges and references that multiply each o
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -24,6 +25,10 @@ LARGEST = 2**63  # no integer of a setting reaches it
 MOST_REFERENCES = 16  # ${...} in all words together: thirty, each of two others, would make a text of a billion letters
 MOST_RUNS = 10_000  # of a grid
 LISTED = 20  # options that an error lists by name
+# Texts that need no quotes, neither for Hydra nor in YAML.
+PLAIN = re.compile(r"(\.{0,2}/)*[A-Za-z_]([\w./:+-]*[\w./+-])?|\d+(\.\d+)?[MG]iB", re.ASCII)
+TOKEN = r"[^\s,()\[\]{}'\"$\\]+"  # what can stand without quotes in a setting that is a text
+TAKEN = ("null", "true", "false", "nan", "inf", "yes", "no", "on", "off")  # apart from these
 
 
 def offered(group: str, names: Sequence[str]) -> str:
@@ -51,7 +56,7 @@ def read(word: str) -> Any:
     if not word.isprintable() and (shown := word.encode("utf-8", "backslashreplace").decode()) != word:
         raise UserError(f"{brief(shown)}: is no text in UTF-8")
     try:
-        override = OverridesParser.create().parse_override(word)
+        override = OverridesParser.create().parse_override(_with_texts(word))
         value = override.value()
     except Exception as error:  # the grammar's functions, such as int() and range(), raise what they like
         quoting = "write key=value, and quote special characters: 'key=\"a (b)\"'"
@@ -67,15 +72,44 @@ def read(word: str) -> Any:
     return override
 
 
+def _with_texts(word: str) -> str:
+    """Returns a word in which the values of a setting that is a text are one: 1e3 means no number, true no truth."""
+    key, _, value = word.partition("=")
+    found = re.fullmatch(rf"(\[?)({TOKEN}(?:,{TOKEN})*)(\]?)", value) if key.lstrip("+") in _text_settings() else None
+    if not found:
+        return word
+    texts = [one if one.lower() == "null" else value_text(one) for one in found[2].split(",")]
+    return f"{key}={found[1]}{','.join(texts)}{found[3]}"
+
+
+@functools.cache
+def _text_settings() -> set[str]:
+    """Returns the keys of the settings that are texts, or lists of some."""
+    from s2a_cli.config.schema import RunConfig, SweepConfig
+    from s2a_cli.config.settings import members, walk
+
+    found = [*walk(RunConfig), *walk(SweepConfig, "sweep.")]
+    return {key for key, schema, name in found if {*members(schema, name)} <= {str, list[str], type(None)}}
+
+
+class _AsTyped(str):
+    """A number or a date of a file: as it stands there, which is what the command line has."""
+
+
 def words_of_file(path: Path) -> list[str]:
-    """Returns the words that a file of `key: value` in YAML stands for: keys as on the command line.
+    """Returns the words that a file of `key: value` in YAML stands for: keys and values as on the command line.
 
     Raises UserError for a file that can't be read, and for one that is none of these.
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        pass
+
+    for kind in ("int", "float", "timestamp"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", lambda loader, node: _AsTyped(node.value))
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else first_line(error)
         raise UserError(f"config={path}: can't be read ({why})") from None
@@ -94,9 +128,13 @@ def value_text(value: Any) -> str:
         return "{" + ",".join(f"{value_text(key)}: {value_text(one)}" for key, one in value.items()) + "}"
     if not isinstance(value, str):
         return repr(value)
-    if re.fullmatch(r"[A-Za-z][\w./+-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
+    if isinstance(value, _AsTyped):
         return value
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if PLAIN.fullmatch(value) and value.lower() not in TAKEN:
+        return value
+    quote = "'" if "\\" in value and "'" not in value else '"'  # in double ones YAML has other rules for backslashes
+    escaped = re.sub(rf"(\\*){quote}", rf"\1\1\\{quote}", value)
+    return quote + re.sub(r"(\\+)\Z", r"\1\1", escaped) + quote
 
 
 def leaves_of(value: Any) -> Iterator[Any]:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-from typing import Any
 
 from omegaconf import DictConfig
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
-from s2a_cli.config.overrides import groups
-from s2a_cli.config.rules import show
+from s2a_cli.config.overrides import groups, value_text
 from s2a_cli.config.settings import leaves
 
 GROUPS = ("backbone", "method", "quant", "dataset", "optim")
 FREE = {"backbone": "timm"}  # the option of a group whose name can be any
 LEFT_OUT = ("run_dir",)
-PLAIN = re.compile(r"[A-Za-z_./][\w./:+-]*|\d+(\.\d+)?[MG]iB")  # what Hydra reads as a text without quotes
-WORDS = ("null", "true", "false", "nan", "inf")  # what Hydra reads as something else
 
 
 def words_of(config: DictConfig) -> list[str] | None:
@@ -36,14 +31,14 @@ def words_of(config: DictConfig) -> list[str] | None:
             parts = [FREE[group]]
         if not all(part in known[group] for part in parts):
             return None
-        words.append(f"{group}={parts[0] if len(parts) == 1 else show(parts)}")
+        words.append(f"{group}={parts[0] if len(parts) == 1 else value_text(parts)}")
         if parts != name.split("+"):
-            words.append(f"{group}.name={_written(name)}")
+            words.append(f"{group}.name={value_text(name)}")
     wanted = {key: value for key, value in leaves(config) if key not in LEFT_OUT}
     try:
         for _ in range(2):  # a setting that another one follows, such as optim.lr, may change with the latter
             now = dict(leaves(compose(words)))
-            words += [f"{key}={_written(value)}" for key, value in wanted.items() if now.get(key) != value]
+            words += [f"{key}={value_text(value)}" for key, value in wanted.items() if now.get(key) != value]
         now = dict(leaves(compose(words)))
     except UserError:
         return None
@@ -53,15 +48,3 @@ def words_of(config: DictConfig) -> list[str] | None:
 def command(words: list[str]) -> str:
     """Returns a command line of a shell that trains with these words."""
     return shlex.join(["s2a", "train", *words])
-
-
-def _written(value: Any) -> str:
-    """Returns a value as Hydra reads it."""
-    if isinstance(value, str) and (not PLAIN.fullmatch(value) or value.lower() in WORDS):
-        escaped = re.sub(r'\\*"', lambda quote: "\\" * len(quote[0]) + quote[0], value)
-        return f'"{escaped}"'
-    if isinstance(value, list):
-        return f"[{','.join(map(_written, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {_written(inner)}' for key, inner in value.items())}}}"
-    return show(value)

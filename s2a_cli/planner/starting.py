@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
@@ -56,7 +57,10 @@ class Start:
         lines = [(f"{key}: {value}", why) for key, (value, why) in ordered]
         width = max(len(line) for line, _ in lines if len(line) <= WIDE)
         commented = [f"{line:<{width}}  # {why}" if why else line for line, why in lines]
-        head, last = [f"# s2a train config={path}", *(f"# {line}" for line in self.found), ""], self.proposed
+        head, last = (
+            [f"# s2a train {shlex.quote(f'config={path}')}", *(f"# {line}" for line in self.found), ""],
+            self.proposed,
+        )
         return "\n".join([*head, *commented, *([f"# {last}"] if last else [])]) + "\n"
 
 

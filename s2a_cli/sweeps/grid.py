@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.progress import Progress
 from s2a_cli.config.compose import compose, compose_sweep
-from s2a_cli.config.overrides import expand, groups, read
+from s2a_cli.config.overrides import expand, groups, read, value_text
 from s2a_cli.config.rules import show
 from s2a_cli.config.schema import RunConfig, SweepConfig
 from s2a_cli.config.settings import members, replaced, rule_of, walk
@@ -85,7 +85,7 @@ class _Composed:
 
 def _several(value: Any) -> str:
     """Returns the values of a grid's key, a list or a text in Hydra's grammar, as they stand on a command line."""
-    return ",".join(map(show, value)) if isinstance(value, list) else show(value)
+    return ",".join(map(value_text, value)) if isinstance(value, list) else show(value)
 
 
 def _mistakes(found: list[Chosen]) -> list[str]:

@@ -24,6 +24,7 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.common.progress import Progress
 from s2a_cli.common.text import listed, nearest, printable
 from s2a_cli.config.compose import compose
+from s2a_cli.config.overrides import value_text
 from s2a_cli.config.schema import DatasetConfig, SweepConfig
 from s2a_cli.config.settings import merge, plain
 from s2a_cli.memory.margin import Margin
@@ -62,7 +63,7 @@ class Member:
     @property
     def command(self) -> list[str]:
         """The words of `s2a train` with its folder."""
-        return [*self.words, f"run_dir={self.folder}"]
+        return [*self.words, f"run_dir={value_text(str(self.folder))}"]
 
     def state(self) -> str:
         """Returns what its folder says: new | done | failed | oom | interrupted | running; or "unknown".

@@ -166,7 +166,7 @@ BAD = [
     ("optim.lr=1_0e-3", "1_0e-3 could mean the number 10e-3 or a text"),
     ("backbone.pretrained=1_000", "1_000 could mean the number 1000 or a text"),
     ("backbone.pretrained=1000", "backbone.pretrained=1000: expected true or false"),
-    ("dataset.root=2024_01", "2024_01 could mean the number 202401 or a text", "'dataset.root=\"2024_01\"'"),
+    ("backbone.kwargs.a=2024_01", "2024_01 could mean the number 202401 or a text", "'backbone.kwargs.a=\"2024_01\"'"),
     ("quant.blocks={true:{bits:1}}", "quant.blocks={True: {bits: 1}}: expected settings for each number"),
     # more than a setting can be
     ("seed=" + "9" * 400, "seed=999", "an integer here is below 2^63"),

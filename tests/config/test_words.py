@@ -5,8 +5,10 @@ from __future__ import annotations
 import shlex
 
 import pytest
+import yaml
 
 from s2a_cli.config.compose import compose
+from s2a_cli.config.overrides import expand, read, value_text, words_of_file
 from s2a_cli.config.settings import plain
 from s2a_cli.config.words import command, words_of
 
@@ -41,3 +43,37 @@ def test_a_config_that_no_words_make_has_none():
     config = compose([])
     config.quant.name = "int3"
     assert words_of(config) is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("photos", "photos, new (copy)", "été", "café", "a/b:c", "a:", "01", "1e3", "1.50", ".5", "on", "null", ""),
+        *(r"(\d+)_", "a\\", 'say "a"', "it's", "~/x", "2024-01-01", 3, 0.5, None, True, ["a b", "7"], {3: {"a": "b"}}),
+    ],
+    ids=repr,
+)
+def test_a_value_is_written_as_hydra_and_yaml_read_it(value):
+    assert read(f"backbone.kwargs.a={value_text(value)}").value() == value
+    if value != "a\\":
+        assert yaml.safe_load(value_text(value)) == value
+
+
+@pytest.mark.parametrize("text", ["1e3", "1.50", "+1", "True", "nan", "été", "a=b", "~/x", "2024_01"])
+def test_a_setting_that_is_a_text_takes_what_was_typed(text):
+    for word in (f"dataset.root={text}", f"++dataset.root={text}"):
+        assert compose([word]).dataset.root == text
+    grid = expand([f"dataset.root={text},other"])
+    assert [compose(words).dataset.root for words in grid] == [text, "other"]
+    assert compose([f"dataset.class_columns=[a,{text}]"]).dataset.class_columns == ["a", text]
+
+
+def test_numbers_and_dates_of_a_file_are_what_the_command_line_would_read(tmp_path):
+    (tmp_path / "a.yaml").write_text("dataset.root: 2024-01-01\nrun_dir: 0123\noptim.lr: 1e-3\noptim.epochs: 3\n")
+    config = compose(words_of_file(tmp_path / "a.yaml"))
+    assert (config.dataset.root, config.run_dir, config.optim.lr, config.optim.epochs) == (
+        "2024-01-01",
+        "0123",
+        1e-3,
+        3,
+    )

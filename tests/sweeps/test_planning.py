@@ -82,3 +82,9 @@ def test_members_that_differ_in_their_seed_are_what_their_words_say():
         assert member.config == expected and OmegaConf.get_type(member.config) is OmegaConf.get_type(expected)
     with pytest.raises(UserError, match="seed"):
         read_grid(["dataset=digits", "seed=-1,-2"])
+
+
+@pytest.mark.parametrize("folder", ["été", "photos, new (copy)", "1e3"])
+def test_the_words_of_a_run_name_its_folder_whatever_it_is_called(folder):
+    (member,) = planning.plan(read_grid([*TINY, "method=bias", f'sweep.dir="{folder}"'])).members
+    assert member.folder.parts[0] == folder and compose(member.command).run_dir == str(member.folder)
