@@ -26,16 +26,21 @@ UNFIT = (OmegaConfBaseException, ArithmeticError, ValueError, TypeError, Recursi
 
 @contextmanager
 def hydra_on(conf: Path = CONF) -> Iterator[Any]:
-    """Initialises Hydra on a folder of configs and yields its config loader."""
+    """Initialises Hydra on a folder of configs and yields its config loader. Leaves a caller's own Hydra as it was."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.version import VersionBase
 
+    callers, base = GlobalHydra.instance().hydra, VersionBase.instance().version_base
     GlobalHydra.instance().clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Hydra 1.3 warns when version_base is left out, 1.4 when it is given
-        hydra = initialize_config_dir(str(conf), job_name="s2a", version_base="1.3")
-    with hydra:
-        yield GlobalHydra.instance().config_loader()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Hydra 1.3 warns when version_base is left out, 1.4 when it is given
+            hydra = initialize_config_dir(str(conf), job_name="s2a", version_base="1.3")
+        with hydra:
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        GlobalHydra.instance().hydra, VersionBase.instance().version_base = callers, base
 
 
 def load(words: list[str], conf: Path, problems: Problems) -> DictConfig:

@@ -2,11 +2,14 @@
 
 import shlex
 
+import hydra
+import hydra.version
 import pytest
 from omegaconf import OmegaConf
 
 from s2a_cli.cli.main import main
 from s2a_cli.common.errors import UserError
+from s2a_cli.config import loading
 from s2a_cli.config.compose import CONF, compose, compose_sweep, groups, recompose
 from s2a_cli.config.overrides import expand
 from s2a_cli.config.schema import RunConfig
@@ -65,6 +68,14 @@ def test_parts_of_a_method_can_be_switched_off_and_tuned():
     tuned = compose(["method.prompt.rank=4", "method.side.width=16", "method.blocks=last:6"]).method
     assert (tuned.prompt.rank, tuned.side.width, tuned.blocks) == (4, 16, "last:6")
     assert compose(["method.prompt=true"]).method.prompt.rank == 8
+
+
+def test_a_callers_own_hydra_stays_as_it_is(tmp_path):
+    (tmp_path / "mine.yaml").write_text("a: 1")
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.2"):
+        loading._chosen.cache_clear()
+        compose(["method=[lora,side]"])
+        assert hydra.compose("mine").a == 1 and hydra.version.getbase().minor == 2
 
 
 def test_later_words_win_and_plus_signs_change_nothing():
