@@ -69,17 +69,30 @@ def _chosen(words: tuple[str, ...], conf: Path) -> tuple[DictConfig, tuple[str, 
 
     These are named where they are several. Raises what Hydra, yaml and OmegaConf raise.
     """
-    from hydra import compose as hydra_compose
-
+    structures = _named(words)
     with hydra_on(conf) as loader:
-        loaded = hydra_compose("config", overrides=list(words), return_hydra_config=True)
-        structures = [] if "method" in loaded.hydra.runtime.choices else _options(loader, "method", list(words))
-        if structures:  # several, chosen here or in an experiment, which Hydra has merged into one another
-            joined = f"method=[{','.join([*structures, SEVERAL])}]"
-            loaded = hydra_compose("config", overrides=[*words, joined], return_hydra_config=True)
+        loaded = _composed(words, structures)
+        if not structures and "method" not in loaded.hydra.runtime.choices:  # an experiment's, merged into one another
+            structures = _options(loader, "method", list(words))
+            loaded = _composed(words, structures)
     OmegaConf.set_struct(loaded, False)
     loaded.pop("hydra")
     return loaded, tuple(structures)
+
+
+def _named(words: Sequence[str]) -> list[str]:
+    """Returns the structures of a method, sorted, where the words name several."""
+    chosen = [word for word in words if word.lstrip("+").startswith("method=")]
+    value = read(chosen[-1]).value() if chosen else None
+    return sorted(map(str, value)) if isinstance(value, list) else []
+
+
+def _composed(words: Sequence[str], structures: list[str]) -> DictConfig:
+    """Returns what Hydra composes for the words and, where there are several, for these structures of a method."""
+    from hydra import compose
+
+    several = [f"method=[{','.join([*structures, SEVERAL])}]"] if structures else []
+    return compose("config", overrides=[*words, *several], return_hydra_config=True)
 
 
 def _options(loader: Any, group: str, words: list[str]) -> list[str]:

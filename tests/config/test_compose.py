@@ -78,6 +78,13 @@ def test_a_callers_own_hydra_stays_as_it_is(tmp_path):
         assert hydra.compose("mine").a == 1 and hydra.version.getbase().minor == 2
 
 
+def test_structures_that_words_name_are_composed_once(monkeypatch):
+    made, plainly = [], hydra.compose
+    monkeypatch.setattr(hydra, "compose", lambda *args, **kwargs: made.append(args) or plainly(*args, **kwargs))
+    loading._chosen.cache_clear()
+    assert compose(["method=bias", "method=[side,lora]"]).method.name == "lora+side" and len(made) == 1
+
+
 def test_later_words_win_and_plus_signs_change_nothing():
     assert compose(["seed=1", "+seed=2", "++seed=3"]).seed == 3
     assert compose(["+method=bias"]).method.name == "bias"
