@@ -37,6 +37,7 @@ KEYS = {
 FAILURES = 5  # in a row, at which a search gives up
 ENOUGH = 10  # trials from which on the importance of settings is reported
 SHOWN = 5  # trials in the table at the end
+METRIC = "metric"  # attribute of a study: the name of its figure
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,9 @@ class Search:
             result = record.finished(member.folder, member.content)
             if result:
                 self.failures = 0
-                self.study.tell(number, record.headline(result["accuracy"]).val, skip_if_finished=True)
+                headline = record.headline(result["accuracy"])
+                self.study.set_user_attr(METRIC, headline.name)
+                self.study.tell(number, headline.val, skip_if_finished=True)
                 continue
             self.failures += 1
             self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
@@ -274,16 +277,17 @@ def overview(study: Any, space: Space) -> str:
         for trial in best[:SHOWN]
     ]
     failed = sum(trial.state.name == "FAIL" for trial in study.trials)
-    lines = [tabulate(rows, ["trial", *space.ranges, "val top-1 %"], disable_numparse=True), ""]
+    metric = study.user_attrs.get(METRIC, "top-1")
+    lines = [tabulate(rows, ["trial", *space.ranges, f"val {metric} %"], disable_numparse=True), ""]
     broken = f"; {failed} failed" if failed else ""
-    lines.append(f"best {len(rows)} of {len(best)} finished trials{broken}, by validation top-1")
+    lines.append(f"best {len(rows)} of {len(best)} finished trials{broken}, by validation {metric}")
     if len(best) >= ENOUGH and (shares := _importance(study)):
         lines.append("importance (fANOVA): " + ", ".join(f"{key} {100 * share:.0f} %" for key, share in shares.items()))
     return "\n".join([*lines, "", f"s2a train {shlex.join([*space.words(best[0].params), 'test=true'])}"])
 
 
 def _importance(study: Any) -> dict[str, float]:
-    """Returns {setting: share of the variance of top-1 that it explains}; empty where all trials ended alike."""
+    """Returns {setting: share of the variance of the figure that it explains}; empty where all trials ended alike."""
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     try:

@@ -50,8 +50,8 @@ class Peak:
 
     note, workers = "", 1
 
-    def __init__(self, fails=(), breaks=None):
-        self.fails, self.breaks, self.started = fails, breaks, []
+    def __init__(self, fails=(), breaks=None, figure="val_top1"):
+        self.fails, self.breaks, self.figure, self.started = fails, breaks, figure, []
 
     def free(self, running, peak_mib):
         return next((slot for slot in range(self.workers) if slot not in running), None)
@@ -72,7 +72,7 @@ class Peak:
             "memory": None,
             "config": OmegaConf.to_container(config, resolve=True),
             "allocation": None,
-            "accuracy": {"test_top1": None, "val_top1": 90 - 10 * abs(math.log10(config.optim.lr) + 2)},
+            "accuracy": {"test_top1": None, self.figure: 90 - 10 * abs(math.log10(config.optim.lr) + 2)},
             "data": {"name": "digits", "revision": content["data"]},
             "weights": content["weights"],
         }
