@@ -114,7 +114,8 @@ def sweep(words: list[str]) -> int:
 
 def search(words: list[str]) -> int:
     """Looks for the settings with the best validation accuracy."""
-    from s2a_cli.sweeps import search
+    with imports():
+        from s2a_cli.sweeps import search
 
     return search.search(words)
 

@@ -196,11 +196,8 @@ class Known:
 
         Raises UserError for data or weights that can't be had, and for settings that don't fit the backbone.
         """
-        revision, label, classes, images = _once(self._data, config.dataset, lambda: self._summary(config.dataset))
-        seed = config.seed if not (config.backbone.pretrained or config.backbone.checkpoint) else None
+        (revision, label, classes, images), weights = self.origin(config)
         settings = plain(config, resolve=True)
-        of_weights = {"of": settings["backbone"], "seed": seed}
-        weights = _once(self._weights, of_weights, lambda: self._fingerprint(config, classes))
         shape = {key: settings[key] for key in ("backbone", "method", "quant", "optim", "precision")}
         shape = json.dumps(shape | {"cache": settings["dataset"]["cache"]})
         if shape not in self._fits:
@@ -210,6 +207,16 @@ class Known:
         run = record.run_id(content) if known else "?"
         place = root / label / config.backbone.name / config.method.name / run
         return Member(words, config, name, content, place, classes, images, known)
+
+    def origin(self, config: DictConfig) -> tuple[tuple[str | None, str, int, int], str | None]:
+        """Returns what a run begins from: the summary of its data and the hash of its weights.
+
+        Raises UserError for what can't be had.
+        """
+        summary = _once(self._data, config.dataset, lambda: self._summary(config.dataset))
+        seed = config.seed if not (config.backbone.pretrained or config.backbone.checkpoint) else None
+        of_weights = {"of": plain(config, resolve=True)["backbone"], "seed": seed}
+        return summary, _once(self._weights, of_weights, lambda: self._fingerprint(config, summary[2]))
 
     def _summary(self, dataset: DatasetConfig) -> tuple[str | None, str, int, int]:
         """Returns (revision, name, number of classes, number of training images) of a data set.

@@ -103,9 +103,11 @@ def _first(word: str) -> str:
 class Search:
     """Goes on with a study. seed: of the proposals."""
 
-    def __init__(self, study: Any, space: Space, settings: SweepConfig, launcher: Launcher, seed: int = 0):
+    def __init__(
+        self, study: Any, space: Space, settings: SweepConfig, launcher: Launcher, known: Known, seed: int = 0
+    ):
         self.study, self.space, self.settings, self.launcher, self.seed = study, space, settings, launcher, seed
-        self.known = Known()
+        self.known = known
         self.failures = 0
 
     def __call__(self, trials: int) -> None:
@@ -175,8 +177,11 @@ def finished(study: Any) -> list[Any]:
     )
 
 
-def open_study(folder: Path, name: str, space: Space) -> Any:
-    """Opens the study in `folder`, new or as it was left. Raises UserError where it is one over something else."""
+def open_study(folder: Path, name: str, space: Space, origin: dict[str, str]) -> Any:
+    """Opens the study in `folder`, new or as it was left. Raises UserError where it is one over something else.
+
+    origin: what its first run begins from -> the hash of that.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -197,6 +202,12 @@ def open_study(folder: Path, name: str, space: Space) -> Any:
         raise UserError(
             f"{path}: a search over something else ({changed} is in one of them only); set search.name= to another name"
         )
+    known = study.user_attrs.get("origin", origin)
+    if changed := [what for what in origin if known.get(what) != origin[what]]:
+        raise UserError(
+            f"{path}: a search over something else ({changed[0]} changed since); set search.name= to another name"
+        )
+    study.set_user_attr("origin", origin)
     return study
 
 
@@ -250,15 +261,16 @@ def search(words: list[str]) -> int:
     if not len(data.load(config.dataset).val):
         raise UserError(f"dataset={config.dataset.name}: no image is left for validation, by which a search chooses")
     called = hashlib.sha256(space.text().encode()).hexdigest()[:8]
-    study = open_study(
-        Path(settings.dir) / "search", name or f"{config.dataset.name}-{config.method.name}-{called}", space
-    )
+    (revision, *_), weights = (known := Known()).origin(config)
+    origin = {"the data": str(revision), "the weights": str(weights)}
+    name = name or f"{config.dataset.name}-{config.method.name}-{called}"
+    study = open_study(Path(settings.dir) / "search", name, space, origin)
     if done := finished(study):
         print(f"s2a: going on with {len(done)} finished trials of {study.study_name}", file=sys.stderr)
     launcher = make_launcher(settings, [config.device])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs save where they are
     try:
-        Search(study, space, settings, launcher)(trials)
+        Search(study, space, settings, launcher, known)(trials)
     finally:
         launcher.close()
         print(overview(study, space))

@@ -227,6 +227,27 @@ def test_a_study_over_something_else_is_not_gone_on_with(on, capsys):
     assert "broken.db: can't be used as a study" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", ["data", "weights"])
+def test_a_study_over_other_data_or_weights_is_not_gone_on_with(on, capsys, monkeypatch, what):
+    on(Peak())
+    words = ["search", *TINY, LR, "search.name=mine"]
+    assert main([*words, "search.trials=1"]) == 0 and main([*words, "search.trials=2"]) == 0
+    summary = search.Known._summary
+    if what == "data":
+        monkeypatch.setattr(search.Known, "_summary", lambda *args: ("f" * 12, *summary(*args)[1:]))
+    else:
+        monkeypatch.setattr(search.Known, "_fingerprint", lambda *args: "f" * 12)
+    assert main([*words, "search.trials=3"]) == 2 and len(told()) == 2
+    assert f"mine.db: a search over something else (the {what} changed since)" in capsys.readouterr().err
+
+
+def test_the_figure_has_the_name_that_runs_have_for_it(on, capsys):
+    on(Peak(figure="val_map"))
+    assert main(["search", *TINY, LR, "search.trials=1"]) == 0
+    said = capsys.readouterr().out
+    assert "val mAP %" in said and "by validation mAP" in said and "top-1" not in said
+
+
 def test_settings_that_do_not_fit_are_told_with_the_trial_behind_them(on, capsys):
     on(Peak())
     assert main(["search", *TINY, "method=prompt", "method.rank=range(100000,100003)"]) == 2
