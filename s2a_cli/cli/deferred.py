@@ -7,17 +7,20 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from s2a_cli.common.interrupts import held
+
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """Stops the garbage collector for imports of torch.
+    """Stops the garbage collector for imports of torch, and lets Ctrl-C wait for their end.
 
-    It would look through a million new objects again and again, which takes a second.
+    The collector would look through a million new objects again and again, which takes a second.
     """
     was_on = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with held():
+            yield
     finally:
         gc.freeze()  # what is there now stays
         atexit.register(gc.unfreeze)  # modules are to be taken down as ever

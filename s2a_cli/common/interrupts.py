@@ -42,6 +42,32 @@ def stopping() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Makes Ctrl-C wait for the end of a block, such as an import that may catch KeyboardInterrupt and go on half done.
+
+    A second one raises it at once. Leaves SIGINT alone where something else handles or ignores it.
+    """
+    came = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if came.is_set():
+            raise KeyboardInterrupt
+        came.set()
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if came.is_set():
+            raise KeyboardInterrupt
+
+
 def guarded(loader: Iterable[Batch], asked: Callable[[], bool]) -> Iterator[Batch]:
     """Yields the batches. Raises KeyboardInterrupt where a Ctrl-C ended the processes that load them."""
     batches = iter(loader)
