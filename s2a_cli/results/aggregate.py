@@ -133,7 +133,7 @@ def flatten(result: dict[str, Any]) -> dict[str, Any]:
 def select(frame: pd.DataFrame, wanted: dict[str, str], words: Iterable[str] = ()) -> pd.DataFrame:
     """Returns the runs that have what is wanted: {"dataset": "pets,dtd", "optim.batch_size": "16"}.
 
-    words: of the command, among which a mistyped key is looked for too. Raises UserError when no run is left.
+    A text that is a value as it stands, commas and all, is that one. words: of the command, among which a mistyped key is looked for too. Raises UserError when no run is left.
     """
     for key, values in wanted.items():
         name = find_column(frame, key)
@@ -144,7 +144,8 @@ def select(frame: pd.DataFrame, wanted: dict[str, str], words: Iterable[str] = (
                 f"dataset or optim.batch_size{nearest(key, known)}"
             )
         texts = column(frame, name).map(label)
-        frame = where(frame, texts.isin(values.split(",")))
+        whole = texts == values
+        frame = where(frame, whole if any(whole) else texts.isin(values.split(",")))
         if frame.empty:
             there = sorted(set(texts), key=natural)
             raise UserError(f"{key}={values}: no such run; there is {', '.join(there)}{nearest(values, there)}")

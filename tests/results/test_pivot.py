@@ -233,6 +233,8 @@ def test_runs_are_kept_by_key(make_result):
         [make_result(dataset=d, optim__batch_size=b) for d in ("pets", "dtd") for b in (8, 16)]
     )
     assert len(aggregate.select(frame, {"dataset": "pets", "optim.batch_size": "8,16"})) == 2
+    comma = aggregate.from_results([make_result(dataset=d) for d in ("pets", "pets, new (copy)")])
+    assert list(aggregate.select(comma, {"dataset": "pets, new (copy)"})["data.name"]) == ["pets, new (copy)"]
     with pytest.raises(UserError, match=r"dataset=pet: no such run; there is dtd, pets \(did you mean 'pets'\?\)"):
         aggregate.select(frame, {"dataset": "pet"})
     with pytest.raises(UserError, match=r"row=method: .*did you mean 'rows'"):
