@@ -23,6 +23,11 @@ def printable(text: object, most: int | None = None) -> str:
     return "".join(one if is_kept else ascii(one)[1:-1] for one, is_kept in zip(text, kept, strict=True))[:most]
 
 
+def utf8(text: str) -> str:
+    """Returns the text with escapes for what UTF-8 can't hold, such as bytes of a file's name that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def brief(text: str, most: int = 100) -> str:
     """Returns the text on one line: whole, or its beginning and three dots, `most` characters together."""
     shown = printable(text, most)

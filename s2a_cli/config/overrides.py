@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.text import brief, first_line, nearest
+from s2a_cli.common.text import brief, first_line, nearest, utf8
 
 PACKAGE = Path(__file__).parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # a wheel, or a checkout
@@ -53,7 +53,7 @@ def read(word: str) -> Any:
         raise UserError(f"{brief(word)}: has {len(word):,} characters; at most {LONGEST:,} are read")
     if len(key := word.partition("=")[0]) > LONGEST_KEY:
         raise UserError(f"{brief(key)}: no such setting; the longest name has less than {LONGEST_KEY} characters")
-    if not word.isprintable() and (shown := word.encode("utf-8", "backslashreplace").decode()) != word:
+    if not word.isprintable() and (shown := utf8(word)) != word:
         raise UserError(f"{brief(shown)}: is no text in UTF-8")
     try:
         override = OverridesParser.create().parse_override(_with_texts(word))

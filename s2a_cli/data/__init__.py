@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.text import listed, nearest
+from s2a_cli.common.text import listed, nearest, utf8
 from s2a_cli.config.checks import domain_problems
 from s2a_cli.config.paths import missing_root
 from s2a_cli.config.schema import DOMAINS, DatasetConfig
@@ -120,13 +120,16 @@ def data_folder(config: DatasetConfig) -> Path:
 
 
 def title(config: DatasetConfig) -> str:
-    """Returns the name in tables and paths: pets, domainnet-real-to-sketch, that of a folder, or birds-labels."""
+    """Returns the name in tables and paths: pets, domainnet-real-to-sketch, that of a folder, or birds-labels.
+
+    It is never empty, and can be written in UTF-8.
+    """
     named = config.name
     if config.name == "table" and config.file:
         table = Path(config.file).expanduser().resolve()
-        return f"{table.parent.name}-{table.stem}".lstrip("-")
+        return utf8(f"{table.parent.name}-{table.stem}".lstrip("-"))
     if config.name == "folder" and config.root:
-        named = Path(config.root).expanduser().resolve().name.split(".")[0]
+        named = utf8(Path(config.root).expanduser().resolve().name.lstrip(".").split(".")[0]) or config.name
         if config.test_domain and not config.domain:
             return f"{named}-to-{config.test_domain}"
     domains = [domain for domain in (config.domain, config.test_domain) if domain]

@@ -12,7 +12,7 @@ import pytest
 from pictures import folder_config, save, tree
 from refusals import folder_refusal
 
-from s2a_cli.data import load
+from s2a_cli.data import load, title
 
 
 def names(split) -> set[str]:
@@ -31,6 +31,16 @@ def test_one_tree_is_split_by_class(tmp_path):
     assert other.revision == splits.revision
     image, label = splits.test[0]
     assert Path(splits.test.name(0)).parent.name == splits.classes[label] and image.size == (12, 10)
+
+
+def test_every_folder_has_a_name_that_can_be_written(tmp_path):
+    """A record without one can't be read again."""
+    latin = tmp_path / os.fsdecode(b"caf\xe9")
+    latin.mkdir()
+    (tmp_path / "link").symlink_to(latin)
+    named = {".photos": "photos", "my.photos": "my", "...": "folder", "link": "caf\\udce9"}
+    assert {name: title(folder_config(tmp_path / name)) for name in named} == named
+    assert title(folder_config(Path("/"))) == "folder"
 
 
 @pytest.mark.parametrize("val", [None, "val", "valid", "validation"])
