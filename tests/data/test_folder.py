@@ -79,6 +79,8 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     (root / "bird").mkdir()
     (root / "bird" / "readme.md").write_text("no image yet")
     assert f"no image in {root / 'bird'}" in folder_refusal(root)
+    save(tmp_path / "latin" / os.fsdecode(b"caf\xe9") / "0.png", 0)
+    assert "latin/caf\\udce9: the name of this class is no text in UTF-8" in folder_refusal(tmp_path / "latin")
     assert "one class folder, 'cat'" in folder_refusal(tree(tmp_path / "single", classes=["cat"]))
     assert "no class has the two images" in folder_refusal(tree(tmp_path / "scarce", images=1))
 

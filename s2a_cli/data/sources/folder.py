@@ -10,7 +10,7 @@ from pathlib import Path
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import reason, sha256_of
-from s2a_cli.common.text import counted, listed, printable
+from s2a_cli.common.text import counted, listed, printable, utf8
 from s2a_cli.config.paths import missing_folder
 from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data.archives import SUFFIXES, extract_once
@@ -211,10 +211,12 @@ def _ending(ending: str, count: int) -> str:
 def _class_files(walk: _Walk, tree: str) -> dict[str, list[str]]:
     """Returns class -> its image files as sorted paths relative to the root, nested folders included.
 
-    Raises UserError for a class without an image, and where there is no class.
+    Raises UserError for a class without an image, for one whose name is not UTF-8, and where there is no class.
     """
     top, by_class = walk.root / tree, {}
     for name in folders(top):
+        if utf8(name) != name:  # the run's record could not be read again
+            raise UserError(f"{printable(top / name)}: the name of this class is no text in UTF-8; rename the folder")
         before = walk.endings.copy()
         by_class[name] = walk.images(f"{tree}/{name}" if tree else name)
         if not by_class[name]:
