@@ -6,6 +6,7 @@ from pathlib import Path
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.files import atomic_write
+from s2a_cli.common.text import utf8
 
 MADE_BY = "s2a figure"  # in the files of figures
 MAKER = {"svg": "Creator", "png": "Software", "pdf": "Creator"}  # what each kind of file calls the program that made it
@@ -15,8 +16,13 @@ PAGES = (".html", ".htm")
 
 
 def safe_cell(value: object) -> object:
-    """Returns what stands in a cell of a CSV: a text that a spreadsheet would run as a formula has a ' before it."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+    """Returns what stands in a cell of a CSV: a text that a spreadsheet would run as a formula has a ' before it.
+
+    What UTF-8 can't hold of a name stands there as an escape.
+    """
+    if not isinstance(value, str):
+        return value
+    return utf8(f"'{value}" if value.startswith(FORMULA) else value)
 
 
 def save(path: Path, data: bytes | str, word: str, force: bool = False) -> None:

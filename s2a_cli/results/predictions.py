@@ -137,7 +137,7 @@ class Gallery:
 
     def add(self, prediction: Prediction) -> None:
         if prediction.trouble:
-            self._unreadable.append(f"{prediction.path}: {prediction.trouble}")
+            self._unreadable.append(f"{printable(prediction.path)}: {prediction.trouble}")
             return
         self._count += 1
         entry = -prediction.classes[0][1], -self._count, prediction

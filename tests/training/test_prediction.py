@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 
 import pytest
 import torch
@@ -81,6 +82,17 @@ def test_predict_from_the_command_line(finished, folder, tmp_path, capsys):
     assert main(["predict", *run, f"images={folder}", f"out={tmp_path / 'p.json'}"]) == 1
     listed = json.loads((tmp_path / "p.json").read_text())
     assert len(listed) == 5 and sum("error" in one for one in listed) == 1
+
+
+def test_a_name_that_is_not_utf_8_loses_no_row(finished, tmp_path, capsys):
+    (tmp_path / os.fsdecode(b"th\xe9.png")).write_bytes(b"no photo")
+    Image.new("RGB", (32, 32)).save(tmp_path / os.fsdecode(b"caf\xe9.png"))
+    for out in ("p.csv", "p.json"):
+        words = [f"images={tmp_path}", f"out={tmp_path / out}", f"gallery={tmp_path / 'page.html'}"]
+        assert main(["predict", f"run={finished[0]}", "device=cpu", *words]) == 1, capsys.readouterr().err
+        assert "caf\\udce9.png" in (tmp_path / out).read_text() and "th\\udce9.png" in (tmp_path / out).read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "caf\\udce9.png" in page and "th\\udce9.png" in page
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -105,10 +106,12 @@ def test_a_damaged_photo_stops_no_test(copied, capsys):
 
 def test_other_photos_of_its_classes(copied, tmp_path, capsys):
     other = draw(tmp_path / "other", 3, ("light", "dark"))
+    (other / "dark" / "0.png").rename(other / "dark" / os.fsdecode(b"\xe9.png"))  # a name that is not UTF-8
     code, said, _, figures = evaluated(copied, capsys, f"data={other}")
     assert code == 0 and figures["images"] == 6 and "2 of the run's 3 classes occur" in said
     assert [row["images"] for row in figures["by_class"]] == [3, 0, 3]
     answers = (copied.run / "evaluation-other" / "answers.csv").read_text().splitlines()
+    assert "dark/\\udce9.png" in "".join(answers)
     assert len(answers) == 7 and {line.split(",")[1] for line in answers[1:]} == {"light", "dark"}
     alone = draw(tmp_path / "alone", 2, ("grey",))
     assert evaluated(copied, capsys, f"data={alone}")[3]["classes_tested"] == 1
