@@ -19,7 +19,7 @@ from s2a_cli.common.files import reason
 from s2a_cli.common.text import brief, first_line, listed, nearest, printable
 from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data.images import EXTENSIONS
-from s2a_cli.data.layout import SPLITS
+from s2a_cli.data.layout import SPLITS, meant_split
 
 # Names of columns in lower case, without what stands between words.
 IMAGES = {
@@ -30,7 +30,8 @@ LABELS = {
     *("label", "labels", "class", "classes", "classname", "category", "categories", "species", "target", "targets"),
     *("tag", "tags"),
 }
-SPLIT = {"split", "splits", "subset", "partition", "set", "datasplit"}
+SPLIT = {"split", "splits", "datasplit"}
+MAYBE_SPLIT = {"subset", "partition", "set"}  # or something else
 SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
 TABLES = (".csv", ".tsv", ".parquet", ".pq")
 TRUTH = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
@@ -48,6 +49,7 @@ class Columns:
     group: str | None
     separator: str | None
     multi_label: bool
+    unused: tuple[str, ...]
 
     def values(self, frame: pd.DataFrame) -> Iterator[tuple[str, list[str], str | None, str | None]]:
         """Yields (path, labels, split, group) of each line; an empty path, None for a missing split or group.
@@ -74,7 +76,8 @@ class Columns:
         text = _text(cell)
         if text and text.lower() not in SPLIT_OF:
             raise UserError(
-                f"dataset.split_column={self.split}: line {line} has {brief(text)!r}; expected train, val or test"
+                f"dataset.split_column={self.split}: line {line} has {brief(text)!r}; expected train, val or test, or"
+                " another name of the column where it is about something else"
             )
         return SPLIT_OF.get(text.lower())
 
@@ -84,6 +87,7 @@ class Columns:
         found = [f"images {self.image!r}", labels]
         found += [f"splits {self.split!r}"] if self.split else []
         found += [f"groups {self.group!r}"] if self.group else []
+        found += [f"not used {listed(map(repr, self.unused))}"] if self.unused else []
         return ", ".join(found)
 
 
@@ -145,9 +149,11 @@ def find_columns(frame: pd.DataFrame, path: Path, config: DatasetConfig) -> Colu
         return name
 
     group = named("hold_out", config.hold_out) if config.hold_out else None
-    split = named("split_column", config.split_column) if config.split_column else _found_split(frame, path)
+    taken = (config.hold_out, config.image_column, config.label_column, *(config.class_columns or ()))
+    split = named("split_column", config.split_column) if config.split_column else _found_split(frame, path, taken)
     image = named("image_column", config.image_column) if config.image_column else _found_image(frame, path)
-    rest = [name for name in names if name not in (image, split, group) and _plain(name) not in SPLIT]
+    rest = [name for name in names if name not in (image, split, group)]
+    rest = [name for name in rest if _plain(name) not in SPLIT | MAYBE_SPLIT]
     label, classes = None, ()
     if config.class_columns:
         classes = tuple(named("class_columns", name) for name in config.class_columns)
@@ -158,7 +164,8 @@ def find_columns(frame: pd.DataFrame, path: Path, config: DatasetConfig) -> Colu
     for name in classes:
         if odd := next((cell for cell in frame[name] if _truth(cell) is None), None):
             raise UserError(f"dataset.class_columns: column {name!r} has {brief(_text(odd))!r}; expected 0 or 1")
-    return Columns(image, label, classes, split, group, *_several(frame, label, classes, config))
+    unused = tuple(name for name in names if name not in (image, label, split, group, *classes))
+    return Columns(image, label, classes, split, group, *_several(frame, label, classes, config), unused)
 
 
 def count_classes(path: Path, config: DatasetConfig) -> int:
@@ -203,13 +210,16 @@ def _found_image(frame: pd.DataFrame, path: Path) -> str:
     raise UserError(f"{printable(path.name)} has {said}; say which: dataset.image_column=, of {listed(frame, 12)}")
 
 
-def _found_split(frame: pd.DataFrame, path: Path) -> str | None:
-    """Returns a column that is called split and names some; None without one.
+def _found_split(frame: pd.DataFrame, path: Path, taken: Iterable[str | None]) -> str | None:
+    """Returns a column that is called split, or one of a like name that seems to name some; None without one.
 
     A cell in it that names none is refused later: without the column, test images would be trained on.
     """
-    found = [name for name in frame if _plain(name) in SPLIT]
-    found = [name for name in found if any(_text(cell).lower() in SPLIT_OF for cell in frame[name])]
+    names = [name for name in frame if _plain(name) in SPLIT | MAYBE_SPLIT and name not in taken]
+    cells = {name: {_text(cell) for cell in frame[name]} - {""} for name in names}
+    found = [name for name in names if any(cell.lower() in SPLIT_OF for cell in cells[name])]
+    if not found:  # 0 and 1, or train_set and test_set
+        found = [name for name in names if cells[name] and _plain(name) in SPLIT or any(map(meant_split, cells[name]))]
     if len(found) > 1:
         raise UserError(
             f"{printable(path.name)} has several columns of splits: {listed(found)}; say which: dataset.split_column="

@@ -103,7 +103,7 @@ def split_folders(root: Path, layout: str | None, test_elsewhere: bool = False) 
 
 def _refuse_hidden_splits(root: Path, names: list[str]) -> None:
     """Raises UserError where folders that would be taken for classes look like splits."""
-    meant = {name: _split_of(name) for name in names}
+    meant = {name: meant_split(name) for name in names}
     both = f"{SPLITS_OR_CLASSES}; folders of splits are to be called train, test and perhaps val"
     if all(meant.values()) and len(set(meant.values())) > 1:
         raise UserError(
@@ -125,7 +125,7 @@ def _refuse_hidden_splits(root: Path, names: list[str]) -> None:
     )
 
 
-def _split_of(name: str) -> str | None:
+def meant_split(name: str) -> str | None:
     """Returns the split that a name such as training_set, test2017 or valData seems to mean, or None."""
     spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()
     words = [re.sub("(set|data|images|split)$", "", word) for word in re.findall("[a-z]+", spaced)]

@@ -78,10 +78,22 @@ def test_a_split_column_with_a_wrong_cell_is_not_passed_over(photos):
     assert "dataset.split_column=split: line 12 has 'tets'; expected train, val or test" in refusal(load, config(wrong))
     few = table(photos, {"label": SPECIES, "subset": ["dev"] * 11 + ["test"]})
     assert "line 2 has 'dev'" in refusal(load, config(few))
+    for name, cells in (
+        ("split", ["train_set", "test_set"]),
+        ("set", ["train_set", "test_set"]),
+        ("Split", ["0", "1"]),
+    ):
+        said = refusal(load, config(table(photos, {"label": SPECIES, name: cells * 6})))
+        assert f"dataset.split_column={name}: line 2 has {cells[0]!r}; expected train, val or test, or another" in said
     two = table(photos, {"label": SPECIES, "split": ["train", "test"] * 6, "set": ["train", "test"] * 6})
     assert "several columns of splits: split, set; say which: dataset.split_column=" in refusal(load, config(two))
     other = load(config(table(photos, {"label": SPECIES, "set": ["holidays", "school"] * 6})))
     assert len(other.test) == 2, "a column of that name that is about something else"
+    assert "labels 'label', not used 'set'" in describe(other)
+    as_labels = load(config(table(photos, {"split": SPECIES}), label_column="split"))
+    assert as_labels.classes == ["jay", "owl"] and len(as_labels.test) == 2
+    folds = {"split": ["0", "1"] * 6, "set": ["train", "test"] * 6}
+    assert len(load(config(table(photos, {"label": SPECIES} | folds))).test) == 6
 
 
 def test_several_labels_an_image(photos):
