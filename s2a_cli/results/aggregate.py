@@ -133,7 +133,8 @@ def flatten(result: dict[str, Any]) -> dict[str, Any]:
 def select(frame: pd.DataFrame, wanted: dict[str, str], words: Iterable[str] = ()) -> pd.DataFrame:
     """Returns the runs that have what is wanted: {"dataset": "pets,dtd", "optim.batch_size": "16"}.
 
-    A text that is a value as it stands, commas and all, is that one. words: of the command, among which a mistyped key is looked for too. Raises UserError when no run is left.
+    words: of the command, among which a mistyped key is looked for too. A text that is a value as it stands, commas and
+    all, is that one. Raises UserError when no run is left.
     """
     for key, values in wanted.items():
         name = find_column(frame, key)

@@ -124,6 +124,20 @@ def test_domains_and_a_test_folder_elsewhere(tmp_path):
     )
 
 
+def test_a_test_root_among_the_classes_is_refused(tmp_path):
+    """Its images would be those of one more class."""
+    root = tree(tmp_path / "photos")
+    tree(root / "holdout", seed=9)
+    (tmp_path / "link").symlink_to(root / "holdout")
+    for there in (root / "holdout", tmp_path / "link", root, tmp_path):
+        said = folder_refusal(root, test_root=str(there))
+        assert f"dataset.test_root={there} and {root}, whose folders are classes to train on, share images" in said
+    for name in ("train", "test"):
+        tree(tmp_path / "splits" / name, images=5, seed=20 * len(name))
+    splits = load(folder_config(tmp_path / "splits", test_root=str(tmp_path / "splits" / "test")))
+    assert splits.classes == ["cat", "dog"] and len(splits.test) == 10
+
+
 def test_a_test_root_is_relative_to_the_current_folder(tmp_path, monkeypatch):
     """Whether root is relative or not."""
     tree(tmp_path / "sub" / "photos")

@@ -34,12 +34,15 @@ def read(config: DatasetConfig, cache: Path, least: int = 2) -> Source:
     else:
         found = split_folders(root, config.layout, test_elsewhere=config.test_root is not None)
         trees = {split: [tree] for split, tree in found.items()}
+    there = None
+    if config.test_root:
+        there = _open_root(Path(config.test_root).expanduser(), cache, "test_root").absolute()  # not below root
+        _refuse_shared(root, trees, there)
     walk = _Walk(root)
     images = {split: _merged(_class_files(walk, tree) for tree in of_split) for split, of_split in trees.items()}
     reports = {root: _examine(root, images, config, cache)}
     left_out = [*walk.left_out(), *_outside(root, trees, "not asked for" if by_domain else "no split")]
-    if config.test_root:
-        there = _open_root(Path(config.test_root).expanduser(), cache, "test_root").absolute()  # not below root
+    if there:
         test_walk = _Walk(there)
         elsewhere = {"test": _class_files(test_walk, "")}
         reports[there] = _examine(there, elsewhere, config, cache)
@@ -69,6 +72,16 @@ def read(config: DatasetConfig, cache: Path, least: int = 2) -> Source:
     left_out += report.left_out()
     train, val, test = splits["train"], splits.get("val"), splits.get("test")
     return Source(train, val, test, classes, report.revision, left_out, report.notes(), report.same)
+
+
+def _refuse_shared(root: Path, trees: dict[str, list[str]], there: Path) -> None:
+    """Raises UserError where the images of dataset.test_root would be trained on, or those trained on be its."""
+    for tree in (root / tree for split, of_split in trees.items() if split != "test" for tree in of_split):
+        if within(os.path.realpath(there), os.path.realpath(tree)):
+            raise UserError(
+                f"dataset.test_root={printable(there)} and {printable(tree)}, whose folders are classes to train on, share"
+                " images: give test_root a folder beside it, not in it"
+            )
 
 
 def _examine(root: Path, images: dict[str, dict[str, list[str]]], config: DatasetConfig, cache: Path) -> Report:
