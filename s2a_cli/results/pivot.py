@@ -178,8 +178,11 @@ def make(
     contender = [key for key in rows if key not in ("dataset", "backbone")] or [key for key in rows if key != "dataset"]
     cells, pairs = _cells(runs, [*rows, *cols], differences), pairs_of(differences, contender, cols, rows)
     grid = Grid(rows, cols, chosen, runs, cells, contender, transposed, pairs, notes=notes)
-    if cols == ["dataset"] and len(grid.columns()) > 1:
-        grid.means, said = _means([name for (name,) in grid.columns()], groups)
+    others, said = _of_another_metric(runs, chosen)
+    notes += said
+    datasets = [label[0] for label in grid.columns() if label and label[0] not in others]
+    if cols == ["dataset"] and len(datasets) > 1:
+        grid.means, said = _means(datasets, groups)
         notes += said
     elif groups:
         raise UserError(f"groups={groups}: means over groups need rows=... cols=dataset, and more than one data set")
@@ -199,6 +202,18 @@ def _with_value(runs: pd.DataFrame, chosen: Value, keys: list[str]) -> tuple[pd.
     runs.loc[several & (runs["kind"] == "predicted"), "value"] = None
     said = ["Where a cell has measured and predicted runs, the measured ones are shown."]
     return runs, said if any(several) else []
+
+
+def _of_another_metric(runs: pd.DataFrame, chosen: Value) -> tuple[set[str], list[str]]:
+    """Returns the data sets whose runs have mAP in place of a chosen accuracy, or the reverse, and a note on them."""
+    split, _, metric = chosen.name.partition("_")
+    other = VALUES.get(f"{split}_{'top1' if metric == 'map' else 'map'}")
+    if not chosen.column.startswith("accuracy.") or other is None or other.column not in runs:
+        return set(), []
+    has, has_other = (column(where(runs, column(runs, name).notna()), "dataset") for name in ("value", other.column))
+    found = set(has_other) - set(has)
+    said = f"{listed(sorted(found), 4)}: no {chosen.title}, and in no mean; value={other.name} shows {other.title}."
+    return found, [said] if found else []
 
 
 def _cells(runs: pd.DataFrame, keys: list[str], differences: Differences) -> pd.DataFrame:

@@ -160,6 +160,19 @@ def test_a_part_of_the_data_sets_has_no_mean(make_result):
     assert "natural: no mean, 5 of 7 data sets are missing" in vtab
 
 
+def test_data_sets_of_another_metric_are_named_and_in_no_mean(make_result):
+    runs = [make_result(dataset=d, method=m) for d in ("pets", "dtd", "voc") for m in ("bias", "s2a")]
+    for run in runs:
+        if run["data"]["name"] == "voc":
+            run["accuracy"] |= {"test_top1": None, "test_map": 60.0}
+    text = shown(runs, rows="method", cols="dataset")
+    assert "voc: no test top-1 %, and in no mean; value=test_map shows test mAP %." in text and "lacks" not in text
+    assert [mean.datasets for mean in grid_of(runs).means] == [("dtd", "pets")]
+    assert "dtd, pets: no test mAP %" in shown(runs, rows="method", cols="dataset", value="test_map")
+    assert "voc: no test top-1 %" in shown(runs, rows="dataset", cols="method")
+    assert "in no mean" not in shown(runs, rows="method", value="peak")
+
+
 def test_failed_cells_say_so(make_result):
     text = shown([make_result(), make_result(method="full", quant="none", status="oom")], rows="method")
     assert "1 oom (full, pets)" in text and " 1 oom " in text

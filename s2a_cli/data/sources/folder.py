@@ -79,8 +79,8 @@ def _refuse_shared(root: Path, trees: dict[str, list[str]], there: Path) -> None
     for tree in (root / tree for split, of_split in trees.items() if split != "test" for tree in of_split):
         if within(os.path.realpath(there), os.path.realpath(tree)):
             raise UserError(
-                f"dataset.test_root={printable(there)} and {printable(tree)}, whose folders are classes to train on, share"
-                " images: give test_root a folder beside it, not in it"
+                f"dataset.test_root={printable(there)} and {printable(tree)}, whose folders are classes to train on,"
+                " share images: give test_root a folder beside it, not in it"
             )
 
 
