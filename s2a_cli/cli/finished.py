@@ -92,7 +92,8 @@ def evaluate(words: list[str]) -> int:
     found = testing.evaluate(load_as(folder, config), labelled)
     figures = found.figures()
     print((multi_label if "map" in figures else evaluation).text(figures))
-    print(_written(out or folder / evaluation.folder_name(dataset and labelled.name), found, figures, bool(out)))
+    name = evaluation.folder_name(labelled.name, labelled.revision) if dataset else "evaluation"
+    print(_written(out or folder / name, found, figures, bool(out)))
     return _compared(figures, recorded) if labelled.same else 0
 
 

@@ -206,9 +206,13 @@ def _confusions(figures: dict[str, Any]) -> list[str]:
     return [tabulate(cells, ["is", "said", "times"], disable_numparse=[0, 1]), *more]
 
 
-def folder_name(data: str | None) -> str:
-    """Returns the name of the folder within a run's in which an evaluation lies; data: None for its own test split."""
-    return f"evaluation-{re.sub(r'[^-.0-9A-Za-z]+', '_', data)[:80]}" if data else "evaluation"
+def folder_name(data: str, revision: str) -> str:
+    """Returns the name of the folder within a run's in which an evaluation on other data lies.
+
+    Two data sets of one name have two, the same data always has the same.
+    """
+    readable = re.sub(r"[^-.\w]+", "_", data)[:50]
+    return f"evaluation-{readable}-{revision}"
 
 
 def check_out(folder: Path, force: bool) -> None:

@@ -40,6 +40,7 @@ class Labelled:
     images: Images
     same: bool = True  # whether they are what the run was tested on
     notes: list[str] = field(default_factory=list)
+    revision: str = ""  # of the data set that they are all of, or the test split
 
 
 def note_test_files(folder: Path, splits: data.Splits) -> None:
@@ -130,7 +131,7 @@ def elsewhere(trained_on: record.Data, dataset: DatasetConfig) -> Labelled:
         )
     if len(there) < len(known):
         notes.append(f"{len(there)} of the run's {len(known)} classes occur; an answer may be any of the {len(known)}")
-    return Labelled(name, _relabelled(images, source.classes, known), False, notes)
+    return Labelled(name, _relabelled(images, source.classes, known), False, notes, source.revision)
 
 
 def _relabelled(images: Images, classes: Sequence[str], known: Sequence[str]) -> Images:

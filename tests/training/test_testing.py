@@ -110,7 +110,8 @@ def test_other_photos_of_its_classes(copied, tmp_path, capsys):
     code, said, _, figures = evaluated(copied, capsys, f"data={other}")
     assert code == 0 and figures["images"] == 6 and "2 of the run's 3 classes occur" in said
     assert [row["images"] for row in figures["by_class"]] == [3, 0, 3]
-    answers = (copied.run / "evaluation-other" / "answers.csv").read_text().splitlines()
+    (made,) = copied.run.glob("evaluation-other-*")
+    answers = (made / "answers.csv").read_text().splitlines()
     assert "dark/\\udce9.png" in "".join(answers)
     assert len(answers) == 7 and {line.split(",")[1] for line in answers[1:]} == {"light", "dark"}
     alone = draw(tmp_path / "alone", 2, ("grey",))
@@ -118,6 +119,16 @@ def test_other_photos_of_its_classes(copied, tmp_path, capsys):
     unknown = draw(tmp_path / "unknown", 2, ("light", "lihgt"))
     code, _, error, _ = evaluated(copied, capsys, f"data={unknown}")
     assert code == 2 and "has lihgt, which the run was not trained on" in error and error.count("\n") == 1
+
+
+def test_two_folders_of_one_name_are_two_evaluations(copied, tmp_path, capsys):
+    """The second took the place of the first, as did one whose name differs in letters that are not ASCII."""
+    draw(tmp_path / "a" / "été", 2, ("light", "dark"))
+    draw(tmp_path / "b" / "été", 1, ("light", "dark"))
+    for parent in ("a", "b", "a"):
+        assert evaluated(copied, capsys, f"data={tmp_path / parent / 'été'}")[0] == 0
+    made = sorted(copied.run.glob("evaluation-été-*/evaluation.json"))
+    assert sorted(json.loads(path.read_text())["images"] for path in made) == [2, 4]
 
 
 def test_words_that_cannot_be_tested(copied, tmp_path, capsys):
