@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import first_line, listed
-from s2a_cli.results import record
+from s2a_cli.results import made_files, record
 
 LOCK = ".lock"  # held by the process that is at the run
 NEXT = ".next"
@@ -29,6 +29,8 @@ RECORD, CONFIG, METRICS, TRACEBACK = "result.json", "config.yaml", "metrics.json
 TENSORS, STATE = "trainable.safetensors", "state.pt"
 TEST_FILES = "test_files.json"
 LOG, JOBS = "log.txt", "slurm"  # of a sweep
+PAGE = "report.html"  # of s2a report
+EVALUATION = re.compile(r"evaluation(-.*)?")  # folders of s2a eval
 FILES = (RECORD, CONFIG, METRICS, TRACEBACK, TENSORS, STATE, TEST_FILES, LOG, "job.json", "memory_snapshot.pickle")
 LITTER = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.[a-z0-9_]{{8}}")  # temporary files of `atomic_write`
 BEFORE_A_RECORD = (LOCK, LOG, JOBS, NEXT)  # what there may be of a run that was killed before it wrote its first file
@@ -271,8 +273,22 @@ def settle(folder: Path) -> None:
     if begun.is_symlink() or not is_finished(begun):
         return
     with contextlib.suppress(FileNotFoundError):  # another process does the same
+        remove_made(folder)
         for name in (folder / STATE, folder / TRACEBACK, begun / STATE):
             name.unlink(missing_ok=True)
         for name in sorted(os.listdir(begun), key=lambda name: name == RECORD):
             os.replace(begun / name, folder / name)
         begun.rmdir()
+
+
+def remove_made(folder: Path) -> None:
+    """Removes what `s2a eval` and `s2a report` made in the folder of a run that is replaced, and nothing else there."""
+    from s2a_cli.results import evaluation  # takes a while to import
+
+    for place in folder.iterdir():
+        if EVALUATION.fullmatch(place.name) and place.is_dir() and not place.is_symlink():
+            for name in evaluation.FILES:
+                (place / name).unlink(missing_ok=True)
+            remove_empty([place])
+    if (folder / PAGE).is_file() and any(mark in (folder / PAGE).read_bytes() for mark in made_files.OURS):
+        (folder / PAGE).unlink()

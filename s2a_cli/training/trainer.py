@@ -92,6 +92,7 @@ def _begin(run: Run, place: Path, force: bool) -> dict[str, Any] | None:
         place.mkdir(exist_ok=True)
         for name in (run_folder.STATE, run_folder.RECORD, run_folder.METRICS, run_folder.TRACEBACK, run_folder.TENSORS):
             (place / name).unlink(missing_ok=True)
+        run_folder.remove_made(place)
     return None
 
 

@@ -327,6 +327,28 @@ def test_a_replacement_counts_when_its_record_says_ok_and_is_moved_whatever_brea
         ).read_text() == "new" and not begun.exists()
 
 
+def test_what_was_made_of_a_run_goes_with_it_and_nothing_else(make_result, tmp_path):
+    folder = written(tmp_path / "run", make_result())
+    for place in ("evaluation", "evaluation-other-0123456789ab", "evaluations"):
+        (folder / place).mkdir()
+        (folder / place / "evaluation.json").touch()
+    (folder / "evaluation" / "mine.txt").touch()
+    (folder / "report.html").write_text("<title>s2a report</title>")
+    (tmp_path / "evaluation.json").touch()
+    (folder / "evaluation-link").symlink_to(tmp_path)
+    written(folder / run_folder.NEXT, make_result(top1=50.0))
+    run_folder.settle(folder)
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*")} == {
+        *("result.json", "evaluation", "evaluation/mine.txt", "evaluations", "evaluations/evaluation.json"),
+        "evaluation-link",
+    }
+    assert (tmp_path / "evaluation.json").exists()
+    written(folder / run_folder.NEXT, make_result(top1=60.0))
+    (folder / "report.html").write_text("a page of my own")
+    run_folder.settle(folder)
+    assert (folder / "report.html").exists()
+
+
 def test_a_link_where_a_lock_or_a_replacement_should_be_is_refused(make_result, tmp_path):
     folder, outside = written(tmp_path / "run", make_result()), tmp_path / "outside"
     outside.mkdir()
