@@ -1,4 +1,4 @@
-"""Finds PyTorch's own gradient checkpointing in a forward pass that is coded: the two do not work together."""
+"""Finds PyTorch's own gradient checkpointing in a forward pass: codes, and states beside it, do not work with it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,21 @@ _REENTRANT = checkpoint.CheckpointFunction.forward.__code__
 
 def refuse_checkpointing(had_grad: bool) -> None:
     """Raises RuntimeError where the caller is within a checkpoint. had_grad: whether gradients were on further out."""
-    if torch.is_grad_enabled():
-        hooks = _AUTOGRAD._top_saved_tensors_default_hooks(True)
-        if hooks and hooks[0].__qualname__.startswith("_checkpoint_hook."):
-            raise RuntimeError(REFUSED)
-    elif had_grad:  # the reentrant kind turns them off
-        frame = inspect.currentframe()
-        while frame is not None:
-            if frame.f_code is _REENTRANT:
-                raise RuntimeError(REFUSED)
-            frame = frame.f_back
+    if is_checkpointing() or (had_grad and is_checkpointing_reentrantly()):
+        raise RuntimeError(REFUSED)
+
+
+def is_checkpointing() -> bool:
+    """Tells whether the caller is in the forward pass of a checkpoint that is not reentrant."""
+    hooks = _AUTOGRAD._top_saved_tensors_default_hooks(True) if torch.is_grad_enabled() else None
+    return bool(hooks) and hooks[0].__qualname__.startswith("_checkpoint_hook.")
+
+
+def is_checkpointing_reentrantly() -> bool:
+    """Tells whether the caller is in the forward pass of a reentrant checkpoint, which turns gradients off."""
+    frame = None if torch.is_grad_enabled() else inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _REENTRANT:
+            return True
+        frame = frame.f_back
+    return False

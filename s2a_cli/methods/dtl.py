@@ -15,7 +15,7 @@ from s2a_cli.config.schema import AT_LEAST_1, POSITIVE
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Published, Structure
-from s2a_cli.methods.parts.thread_local import ThreadLocal
+from s2a_cli.methods.parts.thread_local import HandedOn
 
 UP_TO_1 = number("a number above 0, at most 1", lambda value: 0 < value <= 1)
 
@@ -30,7 +30,7 @@ class CompactSideNetwork(nn.Module):
     heekhero/DTL. There s * sigmoid(beta s) keeps two tensors; silu(beta s) / beta is the same and keeps one.
     """
 
-    _state = ThreadLocal[Tensor | None](None)  # [B, N, C], from the first block's input to the last one's output
+    _state = HandedOn[Tensor | None](None)  # [B, N, C], from the first block's input to the last one's output
 
     def __init__(self, blocks: Sequence[Block], first: int, rank: int, beta: float):
         super().__init__()

@@ -18,7 +18,7 @@ from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Published, Structure
 from s2a_cli.methods.parts.head_input import head_width
 from s2a_cli.methods.parts.own_features import OwnFeatures, is_plain
-from s2a_cli.methods.parts.thread_local import ThreadLocal
+from s2a_cli.methods.parts.thread_local import HandedOn, ThreadLocal
 
 COUNTS = Rule("a list of integers of at least 1", lambda values: len(values) > 0 and min(values) >= 1)
 
@@ -91,7 +91,7 @@ class HierarchicalSideNetwork(OwnFeatures):
     bias, which add nothing before a linear layer: with them it is one that trains, and so uses statistics of the batch.
     """
 
-    _x = ThreadLocal[Tensor | None](None)  # the image, then the map or tokens of the stage
+    _x = HandedOn[Tensor | None](None)  # the image, then the map or tokens of the stage
     _size = ThreadLocal[tuple[int, int]]((0, 0))
 
     def __init__(self, blocks: Sequence[Block], settings: HSTSettings, features: int):

@@ -16,7 +16,7 @@ from s2a_cli.methods.base import BlocksSettings, Published, Structure
 from s2a_cli.methods.parts.head_input import head_width
 from s2a_cli.methods.parts.own_features import OwnFeatures, is_plain, mixed, summary
 from s2a_cli.methods.parts.side_transformer import NarrowBlock, prune_into
-from s2a_cli.methods.parts.thread_local import ThreadLocal
+from s2a_cli.methods.parts.thread_local import HandedOn
 
 
 @dataclass
@@ -45,7 +45,7 @@ class LadderSideNetwork(OwnFeatures):
     attention head, as in its third version.
     """
 
-    _state = ThreadLocal[Tensor | None](None)  # [B, N, width], from the first block's input to the last one's output
+    _state = HandedOn[Tensor | None](None)  # [B, N, width], from the first block's input to the last one's output
 
     def __init__(self, blocks: Sequence[Block], settings: LSTSettings, features: int):
         super().__init__()

@@ -16,7 +16,7 @@ from s2a_cli.methods.base import BlocksSettings, Structure
 from s2a_cli.methods.parts.head_input import head_width
 from s2a_cli.methods.parts.own_features import OwnFeatures, is_plain, mixed, summary
 from s2a_cli.methods.parts.side_transformer import NarrowBlock
-from s2a_cli.methods.parts.thread_local import ThreadLocal
+from s2a_cli.methods.parts.thread_local import HandedOn
 
 
 @dataclass
@@ -48,7 +48,7 @@ class SideNetwork(OwnFeatures):
     for each channel: at the start 0.73 of it is x. All layers as PyTorch initialises them.
     """
 
-    _state = ThreadLocal[Tensor | None](None)  # [B, N, width], from the first block's input to the last one's output
+    _state = HandedOn[Tensor | None](None)  # [B, N, width], from the first block's input to the last one's output
 
     def __init__(self, blocks: Sequence[Block], settings: QSTSettings, features: int):
         super().__init__()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from s2a_cli.backbones import Block
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import Structure
-from s2a_cli.methods.parts.thread_local import ThreadLocal
+from s2a_cli.methods.parts.thread_local import HandedOn
 from s2a_cli.methods.res_tuning import ResAdapter, ResTuningSettings
 
 
@@ -21,7 +21,7 @@ class Bypass(nn.Module):
     modelscope/swift, with tuner_cfg=res_adapter and the blocks of a ViT.
     """
 
-    _x = ThreadLocal[Tensor | None](None)  # so far
+    _x = HandedOn[Tensor | None](None)  # so far
 
     def __init__(self, blocks: list[Block], dim: int, detach: bool):
         super().__init__()

@@ -14,7 +14,7 @@ from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Structure
 from s2a_cli.methods.parts.head_input import head_width, only_head
-from s2a_cli.methods.parts.thread_local import ThreadLocal
+from s2a_cli.methods.parts.thread_local import HandedOn
 
 
 class ParallelNetwork(nn.Module):
@@ -30,7 +30,7 @@ class ParallelNetwork(nn.Module):
     one says (VSE-infty/lib/adapter_for_cnn.py).
     """
 
-    _targets = ThreadLocal[tuple[Tensor, ...]](())  # t_i [B, N, M], until the head runs
+    _targets = HandedOn[tuple[Tensor, ...]]((), between_blocks=False)  # t_i [B, N, M], until the head runs
 
     def __init__(self, blocks: list[Block], feature: int, width: int):
         super().__init__()
@@ -40,20 +40,19 @@ class ParallelNetwork(nn.Module):
         self.up = nn.Linear(width, feature)
         self.gate = nn.Linear(width, 1, bias=False)
 
-    def collect(self, h: Tensor) -> None:
-        """Keeps t_i of the next hidden state."""
-        index = len(self._targets)
+    def collect(self, index: int, h: Tensor) -> None:
+        """Keeps t_i of the hidden state number `index`."""
         tokens = as_tokens(self.states[index], h.detach(), self.states[-1].positions)
         self._targets = *self._targets, self.down[index](F.relu(tokens))
 
     def on_first_input(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         """Reads the hidden state before the first block. A pre-hook of it."""
         self._targets = ()
-        self.collect(self.states[0].of((args, kwargs)))
+        self.collect(0, self.states[0].of((args, kwargs)))
 
     def on_block_output(self, index: int, block: nn.Module, args: tuple, output: Any) -> None:
         """Reads the hidden state after the block number `index`. A hook of it."""
-        self.collect(self.states[index + 1].of(output))
+        self.collect(index + 1, self.states[index + 1].of(output))
 
     def on_head_input(self, head: nn.Module, args: tuple) -> tuple:
         """Adds to what the head reads. A pre-hook of the head."""

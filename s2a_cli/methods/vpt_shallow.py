@@ -16,7 +16,7 @@ from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Published, Structure
 from s2a_cli.methods.parts.bottleneck import OnMap
-from s2a_cli.methods.parts.thread_local import ThreadLocal
+from s2a_cli.methods.parts.thread_local import HandedOn
 
 
 class Prompts(nn.Module):
@@ -45,7 +45,7 @@ class ShallowPrompts(Prompts):
     Between two blocks they are kept here, beside the hidden state.
     """
 
-    _passing = ThreadLocal[Tensor | None](None)  # what has become of the prompts, [B, tokens, C]
+    _passing = HandedOn[Tensor | None](None)  # what has become of the prompts, [B, tokens, C]
 
     def __init__(self, blocks: Sequence[Block], tokens: int, inputs: int, dropout: float):
         super().__init__(blocks[0].input, tokens, inputs, dropout)

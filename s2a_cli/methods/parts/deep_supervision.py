@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from s2a_cli.methods.parts.thread_local import ThreadLocal
+from s2a_cli.methods.parts.thread_local import HandedOn, ThreadLocal
 
 Learn = Callable[[Tensor], None]  # takes auxiliary logits [B, classes] and back-propagates their loss
 
@@ -45,7 +45,7 @@ class AuxiliaryHeads(nn.Module):
     """
 
     _learn = ThreadLocal[Learn | None](None)
-    _logits = ThreadLocal[tuple[Tensor, ...]](())
+    _logits = HandedOn[tuple[Tensor, ...]]((), between_blocks=False)
 
     @contextmanager
     def learning(self, learn: Learn) -> Iterator[None]:

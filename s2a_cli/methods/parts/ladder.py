@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from s2a_cli.backbones import Hidden
 from s2a_cli.common.hooks import reads_output_only
-from s2a_cli.methods.parts.thread_local import ThreadLocal
+from s2a_cli.methods.parts.thread_local import HandedOn
 
 HEADS = 4  # of attention in the branch
 
@@ -60,7 +60,7 @@ class Ladder(nn.Module):
     projection that is zero at the start. Nothing is back-propagated through the backbone.
     """
 
-    _state = ThreadLocal[tuple[Tensor, Shape] | None](None)  # s and the shape of its tokens
+    _state = HandedOn[tuple[Tensor, Shape] | None](None)  # s and the shape of its tokens
 
     def __init__(self, states: Sequence[Hidden], width: int, grid: int, heads: Iterable[nn.Linear | nn.Conv2d]):
         super().__init__()

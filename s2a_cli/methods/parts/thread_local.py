@@ -8,6 +8,9 @@ from typing import Any, Generic, TypeVar, overload
 import torch
 from torch import nn
 
+from s2a_cli.activations.torch_checkpoint import is_checkpointing, is_checkpointing_reentrantly
+from s2a_cli.common.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -54,3 +57,28 @@ class ThreadLocal(Generic[T]):
             setattr(module, self.compiled, value)
         else:
             module.__dict__.setdefault(self.values, _Values()).value = value
+
+
+class HandedOn(ThreadLocal[T]):
+    """A value that a hook of one block hands on to what runs behind that block, beside the hidden state.
+
+    PyTorch's own checkpointing of blocks does not know of it: where a block is computed again for the backward pass,
+    what the block before it handed on is gone, and the reentrant kind has no graph of it. Raises UserError there.
+    between_blocks: whether blocks read it; what reads it behind the blocks alone has a graph of it in the other kind.
+    """
+
+    def __init__(self, default: T, between_blocks: bool = True):
+        super().__init__(default)
+        self.between_blocks = between_blocks
+
+    def __set__(self, module: nn.Module, value: T) -> None:
+        if value is not self.default and not torch.compiler.is_compiling() and self._is_lost():
+            raise UserError(
+                f"method: {type(module).__name__} hands its state from block to block, which torch.utils.checkpoint"
+                " does not know: take that off (in timm: model.set_grad_checkpointing(False)), and use"
+                " s2a_cli.checkpointed(attached.blocks)"
+            )
+        super().__set__(module, value)
+
+    def _is_lost(self) -> bool:
+        return is_checkpointing_reentrantly() or (self.between_blocks and is_checkpointing())
