@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import pytest
+import timm
 import torch
 from layouts import CLASSES, batch, defaults, loss_of, made_config, make, make_attached
 from torch.nn import functional as F
 
+import s2a_cli
 from s2a_cli import methods
 from s2a_cli.backbones import build
 from s2a_cli.common.errors import UserError
@@ -197,6 +199,27 @@ def test_side_networks_beside_other_structures(names):
     seen = states(made, lambda: loss_of(made).backward())
     assert [h.shape[1] for h in seen[1:]] == [17] * 3
     assert attached.feature_head is None
+
+
+@pytest.mark.parametrize("method", ["lst", "qst"])
+def test_features_are_read_once(method):
+    """Those of a pass are not handed to a later call of the head alone, of another image."""
+    made = make("vit", method)
+    model, (images, _) = made.model.eval(), batch(made)
+    with torch.no_grad():
+        assert torch.equal(model.forward_head(model.forward_features(images)), model(images))
+        model.forward_head(model.forward_features(images))
+    with pytest.raises(UserError, match="call the model"):
+        model.head(torch.randn(len(images), 48))
+
+
+def test_both_heads_of_a_distilled_model_read_a_side_network():
+    sizes = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_classes=CLASSES)
+    model = timm.create_model("deit_tiny_distilled_patch16_224", **sizes).eval()
+    network = s2a_cli.attach(model, "lst").model.get_submodule("s2a.lst")
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.randn(2, 3, 32, 32))).all()
+    assert network._features == ()
 
 
 def test_the_head_reads_one_side_network_only():

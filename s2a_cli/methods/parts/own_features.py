@@ -18,19 +18,25 @@ class OwnFeatures(nn.Module):
     A subclass calls `hand_over` when it has them, [B, features], after the last block has run.
     """
 
-    _features = ThreadLocal[Tensor | None](None)
+    _features = ThreadLocal[tuple[Tensor, ...]](())  # once for each layer of the head that is to read them
+    _readers = 1  # layers of the head
 
     def hand_over(self, features: Tensor) -> None:
         """Keeps the features [B, features] for the layers of the head."""
-        self._features = features
+        self._features = (features,) * self._readers
 
     def on_head_input(self, head: nn.Module, args: tuple) -> tuple:
-        """Replaces what a layer of the head is about to read. A hook of the layer.
+        """Replaces what a layer of the head is about to read, and forgets it once all have read. A hook of the layer.
 
-        Raises UserError where it does not read one vector of an image.
+        Raises UserError where it does not read one vector of an image, or the blocks have not run before.
         """
-        features = self._features
-        if features is None or features.numel() != args[0].numel():
+        if not self._features:
+            raise UserError(
+                "method: the head reads what a side network makes of the blocks: call the model, not its head"
+            )
+        features, *left = self._features
+        self._features = tuple(left)
+        if features.numel() != args[0].numel():
             raise UserError(
                 f"method: the head reads {list(args[0].shape)} of this backbone, not one vector an image: a side"
                 " network can't stand in"
@@ -39,13 +45,14 @@ class OwnFeatures(nn.Module):
 
     def on_logits(self, model: nn.Module, args: tuple, logits: Tensor) -> None:
         """Forgets the features. A hook of the model."""
-        self._features = None
+        self._features = ()
 
     def replace_features(self, backbone: Backbone) -> None:
         """Registers the hooks by which the head reads these features.
 
         Raises UserError where it reads those of another side network.
         """
+        self._readers = len(backbone.head.layers)
         for layer in backbone.head.layers.values():
             if any(isinstance(owner_of(hook), nn.Module) for hook in layer._forward_pre_hooks.values()):
                 raise UserError("method: the head can read one side network only; name one of them")
