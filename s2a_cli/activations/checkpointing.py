@@ -33,6 +33,7 @@ from s2a_cli.activations.recompute import Recomputation, Recompute, in_batch_chu
 from s2a_cli.activations.torch_checkpoint import refuse_checkpointing
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.hooks import may_read_input
+from s2a_cli.common.norms import is_batch_norm
 from s2a_cli.config.schema import QuantConfig
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class CheckpointedBlock:
         self.config, self.handlers = config, handlers_of(config)  # those of this block
         self.has_mlp = bool(mlps(module))
         divided = config.recompute == "block" or config.chunks != 1
-        self._norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if divided else []
+        self._norms = [m for m in module.modules() if is_batch_norm(m)] if divided else []
         self.waiting = threading.local()  # .call: a Waiting, for the call that comes next in this thread
         self._probes: dict[tuple, Probe] = {}
         self._probed: tuple[int, ...] = ()  # the ids of the parameters that they are about, which they keep alive

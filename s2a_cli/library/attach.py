@@ -25,7 +25,7 @@ from s2a_cli.memory.predict import inputs_of
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.deep_supervision import losses_of, mean_logits
 from s2a_cli.training.checkpoints import trained_names
-from s2a_cli.training.step import batch_norms, hold_norms, parameter_groups
+from s2a_cli.training.step import batch_norms, hold_norms, parameter_groups, trains
 
 Criterion = Callable[[Tensor, Tensor], Tensor]  # criterion(logits [B, classes], targets) returns a scalar
 
@@ -44,6 +44,11 @@ class TrainingOutput(nn.Module):
         """Holds the frozen BatchNorms, which model.train() sets free. A forward pre-hook of the model."""
         if self.holds_norms and model.training:
             hold_norms(model)
+
+    def on_norm_input(self, norm: nn.modules.batchnorm._NormBase, args: Any) -> None:
+        """Holds a frozen BatchNorm also where a part of the model is called. A forward pre-hook of it."""
+        if norm.training and not trains(norm):
+            norm.eval()
 
     def on_logits(self, model: nn.Module, args: Any, output: Any) -> None:
         """Refuses what the method can't read, such as the outputs of auxiliary heads. The model's first forward hook.
@@ -297,8 +302,11 @@ def _adapting(names: list[str], settings: dict[str, Any], adapt: str) -> dict[st
 def _add_output(backbone: Backbone, votes: bool, reads_logits: bool) -> None:
     """Registers what makes one output of several in training; added modules get the classifier's dtype."""
     model, weight = backbone.model, next(backbone.head.parameters())
-    backbone.add("output", output := TrainingOutput(votes, bool(batch_norms(model)), reads_logits))
+    norms = batch_norms(model)
+    backbone.add("output", output := TrainingOutput(votes, bool(norms), reads_logits))
     model.get_submodule(ADDED).to(weight.dtype).train(model.training)
     model.register_forward_pre_hook(output.on_inputs)
+    for norm in norms:
+        norm.register_forward_pre_hook(output.on_norm_input)
     model.register_forward_hook(output.on_logits, prepend=True)
     model.register_forward_hook(output.on_output)

@@ -5,7 +5,7 @@ from s2a_cli.methods.base import BlocksSettings, Structure
 
 
 class Full(Structure):
-    """full fine-tuning: every parameter of the adapted blocks (all by default), and their BatchNorms' statistics"""
+    """full fine-tuning: all parameters of the adapted blocks (all by default), statistics of BatchNorms with weights"""
 
     Settings = BlocksSettings
 

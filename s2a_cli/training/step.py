@@ -15,6 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from s2a_cli import data
 from s2a_cli.activations import ActivationMode, context_of
 from s2a_cli.common import distributed
+from s2a_cli.common.norms import is_batch_norm
 from s2a_cli.config.schema import OptimConfig, QuantConfig, RunConfig
 from s2a_cli.methods import Attachment
 from s2a_cli.methods.parts.deep_supervision import losses_of
@@ -48,14 +49,19 @@ def stays_in_pixels(config: OptimConfig | DictConfig) -> bool:
     return config.micro_batch is not None and not (config.mixup or config.cutmix)
 
 
-def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """Returns the BatchNorms of a model."""
-    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._NormBase]:
+    """Returns the BatchNorms of a model, and the InstanceNorms that have running statistics."""
+    return [module for module in model.modules() if is_batch_norm(module)]
 
 
-def moving_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+def moving_norms(model: nn.Module) -> list[nn.modules.batchnorm._NormBase]:
     """Returns the BatchNorms whose weight trains: they use the batch's statistics and move their running ones."""
-    return [norm for norm in batch_norms(model) if norm.weight is not None and norm.weight.requires_grad]
+    return [norm for norm in batch_norms(model) if trains(norm)]
+
+
+def trains(norm: nn.modules.batchnorm._NormBase) -> bool:
+    """Tells whether the weight of a normalisation trains."""
+    return norm.weight is not None and norm.weight.requires_grad
 
 
 def train_mode(model: nn.Module) -> None:
@@ -65,9 +71,8 @@ def train_mode(model: nn.Module) -> None:
 
 def hold_norms(model: nn.Module) -> None:
     """Puts the BatchNorms of a model that do not train on their pretrained statistics."""
-    moving = set(moving_norms(model))
     for norm in batch_norms(model):
-        if norm not in moving:
+        if not trains(norm):
             norm.eval()
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import timm
 import torch
 from torch import nn
 
 CLASSES = 5
+NORMS = {  # whose statistics move in training
+    "batch": nn.BatchNorm2d,
+    "instance": functools.partial(nn.InstanceNorm2d, affine=True, track_running_stats=True),
+}
 
 
 def vit() -> nn.Module:
@@ -18,9 +25,9 @@ def vit() -> nn.Module:
 class Unit(nn.Module):
     """A residual block of a network for maps [B, C, H, W]."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
         super().__init__()
-        self.norm, self.conv = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm, self.conv = norm(channels), nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
         return x + torch.relu(self.conv(self.norm(x)))
@@ -29,9 +36,9 @@ class Unit(nn.Module):
 class Net(nn.Module):
     """Takes maps of two channels that are no square, and a mask."""
 
-    def __init__(self):
+    def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
         super().__init__()
-        self.stem, self.units = nn.Conv2d(2, 8, 1), nn.ModuleList(Unit(8) for _ in range(3))
+        self.stem, self.units = nn.Conv2d(2, 8, 1), nn.ModuleList(Unit(8, norm) for _ in range(3))
         self.out = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, CLASSES))
 
     def forward(self, x, mask):
@@ -41,9 +48,9 @@ class Net(nn.Module):
         return self.out(x.mean((2, 3)))
 
 
-def net() -> nn.Module:
+def net(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Module:
     torch.manual_seed(0)
-    return Net().eval()
+    return Net(norm).eval()
 
 
 def inputs(model: nn.Module, batch: int = 4) -> tuple[torch.Tensor, ...]:

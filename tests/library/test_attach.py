@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 
 import pytest
 import torch
-from models import Net, inputs, net, targets, vit
+from models import NORMS, Net, inputs, net, targets, vit
 from torch import nn
 from torch.nn import functional as F
 
 import s2a_cli
 from s2a_cli.methods.parts.deep_supervision import mean_logits
 
-MODELS = {"vit": vit, "net": net}
+MODELS = {"vit": vit, "net": net, "instance": functools.partial(net, NORMS["instance"])}
 each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
-from models import CLASSES, inputs, net, targets, vit
+from models import CLASSES, NORMS, inputs, net, targets, vit
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -232,11 +232,13 @@ def test_moving_averages(kind):
     assert found.shape == (4, CLASSES) and not torch.equal(found, model.eval()(*x))
 
 
-def test_frozen_batch_norms_stay_on_their_statistics():
-    model = net()
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_frozen_batch_norms_stay_on_their_statistics(norm):
+    model = net(norm)
     attached = s2a_cli.attach(model, "bias", inputs=inputs(model))
     for _ in range(2):
         F.cross_entropy(model.train()(*inputs(model)), targets()).backward()
+    model.train().units[0](torch.randn(2, 8, 6, 9))  # a part of the model alone
     assert all(unit.norm.running_mean.abs().max() == 0 and unit.norm.weight.grad is None for unit in model.units)
     attached.blocks[-1].norm.requires_grad_(True)  # one that thaws uses its batch
     model.train()(*inputs(model))
