@@ -111,7 +111,9 @@ class Backbone:
         found = find_blocks(self.model, seen, given)
         self.parts = {block.name: block.module for block in found}  # the blocks, also where their layouts are not known
         try:
-            states = layouts(found, seen, getattr(self.model, "num_prefix_tokens", 0))
+            first = self._sample[0]
+            image = (first.shape[1], first.shape[2]) if first.ndim == 3 else (1, 1)
+            states = layouts(found, seen, getattr(self.model, "num_prefix_tokens", 0), image)
             self._blocks = [
                 Block(block.name, block.module, *pair, find_branches(block), linear_layers(block))
                 for block, pair in zip(found, states)

@@ -10,19 +10,27 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
+def grid_like(image: tuple[int, int], patches: int) -> tuple[int, int] | None:
+    """Returns the height and width of the map of so many patches that is of the image's proportions; None for none."""
+    height = math.isqrt(patches * image[0] // image[1])
+    width = patches // max(height, 1)
+    return (height, width) if height * width == patches and height * image[1] == width * image[0] else None
+
+
 @dataclass(frozen=True)
 class Hidden:
     """A hidden state: its layout and its shape without the batch.
 
     The layout is tokens ([B, N, C], of which the first `prefix` are class or register tokens), channels_last
     ([B, H, W, C]) or channels_first ([B, C, H, W] or [B, C, N]). place: its index among the tensors that a block takes,
-    or returns.
+    or returns. image: height and width in pixels of the images that it is of.
     """
 
     layout: str
     shape: tuple[int, ...]
     prefix: int = 0
     place: int = 0
+    image: tuple[int, int] = (1, 1)
 
     @property
     def channels(self) -> int:
@@ -36,13 +44,12 @@ class Hidden:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Returns the height and the width of the map of positions, (N, 1) for patches that are no square."""
+        """Returns the height and the width of the map of positions, (N, 1) for patches that are no map like the image."""
         if len(self.shape) == 3:
             height, width = self.shape[1:] if self.layout == "channels_first" else self.shape[:2]
             return height, width
         patches = self.positions - self.prefix
-        side = math.isqrt(patches)
-        return (side, side) if side * side == patches else (patches, 1)
+        return grid_like(self.image, patches) or (patches, 1)
 
     def from_tokens(self, x: Tensor) -> Tensor:
         """Brings [..., N, C] into this layout: [..., N, C], [..., H, W, C], [..., C, H, W] or [..., C, N]."""
@@ -57,7 +64,7 @@ class Hidden:
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Splits a hidden state into its prefix tokens [B, P, C] and its map [B, C, H, W].
 
-        The map of tokens that are no square is [B, C, N, 1]. Tokens behind those of the image are left out.
+        The map of tokens that are no map like the image is [B, C, N, 1]. Tokens behind those of the image are left out.
         """
         if x.ndim == 4:
             maps = x if self.layout == "channels_first" else x.permute(0, 3, 1, 2)

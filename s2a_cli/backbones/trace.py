@@ -5,7 +5,6 @@ The pass runs on dataless tensors. Nothing here asks which family a model belong
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -19,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from s2a_cli.backbones.branches import is_norm
-from s2a_cli.backbones.hidden import Hidden
+from s2a_cli.backbones.hidden import Hidden, grid_like
 from s2a_cli.common.dataless import Dataless
 from s2a_cli.memory.predict import dataless_tensors
 
@@ -257,11 +256,13 @@ def _expanded(block: ModuleTrace) -> list[ModuleTrace]:
     return inner if inner and sum(b.size for b in inner) >= COVERS * block.size else [block]
 
 
-def layouts(blocks: list[ModuleTrace], seen: Trace, prefix: int) -> list[tuple[Hidden, Hidden]]:
+def layouts(
+    blocks: list[ModuleTrace], seen: Trace, prefix: int, image: tuple[int, int] = (1, 1)
+) -> list[tuple[Hidden, Hidden]]:
     """Returns the hidden states at the input and at the output of each block.
 
-    prefix: the number of class and register tokens, which not every block may have. Raises LayoutError where a layout
-    can't be known.
+    prefix: the number of class and register tokens, which not every block may have. image: height and width in pixels.
+    Raises LayoutError where a layout can't be known.
     """
     read = {id(r.input): r.reads for r in seen.ran if r.input is not None and r.reads is not None}
     found: list[tuple[Hidden, Hidden]] = []
@@ -271,7 +272,7 @@ def layouts(blocks: list[ModuleTrace], seen: Trace, prefix: int) -> list[tuple[H
         for x, place in zip((block.input, block.output), block.places):
             assert x is not None, "find_blocks takes modules that map one hidden state to another"
             dim = _channel_dim(x, read, block, before)
-            pair.append(_hidden(x, dim, prefix, place))
+            pair.append(_hidden(x, dim, prefix, place, image))
             before = x.shape, dim
         found.append((pair[0], pair[1]))
     return found
@@ -295,17 +296,20 @@ def _channel_dim(x: Tensor, read: dict[int, int], block: ModuleTrace, before: tu
     raise LayoutError(f"the layout of {list(x.shape[1:])} at {block.name} can't be told from its layers")
 
 
-def _hidden(x: Tensor, dim: int, prefix: int, place: int) -> Hidden:
+def _hidden(x: Tensor, dim: int, prefix: int, place: int, image: tuple[int, int]) -> Hidden:
     """Describes a hidden state that has its channels in dimension `dim`."""
     shape = tuple(x.shape[1:])
     if dim == 1:
-        return Hidden("channels_first", shape, place=place)
+        return Hidden("channels_first", shape, place=place, image=image)
     if x.ndim == 4:
-        return Hidden("channels_last", shape, place=place)
-    return Hidden("tokens", shape, _prefix(shape[0], prefix), place)
+        return Hidden("channels_last", shape, place=place, image=image)
+    return Hidden("tokens", shape, _prefix(shape[0], prefix, image), place, image)
 
 
-def _prefix(tokens: int, stated: int) -> int:
-    """Returns how many of the tokens are class or register tokens: as many as leave a square, first those stated."""
-    fits = (count for count in (stated, 0, 1) if count < tokens and math.isqrt(tokens - count) ** 2 == tokens - count)
+def _prefix(tokens: int, stated: int, image: tuple[int, int]) -> int:
+    """Returns how many of the tokens are class or register tokens: as many as leave a map like the image.
+
+    First those stated, which it also returns where none do.
+    """
+    fits = (count for count in (stated, 0, 1) if count < tokens and grid_like(image, tokens - count))
     return next(fits, min(stated, tokens - 1))

@@ -81,3 +81,20 @@ def test_a_layer_of_a_repeated_block_is_no_classifier():
     with pytest.raises(UserError, match=r"blocks\.2\.down is within blocks\.2, a repeated block"):
         of_module(model, sample=sample)
     assert list(of_module(nn.Sequential(model, nn.Linear(8, 5)), sample=sample).head.layers) == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "prefix", "grid"),
+    [
+        ("vit_tiny_patch16_224", (64, 96), 1, (4, 6)),  # 25 tokens are no square of patches
+        ("vit_tiny_patch16_224", (32, 128), 1, (2, 8)),  # nor are 16 patches
+        ("vit_tiny_patch16_224", (64, 64), 1, (4, 4)),
+        ("cait_xxs24_224", (64, 96), 0, (4, 6)),  # its blocks have no class token, though it says so
+        ("cait_xxs24_224", (64, 64), 0, (4, 4)),
+    ],
+)
+def test_patches_are_a_map_like_the_image(name, image, prefix, grid):
+    with torch.device("meta"):
+        model = timm.create_model(name, img_size=image, depth=1)
+    found = of_module(model, sample=(torch.empty(3, *image, device="meta"),)).blocks[0].input
+    assert (found.prefix, found.grid) == (prefix, grid)
