@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from s2a_cli.common.errors import UserError
+
 
 def grid_like(image: tuple[int, int], patches: int) -> tuple[int, int] | None:
     """Returns the height and width of the map of so many patches that is of the image's proportions; None for none."""
@@ -44,7 +46,7 @@ class Hidden:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Returns the height and the width of the map of positions, (N, 1) for patches that are no map like the image."""
+        """Returns height and width of the map of positions, (N, 1) for patches that are no map like the image."""
         if len(self.shape) == 3:
             height, width = self.shape[1:] if self.layout == "channels_first" else self.shape[:2]
             return height, width
@@ -52,7 +54,14 @@ class Hidden:
         return grid_like(self.image, patches) or (patches, 1)
 
     def from_tokens(self, x: Tensor) -> Tensor:
-        """Brings [..., N, C] into this layout: [..., N, C], [..., H, W, C], [..., C, H, W] or [..., C, N]."""
+        """Brings [..., N, C] into this layout: [..., N, C], [..., H, W, C], [..., C, H, W] or [..., C, N].
+
+        Raises UserError where a map has other positions.
+        """
+        if self.layout == "tokens":
+            return x
+        if x.shape[-2] != self.positions:
+            raise self._other_positions(x.shape[-2])
         if self.layout == "channels_first":
             x = x.transpose(-1, -2)
         return x.reshape(*x.shape[:-2], *self.shape)
@@ -61,16 +70,31 @@ class Hidden:
         """Brings a hidden state of this layout to [B, N, C]."""
         return x.flatten(2).transpose(1, 2) if self.layout == "channels_first" else x.flatten(1, -2)
 
+    def check(self, x: Tensor) -> None:
+        """Raises UserError for a hidden state [B, ...] of other positions, as those of images of another size are."""
+        if tuple(x.shape[1:]) != self.shape:
+            raise self._other_positions(x[:1].numel() // self.channels)
+
+    def _other_positions(self, found: int) -> UserError:
+        at = "" if self.image == (1, 1) else f", of images of {self.image[0]} x {self.image[1]}"
+        return UserError(
+            f"method: what is attached has a place for each of {self.positions} positions{at}, and a block has {found}"
+            " now: call the model with inputs of the size that it was attached at, or attach with inputs= of this size"
+        )
+
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Splits a hidden state into its prefix tokens [B, P, C] and its map [B, C, H, W].
 
-        The map of tokens that are no map like the image is [B, C, N, 1]. Tokens behind those of the image are left out.
+        The map of tokens that are no map like the image is [B, C, N, 1]. Raises UserError where there are more
+        tokens, or fewer.
         """
         if x.ndim == 4:
             maps = x if self.layout == "channels_first" else x.permute(0, 3, 1, 2)
             return x.new_empty(x.shape[0], 0, self.channels), maps
         tokens = x.transpose(1, 2) if self.layout == "channels_first" else x
-        patches = tokens[:, self.prefix : self.positions].transpose(1, 2)
+        if tokens.shape[1] != self.positions:
+            raise self._other_positions(tokens.shape[1])
+        patches = tokens[:, self.prefix :].transpose(1, 2)
         return tokens[:, : self.prefix], patches.unflatten(-1, self.grid)
 
     def of(self, values: Any) -> Tensor:

@@ -135,7 +135,7 @@ class HierarchicalSideNetwork(OwnFeatures):
             self._size = x.shape[-2], x.shape[-1]
             x = stage.embed_norm(x.flatten(2).transpose(1, 2))
         # At once, so that what the block returns is kept once.
-        meta, seen = stage.bridge(tokens).split([count, hidden.positions], dim=1)
+        meta, seen = stage.bridge(tokens).split([count, tokens.shape[1] - count], dim=1)
         read = F.interpolate(hidden.split(seen)[1], self._size, mode="bilinear").flatten(2).transpose(1, 2)
         x = stage.blocks[place](x, stage.meta_norms[place](meta), read)
         if place == len(stage.blocks) - 1:

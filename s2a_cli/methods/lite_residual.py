@@ -78,8 +78,9 @@ class LiteResidual(nn.Module):
         """Adds y to the hidden state among what a block returns. A hook of the block."""
         _, x = self.input.split(self.input.of((args, kwargs)))
         h = self.output.of(output)
-        y = self(x, self.output.grid)
-        return self.output.replaced(output, h + self.output.from_tokens(y.flatten(2).transpose(1, 2)).to(h.dtype))
+        is_first = self.output.layout == "channels_first"
+        y = self(x, (h.shape[-2], h.shape[-1]) if is_first else (h.shape[1], h.shape[2]))
+        return self.output.replaced(output, h + (y if is_first else y.permute(0, 2, 3, 1)).to(h.dtype))
 
 
 @dataclass

@@ -41,8 +41,13 @@ class LowRankPrompt(nn.Module):
         return None if within else self.added(args, kwargs)
 
     def added(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Returns the arguments of a block with the prompt added to its hidden state."""
-        return self.hidden.replaced((args, kwargs), self(self.hidden.of((args, kwargs))))
+        """Returns the arguments of a block with the prompt added to its hidden state.
+
+        Raises UserError where that has other positions.
+        """
+        x = self.hidden.of((args, kwargs))
+        self.hidden.check(x)
+        return self.hidden.replaced((args, kwargs), self(x))
 
 
 @dataclass

@@ -7,6 +7,7 @@ import functools
 import io
 
 import pytest
+import timm
 import torch
 from models import NORMS, Net, inputs, net, targets, vit
 from torch import nn
@@ -355,3 +356,26 @@ def test_a_frozen_head_does_not_count():
     assert attached.count() == before | {"head": 0} and before["head"] == 24 * 5 + 5
     alone = s2a_cli.attach(nn.Linear(10, 5), "linear", inputs=(1, 10))
     assert alone.count()["percent"] == 0 and "0 parameters and 55 of the head train" in repr(alone)
+
+
+@pytest.mark.parametrize(
+    "method", ["side", "prompt", "s2a", "s2a_paper", "convpass", "mona", "dtl_plus", "bias", "dtl", "lst"]
+)
+def test_images_of_another_size_are_refused_where_positions_matter(method):
+    sizes = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
+    model = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **sizes)
+    s2a_cli.attach(model, method)
+    for size in (32, 48, 16):
+        images = torch.randn(2, 3, size, size)
+        if size == 32 or method in ("bias", "dtl", "lst"):
+            model(images)
+        else:
+            with pytest.raises(s2a_cli.UserError, match="17 positions, of images of 32 x 32, and a block has"):
+                model(images)
+
+
+@pytest.mark.parametrize("method", ["side", "lite_residual", "conv_adapter", "bias"])
+def test_maps_of_convolutions_may_be_of_any_size(method):
+    model = timm.create_model("test_resnet", num_classes=5).eval()
+    s2a_cli.attach(model, method)
+    assert model(torch.randn(2, 3, 96, 64)).shape == (2, 5)

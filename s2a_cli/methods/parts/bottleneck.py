@@ -40,7 +40,12 @@ class OnMap(nn.Module):
 
     def __init__(self, hidden: Hidden, module: nn.Module):
         super().__init__()
+        self.hidden = hidden
         self.module, self.patches, self.grid = module, hidden.positions - hidden.prefix, hidden.grid
+
+    def on_block_input(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Raises UserError for a hidden state of other positions. A pre-hook of the block, before others add tokens."""
+        self.hidden.check(self.hidden.of((args, kwargs)))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(1, -2)

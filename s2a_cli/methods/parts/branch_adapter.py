@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from s2a_cli.backbones import Backbone, Block
 from s2a_cli.backbones.branches import Branch
+from s2a_cli.methods.parts.bottleneck import OnMap
 from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ def adapt_branches(
     adapters = nn.ModuleList()
     for block, branch in adapted_branches(structure, backbone, kinds):
         adapter = BranchAdapter(make(block), reads)
+        for inner in adapter.modules():
+            if isinstance(inner, OnMap):
+                block.module.register_forward_pre_hook(inner.on_block_input, with_kwargs=True, prepend=True)
         adapter.act_on(branch)
         adapters.append(adapter)
     backbone.add(structure.name, adapters)
