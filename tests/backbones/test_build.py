@@ -72,8 +72,8 @@ def test_hidden_layouts_agree():
     prefix, patches = prefixed.split(tokens)
     assert torch.equal(prefix, tokens[:, :1])
     assert torch.equal(patches.flatten(2).transpose(1, 2), tokens[:, 1:]) and patches.shape == (2, 6, 3, 3)
-    more = prefixed.split(torch.cat([tokens, tokens], dim=1))  # behind those of the image
-    assert torch.equal(more[0], prefix) and torch.equal(more[1], patches)
+    with pytest.raises(UserError, match="10 positions, and a block has 20"):
+        prefixed.split(torch.cat([tokens, tokens], dim=1))
     first = backbones.Hidden("channels_first", (6, 3, 3))
     assert torch.equal(first.from_tokens(tokens[:, 1:]), patches)
     last = backbones.Hidden("channels_last", (3, 3, 6))
