@@ -45,7 +45,7 @@ class TrainingOutput(nn.Module):
         if self.holds_norms and model.training:
             hold_norms(model)
 
-    def on_norm_input(self, norm: nn.modules.batchnorm._NormBase, args: Any) -> None:
+    def on_norm_input(self, norm: Any, args: Any) -> None:
         """Holds a frozen BatchNorm also where a part of the model is called. A forward pre-hook of it."""
         if norm.training and not trains(norm):
             norm.eval()

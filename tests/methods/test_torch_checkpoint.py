@@ -15,6 +15,10 @@ REFUSED = {"dtl", "dtl_plus", "hst", "lst", "qst", "res_tuning_bypass", "s2a_pap
 REFUSED_REENTRANT = {*REFUSED, "s2a", "side", "unipt"}  # what they read goes to the logits beside the hidden state
 
 
+def checkpointing(made, on: bool) -> None:
+    made.model.set_grad_checkpointing(on)  # pyright: ignore[reportCallIssue] (timm's)
+
+
 def gradients(made) -> dict[str, torch.Tensor]:
     """Those of a step in training, dropout as after the same seed."""
     made.model.zero_grad()
@@ -37,13 +41,13 @@ def test_gradients_are_those_of_a_plain_pass_or_it_is_refused(backbone, method):
     change(made.model, 0.3)
     made.model.train()
     plain = gradients(made)
-    made.model.set_grad_checkpointing(True)
+    checkpointing(made, True)
     if method in REFUSED:
         with pytest.raises(UserError, match="set_grad_checkpointing"):
             gradients(made)
     else:
         torch.testing.assert_close(gradients(made), plain)
-    made.model.set_grad_checkpointing(False)
+    checkpointing(made, False)
     torch.testing.assert_close(gradients(made), plain)  # nothing of it is left
 
 
@@ -52,7 +56,8 @@ def test_gradients_are_those_of_a_plain_pass_or_it_is_refused(backbone, method):
 def test_the_reentrant_kind_has_no_graph_of_what_is_handed_on(method):
     made = make("vit", method)
     images, _ = batch(made)
-    made.model.train().set_grad_checkpointing(True)
+    made.model.train()
+    checkpointing(made, True)
     set_reentrant_ckpt(True)
     try:
         with pytest.raises(UserError, match="set_grad_checkpointing"):
