@@ -15,6 +15,7 @@ from s2a_cli.backbones.frozen_weights import restore
 from s2a_cli.common.errors import UserError
 from s2a_cli.methods.parts.deep_supervision import AuxiliaryHeads, Learn
 from s2a_cli.methods.parts.feature_head import FeatureHead
+from s2a_cli.methods.parts.plain_weights import unmergeable
 from s2a_cli.methods.parts.tail import Tail, tail_of
 
 
@@ -31,8 +32,8 @@ class Attachment:
     `merges`.
     unmergeable: why no plain weights of the backbone compute the same; empty where they do.
     replaces_layers: whether layers of its own are in the place of the backbone's, within what other hooks see of them.
-    merges: each moves what an added module computes into the backbone's own weights. Bound methods of the modules, so
-    that a copy of the attachment merges its own.
+    merges: (layer, merge): each moves what an added module computes into the weights of a layer of the backbone. Bound
+    methods of the modules, so that a copy of the attachment merges its own.
     """
 
     backbone: Backbone
@@ -43,7 +44,7 @@ class Attachment:
     after_step: tuple[Callable[[Optimizer], None], ...] = ()
     unmergeable: str = ""
     replaces_layers: bool = False
-    merges: tuple[Callable[[], None], ...] = ()
+    merges: tuple[tuple[nn.Module, Callable[[], None]], ...] = ()
 
     @property
     def model(self) -> nn.Module:
@@ -93,7 +94,7 @@ class Attachment:
             raise UserError(self.unmergeable)
         restore(self.model)
         with torch.no_grad():
-            for merge in self.merges:
+            for _, merge in self.merges:
                 merge()
         self.backbone.remove_added()
         return self.model
@@ -104,6 +105,11 @@ class Attachment:
         first, adapts = parts[0], any(part.adapts for part in parts)
         heads = [part.feature_head for part in parts if isinstance(part.feature_head, FeatureHead)]
         heads.sort(key=lambda head: head.branch is None)
+        merges = tuple(pair for part in _as_computed(parts) for pair in part.merges)
+        reasons = [
+            *(part.unmergeable for part in parts),
+            unmergeable(first.backbone.model, (layer for layer, _ in merges)),
+        ]
         alone = len(heads) == len(parts) and sum(head.branch is not None for head in heads) < 2 and not adapts
         return Attachment(
             first.backbone,
@@ -112,9 +118,9 @@ class Attachment:
             auxiliary=tuple(heads for part in parts for heads in part.auxiliary),
             feature_head=heads[0] if alone else None,
             after_step=tuple(act for part in parts for act in part.after_step),
-            unmergeable="; ".join(part.unmergeable for part in parts if part.unmergeable),
+            unmergeable="; ".join(filter(None, reasons)),
             replaces_layers=any(part.replaces_layers for part in parts),
-            merges=tuple(merge for part in _as_computed(parts) for merge in part.merges),
+            merges=merges,
         )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections import OrderedDict
@@ -71,13 +72,13 @@ class TunedLayers:
         for _, layer in self:
             yield from (module for name, module in layer.named_children() if name != "base_layer")
 
-    def merge(self) -> None:
-        """Adds what the adapters compute to the weights of the layers, which take their places again."""
-        for name, layer in self:
-            layer.merge()
-            plain_layer = layer.get_base_layer()
-            move_hooks(layer, plain_layer)
-            self.model.set_submodule(name, plain_layer.train(layer.training))
+    def merge(self, name: str) -> None:
+        """Adds what the adapters of a layer compute to the weight of that layer, which takes its place again."""
+        layer: Any = self.model.get_submodule(name)
+        layer.merge()
+        plain_layer = layer.get_base_layer()
+        move_hooks(layer, plain_layer)
+        self.model.set_submodule(name, plain_layer.train(layer.training))
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
@@ -129,13 +130,13 @@ class Peft(Structure):
         return Attachment(
             backbone,
             learning_rates=tuple((module, self.settings.lr_scale) for module in layers.adapters()),
-            merges=(layers.merge,),
+            merges=tuple((targets[name], functools.partial(layers.merge, name)) for name in targets),
         )
 
     def _wrap(self, backbone: Backbone, targets: dict[str, nn.Module]) -> None:
         """Has peft put its layers in the places of these. Raises UserError for what it refuses."""
         config_class, tuner = peft_library.find_tuner(self.kind)
-        peft_library.check_layers(self.name, self.kind, targets)
+        peft_library.check_layers(self.name, self.kind, backbone.model, targets)
         given = self.settings.peft
         fields = {**self.Settings().peft, **(given if isinstance(given, dict) else plain(given))}
         config = peft_library.make_config(config_class, fields, "|".join(map(re.escape, targets)))

@@ -92,7 +92,7 @@ class RepAdapter(Structure):
         for layer, adapter in zip(layers, adapters):
             layer.register_forward_pre_hook(adapter.on_input)
         backbone.add(self.name, nn.ModuleList(adapters))
-        merges = [functools.partial(adapter.merge_into, layer) for layer, adapter in zip(layers, adapters)]
+        merges = [(layer, functools.partial(adapter.merge_into, layer)) for layer, adapter in zip(layers, adapters)]
         return Attachment(backbone, merges=tuple(merges))
 
     def first_layer(self, backbone, branch: Branch) -> nn.Linear:

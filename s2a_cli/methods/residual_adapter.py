@@ -106,7 +106,8 @@ class ResidualAdapter(Structure):
             )
         if any(conv.groups > 1 for conv in convs):
             return Attachment(backbone, unmergeable="a parallel adapter mixes groups that the convolution keeps apart")
-        return Attachment(backbone, merges=tuple(one.merge for one in adapters if isinstance(one, ParallelAdapter)))
+        merges = [(conv, one.merge) for conv, one in zip(convs, adapters) if isinstance(one, ParallelAdapter)]
+        return Attachment(backbone, merges=tuple(merges))
 
 
 STRUCTURE = ResidualAdapter

@@ -63,7 +63,7 @@ class SSF(Structure):
             found = ScaleAndShift(len(cast(Tensor, module.bias)), channels_last(module))
             module.register_forward_hook(found.on_output)
             added.append(found)
-            merges.append(functools.partial(found.merge_into, module))
+            merges.append((module, functools.partial(found.merge_into, module)))
         backbone.add(self.name, added)
         return Attachment(backbone, merges=tuple(merges))
 

@@ -63,12 +63,12 @@ class Factors(nn.Module):
         """Adds the update to what a layer returns. A hook of the layer that is number `index`."""
         return output + self.update(index, args[0])
 
-    def merge(self) -> None:
-        """Adds s V S U to the layers' weights."""
-        for index, tiles in enumerate(self.tiles):
-            core = self.core(index).unflatten(0, (tiles.rows, -1)).unflatten(-1, (tiles.columns, -1))
-            whole = torch.einsum("ca,iajb,bd->icjd", self.V.weight, core, self.U.weight)
-            tiles.layer.weight += self.scale * whole.reshape(tiles.layer.weight.shape)
+    def merge(self, index: int) -> None:
+        """Adds s V S U to the weight of a layer."""
+        tiles = self.tiles[index]
+        core = self.core(index).unflatten(0, (tiles.rows, -1)).unflatten(-1, (tiles.columns, -1))
+        whole = torch.einsum("ca,iajb,bd->icjd", self.V.weight, core, self.U.weight)
+        tiles.layer.weight += self.scale * whole.reshape(tiles.layer.weight.shape)
 
 
 @dataclass
@@ -85,16 +85,17 @@ class Fact(Structure):
     Factors: type[Factors]
 
     def attach(self, backbone, beside=()):
-        settings, groups = self.settings, []
+        settings, groups, merges = self.settings, [], []
         blocks = backbone.adapted_blocks(settings.blocks)
         for channels in dict.fromkeys(block.input.channels for block in blocks):  # blocks of one width share factors
             tiles = [t for b in blocks if b.input.channels == channels for t in self.tiles(backbone, b)]
             factors = self.Factors(tiles, channels, settings.rank, settings.scale, settings.dropout)
             for index, one in enumerate(tiles):
                 one.layer.register_forward_hook(functools.partial(factors.on_output, index))
+                merges.append((one.layer, functools.partial(factors.merge, index)))
             groups.append(factors)
         backbone.add(self.name, nn.ModuleList(groups))
-        return Attachment(backbone, merges=tuple(group.merge for group in groups))
+        return Attachment(backbone, merges=tuple(merges))
 
     def tiles(self, backbone: Backbone, block: Block) -> list[Tiles]:
         """Returns the layers of a block's branches. Raises UserError where they are no matrices of C x C."""

@@ -9,6 +9,7 @@ import importlib
 import re
 import typing
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -137,14 +138,25 @@ def _choices(hint: Any) -> list[Any]:
     return [choice for inner in typing.get_args(hint) for choice in _choices(inner)]
 
 
-def check_layers(method: str, kind: str, layers: dict[str, nn.Module]) -> None:
-    """Raises UserError, in the name of a method, for a layer around which a tuner computes something else.
+def check_layers(method: str, kind: str, model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Raises UserError, in the name of a method, for a layer of a model around which a tuner computes something else.
 
     Makes ready what the tuner needs.
     """
+    holders = Counter(child for module in model.modules() for child in module._modules.values())
     if kind == "boft":
         BlockDiagonals.install()
     for name, layer in layers.items():
+        if holders[layer] > 1:
+            raise UserError(
+                f"method={method}: {name} has several names in the model, and peft would replace it under one of them;"
+                " see method.target"
+            )
+        if {"weight", "bias"} & vars(layer).keys():
+            raise UserError(
+                f"method={method}: a hook of {name} computes its weight before each call, as weight_norm does, which"
+                " peft's layers do not; see method.target"
+            )
         if kind == "oft" and max(getattr(layer, "kernel_size", (1,))) > 1:
             raise UserError(
                 f"method={method}: peft's oft cuts the input of {name} into patches without its padding, and computes"

@@ -1,0 +1,100 @@
+"""merge: what is refused because no plain weight can hold it, with the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import s2a_cli
+
+SHAPE = (1, 6, 8)
+
+
+class Block(nn.Module):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(16), layer
+
+    def forward(self, x):
+        return x + torch.relu(self.fc(self.norm(x)))
+
+
+class Net(nn.Module):
+    """Takes [B, N, 8]; the layers are those of its three blocks."""
+
+    def __init__(self, layers: list[nn.Module]):
+        super().__init__()
+        self.emb, self.out = nn.Linear(8, 16), nn.Linear(16, 5)
+        self.blocks = nn.ModuleList(map(Block, layers))
+
+    def forward(self, x):
+        x = self.emb(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x.mean(1))
+
+
+def tied() -> list[nn.Module]:
+    """Three layers with one weight."""
+    layers = [nn.Linear(16, 16) for _ in range(3)]
+    for layer in layers[1:]:
+        layer.weight = layers[0].weight
+    return layers
+
+
+def shared() -> list[nn.Module]:
+    """One layer three times."""
+    return [nn.Linear(16, 16)] * 3
+
+
+def computed() -> list[nn.Module]:
+    """Layers that compute their weights."""
+    return [parametrizations.weight_norm(nn.Linear(16, 16)) for _ in range(3)]
+
+
+def hooked() -> list[nn.Module]:
+    """Layers whose weights a hook computes."""
+    with pytest.warns(FutureWarning, match="deprecated"):
+        return [torch.nn.utils.weight_norm(nn.Linear(16, 16)) for _ in range(3)]
+
+
+def attach(layers: list[nn.Module], method: str, **settings) -> s2a_cli.Attached:
+    if method != "ssf":
+        pytest.importorskip("peft", reason="peft is not installed")
+        settings["target"] = "all"
+    model = Net(layers).double()
+    attached = s2a_cli.attach(model, method, inputs=SHAPE, blocks=model.blocks, **settings)
+    with torch.no_grad():
+        for p in attached.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return attached
+
+
+@pytest.mark.parametrize("method", ["ssf", "lora"])
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [(tied, r"blocks\.0\.fc.*, .* share a weight that"), (computed, r"blocks\.0\.fc.* computes its weight from other")],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_weights_that_can_not_hold_what_was_added_are_left(layers, said, method):
+    attached, x = attach(layers(), method), torch.randn(2, *SHAPE[1:], dtype=torch.float64)
+    output = attached.model(x)
+    with pytest.raises(s2a_cli.UserError, match=said):
+        attached.merge()
+    assert torch.equal(attached.model(x), output)
+    attached.detach()
+
+
+@pytest.mark.parametrize("layers", [shared, lambda: [nn.Linear(16, 16) for _ in range(3)]], ids=["shared", "plain"])
+def test_a_layer_in_several_blocks_is_merged_once(layers):
+    attached, x = attach(layers(), "ssf"), torch.randn(2, *SHAPE[1:], dtype=torch.float64)
+    output = attached.model(x)
+    torch.testing.assert_close(attached.merge()(x), output)
+
+
+@pytest.mark.parametrize(("layers", "said"), [(shared, "has several names in the model"), (hooked, "a hook of blocks")])
+def test_layers_that_peft_can_not_replace_are_refused(layers, said):
+    with pytest.raises(s2a_cli.UserError, match=rf"method=lora: .*{said}"):
+        attach(layers(), "lora")
