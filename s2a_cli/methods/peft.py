@@ -127,8 +127,10 @@ class Peft(Structure):
             if not any(parameter.requires_grad for parameter in adapters):
                 raise UserError(f"method={self.name}: peft's {self.kind} trains nothing at {name}; see method.target")
             move_hooks(targets[name], layer)
+        grouped = self.kind == "lora" and any(getattr(layer, "groups", 1) > 1 for layer in targets.values())
         return Attachment(
             backbone,
+            unmergeable="peft merges no LoRA into convolutions with groups" if grouped else "",
             learning_rates=tuple((module, self.settings.lr_scale) for module in layers.adapters()),
             merges=tuple((targets[name], functools.partial(layers.merge, name)) for name in targets),
         )

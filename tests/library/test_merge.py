@@ -98,3 +98,27 @@ def test_a_layer_in_several_blocks_is_merged_once(layers):
 def test_layers_that_peft_can_not_replace_are_refused(layers, said):
     with pytest.raises(s2a_cli.UserError, match=rf"method=lora: .*{said}"):
         attach(layers(), "lora")
+
+
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3, padding=1, groups=2)
+
+    def forward(self, x):
+        return x + torch.relu(self.conv(x))
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_what_peft_can_not_merge_is_known_before(fields):
+    pytest.importorskip("peft", reason="peft is not installed")
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), Grouped(), Grouped(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
+    )
+    attached = s2a_cli.attach(
+        model, "lora", inputs=(1, 3, 6, 6), blocks=[model[1], model[2]], target="all", peft={"r": 4, **fields}
+    )
+    layers = [type(module) for module in model.modules()]
+    with pytest.raises(s2a_cli.UserError, match="peft merges no LoRA into convolutions with groups"):
+        attached.merge()
+    assert [type(module) for module in model.modules()] == layers
