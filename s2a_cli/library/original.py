@@ -66,13 +66,20 @@ class Original:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Makes the model what it was."""
+        """Makes the model what it was. Its tensors stay on the device and of the dtype that they have now."""
+        for tensor, value in self._values:
+            tensor.copy_(value)
         for module, found in self._modules.items():
             for name, (table, content) in found.tables.items():
+                if name == "_buffers":  # to move or convert a module makes other buffers; parameters stay the same
+                    content = {key: _like(buffer, module._buffers.get(key)) for key, buffer in content.items()}
                 table.clear()
                 table.update(content)
                 setattr(module, name, table)
             module.training = found.training
         self.put_back_flags()
-        for tensor, value in self._values:
-            tensor.copy_(value)
+
+
+def _like(found: Tensor | None, now: Tensor | None) -> Tensor | None:
+    """Returns a buffer as it was found, with the dtype and on the device of what is in its place now."""
+    return found if found is None or now is None else found.to(now)
