@@ -288,7 +288,7 @@ def _sample(model: nn.Module, inputs: Tensor | Sequence[Tensor] | Sequence[int])
 def _adapting(names: list[str], settings: dict[str, Any], adapt: str) -> dict[str, Any]:
     """Returns the settings with which each structure that adapts blocks adapts these.
 
-    Raises UserError where none does.
+    Raises UserError where none does, and for settings of one that are none.
     """
     known = {name: methods.STRUCTURES[name].Settings for name in names if name in methods.STRUCTURES}
     having = [name for name, kind in known.items() if "blocks" in {field.name for field in fields(kind)}]
@@ -296,6 +296,8 @@ def _adapting(names: list[str], settings: dict[str, Any], adapt: str) -> dict[st
         raise UserError(f"adapt={adapt}: method={'+'.join(names)} adapts no blocks")
     if len(names) == 1:
         return settings | {"blocks": adapt}
+    for name in having:
+        check_type(name, settings.get(name, {}), Mapping, "settings {name: value}")
     return settings | {name: {**settings.get(name, {}), "blocks": adapt} for name in having}
 
 

@@ -279,6 +279,8 @@ def test_copies_are_of_their_own(how):
         ({"inputs": (1, 3, 64, 64)}, r"can't take inputs \[B, 3, 64, 64\]"),
         ({"promt": 3}, r"method\.promt: no such setting.*did you mean 'method\.prompt'"),
         ({"adapt": "last:9"}, "accepted are all and last:1 to last:3"),
+        ({"method": ["bias", "side"], "adapt": "last:1", "side": None}, r"side: expected settings .*, not None"),
+        ({"method": ["bias", "side"], "adapt": "last:1", "side": "x"}, r"side: expected settings .*, not 'x'"),
         ({"method": "s2b"}, "method=s2b: expected one of"),
         ({"method": "head2toe"}, "acts between steps"),
         ({"method": "linear", "adapt": "all"}, "adapts no blocks"),
