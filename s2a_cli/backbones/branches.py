@@ -45,7 +45,7 @@ def find_branches(block: ModuleTrace) -> tuple[Branch, ...]:
 def _branch(group: list[ModuleTrace]) -> Branch | None:
     """Returns the branch of these modules, which run one after another; None where they are not one."""
     layers = [found for found in group if found.layers]
-    if len(layers) != 1 or not group[0].normalises or group[1] is not layers[0]:
+    if len(layers) != 1 or len(group) < 2 or not group[0].normalises or group[1] is not layers[0]:
         return None
     if any(found.calls > 1 for found in group):  # as in CaiT, whose dropped path ends both branches
         return None

@@ -60,6 +60,8 @@ class SSF(Structure):
                 continue
             if not is_plain(module):
                 raise self.misfit(backbone, f"its {type(module).__name__} computes more than its weight and bias do")
+            if cast(Tensor, module.bias).ndim != 1:
+                raise self.misfit(backbone, f"{name} is a {type(module).__name__} of more than channels")
             found = ScaleAndShift(len(cast(Tensor, module.bias)), channels_last(module))
             module.register_forward_hook(found.on_output)
             added.append(found)

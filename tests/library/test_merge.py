@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
@@ -24,7 +26,7 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Takes [B, N, 8]; the layers are those of its three blocks."""
 
-    def __init__(self, layers: list[nn.Module]):
+    def __init__(self, layers: Sequence[nn.Module]):
         super().__init__()
         self.emb, self.out = nn.Linear(8, 16), nn.Linear(16, 5)
         self.blocks = nn.ModuleList(map(Block, layers))
@@ -36,7 +38,7 @@ class Net(nn.Module):
         return self.out(x.mean(1))
 
 
-def tied() -> list[nn.Module]:
+def tied() -> Sequence[nn.Linear]:
     """Three layers with one weight."""
     layers = [nn.Linear(16, 16) for _ in range(3)]
     for layer in layers[1:]:
@@ -44,23 +46,23 @@ def tied() -> list[nn.Module]:
     return layers
 
 
-def shared() -> list[nn.Module]:
+def shared() -> Sequence[nn.Module]:
     """One layer three times."""
     return [nn.Linear(16, 16)] * 3
 
 
-def computed() -> list[nn.Module]:
+def computed() -> Sequence[nn.Module]:
     """Layers that compute their weights."""
     return [parametrizations.weight_norm(nn.Linear(16, 16)) for _ in range(3)]
 
 
-def hooked() -> list[nn.Module]:
+def hooked() -> Sequence[nn.Module]:
     """Layers whose weights a hook computes."""
     with pytest.warns(FutureWarning, match="deprecated"):
         return [torch.nn.utils.weight_norm(nn.Linear(16, 16)) for _ in range(3)]
 
 
-def attach(layers: list[nn.Module], method: str, **settings) -> s2a_cli.Attached:
+def attach(layers: Sequence[nn.Module], method: str, **settings) -> s2a_cli.Attached:
     if method != "ssf":
         pytest.importorskip("peft", reason="peft is not installed")
         settings["target"] = "all"
@@ -98,6 +100,11 @@ def test_a_layer_in_several_blocks_is_merged_once(layers):
 def test_layers_that_peft_can_not_replace_are_refused(layers, said):
     with pytest.raises(s2a_cli.UserError, match=rf"method=lora: .*{said}"):
         attach(layers(), "lora")
+
+
+def test_a_norm_over_more_than_channels_has_no_scale_a_channel():
+    with pytest.raises(s2a_cli.UserError, match=r"blocks\.0\.fc is a LayerNorm of more than channels"):
+        attach([nn.LayerNorm((6, 16)) for _ in range(3)], "ssf")
 
 
 class Grouped(nn.Module):
