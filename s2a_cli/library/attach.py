@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from s2a_cli import methods
 from s2a_cli.activations import module_list
@@ -39,6 +40,7 @@ class TrainingOutput(nn.Module):
     def __init__(self, votes: bool, holds_norms: bool, reads_logits: bool):
         super().__init__()
         self.votes, self.holds_norms, self.reads_logits = votes, holds_norms, reads_logits
+        self.last_hook: RemovableHandle | None = None  # unpickled, it has later hooks get numbers of their own
 
     def on_inputs(self, model: nn.Module, args: Any) -> None:
         """Holds the frozen BatchNorms, which model.train() sets free. A forward pre-hook of the model."""
@@ -311,4 +313,4 @@ def _add_output(backbone: Backbone, votes: bool, reads_logits: bool) -> None:
     for norm in norms:
         norm.register_forward_pre_hook(output.on_norm_input)
     model.register_forward_hook(output.on_logits, prepend=True)
-    model.register_forward_hook(output.on_output)
+    output.last_hook = model.register_forward_hook(output.on_output)
