@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from s2a_cli import methods
@@ -243,15 +245,13 @@ def attach(
     if adapt is not None:
         settings = _adapting(names, settings, adapt)
     config = compose_method(names, settings)
-    if hasattr(model, ADDED) or any(isinstance(module, Added) for module in model.modules()):
-        raise UserError(f"{type(model).__name__} has something attached to it: attached.detach() or merge() it first")
-    if is_compiled(model):
-        raise UserError("a compiled model: attach to the model itself, and compile it then")
+    _check_model(model)
     original = Original(model)
     try:
         sample = None if inputs is None else _sample(model, inputs)
         backbone = of_module(model, sample=sample, head=head, blocks=[] if blocks is None else module_list(blocks))
-        attachment = methods.attach(config, backbone)
+        with _made_where(model):
+            attachment = methods.attach(config, backbone)
         if attachment.after_step:
             raise UserError(f"method={config.name} acts between steps, in the loop of s2a train alone")
         _add_output(backbone, votes, reads_logits=original.has_more_hooks())
@@ -274,6 +274,27 @@ def _check_arguments(
     check_type("head", head, (str, type(None)), "the name of the classifier")
     if isinstance(blocks, str):
         raise UserError(f"blocks={blocks}: expected the modules themselves; adapt= chooses among them")
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raises UserError for a model to which nothing can be attached."""
+    kind, modules = type(model).__name__, list(model.modules())
+    if hasattr(model, ADDED) or any(isinstance(module, Added) for module in modules):
+        raise UserError(f"{kind} has something attached to it: attached.detach() or merge() it first")
+    if is_compiled(model):
+        raise UserError("a compiled model: attach to the model itself, and compile it then")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+        raise UserError("a model that torch.jit has scripted or traced: attach to the module that it was made of")
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(map(is_lazy, tensors)):
+        raise UserError(f"{kind} has lazy modules, whose parameters have no shapes yet: call it once before")
+    if torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors):
+        raise UserError(f"{kind}: nothing can train that is made within torch.inference_mode: leave it before")
+
+
+def _made_where(model: nn.Module) -> AbstractContextManager[Any]:
+    """Has tensors be made where a model is, in place of another default device than the CPU, whose tensors move."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else next(model.parameters()).device
 
 
 def _sample(model: nn.Module, inputs: Tensor | Sequence[Tensor] | Sequence[int]) -> Sample:
