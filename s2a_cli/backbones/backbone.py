@@ -22,7 +22,16 @@ from s2a_cli.backbones.branches import Branch, find_branches, is_linear, linear_
 from s2a_cli.backbones.head import Head
 from s2a_cli.backbones.hidden import Hidden
 from s2a_cli.backbones.stored import Stored
-from s2a_cli.backbones.trace import LayoutError, Sample, find_blocks, images_of, layouts, run_without_data, trace
+from s2a_cli.backbones.trace import (
+    LayoutError,
+    Sample,
+    find_blocks,
+    images_of,
+    layouts,
+    run_on_zeros,
+    run_without_data,
+    trace,
+)
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.hooks import owner_of
 from s2a_cli.common.text import first_line
@@ -215,6 +224,14 @@ class Backbone:
             except Exception:  # models fail in ways of their own
                 return False
         return True
+
+    def problem(self) -> str:
+        """Returns why the model can't take its images, as it is now; empty where it can. It is run, on zeros."""
+        try:
+            run_on_zeros(self.model, self._sample)
+        except Exception as error:  # models fail in ways of their own
+            return first_line(error)
+        return ""
 
     def add(self, name: str, module: nn.Module) -> None:
         """Adds a trainable module as `model.s2a.<name>`, which is trained and saved with the run.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,9 +109,9 @@ def run_without_data(model: nn.Module, sample: Sample, watched: AbstractContextM
     sample: what it takes for one; only shapes are read, and dtypes where they are not floating. watched: entered around
     the pass. Raises what the model raises where it can't take them.
     """
-    training, parameter = model.training, next(model.parameters())
+    parameter = next(model.parameters())
     with ExitStack() as stack:
-        stack.callback(model.train, training)
+        stack.enter_context(_evaluating(model))
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         # in evaluation the fast path runs a whole nn.TransformerEncoderLayer as one operator
         torch.backends.mha.set_fastpath_enabled(False)
@@ -121,9 +121,34 @@ def run_without_data(model: nn.Module, sample: Sample, watched: AbstractContextM
             stack.enter_context(dataless_tensors(model))
             parameter = next(model.parameters())
         stack.enter_context(watched or nullcontext())
-        dtypes = [parameter.dtype if x.is_floating_point() else x.dtype for x in sample]
-        inputs = [torch.empty(BATCH, *x.shape, device=parameter.device, dtype=d) for x, d in zip(sample, dtypes)]
-        return model.eval()(*inputs)
+        return model(*_inputs(parameter, sample))
+
+
+def run_on_zeros(model: nn.Module, sample: Sample) -> Any:
+    """Returns what the model returns in evaluation for BATCH samples like this one, of zeros.
+
+    Raises what the model raises, also for dtypes that do not fit, which no pass without data tells.
+    """
+    with torch.no_grad(), _evaluating(model):
+        return model(*(x.zero_() for x in _inputs(next(model.parameters()), sample)))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation, and each of its modules back into its own mode."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _inputs(parameter: Tensor, sample: Sample) -> list[Tensor]:
+    """Returns BATCH samples for the model of this parameter, on its device and of its dtype where they are floating."""
+    dtypes = [parameter.dtype if x.is_floating_point() else x.dtype for x in sample]
+    return [torch.empty(BATCH, *x.shape, device=parameter.device, dtype=d) for x, d in zip(sample, dtypes)]
 
 
 def trace(model: nn.Module, sample: Sample) -> Trace:

@@ -250,11 +250,13 @@ def attach(
     try:
         sample = None if inputs is None else _sample(model, inputs)
         backbone = of_module(model, sample=sample, head=head, blocks=[] if blocks is None else module_list(blocks))
+        dtypes = _dtypes(backbone)
         with _made_where(model):
             attachment = methods.attach(config, backbone)
         if attachment.after_step:
             raise UserError(f"method={config.name} acts between steps, in the loop of s2a train alone")
         _add_output(backbone, votes, reads_logits=original.has_more_hooks())
+        _convert_added(backbone, dtypes)
     except BaseException:
         original.put_back()
         raise
@@ -325,13 +327,34 @@ def _adapting(names: list[str], settings: dict[str, Any], adapt: str) -> dict[st
 
 
 def _add_output(backbone: Backbone, votes: bool, reads_logits: bool) -> None:
-    """Registers what makes one output of several in training; added modules get the classifier's dtype."""
-    model, weight = backbone.model, next(backbone.head.parameters())
-    norms = batch_norms(model)
+    """Registers what makes one output of several in training."""
+    model, norms = backbone.model, batch_norms(backbone.model)
     backbone.add("output", output := TrainingOutput(votes, bool(norms), reads_logits))
-    model.get_submodule(ADDED).to(weight.dtype).train(model.training)
+    model.get_submodule(ADDED).train(model.training)
     model.register_forward_pre_hook(output.on_inputs)
     for norm in norms:
         norm.register_forward_pre_hook(output.on_norm_input)
     model.register_forward_hook(output.on_logits, prepend=True)
     output.last_hook = model.register_forward_hook(output.on_output)
+
+
+def _dtypes(backbone: Backbone) -> list[torch.dtype]:
+    """Returns the dtype of the classifier, and that of the blocks where it is another; these work without autocast."""
+    own = next(backbone.head.parameters()).dtype
+    inner = (p.dtype for block in backbone.block_modules for p in block.parameters() if p.is_floating_point())
+    found = next(inner, own)
+    return [own] if found == own or backbone.problem() else [own, found]
+
+
+def _convert_added(backbone: Backbone, dtypes: Sequence[torch.dtype]) -> None:
+    """Gives added modules the first of these dtypes in which they compute. Raises UserError where there is none."""
+    kind, problem = type(backbone.model).__name__, ""
+    for dtype in dtypes:
+        backbone.model.get_submodule(ADDED).to(dtype)
+        problem = backbone.problem() if len(dtypes) > 1 else ""
+        if not problem:
+            return
+    raise UserError(
+        f"{kind} is of {' and '.join(map(str, dtypes))}, in neither of which what is attached to it computes"
+        f" ({problem}): convert the model to one of them"
+    )

@@ -22,14 +22,16 @@ def test_hooks_of_an_unpickled_model_survive_those_of_a_new_process(monkeypatch)
         loaded = torch.load(file, weights_only=False)
         model = loaded.model if isinstance(loaded, s2a_cli.Attached) else loaded
         taken = {number for module in model.modules() for number in module._forward_pre_hooks}
-        hook = model.blocks[0].register_forward_pre_hook(lambda *_: None)
+        hook = model.get_submodule("blocks.0").register_forward_pre_hook(lambda *_: None)
         assert taken and hook.id > max(taken)
         x = inputs(model)
         assert torch.equal(model(*x), attached.model(*x))
 
 
 def scripted() -> nn.Module:
-    return nn.Sequential(torch.jit.trace(nn.Flatten(), torch.ones(1, 3, 4, 4)), nn.Linear(48, 5))
+    traced = torch.jit.trace(nn.Flatten(), torch.ones(1, 3, 4, 4))
+    assert isinstance(traced, nn.Module)
+    return nn.Sequential(traced, nn.Linear(48, 5))
 
 
 def lazy() -> nn.Module:
@@ -73,3 +75,44 @@ def test_what_is_added_is_where_the_model_is(method):
         found = s2a_cli.attach(model, method).state_dict()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     model(*inputs(model))
+
+
+def mixed() -> nn.Module:
+    """Of bfloat16, but for its head."""
+    model = vit().bfloat16()
+    model.get_submodule("head").float().register_forward_pre_hook(lambda _, args: (args[0].float(),))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("s2a", torch.float32), *((name, torch.bfloat16) for name in ("adaptformer", "fact_tt", "lst", "side_tuning"))],
+)
+def test_what_is_added_to_a_model_of_two_dtypes_computes_in_one_of_them(method, dtype):
+    model = mixed()
+    attached = s2a_cli.attach(model, method)
+    assert {p.dtype for p in model.get_submodule("s2a").parameters()} == {dtype}
+    model.train()(inputs(model)[0].bfloat16()).sum().backward()
+    assert all(p.grad is not None for p in attached.parameters())
+
+
+def test_models_that_compute_under_autocast_alone_take_everything():
+    model = vit().bfloat16()
+    model.get_submodule("head").float()
+    attached = s2a_cli.attach(model, "unipt")
+    with torch.autocast("cpu", torch.bfloat16):
+        model.train()(inputs(model)[0].bfloat16()).sum().backward()
+    assert {p.grad.dtype for p in attached.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_what_computes_in_neither_of_two_dtypes_is_refused():
+    with pytest.raises(s2a_cli.UserError, match=r"is of torch\.float32 and torch\.bfloat16, in neither of which"):
+        s2a_cli.attach(mixed(), "unipt")
+
+
+def test_modules_keep_their_modes():
+    model = vit().train()
+    model.get_submodule("blocks.0").eval()
+    before = [module.training for module in model.modules()]
+    s2a_cli.attach(model, "bias")
+    assert [module.training for name, module in model.named_modules() if not name.startswith("s2a")] == before
