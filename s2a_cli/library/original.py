@@ -72,7 +72,7 @@ class Original:
         for module, found in self._modules.items():
             for name, (table, content) in found.tables.items():
                 if name == "_buffers":  # to move or convert a module makes other buffers; parameters stay the same
-                    content = {key: _like(buffer, module._buffers.get(key)) for key, buffer in content.items()}
+                    content = {key: _like(buffer, getattr(module, name).get(key)) for key, buffer in content.items()}
                 table.clear()
                 table.update(content)
                 setattr(module, name, table)
