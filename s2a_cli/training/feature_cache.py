@@ -261,18 +261,16 @@ def opened(run: Run) -> Cache:
         torch.cuda.reset_peak_memory_stats(device)
 
     @torch.no_grad()
-    def read(images: Tensor, whole: bool = False) -> tuple[Features, Tensor | None]:
+    def read(images: Tensor, whole: bool = False) -> tuple[Features, Tensor]:
         return head.capture(lambda: step.logits(model, images.to(device)), whole)
 
     model.eval()
     loaded = data.build_transform(run.backbone.image, config.dataset, train=False, normalise=False)
     few = run.splits.train.subset(range(min(fill_size(config), len(run.splits.train))))
     images, _ = next(iter(data.loader(few, loaded, len(few), workers=0)))
-    features, logits = read(
-        images, whole=True
-    )  # also where nothing is to be filled: for the measured peak, and as a check
+    # Also where nothing is to be filled: for the measured peak, and as a check.
+    features, logits = read(images, whole=True)
     with torch.no_grad():
-        assert logits is not None
         if not _close(Features([step.logits(head, features)]), Features([logits])):
             raise UserError(
                 f"dataset.cache=features: the logits of {type(model).__name__} are not what its head returns"
@@ -350,7 +348,7 @@ def _room(folder: Path, need: int) -> None:
         )
 
 
-def _fill(run: Run, split: str, kept: Kept, read: Callable[[Tensor], tuple[Features, Tensor | None]]) -> None:
+def _fill(run: Run, split: str, kept: Kept, read: Callable[[Tensor], tuple[Features, Tensor]]) -> None:
     images, config = getattr(run.splits, split), run.config
     with lock(kept.path.parent, kept.path.name):
         if kept.whole():  # by now: another run was at it

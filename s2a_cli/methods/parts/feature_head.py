@@ -82,7 +82,7 @@ class FeatureHead(nn.Module):
         return self.branch.join(logits)
 
     @torch.no_grad()
-    def capture(self, logits: Callable[[], Tensor], whole: bool = True) -> tuple[Features, Tensor | None]:
+    def capture(self, logits: Callable[[], Tensor], whole: bool = True) -> tuple[Features, Tensor]:
         """Returns the features of a forward pass of the model, which `logits()` makes, and what that returns.
 
         whole: has no effect here, where the last layers read a part of the features.

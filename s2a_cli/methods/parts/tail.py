@@ -54,10 +54,10 @@ class Tail(nn.Module):
             return self.model(image)
 
     @torch.no_grad()
-    def capture(self, logits: Callable[[], Tensor], whole: bool = True) -> tuple[Features, Tensor | None]:
+    def capture(self, logits: Callable[[], Tensor], whole: bool = True) -> tuple[Features, Tensor]:
         """Returns the features of a forward pass of the model, which `logits()` makes, and what that returns.
 
-        whole: false ends the pass behind the kept blocks; it then returns nothing. Raises TypeError where the last of
+        whole: false ends the pass behind the kept blocks; its logits are then empty. Raises TypeError where the last of
         them returns more than a hidden state.
         """
         seen: dict[nn.Module, Any] = {}
@@ -68,7 +68,7 @@ class Tail(nn.Module):
             if not whole and len(seen) == len(modules):
                 raise _AllSeen
 
-        out = None
+        out = torch.empty(0)
         with ExitStack() as stack:
             for module in modules:
                 stack.callback(module.register_forward_hook(keep, prepend=True).remove)
