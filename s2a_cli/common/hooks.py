@@ -15,6 +15,17 @@ def reads_output_only(hook: Hook) -> Hook:
     return hook
 
 
+def sets_modes_only(hook: Hook) -> Hook:
+    """Marks a forward pre-hook that leaves a module's inputs as they are, and sets at most whether modules train."""
+    hook.sets_modes_only = True  # pyright: ignore[reportFunctionMemberAccess]
+    return hook
+
+
+def may_change_input(hook: Callable) -> bool:
+    """Returns whether a forward pre-hook, a bound method or a partial as well, is not marked by `sets_modes_only`."""
+    return not getattr(_function(hook), "sets_modes_only", False)
+
+
 def owner_of(hook: Callable) -> Any:
     """Returns the object whose method a hook is, itself or in a partial; None for a plain function."""
     return getattr(_function(hook), "__self__", None)

@@ -21,6 +21,7 @@ from s2a_cli.backbones.given import of_module
 from s2a_cli.backbones.trace import Sample
 from s2a_cli.common.arguments import check_type, described
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.hooks import sets_modes_only
 from s2a_cli.common.text import listed
 from s2a_cli.config.compose import compose_method
 from s2a_cli.library.original import Original
@@ -44,11 +45,13 @@ class TrainingOutput(nn.Module):
         self.votes, self.holds_norms, self.reads_logits = votes, holds_norms, reads_logits
         self.last_hook: RemovableHandle | None = None  # unpickled, it has later hooks get numbers of their own
 
+    @sets_modes_only
     def on_inputs(self, model: nn.Module, args: Any) -> None:
         """Holds the frozen BatchNorms, which model.train() sets free. A forward pre-hook of the model."""
         if self.holds_norms and model.training:
             hold_norms(model)
 
+    @sets_modes_only
     def on_norm_input(self, norm: Any, args: Any) -> None:
         """Holds a frozen BatchNorm also where a part of the model is called. A forward pre-hook of it."""
         if norm.training and not trains(norm):

@@ -20,10 +20,10 @@ from s2a_cli.planner.candidates import Candidate
 from s2a_cli.planner.task import Task
 
 
-def made(method: str = "s2a") -> s2a_cli.Attached:
+def made(method: str = "s2a", **settings) -> s2a_cli.Attached:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4, num_classes=5)
-    return s2a_cli.attach(model, method)
+    return s2a_cli.attach(model, method, **settings)
 
 
 IMAGES, LABELS = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 5
@@ -91,6 +91,11 @@ def test_a_plan_leaves_the_gradient_as_it_is():
         step(attached, one)(attached.model, optimizer, IMAGES, LABELS)
         found.append(torch.cat([p.grad.flatten() for p in attached.parameters() if p.grad is not None]))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_no_gradient_passes_the_blocks_before_the_first_that_trains():
+    attached = made("bias", adapt="last:1")
+    assert attached.attachment.passed_blocks() == attached.blocks[3:]
 
 
 def test_what_can_not_be_planned_is_refused():

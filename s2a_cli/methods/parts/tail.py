@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from s2a_cli.backbones import ADDED, Backbone
-from s2a_cli.common.hooks import owner_of
+from s2a_cli.common.hooks import may_change_input, owner_of
 from s2a_cli.methods.parts.feature_head import Features
 
 
@@ -92,7 +92,8 @@ def tail_of(backbone: Backbone) -> Tail | None:
     def is_touched(module: nn.Module) -> bool:
         reading = len(_features(module)) if module in blocks else 0
         hooks = module is not backbone.model and len(module._forward_hooks) > reading
-        return hooks or bool(module._forward_pre_hooks) or any(p.requires_grad for p in module.parameters(False))
+        hooks = hooks or any(map(may_change_input, module._forward_pre_hooks.values()))
+        return hooks or any(p.requires_grad for p in module.parameters(False))
 
     touched = [module for module in backbone.model.modules() if module not in added and is_touched(module)]
     first = backbone.blocks_before(touched)
