@@ -214,7 +214,7 @@ class Known:
         Raises UserError for what can't be had.
         """
         summary = _once(self._data, config.dataset, lambda: self._summary(config.dataset))
-        seed = config.seed if not (config.backbone.pretrained or config.backbone.checkpoint) else None
+        seed = None if config.backbone.pretrained else config.seed  # which random weights come from
         of_weights = {"of": plain(config, resolve=True)["backbone"], "seed": seed}
         return summary, _once(self._weights, of_weights, lambda: self._fingerprint(config, summary[2]))
 

@@ -122,7 +122,9 @@ class Sweep:
                 self.summary.done.append(member)
                 progress.note(f"done: {member.name}: {_figures(member)}, {took}", 1)
                 continue
-            self._failed(member, _last_line(member) if code > 0 else f"killed by signal {-code}", progress)
+            ended = "it ended well, and its folder holds the record of another run" if code == 0 else ""
+            line = _last_line(member) if code > 0 else ended or f"killed by signal {-code}"
+            self._failed(member, line, progress)
 
     def _failed(self, member: Member, line: str, progress: Progress) -> None:
         """Counts a run as failed, with the line that says why."""

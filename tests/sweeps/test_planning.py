@@ -46,6 +46,15 @@ def test_a_value_that_fits_no_run_is_a_mistake(word, said, capsys):
     assert error.count("\n") == 1 and re.match(f"s2a: {said.replace('(', '[(]').replace('?)', '.[)]')}", error), error
 
 
+def test_random_weights_are_those_of_a_seed():
+    """Also where a backbone names a file of weights, which pretrained=false leaves alone."""
+    words = [*TINY, "backbone=vit_micro", "backbone.pretrained=false", "method=linear", "seed=0,1"]
+    one, two = planning.plan(read_grid(words)).members
+    assert one.content != two.content and one.folder != two.folder
+    for member in (one, two):
+        assert main(["train", *member.command]) == 0 and member.state() == "done"
+
+
 def test_a_plan_without_data_and_weights(tmp_path, monkeypatch):
     """--dry-run: what is not on this machine is named once, and nothing is downloaded."""
     monkeypatch.setenv("S2A_DATA", str(tmp_path))
