@@ -142,8 +142,10 @@ def table(result: Entry) -> str:
                 [method, shown, f"{mean(run['test_top1'] for run in runs):.1f}", f"{runs[0]['peak_mib']:.0f}", plans]
             )
         head = ["method", "seconds", "test top-1 %", "peak, MiB", "planned"]
-        about = data["environment"]
-        made = f"`{data['command']}`, {about['device']}, torch {about['torch']}, {data['date']}."
+        made = "  \n".join(
+            f"`{one['command']}`, {one['environment']['device']}, torch {one['environment']['torch']}, {one['date']}."
+            for one in (data, *data.get("later", ()))
+        )
         pages += [f"## {name}: {said}", made, tabulate(rows, head, tablefmt="github", disable_numparse=True)]
     return "\n\n".join(pages) + "\n"
 
