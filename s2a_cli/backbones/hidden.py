@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,28 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from s2a_cli.common.errors import UserError
 
 
+@functools.lru_cache(maxsize=1024)
 def grid_like(image: tuple[int, int], patches: int) -> tuple[int, int] | None:
-    """Returns the height and width of the map of so many patches that is of the image's proportions; None for none."""
-    height = math.isqrt(patches * image[0] // image[1])
-    width = patches // max(height, 1)
-    return (height, width) if height * width == patches and height * image[1] == width * image[0] else None
+    """Returns the height and width of the map of so many patches that one stride over the image makes; None for none.
+
+    Of a square image that is a square.
+    """
+    height, width = image
+    if height == width:
+        return square(patches)
+    fits = []
+    for rows in (count for count in range(1, patches + 1) if patches % count == 0):
+        columns = patches // rows  # height / stride and width / stride, rounded up or down
+        least = max(height / (rows + 1), width / (columns + 1))
+        if least < min(height / max(rows - 1, 1e-9), width / max(columns - 1, 1e-9)):
+            fits.append((abs(math.log(rows * width / (columns * height))), rows, columns))
+    return min(fits)[1:] if fits else None
+
+
+def square(patches: int) -> tuple[int, int] | None:
+    """Returns the height and width of a square map of so many patches; None where there is none."""
+    side = math.isqrt(patches)
+    return (side, side) if side * side == patches else None
 
 
 @dataclass(frozen=True)
@@ -51,7 +69,7 @@ class Hidden:
             height, width = self.shape[1:] if self.layout == "channels_first" else self.shape[:2]
             return height, width
         patches = self.positions - self.prefix
-        return grid_like(self.image, patches) or (patches, 1)
+        return grid_like(self.image, patches) or square(patches) or (patches, 1)
 
     def from_tokens(self, x: Tensor) -> Tensor:
         """Brings [..., N, C] into this layout: [..., N, C], [..., H, W, C], [..., C, H, W] or [..., C, N].

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from s2a_cli.backbones.branches import is_norm
-from s2a_cli.backbones.hidden import Hidden, grid_like
+from s2a_cli.backbones.hidden import Hidden, grid_like, square
 from s2a_cli.common.dataless import Dataless
 from s2a_cli.memory.predict import dataless_tensors
 
@@ -332,9 +332,11 @@ def _hidden(x: Tensor, dim: int, prefix: int, place: int, image: tuple[int, int]
 
 
 def _prefix(tokens: int, stated: int, image: tuple[int, int]) -> int:
-    """Returns how many of the tokens are class or register tokens: as many as leave a map like the image.
+    """Returns how many of the tokens are class or register tokens: as many as leave a map of the image, or a square.
 
     First those stated, which it also returns where none do.
     """
-    fits = (count for count in (stated, 0, 1) if count < tokens and grid_like(image, tokens - count))
-    return next(fits, min(stated, tokens - 1))
+    counts = [count for count in (stated, 0, 1) if count < tokens]
+    maps = [count for count in counts if grid_like(image, tokens - count)]
+    squares = [count for count in counts if square(tokens - count)]
+    return next(iter([*maps, *squares]), min(stated, tokens - 1))

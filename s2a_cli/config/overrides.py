@@ -93,29 +93,32 @@ def _text_settings() -> set[str]:
 
 
 class _AsTyped(str):
-    """A number or a date of a file: as it stands there, which is what the command line has."""
+    """A number, a truth value or a date of a file: as it stands there."""
 
 
 def words_of_file(path: Path) -> list[str]:
-    """Returns the words that a file of `key: value` in YAML stands for: keys and values as on the command line.
+    """Returns the words that a file of `key: value` in YAML stands for: keys as on the command line.
 
-    Raises UserError for a file that can't be read, and for one that is none of these.
+    Values are those of YAML; a setting that is a text takes what was typed, such as 1e3. Raises UserError for a file
+    that can't be read, and for one that is none of these.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
         pass
 
-    for kind in ("int", "float", "timestamp"):
+    for kind in ("int", "float", "bool", "timestamp"):
         Loader.add_constructor(f"tag:yaml.org,2002:{kind}", lambda loader, node: _AsTyped(node.value))
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        text = path.read_text(encoding="utf-8")
+        found, typed = yaml.safe_load(text), yaml.load(text, Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else first_line(error)
         raise UserError(f"config={path}: can't be read ({why})") from None
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise UserError(f"config={path}: expected lines of `key: value`, with keys as on the command line")
-    return [f"{key}={value_text(value)}" for key, value in found.items()]
+    both = zip(found.items(), typed.values())
+    return [f"{key}={value_text(as_typed if key in _text_settings() else value)}" for (key, value), as_typed in both]
 
 
 def value_text(value: Any) -> str:
@@ -127,7 +130,7 @@ def value_text(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{value_text(key)}: {value_text(one)}" for key, one in value.items()) + "}"
     if not isinstance(value, str):
-        return repr(value)
+        return repr(value) if isinstance(value, int | float) else str(value)
     if isinstance(value, _AsTyped):
         return value
     if PLAIN.fullmatch(value) and value.lower() not in TAKEN:

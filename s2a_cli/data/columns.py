@@ -219,7 +219,9 @@ def _found_split(frame: pd.DataFrame, path: Path, taken: Iterable[str | None]) -
     cells = {name: {_text(cell) for cell in frame[name]} - {""} for name in names}
     found = [name for name in names if any(cell.lower() in SPLIT_OF for cell in cells[name])]
     if not found:  # 0 and 1, or train_set and test_set
-        found = [name for name in names if any(_plain(name) in SPLIT or meant_split(cell) for cell in cells[name])]
+        found = [
+            name for name in names if cells[name] and (_plain(name) in SPLIT or all(map(meant_split, cells[name])))
+        ]
     if len(found) > 1:
         raise UserError(
             f"{printable(path.name)} has several columns of splits: {listed(found)}; say which: dataset.split_column="

@@ -85,7 +85,19 @@ class _Composed:
 
 def _several(value: Any) -> str:
     """Returns the values of a grid's key, a list or a text in Hydra's grammar, as they stand on a command line."""
-    return ",".join(map(value_text, value)) if isinstance(value, list) else show(value)
+    return ",".join(map(_one, value)) if isinstance(value, list) else show(value)
+
+
+def _one(value: Any) -> str:
+    """Returns a value of a grid's list; a text that Hydra reads as a list, a choice or a range means that."""
+    if isinstance(value, str):
+        try:
+            override = read(f"_={value}")
+        except UserError:  # quoted, it is a text
+            return value_text(value)
+        if override.is_sweep_override() or isinstance(override.value(), list):
+            return value
+    return value_text(value)
 
 
 def _mistakes(found: list[Chosen]) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from s2a_cli.backbones.given import of_module
+from s2a_cli.backbones.hidden import grid_like
 from s2a_cli.common.errors import UserError
 
 FAMILIES = (
@@ -98,3 +99,19 @@ def test_patches_are_a_map_like_the_image(name, image, prefix, grid):
         model = timm.create_model(name, img_size=image, depth=1)
     found = of_module(model, sample=(torch.empty(3, *image, device="meta"),)).blocks[0].input
     assert (found.prefix, found.grid) == (prefix, grid)
+
+
+@pytest.mark.parametrize(
+    ("image", "patches", "grid"),
+    [
+        ((220, 224), 784, (28, 28)),  # a stride of 8, rounded up
+        ((220, 224), 3080, (55, 56)),
+        ((70, 64), 16, (4, 4)),  # a stride of 16, rounded down
+        ((70, 64), 17, None),  # with a class token
+        ((64, 96), 25, None),
+        ((96, 64), 24, (6, 4)),
+        ((64, 64), 2, None),
+    ],
+)
+def test_a_map_is_what_one_stride_makes_of_an_image(image, patches, grid):
+    assert grid_like(image, patches) == grid

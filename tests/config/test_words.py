@@ -68,9 +68,11 @@ def test_a_setting_that_is_a_text_takes_what_was_typed(text):
     assert compose([f"dataset.class_columns=[a,{text}]"]).dataset.class_columns == ["a", text]
 
 
-def test_numbers_and_dates_of_a_file_are_what_the_command_line_would_read(tmp_path):
-    (tmp_path / "a.yaml").write_text("dataset.root: 2024-01-01\nrun_dir: 0123\noptim.lr: 1e-3\noptim.epochs: 3\n")
-    config = compose(words_of_file(tmp_path / "a.yaml"))
+def test_texts_of_a_file_are_as_typed_and_other_values_those_of_yaml(tmp_path):
+    lines = ["dataset.root: 2024-01-01", "run_dir: 0123", "optim.lr: 1e-3", "optim.epochs: 0x3", "dataset.domain: yes"]
+    (tmp_path / "a.yaml").write_text("\n".join(lines))
+    config = compose(words_of_file(tmp_path / "a.yaml")[:-1])
+    assert words_of_file(tmp_path / "a.yaml")[-1] == "dataset.domain=yes"
     assert (config.dataset.root, config.run_dir, config.optim.lr, config.optim.epochs) == (
         "2024-01-01",
         "0123",

@@ -87,7 +87,7 @@ def test_a_split_column_with_a_wrong_cell_is_not_passed_over(photos):
         assert f"dataset.split_column={name}: line 2 has {cells[0]!r}; expected train, val or test, or another" in said
     two = table(photos, {"label": SPECIES, "split": ["train", "test"] * 6, "set": ["train", "test"] * 6})
     assert "several columns of splits: split, set; say which: dataset.split_column=" in refusal(load, config(two))
-    other = load(config(table(photos, {"label": SPECIES, "set": ["holidays", "school"] * 6})))
+    other = load(config(table(photos, {"label": SPECIES, "set": ["Base Set", "Train Wagons"] * 6})))
     assert len(other.test) == 2, "a column of that name that is about something else"
     assert "labels 'label', not used 'set'" in describe(other)
     as_labels = load(config(table(photos, {"split": SPECIES}), label_column="split"))

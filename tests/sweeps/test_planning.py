@@ -13,7 +13,7 @@ from s2a_cli.config.compose import compose
 from s2a_cli.memory.margin import Margin
 from s2a_cli.memory.result import MIB
 from s2a_cli.sweeps import planning
-from s2a_cli.sweeps.grid import read_grid
+from s2a_cli.sweeps.grid import _several, read_grid
 
 TINY = ["dataset.shots=4", "optim.epochs=1", "optim.batch_size=16", "device=cpu", "workers=0"]
 
@@ -44,6 +44,10 @@ def test_a_value_that_fits_no_run_is_a_mistake(word, said, capsys):
     assert main(["sweep", *TINY, word, "workers=0,1"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.match(f"s2a: {said.replace('(', '[(]').replace('?)', '.[)]')}", error), error
+
+
+def test_items_of_a_grids_list_are_what_hydra_reads():
+    assert _several(["[lora,side]", "bias", "a, (b)", "range(0,2)"]) == '[lora,side],bias,"a, (b)",range(0,2)'
 
 
 def test_random_weights_are_those_of_a_seed():
