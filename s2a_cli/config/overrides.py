@@ -92,10 +92,6 @@ def _text_settings() -> set[str]:
     return {key for key, schema, name in found if {*members(schema, name)} <= {str, list[str], type(None)}}
 
 
-class _AsTyped(str):
-    """A number, a truth value or a date of a file: as it stands there."""
-
-
 def words_of_file(path: Path) -> list[str]:
     """Returns the words that a file of `key: value` in YAML stands for: keys as on the command line.
 
@@ -108,7 +104,7 @@ def words_of_file(path: Path) -> list[str]:
         pass
 
     for kind in ("int", "float", "bool", "timestamp"):
-        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", lambda loader, node: _AsTyped(node.value))
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", lambda loader, node: node.value)
     try:
         text = path.read_text(encoding="utf-8")
         found, typed = yaml.safe_load(text), yaml.load(text, Loader)
@@ -131,8 +127,6 @@ def value_text(value: Any) -> str:
         return "{" + ",".join(f"{value_text(key)}: {value_text(one)}" for key, one in value.items()) + "}"
     if not isinstance(value, str):
         return repr(value) if isinstance(value, int | float) else str(value)
-    if isinstance(value, _AsTyped):
-        return value
     if PLAIN.fullmatch(value) and value.lower() not in TAKEN:
         return value
     quote = "'" if "\\" in value and "'" not in value else '"'  # in double ones YAML has other rules for backslashes

@@ -47,7 +47,10 @@ class TrainingOutput(nn.Module):
 
     @sets_modes_only
     def on_inputs(self, model: nn.Module, args: Any) -> None:
-        """Holds the frozen BatchNorms, which model.train() sets free. A forward pre-hook of the model."""
+        """Holds the frozen BatchNorms, which model.train() sets free. A forward pre-hook of the model.
+
+        Recomputed blocks look at the modes of their BatchNorms before these are called.
+        """
         if self.holds_norms and model.training:
             hold_norms(model)
 

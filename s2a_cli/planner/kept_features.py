@@ -90,8 +90,12 @@ def decide(
         features = captured(config, attached, few, device)
         step, model = filling_step(config, attached, device), attached.model.to(device)
         with torch.no_grad():
-            whole = _least(lambda: step.logits(model, few.to(device)), device) / len(few)
-            behind = _least(lambda: step.logits(head, features.to(device)), device) / len(few)
+            passes = (
+                lambda: step.logits(model, few.to(device)),
+                lambda: step.logits(head, features.to(device)),
+                lambda: head.capture(lambda: step.logits(model, few.to(device)), whole=False),
+            )
+            whole, behind, filling = (_least(one, device) / len(few) for one in passes)
     except RuntimeError as error:
         if not OUT_OF_MEMORY.search(str(error)):
             raise
@@ -100,7 +104,7 @@ def decide(
     views = 1 + (config.dataset.hflip > 0)
     saved = config.optim.epochs * count * (whole - behind - row / READ)
     there = filled(features)
-    taken = 0.0 if there else views * count * max(whole - behind, 0.0)  # a pass ends where the kept features are
+    taken = 0.0 if there else views * count * filling
     if saved <= taken:
         return Decision(False, f"would save {duration(max(saved, 0))} in all epochs, and take {duration(taken)}")
     folder = data.data_folder(config.dataset)

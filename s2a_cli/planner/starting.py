@@ -57,11 +57,9 @@ class Start:
         lines = [(f"{key}: {value}", why) for key, (value, why) in ordered]
         width = max(len(line) for line, _ in lines if len(line) <= WIDE)
         commented = [f"{line:<{width}}  # {why}" if why else line for line, why in lines]
-        head, last = (
-            [f"# s2a train {shlex.quote(f'config={path}')}", *(f"# {line}" for line in self.found), ""],
-            self.proposed,
-        )
-        return "\n".join([*head, *commented, *([f"# {last}"] if last else [])]) + "\n"
+        head = [f"# s2a train {shlex.quote(f'config={path}')}", *(f"# {line}" for line in self.found), ""]
+        last = [f"# {self.proposed}"] if self.proposed else []
+        return "\n".join([*head, *commented, *last]) + "\n"
 
 
 def start(folder: str, words: list[str], minutes: float) -> Start:

@@ -72,7 +72,7 @@ def test_texts_of_a_file_are_as_typed_and_other_values_those_of_yaml(tmp_path):
     lines = ["dataset.root: 2024-01-01", "run_dir: 0123", "optim.lr: 1e-3", "optim.epochs: 0x3", "dataset.domain: yes"]
     (tmp_path / "a.yaml").write_text("\n".join(lines))
     config = compose(words_of_file(tmp_path / "a.yaml")[:-1])
-    assert words_of_file(tmp_path / "a.yaml")[-1] == "dataset.domain=yes"
+    assert words_of_file(tmp_path / "a.yaml")[-1] == 'dataset.domain="yes"'
     assert (config.dataset.root, config.run_dir, config.optim.lr, config.optim.epochs) == (
         "2024-01-01",
         "0123",
