@@ -66,7 +66,7 @@ def decided(
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Of the images that are timed the whole model takes 20 ms, what is behind the kept features 10, to keep these 20."""
+    """Of the timed images the whole model takes 20 ms, what is behind the kept features 10, to keep these 20."""
     seconds = itertools.cycle((0.02, 0.01, 0.02))
     monkeypatch.setattr(kept_features, "_least", lambda run, device: (run(), next(seconds))[1])
 
