@@ -20,7 +20,7 @@ from typing import Any, cast
 from torch import nn
 
 from s2a_cli.activations import kernels  # registers them
-from s2a_cli.activations.mode import ActivationMode
+from s2a_cli.activations.mode import ActivationMode, uncoded
 from s2a_cli.common.arguments import check_type
 from s2a_cli.common.errors import UserError
 from s2a_cli.config.checks import check_quant
@@ -123,4 +123,5 @@ __all__ = [
     "context_of",
     "kernels",
     "module_list",
+    "uncoded",
 ]

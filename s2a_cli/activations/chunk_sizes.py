@@ -28,6 +28,7 @@ class ChunkSizes:
     forward: int  # of the input of a block without a backward pass, at least
     decoded: int  # at most so many are dequantized at a time, where the result feeds a matmul or a convolution
     pooled: int  # at most so many of a hidden state are pooled and normalised at a time
+    read: int  # at most so many of what several hidden states are pooled to are read together
     temporary: int  # at most so many at a time within an operator that packs or unpacks codes
 
 
@@ -40,6 +41,7 @@ BY_DEVICE = {
         forward=1 << 20,
         decoded=1 << 21,
         pooled=1 << 21,
+        read=1 << 21,
         temporary=1 << 18,  # large enough to hide the overhead of a call, small enough for a cache
     ),
     "cuda": ChunkSizes(
@@ -50,6 +52,7 @@ BY_DEVICE = {
         forward=1 << 21,
         decoded=1 << 24,
         pooled=1 << 23,
+        read=1 << 21,
         temporary=1 << 22,
     ),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +56,14 @@ class ThreadState(threading.local):
 
 
 _entered = threading.local()  # .mode: the one that this thread has entered
+
+
+@contextmanager
+def uncoded() -> Iterator[None]:
+    """Makes operators called within keep what PyTorch keeps, whatever mode this thread is in."""
+    mode = None if torch.compiler.is_compiling() else getattr(_entered, "mode", None)
+    with mode.uncoded() if mode else nullcontext():
+        yield
 
 
 class ActivationMode(TorchFunctionMode):
@@ -162,6 +170,12 @@ class ActivationMode(TorchFunctionMode):
         counters = Counters()
         with self._pushed(replace(self._active(), counters=counters)):
             yield counters
+
+    @contextmanager
+    def uncoded(self) -> Iterator[None]:
+        """Makes operators called within keep what PyTorch keeps."""
+        with self._pushed(replace(self._active(), handlers={})):
+            yield
 
     def _active(self) -> Frame:
         frame = self.frame

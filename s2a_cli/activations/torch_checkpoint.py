@@ -24,9 +24,9 @@ def refuse_checkpointing(had_grad: bool) -> None:
 
 
 def is_checkpointing() -> bool:
-    """Tells whether the caller is in the forward pass of a checkpoint that is not reentrant."""
+    """Tells whether the caller is in the forward pass of a checkpoint that is not reentrant, the first or a later."""
     hooks = _AUTOGRAD._top_saved_tensors_default_hooks(True) if torch.is_grad_enabled() else None
-    return bool(hooks) and hooks[0].__qualname__.startswith("_checkpoint_hook.")
+    return bool(hooks) and hooks[0].__qualname__.startswith(("_checkpoint_hook.", "_recomputation_hook."))
 
 
 def is_checkpointing_reentrantly() -> bool:

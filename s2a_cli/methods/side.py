@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from s2a_cli.activations import uncoded
+from s2a_cli.activations.torch_checkpoint import is_checkpointing
 from s2a_cli.backbones import Block, Hidden
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.hooks import reads_output_only
@@ -16,9 +18,10 @@ from s2a_cli.config.schema import AT_LEAST_1, POSITIVE
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BLOCKS, Structure
-from s2a_cli.methods.parts.attention_pooling import DifferentiableFeature, Feature, Reader
+from s2a_cli.methods.parts.attention_pooling import DifferentiableFeature, Feature, Reader, are_few, logits_of
 from s2a_cli.methods.parts.deep_supervision import AuxiliaryHeads
 from s2a_cli.methods.parts.feature_head import FeatureHead
+from s2a_cli.methods.parts.thread_local import HandedOn
 
 
 @dataclass
@@ -49,6 +52,8 @@ class LiteSideBranch(AuxiliaryHeads):
     1901.06656).
     """
 
+    _waiting = HandedOn[tuple[tuple[int, Tensor], ...]]((), between_blocks=False)  # (number of a block, its tokens)
+
     def __init__(
         self, states: list[Hidden], settings: SideSettings, classes: int, weight: float, borders: Iterable[int] = ()
     ):
@@ -61,13 +66,17 @@ class LiteSideBranch(AuxiliaryHeads):
 
     @reads_output_only
     def on_block_output(self, index: int, block: nn.Module, args: tuple, output: Any) -> Any:
-        """Classifies by a hidden state, and passes it on. A hook of the block that is read as number `index`."""
+        """Reads a hidden state, and passes it on. A hook of the block that is read as number `index`."""
         if index == 0:
             self.begin()
         feature, is_border = cast(Feature, self.features[index]), index in self.borders
         h = feature.hidden.of(output)
         tokens = DifferentiableFeature.apply(h, feature) if is_border else feature(h)
-        self.collect(self.readers[index](tokens))
+        # A border's loss is due before the next segment; a checkpoint computes nothing again but what is within it.
+        if is_border or (not torch.compiler.is_compiling() and is_checkpointing()):
+            self.classify((index, tokens))
+        else:
+            self.take(index, tokens)
         return feature.hidden.replaced(output, h.detach()) if is_border else output
 
     def on_logits(self, model: nn.Module, args: tuple, logits: Tensor) -> Tensor:
@@ -77,14 +86,38 @@ class LiteSideBranch(AuxiliaryHeads):
     def read(self, tensors: list[Tensor]) -> None:
         """Takes the tokens of every block, in place of a forward pass through the blocks."""
         self.begin()
-        for reader, tokens in zip(self.readers, tensors):
-            self.collect(reader(tokens))
+        for index, tokens in enumerate(tensors):
+            self.take(index, tokens)
+
+    def begin(self) -> None:
+        super().begin()
+        self._waiting = ()
+
+    def take(self, index: int, tokens: Tensor) -> None:
+        """Makes tokens [B, N, C] wait for others of their shape, to be classified together where they are few."""
+        if self._waiting and not are_few([*(others for _, others in self._waiting), tokens]):
+            self.classify_waiting()
+        self._waiting = *self._waiting, (index, tokens)
+        if not are_few([tokens, tokens]):
+            self.classify_waiting()
+
+    def classify_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, ()
+        if waiting:
+            self.classify(*waiting)
+
+    def classify(self, *numbered: tuple[int, Tensor]) -> None:
+        """Collects the logits by tokens of one shape [B, N, C], each beside the number of its block."""
+        numbers, tokens = zip(*numbered)
+        with uncoded():
+            self.collect(numbers, logits_of([cast(Reader, self.readers[number]) for number in numbers], tokens))
 
     def join(self, logits: Tensor) -> Tensor:
         """Returns [1 + blocks, B, classes], the model's logits first; in evaluation their weighted mean [B, classes].
 
         Their sum would name the same class, with probabilities near 1 whatever the image.
         """
+        self.classify_waiting()
         auxiliary = [one.to(logits.dtype) for one in self.collected()]
         if self.training:
             return torch.stack([logits, *auxiliary])

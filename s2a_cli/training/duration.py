@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections.abc import Callable
@@ -108,13 +107,13 @@ def measure(run: Run) -> Pace:
         train_mode(model)
         count = min(len(images), most)
         batch = images[:count], targets[:count]
-        _learn(run, step, *batch)  # allocates, and fits codes
-        took = spent = _timed(_learn, run, step, *batch)
+        step.accumulate(model, *batch)  # allocates, and fits codes
+        took = spent = _timed(step.accumulate, model, *batch)
         while count < most and (took < MOMENT or spent < PATIENCE) and spent < SHARE * took / count * images_of_run:
             count = min(2 * count, most)
             repeats = -(-count // len(images))
             batch = torch.cat([images] * repeats)[:count], torch.cat([targets] * repeats)[:count]
-            took = _timed(_learn, run, step, *batch)
+            took = _timed(step.accumulate, model, *batch)
             spent += took
         model.eval()
         with torch.no_grad():
@@ -132,13 +131,6 @@ def _few(run: Run) -> tuple[Tensor, Tensor, float]:
     start = time.perf_counter()
     images, targets = next(iter(data.loader(split, transform, len(split), workers=0)))
     return images, targets, (time.perf_counter() - start) / len(split)
-
-
-def _learn(run: Run, step: Step, images: Tensor, targets: Tensor) -> None:
-    """Runs the forward and the backward pass of a step."""
-    with run.attached.learning(functools.partial(step.learn, targets, 1.0)):
-        losses = step.losses(run.model, images, targets)
-    losses.sum().backward()
 
 
 def _left(run: Run, load: float, train: float) -> float:

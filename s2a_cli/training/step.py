@@ -190,11 +190,6 @@ class Step:
         """Returns the mean loss over the batch of each head, [heads]."""
         return losses_of(self.logits(model, images), targets, self.criterion)
 
-    def learn(self, targets: Tensor, share: float | Tensor, logits: Tensor) -> None:
-        """Back-propagates the loss of auxiliary logits [B, classes], times `share`."""
-        with torch.autocast(self.device.type, enabled=False):  # as after the forward pass
-            self.scaler.scale(self.criterion(logits.float(), targets) * share).backward()
-
     def accumulate(
         self,
         model: nn.Module,
@@ -205,12 +200,23 @@ class Step:
         around_backward: AbstractContextManager[None] = nullcontext(),
     ) -> Tensor:
         """Adds the gradient of one micro-batch, `share` of a batch, to what there is; returns its part of the loss."""
-        with self.attached.learning(functools.partial(self.learn, targets, share)):
-            losses = self.losses(model, images, targets) * share
+        learned: list[Tensor] = []
+
+        def learn(logits: Tensor) -> None:
+            with torch.autocast(self.device.type, enabled=False):  # as after the forward pass
+                losses = losses_of(logits.float(), targets, self.criterion) * share
+                self.scaler.scale(losses.sum()).backward()
+            learned.append(losses.detach())
+
+        with self.attached.learning(learn):
+            logits = self.logits(model, images)
+        own_left = len(logits) - 1 == sum(map(len, learned))  # the model's own come first
+        rest = logits[:1] if logits.ndim == 3 and own_left else logits
+        losses = losses_of(rest, targets, self.criterion) * share
         after_forward()
         with around_backward:
             self.scaler.scale(losses.sum()).backward()
-        return losses.detach().mean()
+        return torch.cat([losses.detach(), *learned]).mean()
 
     def __call__(
         self,

@@ -216,10 +216,13 @@ def qst(k: Kept, s: Any) -> int:
 
 
 def readers(k: Kept, s: Any) -> int:
-    """Keeps tokens in 8 bits, attention weights, means, a norm, a classifier's input and a loss for each block."""
+    """Keeps tokens in 8 bits, attention weights, means, a norm, its result, a classifier's input and a loss for each
+    block, nothing in codes; and the factors of products, which the blocks of one shape share a tensor of.
+    """
     n, read = k.pooled(s.grid).N, s.heads * s.width
     seen = k.B * n * k.C + k.floats(k.B, s.heads, n + k.C)
-    return k.L * (seen + k.norm(read, rows=k.B) + k.floats(k.B, read)) + k.loss(k.L + 1) - k.loss()
+    factors = k.floats(k.C + 1 + k.K, read)
+    return k.L * (seen + k.floats(k.B, 3 * read + 2) + factors) + k.loss(k.L + 1) - k.loss()
 
 
 def s2a_paper(k: Kept, s: Any) -> int:

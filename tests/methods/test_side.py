@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
 
 import pytest
@@ -24,7 +25,8 @@ from s2a_cli.training.step import Step, train_mode
 
 @each_backbone
 @pytest.mark.parametrize("settings", [{}, {"segments": 2}])
-def test_a_step_learns_from_each_vote_before_the_next_block(backbone, settings):
+def test_a_step_learns_from_each_large_vote_before_the_next_block(backbone, settings, set_chunk_sizes):
+    set_chunk_sizes(read=1)
     attached = make_attached(backbone, "s2a", **settings)
     made = attached.backbone
     train_mode(made.model)
@@ -37,6 +39,40 @@ def test_a_step_learns_from_each_vote_before_the_next_block(backbone, settings):
     Step(compose(["method=s2a", "quant=none"]), torch.device("cpu"), attached)(made.model, optimizer, *batch(made))
     count = len(made.blocks)
     assert seen == [[tap < done for tap in range(count)] for done in range(1, count)]
+
+
+@each_backbone
+@pytest.mark.parametrize("settings", [{}, {"segments": 2}])
+def test_small_votes_of_one_shape_are_learned_from_together(backbone, settings, set_chunk_sizes):
+    """But for those at borders, whose losses are due at once. Gradients are those of one vote at a time."""
+    gradients, sizes = [], []
+    for read in (1, 1 << 20):
+        set_chunk_sizes(read=read)
+        made = make(backbone, "s2a", **settings)
+        branch, shapes = made.model.s2a["side"], []
+        for reader in branch.readers:
+            reader.classifier.weight.data.normal_(generator=torch.Generator().manual_seed(3))
+        for feature in branch.features:
+            feature.register_forward_hook(lambda _, __, tokens, shapes=shapes: shapes.append(tokens.shape))
+        train_mode(made.model)
+        images, targets = batch(made)
+        sizes.clear()
+
+        def learn(logits, targets=targets):
+            sizes.append(len(logits))
+            losses_of(logits, targets).sum().backward()
+
+        with branch.learning(learn):
+            losses = losses_of(made.model(images), targets)
+        losses.sum().backward()
+        gradients.append({name: p.grad for name, p in made.model.named_parameters() if p.grad is not None})
+    groups = [len(list(same)) for _, same in itertools.groupby(shapes)]
+    assert sum(sizes) == len(branch.readers)
+    assert sizes == groups if not branch.borders else 1 in sizes and len(sizes) < len(branch.readers) + 1
+    one_by_one, together = gradients
+    assert one_by_one.keys() == together.keys()
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, one_by_one[name], msg=name)
 
 
 @each_backbone
@@ -64,22 +100,21 @@ def test_a_tap_in_pieces_is_the_tap_of_the_whole_batch(backbone, set_chunk_sizes
 def test_a_side_branch_reads_as_its_formula_says():
     """The gradient of the queries against autograd's in float64; kept are the codes once, and the weights."""
     tokens, query = (
-        torch.randint(-127, 128, (3, 10, 16), dtype=torch.int8),
-        torch.randn(4, 16, dtype=torch.float64, requires_grad=True),
+        torch.randint(-127, 128, (2, 3, 10, 16), dtype=torch.int8),
+        torch.randn(2, 4, 16, dtype=torch.float64, requires_grad=True),
     )
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         read = Attend.apply(tokens, query)
     t = tokens.double() * STEP
-    exact = torch.softmax(torch.einsum("bnc,hc->bhn", t, query), -1) @ t
+    exact = torch.softmax(torch.einsum("gbnc,ghc->gbhn", t, query), -1) @ t
     torch.testing.assert_close(read, exact)
     upstream = torch.randn_like(read)
     torch.testing.assert_close(
         *(torch.autograd.grad(output, query, upstream)[0] for output in (read, exact)), rtol=1e-10, atol=1e-12
     )
-    assert {(t.dtype, t.numel()) for t in kept} == {(torch.int8, 3 * 10 * 16), (torch.float64, 3 * 10 * 4)} and len(
-        kept
-    ) == 2
+    assert {(t.dtype, t.numel()) for t in kept} == {(torch.int8, 2 * 3 * 10 * 16), (torch.float64, 2 * 3 * 10 * 4)}
+    assert len(kept) == 2
 
 
 @each_backbone
@@ -130,7 +165,8 @@ def test_the_votes_of_head_and_branch_leave_each_other_alone(backbone):
     images, targets = batch(both)
     head, *votes = both.model(images)
     for reader, vote in zip(branch.readers, votes, strict=True):
-        wanted = torch.autograd.grad(F.cross_entropy(vote, targets), reader.classifier.weight)[0]
+        loss = F.cross_entropy(vote, targets)
+        wanted = torch.autograd.grad(loss, reader.classifier.weight, retain_graph=True)[0]
         torch.testing.assert_close(reader.classifier.weight.grad, wanted)
     with torch.no_grad():
         torch.testing.assert_close(both.model.eval()(images), (head + sum(votes) * 2 / len(votes)) / 3)

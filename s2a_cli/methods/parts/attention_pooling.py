@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,17 +31,20 @@ class Feature(nn.Module):
 
     @torch.no_grad()
     def forward(self, h: Tensor) -> Tensor:
-        return torch.cat(
-            [(self.tokens(part) / STEP).round_().clamp_(-127, 127).to(torch.int8) for part in batch_chunks(h)]
-        )
+        return joined([self.coded(part) for part in batch_chunks(h)])
+
+    def coded(self, h: Tensor) -> Tensor:
+        return self.tokens(h).mul_(1 / STEP).round_().clamp_(-127, 127).to(torch.int8)
 
     def tokens(self, h: Tensor) -> Tensor:
         """Returns the same before it is coded, in fp32."""
         prefix, patches = self.hidden.split(h)
-        if patches.shape[-1] > 1:  # a map; tokens without a square grid stay as they are
-            height, width = (min(n, self.grid) for n in patches.shape[-2:])
-            patches = F.adaptive_avg_pool2d(patches, (height, width))
-        tokens = torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
+        height, width = patches.shape[-2:]
+        if width == 1 or max(height, width) <= self.grid:  # no map, or a small one
+            tokens = self.hidden.to_tokens(h)
+        else:
+            patches = F.adaptive_avg_pool2d(patches, (min(height, self.grid), min(width, self.grid)))
+            tokens = torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
         return F.layer_norm(tokens.float(), tokens.shape[-1:])
 
 
@@ -48,9 +53,22 @@ def batch_chunks(h: Tensor) -> tuple[Tensor, ...]:
 
     A graph that is recorded for a batch of any size reads it whole.
     """
-    if torch.jit.is_tracing() or isinstance(h.shape[0], torch.SymInt):
+    if is_of_any_size(h):
         return (h,)
     return h.split(max(1, chunk_sizes(h.device).pooled * len(h) // max(1, h.numel())))
+
+
+def are_few(tokens: Sequence[Tensor]) -> bool:
+    """Tells whether tokens [B, N, C] of several blocks are of one shape, and few enough to be read together."""
+    first = tokens[0]
+    if any(t.shape != first.shape or t.dtype != first.dtype for t in tokens):
+        return False
+    return is_of_any_size(first) or len(tokens) * first.numel() <= chunk_sizes(first.device).read
+
+
+def is_of_any_size(h: Tensor) -> bool:
+    """Tells whether a graph is recorded, maybe for batches of another size."""
+    return torch.jit.is_tracing() or isinstance(h.shape[0], torch.SymInt)
 
 
 class DifferentiableFeature(torch.autograd.Function):
@@ -79,42 +97,43 @@ class DifferentiableFeature(torch.autograd.Function):
 
 
 def attend(t: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the means of tokens t [B, N, C] weighted by softmax(t q), [B, heads, C], and the weights [B, N, heads].
+    """Returns the means of tokens t [G, B, N, C] weighted by softmax(t q), [G, B, heads, C], and the weights
+    [G, B, N, heads].
 
-    query: [heads, C].
+    query: [G, heads, C].
     """
-    weights = torch.softmax(t @ query.T, dim=1)
-    return weights.transpose(1, 2).to(t.dtype) @ t, weights
+    weights = torch.softmax((t.flatten(1, 2) @ query.transpose(1, 2)).unflatten(1, t.shape[1:3]), dim=2)
+    return weights.transpose(2, 3).to(t.dtype) @ t, weights
 
 
 class Attend(torch.autograd.Function):
-    """Does what `attend` does to tokens in codes of 8 bits: [B, heads, C].
+    """Does what `attend` does to tokens in codes of 8 bits: [G, B, heads, C].
 
     Keeps the codes, once for all heads, and the weights; its gradient is exact. The tokens get none.
     """
 
     @staticmethod
     def forward(ctx, tokens: Tensor, query: Tensor) -> Tensor:
-        read, weights = attend(tokens.to(query.dtype) * STEP, query)
+        read, weights = attend(tokens.to(query.dtype), query * STEP)
         ctx.save_for_backward(tokens, weights)
-        return read
+        return read.mul_(STEP)
 
     @staticmethod
     @first_order
     def backward(ctx, grad: Tensor):
         tokens, weights = ctx.saved_tensors
-        t = tokens.to(grad.dtype) * STEP
-        g = t @ grad.transpose(1, 2)
-        scores = weights * (g - (weights * g).sum(1, keepdim=True))
-        return None, torch.einsum("bnh,bnc->hc", scores.to(t.dtype), t)
+        t, grad = tokens.to(grad.dtype), grad * STEP
+        g = t @ grad.transpose(2, 3)
+        scores = weights * (g - (weights * g).sum(2, keepdim=True))
+        return None, (scores.to(t.dtype).flatten(1, 2).transpose(1, 2) @ t.flatten(1, 2)).mul_(STEP)
 
 
 class Reader(nn.Module):
     """Classifies by tokens [B, N, C]: attention pooling by one learned query a head, a projection of each, a linear
     map.
 
-    Returns logits [B, classes]. The queries begin near zero, where the weights are even and what is read is the mean;
-    the linear map is zero at the start.
+    The queries begin near zero, where the weights are even and what is read is the mean; the linear map is zero at the
+    start. `logits_of` computes the logits.
     """
 
     def __init__(self, channels: int, heads: int, width: int, classes: int):
@@ -126,11 +145,32 @@ class Reader(nn.Module):
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        coded = not tokens.is_floating_point()
-        if coded and torch.is_grad_enabled():
-            seen = Attend.apply(tokens, self.query)
-        else:
-            seen = attend(tokens.to(self.query.dtype) * (STEP if coded else 1), self.query)[0]
-        read = torch.einsum("bhc,hcw->bhw", seen, self.value)
-        return self.classifier(self.norm(read.flatten(1)))
+
+def logits_of(readers: Sequence[Reader], tokens: Sequence[Tensor]) -> Tensor:
+    """Returns the logits [G, B, classes] of G readers of one shape, each by its own tokens [B, N, C].
+
+    Computes all of them at once: of small batches the calls of operators are what takes time.
+    """
+    read, query = together(tokens), together([r.query for r in readers])
+    coded = not read.is_floating_point()
+    if coded and torch.is_grad_enabled():
+        seen = Attend.apply(read, query)
+    else:
+        seen = attend(read.to(query.dtype) * (STEP if coded else 1), query)[0]
+    heads = torch.einsum("gbhc,ghcw->gbhw", seen, together([r.value for r in readers])).flatten(2)
+    if len(readers) == 1:
+        return readers[0].classifier(readers[0].norm(heads))
+    scale, shift = together([r.norm.weight for r in readers]), together([r.norm.bias for r in readers])
+    normed = F.layer_norm(heads, heads.shape[-1:], eps=readers[0].norm.eps) * scale[:, None] + shift[:, None]
+    weight, bias = (together([getattr(r.classifier, name) for r in readers]) for name in ("weight", "bias"))
+    return torch.baddbmm(bias[:, None], normed, weight.transpose(1, 2))
+
+
+def together(tensors: Sequence[Tensor]) -> Tensor:
+    """Stacks tensors of one shape; of one alone nothing is copied."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenates parts of a batch; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -1,11 +1,11 @@
 """Auxiliary heads: logits beside the model's own, each with a loss of its own (deep supervision, arXiv 1409.5185).
 
-They share no gradient, so that each can be back-propagated as soon as it is there.
+They share no gradient, so that their losses can be back-propagated as soon as they are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from s2a_cli.methods.parts.thread_local import HandedOn, ThreadLocal
 
-Learn = Callable[[Tensor], None]  # takes auxiliary logits [B, classes] and back-propagates their loss
+Learn = Callable[[Tensor], None]  # takes auxiliary logits [heads, B, classes] and back-propagates their losses
 
 
 def losses_of(
@@ -41,11 +41,11 @@ def mean_logits(logits: Tensor) -> Tensor:
 class AuxiliaryHeads(nn.Module):
     """Collects the auxiliary logits of a forward pass.
 
-    A subclass hands each to `collect` when it is computed and takes all of them with `collected` at the end.
+    A subclass hands them to `collect` when they are computed and takes all of them with `collected` at the end.
     """
 
     _learn = ThreadLocal[Learn | None](None)
-    _logits = HandedOn[tuple[Tensor, ...]]((), between_blocks=False)
+    _logits = HandedOn[tuple[tuple[int, Tensor], ...]]((), between_blocks=False)  # of each head, by its number
 
     @contextmanager
     def learning(self, learn: Learn) -> Iterator[None]:
@@ -60,14 +60,17 @@ class AuxiliaryHeads(nn.Module):
         """Forgets the logits of a forward pass that did not end."""
         self._logits = ()
 
-    def collect(self, logits: Tensor) -> None:
-        """Keeps auxiliary logits [B, classes] to the end of the forward pass; within `learning` without a graph."""
+    def collect(self, heads: Sequence[int], logits: Tensor) -> None:
+        """Keeps the logits of some heads [heads, B, classes] until the forward pass ends.
+
+        Within `learning` it keeps them without a graph. heads: their numbers.
+        """
         if self._learn is not None and logits.requires_grad and not torch.compiler.is_compiling():
             self._learn(logits)
             logits = logits.detach()
-        self._logits = *self._logits, logits
+        self._logits = *self._logits, *zip(heads, logits.unbind(0))
 
-    def collected(self) -> tuple[Tensor, ...]:
-        """Returns the auxiliary logits of this forward pass, and forgets them."""
+    def collected(self) -> list[Tensor]:
+        """Returns the logits of this forward pass, each [B, classes], in the order of the heads; forgets them."""
         logits, self._logits = self._logits, ()
-        return logits
+        return [one for _, one in sorted(logits, key=lambda numbered: numbered[0])]
