@@ -2,8 +2,8 @@
 
     python benchmarks/operators/operators.py
 
-Writes results/operators.json and .md. Views are not counted. Bias tuning, batch 64, fp32, 224 px; no GPU is needed,
-none is used.
+Writes operators.json and .md beside this file. Views and allocations are not counted. Bias tuning, batch 64, fp32, 224 px; then ViT-B
+by several methods, a micro-batch of 4 and a whole batch. No GPU is needed, none is used.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from s2a_cli.training.environment import environment
 
 BACKBONES = ("vit_b", "swin_b", "convnext_b", "resnet50")
 QUANTS = ("none", "int4", "tiny")
+METHODS = ("linear", "bias", "lora", "side", "s2a")
 DEVICES = ("cuda", "cpu")
 BATCH, CLASSES = 64, 100
-MOST = {"int4": 2.0, "tiny": 2.5}  # times stock's operators on CUDA, for ViT-B
+COLUMNS = [(batch, quant) for batch in (4, BATCH) for quant in ("none", "tiny")]  # of the table of methods
 OUT = Path(__file__).parent
 
 
-def counted(backbone: str, quant: str, device: str) -> dict[str, Any]:
+def counted(backbone: str, quant: str, device: str, method: str = "bias", batch: int = BATCH) -> dict[str, Any]:
     """One row."""
     words = [
         f"backbone={backbone}",
-        "method=bias",
+        f"method={method}",
         f"quant={quant}",
         "backbone.pretrained=false",
-        f"optim.batch_size={BATCH}",
+        f"optim.batch_size={batch}",
     ]
     config = compose([*words, "dataset=cifar100"])
     made = backbones.build(config.backbone, CLASSES, meta=True)
@@ -44,12 +45,14 @@ def counted(backbone: str, quant: str, device: str) -> dict[str, Any]:
     own = chunk_sizes.BY_DEVICE["cuda"]
     chunk_sizes.BY_DEVICE["cuda"] = chunk_sizes.BY_DEVICE[device]  # a prediction is one of CUDA
     try:
-        profile = forecast.profile_step(attached, config, BATCH)
+        profile = forecast.profile_step(attached, config, batch)
     finally:
         chunk_sizes.BY_DEVICE["cuda"] = own
     found = profile.memory
     return {
         "backbone": backbone,
+        "method": method,
+        "batch": batch,
         "quant": quant,
         "pieces": device,
         "operators": profile.operators,
@@ -58,7 +61,15 @@ def counted(backbone: str, quant: str, device: str) -> dict[str, Any]:
     }
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def of_methods(rows: list[dict[str, Any]]) -> list[str]:
+    """A line a method: the operators of a step by batch and quant."""
+    heads = ["method", *(f"{batch} images, {quant}" for batch, quant in COLUMNS)]
+    by = {(row["method"], row["batch"], row["quant"]): row["operators"] for row in rows}
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
+    return lines + [f"| {name} | {' | '.join(f'{by[name, *column]:,}' for column in COLUMNS)} |" for name in METHODS]
+
+
+def markdown(rows: list[dict[str, Any]], methods: list[dict[str, Any]]) -> str:
     """A line a backbone and quant: operators and times stock's, peak and kept MiB, for both kinds of pieces."""
     sizes = {device: vars(chunk_sizes.BY_DEVICE[device]) for device in DEVICES}
     head = [
@@ -92,25 +103,37 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             "",
             (
                 "`python benchmarks/operators/operators.py`. Bias tuning, batch 64, fp32, 224 px, predicted: what is"
-                " dispatched, views apart, and the peak."
+                " dispatched, views and allocations apart, and the peak."
             ),
             f"Elements of a piece: {told} (see s2a_cli/activations/chunk_sizes.py).",
             "",
             *lines,
+            "",
+            (
+                "ViT-B by several methods, CUDA's pieces: a micro-batch of 4, where a GPU waits for the launches, and a"
+                " whole batch."
+            ),
+            "",
+            *of_methods(methods),
             "",
         ]
     )
 
 
 def main() -> int:
-    rows, todo = [], [(b, q, d) for b in BACKBONES for q in QUANTS for d in DEVICES]
-    with Progress("counting", len(todo), " steps") as progress:
-        for case in todo:
-            rows.append(counted(*case))
-            progress.add(1, row=" ".join(case))
-    atomic_write(OUT / "operators.json", json.dumps({"environment": environment("cpu"), "rows": rows}, indent=1) + "\n")
-    atomic_write(OUT / "operators.md", markdown(rows))
-    print(markdown(rows))
+    todo: list[tuple[Any, ...]] = [(b, q, d) for b in BACKBONES for q in QUANTS for d in DEVICES]
+    several = [("vit_b", quant, "cuda", name, batch) for name in METHODS for batch, quant in COLUMNS]
+    with Progress("counting", len(todo) + len(several), " steps") as progress:
+
+        def row(case: tuple[Any, ...]) -> dict[str, Any]:
+            progress.add(1, row=" ".join(map(str, case)))
+            return counted(*case)
+
+        rows, methods = list(map(row, todo)), list(map(row, several))
+    found = {"environment": environment("cpu"), "rows": rows, "methods": methods}
+    atomic_write(OUT / "operators.json", json.dumps(found, indent=1) + "\n")
+    atomic_write(OUT / "operators.md", markdown(rows, methods))
+    print(markdown(rows, methods))
     return 0
 
 

@@ -24,6 +24,19 @@ WATCHED = tuple(
 )
 
 
+WITHOUT_KERNEL = {  # operators that run nothing on a device, beside views
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+    torch.ops.profiler._record_function_enter_new.default,
+    torch.ops.profiler._record_function_exit._RecordFunction,
+}
+
+
 class Allocation:
     """The record of one storage.
 
@@ -69,7 +82,7 @@ class Tracker(TorchDispatchMode):
         self.place = ""  # in the model, of what runs now
         self.reading = False  # whether a forward pass runs: what reads a tensor then may keep it
         self.calls: list[Call] = []  # attention and convolutions of this step
-        self.operators = 0  # dispatched in this step, views apart
+        self.operators = 0  # dispatched in this step, those apart that run nothing on a device
         self._storages: dict[int, tuple[weakref.ref, Allocation]] = {}  # address -> the storage, its record
         self._bounds: list[int] = []  # autograd's sequence number where the place changed in a forward pass
         self._places: list[str] = []  # and to which
@@ -135,7 +148,7 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        self.operators += not func.is_view
+        self.operators += not func.is_view and func not in WITHOUT_KERNEL
         results = [out] if isinstance(out, Tensor) else [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         self.add(results, func)
         if self.reading and (keeper := reads(func)):
