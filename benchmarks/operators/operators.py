@@ -2,8 +2,8 @@
 
     python benchmarks/operators/operators.py
 
-Writes operators.json and .md beside this file. Views and allocations are not counted. Bias tuning, batch 64, fp32, 224 px; then ViT-B
-by several methods, a micro-batch of 4 and a whole batch. No GPU is needed, none is used.
+Writes operators.json and .md beside this file. Views and allocations are not counted. Bias tuning, batch 64, fp32, 224
+px; then ViT-B by several methods, a micro-batch of 4 and a whole batch. No GPU is needed, none is used.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from s2a_cli.common import distributed, files
 from s2a_cli.common.errors import RunError
 from s2a_cli.common.interrupts import guarded, stopping
 from s2a_cli.common.progress import Progress
-from s2a_cli.common.text import first_line
+from s2a_cli.common.text import first_line, listed
 from s2a_cli.results import record
 from s2a_cli.training import checkpoints, duration
 from s2a_cli.training.evaluation import accuracy, chosen_by, describe, sent
@@ -181,6 +182,8 @@ class TrainLoop:
             images = images.to(self.step.dtype)
         after = [meter.after_forward] if meter else []
         loss = self.step(self.run.trained, self.optimizer, images, targets, *after, of=count)
+        if at.epoch == 1 and at.step == 0:
+            self._warn_of_idle()
         pending.ends(loss)
         if meter:
             meter.step_ends()
@@ -192,6 +195,17 @@ class TrainLoop:
         if distributed.rank_and_world_size()[1] > 1 and steps <= LOOKS[-1]:  # the first one's codes, in all processes
             self.step.calibration = distributed.broadcast(lambda: self.step.calibration)
         return stops > 0, saves > 0
+
+    def _warn_of_idle(self) -> None:
+        """Warns of trained tensors that nothing trains, such as those of a side network whose output nobody reads."""
+        moved = {id(p) for p in self.step.with_gradient}
+        trained = [(name, p) for name, p in self.run.model.named_parameters() if p.requires_grad]
+        if (idle := [name for name, p in trained if id(p) not in moved]) and distributed.is_main_process():
+            print(
+                f"s2a: {len(idle)} of {len(trained)} trained tensors have no gradient in the first step, and stay as"
+                f" they are: {listed(idle, 3)}",
+                file=sys.stderr,
+            )
 
     def _count(self, step: Pending | None, *flags: bool) -> list[float]:
         """Adds a step's figures, those of all processes, to those so far.

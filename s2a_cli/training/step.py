@@ -135,7 +135,7 @@ class Step:
         alone = distributed.rank_and_world_size()[1] == 1  # others add up gradients within the backward pass
         self.graphs = PassGraphs() if config.cuda_graphs and device.type == "cuda" and alone else None
         self._taken = 0  # steps
-        self._with_gradient: list[nn.Parameter] = []  # those that had one in the last step
+        self.with_gradient: list[nn.Parameter] = []  # those that had one in the last step
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp-fp16")
 
     @property
@@ -263,12 +263,12 @@ class Step:
 
         run = functools.partial(self.accumulate, model)
         if ready := self._taken >= LAUNCHED and self.is_steady:
-            for p in self._with_gradient:  # where the graph finds them again
+            for p in self.with_gradient:  # where the graph finds them again
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         return self.graphs(run, images, targets, share, ready)
 
     def _release_gradients(self, optimizer: Optimizer, trained: list[nn.Parameter]) -> None:
         """Ends the gradients of a step; those that graphs add to stay, as zeros."""
         self._taken += 1
-        self._with_gradient = [p for p in trained if p.grad is not None]
+        self.with_gradient = [p for p in trained if p.grad is not None]
         optimizer.zero_grad(set_to_none=self.graphs is None or not self.graphs.is_active)

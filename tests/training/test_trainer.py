@@ -149,6 +149,15 @@ def test_a_loss_that_is_not_finite_fails_the_run(tmp_path):
     assert result["status"] == "failed" and "lower optim.lr" in result["error"]
 
 
+@pytest.mark.parametrize("method, idle", [("[lst,res_tuning_bypass]", 16), ("[lst,side]", 0)])
+def test_what_nothing_trains_is_said(tmp_path, capsys, method, idle):
+    """The head reads LST's features alone: nothing reads what the bypass makes of the same blocks."""
+    train(tmp_path, f"method={method}", "optim.epochs=1")
+    said = [line for line in capsys.readouterr().err.splitlines() if "no gradient in the first step" in line]
+    assert len(said) == bool(idle)
+    assert all(line.startswith(f"s2a: {idle} of ") and "s2a.res_tuning_bypass" in line for line in said)
+
+
 def test_a_folder_that_can_not_be_written_is_refused_before_anything_runs(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="run_dir=.*can't be written to"):
