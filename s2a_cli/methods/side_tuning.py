@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +63,13 @@ class SideNetwork(nn.Module):
         self._images = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
 
     def on_head_input(self, head: nn.Module, args: tuple) -> tuple:
-        """Blends the side network's feature into what the head reads. A pre-hook of the head."""
-        images, self._images = cast(Tensor, self._images), None
+        """Blends the side network's feature into what the head reads. A pre-hook of the head.
+
+        Raises UserError where the model was not called before.
+        """
+        images, self._images = self._images, None
+        if images is None:
+            raise UserError("method=side_tuning: the side network reads the images: call the model, not its parts")
         weight, side = torch.sigmoid(self.alpha), self(images).view_as(args[0])
         return (mixed(side, args[0], weight).to(args[0].dtype), *args[1:])
 

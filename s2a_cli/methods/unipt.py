@@ -13,7 +13,7 @@ from s2a_cli.config.schema import AT_LEAST_1
 from s2a_cli.config.settings import setting
 from s2a_cli.methods.attachment import Attachment
 from s2a_cli.methods.base import BlocksSettings, Structure
-from s2a_cli.methods.parts.head_input import head_width, only_head
+from s2a_cli.methods.parts.head_input import head_alone, head_width, only_head
 from s2a_cli.methods.parts.thread_local import HandedOn
 
 
@@ -60,8 +60,10 @@ class ParallelNetwork(nn.Module):
         return ((feature + self(feature)).to(args[0].dtype).view_as(args[0]), *args[1:])
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Returns what is added to a feature [B, F] of the hidden states that were read."""
+        """Returns what is added to a feature [B, F] of the hidden states that were read. Raises UserError without."""
         targets, self._targets = self._targets, ()
+        if not targets:
+            raise head_alone()
         q = self.anchor(F.relu(feature))
         means = [t.mean(1) for t in targets]
         merged = []

@@ -240,3 +240,13 @@ def test_blocks_may_run_in_parts_where_only_a_side_network_has_batchnorms(word, 
     config = compose(["method=hst", *settings, word])
     with pytest.raises(UserError, match="trains BatchNorms") if refused else nullcontext():
         attach(config, make("vit"))
+
+
+@pytest.mark.parametrize("method", ["lst", "qst", "side_tuning", "unipt", "s2a_paper"])
+def test_a_head_that_is_called_alone_says_what_to_call(method):
+    made = make("vit", method)
+    images, _ = batch(made)
+    before = made.model.eval()(images)
+    with pytest.raises(UserError, match="call the model, not its"):
+        made.model.get_submodule("head")(torch.randn(4, 48))
+    assert torch.equal(made.model(images), before)

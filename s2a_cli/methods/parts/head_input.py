@@ -8,6 +8,11 @@ from s2a_cli.backbones import Backbone
 from s2a_cli.common.errors import UserError
 
 
+def head_alone() -> UserError:
+    """Returns the error of a head that is called before the blocks whose hidden states add to what it reads."""
+    return UserError("method: the head reads what is made of the blocks beside it: call the model, not its head")
+
+
 def only_head(method: str, backbone: Backbone) -> nn.Module:
     """Returns the classifier, a linear layer or 1 x 1 convolution. Raises UserError, for a method, for several."""
     layers = list(backbone.head.layers.values())

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from s2a_cli.backbones import Hidden
 from s2a_cli.common.hooks import reads_output_only
+from s2a_cli.methods.parts.head_input import head_alone
 from s2a_cli.methods.parts.thread_local import HandedOn
 
 HEADS = 4  # of attention in the branch
@@ -83,8 +84,12 @@ class Ladder(nn.Module):
             self._state = s + self.layers[index](tokens + s), shape
 
     def on_head_input(self, index: int, head: nn.Module, args: tuple) -> tuple:
-        """Adds to the feature [B, C], [B, C, 1, 1] or [B, N, C]. A pre-hook of layer number `index` of the head."""
-        assert self._state is not None, "blocks run before the head"
+        """Adds to the feature [B, C], [B, C, 1, 1] or [B, N, C]. A pre-hook of layer number `index` of the head.
+
+        Raises UserError where the blocks have not run before.
+        """
+        if self._state is None:
+            raise head_alone()
         added = self.merges[index](self.norm(self._state[0]).mean(1))
         if index + 1 == len(self.merges):
             self._state = None

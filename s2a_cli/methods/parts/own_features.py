@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from s2a_cli.backbones import Backbone, Block, Hidden
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.hooks import owner_of
+from s2a_cli.methods.parts.head_input import head_alone
 from s2a_cli.methods.parts.thread_local import ThreadLocal
 
 
@@ -31,9 +32,7 @@ class OwnFeatures(nn.Module):
         Raises UserError where it does not read one vector of an image, or the blocks have not run before.
         """
         if not self._features:
-            raise UserError(
-                "method: the head reads what a side network makes of the blocks: call the model, not its head"
-            )
+            raise head_alone()
         features, *left = self._features
         self._features = tuple(left)
         if features.numel() != args[0].numel():
