@@ -24,6 +24,7 @@ optuna = pytest.importorskip("optuna", reason="pip install 's2a[optuna]'")
 from s2a_cli.sweeps import search  # noqa: E402
 
 TINY = [
+    *("dataset.val_fraction=0.05", "dataset.test_fraction=0.05"),  # 90 images each
     "dataset=digits",
     "dataset.shots=4",
     "backbone=vit_micro",

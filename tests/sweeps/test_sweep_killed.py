@@ -24,6 +24,7 @@ pytestmark = [
 ]
 
 GRID = [
+    *("dataset.val_fraction=0.05", "dataset.test_fraction=0.05"),  # 90 images each
     *("dataset=digits", "dataset.shots=16", "backbone=vit_micro", "device=cpu", "workers=0", "quant=none"),
     *("optim.epochs=5", "optim.batch_size=20", "save_steps=2", "method=bias", "seed=0,1", "sweep.workers=2"),
     *("backbone.kwargs.depth=2", "backbone.pretrained=false"),

@@ -26,6 +26,7 @@ from s2a_cli.sweeps import sweep as sweeps
 from s2a_cli.training import checkpoints, forecast
 
 WORDS = [
+    *("dataset.val_fraction=0.05", "dataset.test_fraction=0.05"),  # 90 images each
     *(
         "dataset=digits",
         "dataset.shots=8",

@@ -22,6 +22,7 @@ from s2a_cli.training.trained import load
 pytestmark = pytest.mark.slow
 
 WORDS = [
+    *("dataset.val_fraction=0.05", "dataset.test_fraction=0.05"),  # 90 images each
     *("dataset=digits", "dataset.shots=8", "backbone=vit_micro", "method=s2a", "device=cpu", "workers=0"),
     *("optim.epochs=3", "optim.batch_size=27", "optim.name=sgd", "optim.lr=0.05", "optim.clip_grad=1"),
     *("backbone.kwargs.depth=2", "backbone.pretrained=false"),

@@ -16,6 +16,7 @@ from s2a_cli.training import checkpoints, forecast, loop, trainer
 from s2a_cli.training.pending import Pending
 
 QUICK = [
+    *("dataset.val_fraction=0.05", "dataset.test_fraction=0.05"),  # 90 images each
     *(
         "dataset=digits",
         "dataset.shots=8",
