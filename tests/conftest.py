@@ -51,6 +51,15 @@ def set_chunk_sizes(monkeypatch):
 
 
 @pytest.fixture
+def quick_plans(monkeypatch):
+    """Plans that measure for a moment: the search is the same."""
+    from s2a_cli.planner import measure, plan
+
+    monkeypatch.setattr(measure, "SECONDS", 0.2)
+    monkeypatch.setattr(plan, "FINAL_SECONDS", 0.2)
+
+
+@pytest.fixture
 def make_result():
     return result
 

@@ -55,7 +55,7 @@ def peak(attached: s2a_cli.Attached, chosen: s2a_cli.StepPlan | None = None) -> 
 
 
 @pytest.mark.parametrize("method", ["bias", "s2a"])
-def test_a_loop_with_the_plan_keeps_to_the_budget(method):
+def test_a_loop_with_the_plan_keeps_to_the_budget(method, quick_plans):
     attached = made(method)
     whole = peak(attached)
     budget = f"{whole * 0.75:.1f}MiB"
@@ -80,7 +80,7 @@ def test_images_are_predicted_in_the_type_that_they_have(micro_batch):
     assert task.needed(Candidate(micro_batch)) / MIB == pytest.approx(peak(attached, cut), abs=0.01)
 
 
-def test_a_plan_leaves_the_gradient_as_it_is():
+def test_a_plan_leaves_the_gradient_as_it_is(quick_plans):
     attached = made("bias")
     chosen = s2a_cli.plan(attached, IMAGES, LABELS, f"{peak(attached) * 0.7:.1f}MiB")
     found = []

@@ -18,7 +18,7 @@ from s2a_cli.common.progress import Progress
 from s2a_cli.config.compose import compose
 from s2a_cli.config.settings import replaced
 from s2a_cli.memory.result import MIB
-from s2a_cli.planner import kept_features, measure, plan
+from s2a_cli.planner import kept_features
 from s2a_cli.planner.blocks import Blocks, kinds_of
 from s2a_cli.planner.candidates import EXACT, MODES, PLAIN, RECOMPUTED, Candidate
 from s2a_cli.planner.fidelity import Fidelity
@@ -147,10 +147,8 @@ def test_two_micro_batches_tell_the_peak_of_many_behind_kept_blocks():
 @pytest.mark.slow
 @pytest.mark.predicts
 @pytest.mark.parametrize("method", [LAST, ["method=side"]], ids=["tail", "branch"])
-def test_a_planned_run_trains_on_kept_features(method, tmp_path, monkeypatch, capsys):
+def test_a_planned_run_trains_on_kept_features(method, tmp_path, monkeypatch, capsys, quick_plans):
     monkeypatch.setenv("S2A_DATA", str(tmp_path))
-    monkeypatch.setattr(measure, "SECONDS", 0.2)
-    monkeypatch.setattr(plan, "FINAL_SECONDS", 0.2)
     decision = kept_features.Decision(True, "is told to")
     monkeypatch.setattr(kept_features, "decide", lambda *arguments: decision)
     words = ["train", *SHORT, *method, f"run_dir={tmp_path}/run"]
@@ -171,9 +169,8 @@ def test_a_planned_run_trains_on_kept_features(method, tmp_path, monkeypatch, ca
 
 @pytest.mark.predicts
 @pytest.mark.parametrize("cache", ["auto", "features"])
-def test_a_composition_is_planned_with_kept_features(cache, tmp_path, monkeypatch, capsys):
+def test_a_composition_is_planned_with_kept_features(cache, tmp_path, monkeypatch, capsys, quick_plans):
     monkeypatch.setenv("S2A_DATA", str(tmp_path))
-    monkeypatch.setattr(measure, "SECONDS", 0.2)
     assert main(["plan", *SHORT, "method=side", "optim.epochs=50", "budget=1GiB", f"dataset.cache={cache}"]) == 0
     said = capsys.readouterr().out
     assert ("dataset.cache=features" in said) == (cache == "auto") and "stock PyTorch" in said
@@ -187,10 +184,9 @@ TIGHT += ["method=s2a", "method.blocks=last:2", "optim.epochs=12", "budget=3.8Mi
 @pytest.mark.slow
 @pytest.mark.predicts
 @pytest.mark.parametrize("cache", ["auto", "features"])
-def test_features_are_not_kept_where_only_the_whole_model_fits(cache, tmp_path, monkeypatch, capsys):
+def test_features_are_not_kept_where_only_the_whole_model_fits(cache, tmp_path, monkeypatch, capsys, quick_plans):
     """What is kept of a batch may be more than its images."""
     monkeypatch.setenv("S2A_DATA", str(tmp_path))
-    monkeypatch.setattr(measure, "SECONDS", 0.2)
     monkeypatch.setattr(kept_features, "decide", lambda *arguments: kept_features.Decision(True, "is told to"))
     code = main(["plan", *TIGHT, f"dataset.cache={cache}"])
     out, err = capsys.readouterr()
@@ -201,11 +197,9 @@ def test_features_are_not_kept_where_only_the_whole_model_fits(cache, tmp_path, 
 
 
 @pytest.mark.parametrize("method", [LAST, ["method=side"]], ids=["tail", "branch"])
-def test_stored_weights_are_judged_by_the_features_that_they_make(method, tmp_path, monkeypatch):
+def test_stored_weights_are_judged_by_the_features_that_they_make(method, tmp_path, monkeypatch, quick_plans):
     """The part that trains on kept features may hold no stored weights; what it reads was made by them."""
     monkeypatch.setenv("S2A_DATA", str(tmp_path))
-    monkeypatch.setattr(measure, "SECONDS", 0.2)
-    monkeypatch.setattr(plan, "FINAL_SECONDS", 0.2)
     read, captured = [], kept_features.captured
 
     def noted(config, attached, images, device):

@@ -17,7 +17,6 @@ from s2a_cli.common.progress import Progress
 from s2a_cli.config.compose import compose
 from s2a_cli.config.settings import replaced
 from s2a_cli.memory.result import MIB
-from s2a_cli.planner import measure, plan
 from s2a_cli.planner.candidates import EXACT, MODES, PLAIN, RECOMPUTED, Candidate
 from s2a_cli.planner.fidelity import Fidelity
 from s2a_cli.planner.run_plan import plan_run
@@ -48,13 +47,6 @@ def timer_of(task: Task) -> Timer:
     images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
     progress = Progress("", None, "", quiet=True).__enter__()
     return Timer(task.config, task.attached, (images, torch.arange(8)), CPU, progress)
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Plans that take no time: the search is the same."""
-    monkeypatch.setattr(measure, "SECONDS", 0.2)
-    monkeypatch.setattr(plan, "FINAL_SECONDS", 0.2)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.about)
@@ -126,7 +118,7 @@ def test_batch_norms_that_train_keep_the_batch_whole():
     assert not any(mode.recomputes or mode.fidelity < 1 for mode in task.modes(0.99))
 
 
-def test_a_run_keeps_its_plan(tmp_path, capsys, quick, monkeypatch):
+def test_a_run_keeps_its_plan(tmp_path, capsys, quick_plans, monkeypatch):
     words = [*TINY, "budget=2.5MiB", f"run_dir={tmp_path}"]
     assert main(["train", *words]) == 0
     out, result = capsys.readouterr().out, record.read_result(tmp_path)
@@ -153,7 +145,7 @@ def test_a_run_without_a_planner_says_so(tmp_path):
         trainer.train(compose([*TINY, "budget=2MiB", f"run_dir={tmp_path}"]))
 
 
-def test_codes_are_taken_below_what_exact_plans_need(quick):
+def test_codes_are_taken_below_what_exact_plans_need(quick_plans):
     exact = task_of("backbone.kwargs.depth=3")
     least = min(map(exact.needed, exact.smallest(1.0)))
     coded = min(map(exact.needed, exact.smallest(0.999)))
@@ -168,7 +160,7 @@ def test_codes_are_taken_below_what_exact_plans_need(quick):
 
 
 @pytest.mark.parametrize("method", ["bias", "prompt"])  # which draws no number, and does, before other weights are made
-def test_weights_are_chosen_where_they_may_be(tmp_path, quick, capsys, method):
+def test_weights_are_chosen_where_they_may_be(tmp_path, quick_plans, capsys, method):
     task = task_of(f"method={method}")
     budget = f"budget={0.8 * min(map(task.needed, task.smallest(0.99))) / MIB}MiB"
     words = [*TINY, f"method={method}", budget, "fidelity=0.99", f"run_dir={tmp_path}"]
@@ -180,7 +172,7 @@ def test_weights_are_chosen_where_they_may_be(tmp_path, quick, capsys, method):
     assert main(["eval", f"run={tmp_path}"]) == 0
 
 
-def test_blocks_are_recomputed_where_weights_are_stored_otherwise_and_nothing_else_fits(quick):
+def test_blocks_are_recomputed_where_weights_are_stored_otherwise_and_nothing_else_fits(quick_plans):
     task = task_of("backbone.kwargs.depth=6", "backbone.weights=auto", "budget=1MiB")
     plain, recomputed = (
         task.needed(Candidate(1, mode, blocks, 6, "offload")) for mode, blocks in ((PLAIN, 0), (RECOMPUTED, 6))
@@ -195,7 +187,7 @@ def test_blocks_are_recomputed_where_weights_are_stored_otherwise_and_nothing_el
     assert quant["recompute"] == "block" or quant["blocks"]
 
 
-def test_memory_with_a_budget_plans_too(quick, capsys):
+def test_memory_with_a_budget_plans_too(quick_plans, capsys):
     assert main(["memory", *TINY, "budget=2.5MiB", "format=json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found["peak_mib"] <= 2.5 and found["plan"]["choices"][0]["needed_mib"] == pytest.approx(
