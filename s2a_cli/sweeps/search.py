@@ -8,6 +8,7 @@ goes on where it was.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -37,6 +38,7 @@ KEYS = {
 FAILURES = 5  # in a row, at which a search gives up
 ENOUGH = 10  # trials from which on the importance of settings is reported
 SHOWN = 5  # trials in the table at the end
+BEGINNINGS = ("dataset=", "dataset.root=", "backbone=", "backbone.checkpoint=")  # words of what runs begin from
 METRIC = "metric"  # attribute of a study: the name of its figure
 
 
@@ -98,6 +100,19 @@ def _first(word: str) -> str:
     if isinstance(value, RangeSweep) and not value.shuffle and steps(word, value):
         return f"{override.get_key_element()}={next(iter(value.range()))}"
     return expand([word])[0][0]
+
+
+def _beginnings(space: Space) -> dict[str, list[str]]:
+    """Returns the words of a run with the first value of each range, and of one for each other data set or backbone.
+
+    By what is said of them: nothing of the first, ` of dataset=b` of another.
+    """
+    words = [word for word in space.ranges.values() if "interval(" not in word]
+    several = {word: [one for (one,) in expand([word])] for word in words if word.startswith(BEGINNINGS)}
+    same = [*space.fixed, *(_first(word) for word in words if word not in several)]
+    found = {f" of {shlex.join(chosen)}": [*same, *chosen] for chosen in itertools.product(*several.values())}
+    first, *others = found.items()
+    return {"": first[1], **dict(others)}
 
 
 class Search:
@@ -180,7 +195,7 @@ def finished(study: Any) -> list[Any]:
 def open_study(folder: Path, name: str, space: Space, origin: dict[str, str]) -> Any:
     """Opens the study in `folder`, new or as it was left. Raises UserError where it is one over something else.
 
-    origin: what its first run begins from -> the hash of that.
+    origin: what its runs begin from -> the hash of that.
     """
     import optuna
 
@@ -202,8 +217,8 @@ def open_study(folder: Path, name: str, space: Space, origin: dict[str, str]) ->
         raise UserError(
             f"{path}: a search over something else ({changed} is in one of them only); set search.name= to another name"
         )
-    known = study.user_attrs.get("origin", origin)
-    if changed := [what for what in origin if known.get(what) != origin[what]]:
+    known = study.user_attrs.get("origin", {})
+    if changed := [what for what, now in origin.items() if known.get(what, now) != now]:
         raise UserError(
             f"{path}: a search over something else ({changed[0]} changed since); set search.name= to another name"
         )
@@ -257,12 +272,17 @@ def search(words: list[str]) -> int:
     except ImportError:
         raise UserError("s2a search needs a package that is not here: pip install 's2a[optuna]'") from None
     space.distributions()
-    config = compose([*space.fixed, *(_first(word) for word in space.ranges.values() if "interval(" not in word)])
-    if not len(data.load(config.dataset).val):
-        raise UserError(f"dataset={config.dataset.name}: no image is left for validation, by which a search chooses")
+    configs = {about: compose(words) for about, words in _beginnings(space).items()}
+    for config in configs.values():
+        if not len(data.load(config.dataset).val):
+            raise UserError(
+                f"dataset={config.dataset.name}: no image is left for validation, by which a search chooses"
+            )
     called = hashlib.sha256(space.text().encode()).hexdigest()[:8]
-    (revision, *_), weights = (known := Known()).origin(config)
-    origin = {"the data": str(revision), "the weights": str(weights)}
+    known, config, origin = Known(), configs[""], {}
+    for about, one in configs.items():
+        (revision, *_), weights = known.origin(one)
+        origin |= {f"the data{about}": str(revision), f"the weights{about}": str(weights)}
     name = name or f"{config.dataset.name}-{config.method.name}-{called}"
     study = open_study(Path(settings.dir) / "search", name, space, origin)
     if done := finished(study):

@@ -242,6 +242,20 @@ def test_a_study_over_other_data_or_weights_is_not_gone_on_with(on, capsys, monk
     assert f"mine.db: a search over something else (the {what} changed since)" in capsys.readouterr().err
 
 
+def test_every_data_set_and_backbone_that_is_searched_stays_as_it_was(on, capsys, monkeypatch):
+    on(Peak())
+    words = ["search", *TINY, LR, "backbone=vit_micro,vit_t", "search.name=mine"]
+    assert main([*words, "search.trials=1"]) == 0 and main([*words, "search.trials=2"]) == 0
+    fingerprint = search.Known._fingerprint
+    monkeypatch.setattr(
+        search.Known,
+        "_fingerprint",
+        lambda self, config, *args: "f" * 12 if config.backbone.name == "vit_t" else fingerprint(self, config, *args),
+    )
+    assert main([*words, "search.trials=3"]) == 2 and len(told()) == 2
+    assert "(the weights of backbone=vit_t changed since)" in capsys.readouterr().err
+
+
 def test_the_figure_has_the_name_that_runs_have_for_it(on, capsys):
     on(Peak(figure="val_map"))
     assert main(["search", *TINY, LR, "search.trials=1"]) == 0
