@@ -2,7 +2,7 @@
 
     python benchmarks/operators/operators.py
 
-Writes operators.json and .md beside this file. Views and allocations are not counted. Bias tuning, batch 64, fp32, 224
+Writes operators.json and .md beside this file. What launches no kernel is not counted. Bias tuning, batch 64, fp32, 224
 px; then ViT-B by several methods, a micro-batch of 4 and a whole batch. No GPU is needed, none is used.
 """
 
@@ -103,7 +103,7 @@ def markdown(rows: list[dict[str, Any]], methods: list[dict[str, Any]]) -> str:
             "",
             (
                 "`python benchmarks/operators/operators.py`. Bias tuning, batch 64, fp32, 224 px, predicted: what is"
-                " dispatched, views and allocations apart, and the peak."
+                " dispatched, what launches no kernel apart, and the peak."
             ),
             f"Elements of a piece: {told} (see s2a_cli/activations/chunk_sizes.py).",
             "",

@@ -41,7 +41,7 @@ class Profile:
     peak_at: int  # entries of the timeline up to the peak
     phases: tuple[tuple[int, str], ...]  # (entry of the timeline, forward | backward | update), in order
     calls: tuple[Call, ...]
-    operators: int  # dispatched in the step, those apart that run nothing on a device
+    operators: int  # dispatched in the step, those apart that launch no kernel
     graphs: bool = False  # whether its passes are replayed as CUDA graphs, from a pool of their own
 
     @property

@@ -24,7 +24,7 @@ WATCHED = tuple(
 )
 
 
-WITHOUT_KERNEL = {  # operators that run nothing on a device, beside views
+WITHOUT_KERNEL = {  # operators that launch none of their own, beside views
     torch.ops.aten._unsafe_view.default,
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.empty.memory_format,
@@ -82,7 +82,7 @@ class Tracker(TorchDispatchMode):
         self.place = ""  # in the model, of what runs now
         self.reading = False  # whether a forward pass runs: what reads a tensor then may keep it
         self.calls: list[Call] = []  # attention and convolutions of this step
-        self.operators = 0  # dispatched in this step, those apart that run nothing on a device
+        self.operators = 0  # dispatched in this step, those apart that launch no kernel
         self._storages: dict[int, tuple[weakref.ref, Allocation]] = {}  # address -> the storage, its record
         self._bounds: list[int] = []  # autograd's sequence number where the place changed in a forward pass
         self._places: list[str] = []  # and to which

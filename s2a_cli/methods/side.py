@@ -95,10 +95,10 @@ class LiteSideBranch(AuxiliaryHeads):
 
     def take(self, index: int, tokens: Tensor) -> None:
         """Makes tokens [B, N, C] wait for others of their shape, to be classified together where they are few."""
-        if self._waiting and not are_few([*(others for _, others in self._waiting), tokens]):
+        if self._waiting and self._waiting[0][1].shape != tokens.shape:
             self.classify_waiting()
         self._waiting = *self._waiting, (index, tokens)
-        if not are_few([tokens, tokens]):
+        if not are_few(tokens, len(self._waiting) + 1):  # with one more like these
             self.classify_waiting()
 
     def classify_waiting(self) -> None:
@@ -110,7 +110,8 @@ class LiteSideBranch(AuxiliaryHeads):
         """Collects the logits by tokens of one shape [B, N, C], each beside the number of its block."""
         numbers, tokens = zip(*numbered)
         with uncoded():
-            self.collect(numbers, logits_of([cast(Reader, self.readers[number]) for number in numbers], tokens))
+            logits = logits_of([cast(Reader, self.readers[number]) for number in numbers], tokens)
+        self.collect(numbers, logits)
 
     def join(self, logits: Tensor) -> Tensor:
         """Returns [1 + blocks, B, classes], the model's logits first; in evaluation their weighted mean [B, classes].

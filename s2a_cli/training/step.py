@@ -210,9 +210,11 @@ class Step:
 
         with self.attached.learning(learn):
             logits = self.logits(model, images)
-        own_left = len(logits) - 1 == sum(map(len, learned))  # the model's own come first
-        rest = logits[:1] if logits.ndim == 3 and own_left else logits
-        losses = losses_of(rest, targets, self.criterion) * share
+        if logits.ndim == 3 and len(logits) - 1 == sum(map(len, learned)):
+            logits = logits[:1]  # the model's own; the others' losses are known
+        else:
+            learned.clear()  # they are among these, some without a graph
+        losses = losses_of(logits, targets, self.criterion) * share
         after_forward()
         with around_backward:
             self.scaler.scale(losses.sum()).backward()

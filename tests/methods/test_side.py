@@ -66,13 +66,82 @@ def test_small_votes_of_one_shape_are_learned_from_together(backbone, settings, 
             losses = losses_of(made.model(images), targets)
         losses.sum().backward()
         gradients.append({name: p.grad for name, p in made.model.named_parameters() if p.grad is not None})
-    groups = [len(list(same)) for _, same in itertools.groupby(shapes)]
-    assert sum(sizes) == len(branch.readers)
-    assert sizes == groups if not branch.borders else 1 in sizes and len(sizes) < len(branch.readers) + 1
+    groups = [len(list(same)) for _, same in itertools.groupby(shapes)]  # of what stands at no border
+    assert sorted(sizes) == sorted([*groups, *(1 for _ in branch.borders)])
     one_by_one, together = gradients
     assert one_by_one.keys() == together.keys()
     for name, gradient in together.items():
         torch.testing.assert_close(gradient, one_by_one[name], msg=name)
+
+
+def loss_and_gradients(attached):
+    """Of the pass of a training step, and the mean of the losses of all heads, outside of it."""
+    made = attached.backbone
+    step, (images, targets) = Step(compose(["method=side", "quant=none"]), torch.device("cpu"), attached), batch(made)
+    made.model.zero_grad()
+    loss = step.accumulate(made.model, images, targets)
+    gradients = {name: p.grad.clone() for name, p in made.model.named_parameters() if p.grad is not None}
+    return loss, gradients, losses_of(made.model(images), targets).mean()
+
+
+def with_votes(backbone, method="side", **settings):
+    attached = make_attached(backbone, method, **settings)
+    for reader in attached.model.s2a["side"].readers:
+        reader.classifier.weight.data.normal_(generator=torch.Generator().manual_seed(3))
+    train_mode(attached.model)
+    return attached
+
+
+@each_backbone
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_the_loss_of_a_step_is_the_mean_of_all_heads(backbone, frozen):
+    """Also where some are learned from in the forward pass and others are not, as those of a frozen reader are not."""
+    attached = with_votes(backbone)
+    for reader in attached.model.s2a["side"].readers[:frozen]:
+        reader.requires_grad_(False)
+    loss, _, mean = loss_and_gradients(attached)
+    torch.testing.assert_close(loss, mean)
+
+
+@each_backbone
+@pytest.mark.parametrize("settings", [{}, {"segments": 2}])
+def test_a_step_through_checkpoints_of_pytorch_learns_the_same(backbone, settings):
+    attached = with_votes(backbone, "s2a", **settings)
+    loss, gradients, _ = loss_and_gradients(attached)
+    attached.model.set_grad_checkpointing(True)
+    again, found, _ = loss_and_gradients(attached)
+    torch.testing.assert_close(again, loss)
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_blocks_of_which_some_are_compiled_learn_the_same(count):
+    """As they are where the compiler gives up on further ones; what a compiled hook handed on is taken once."""
+    attached = with_votes("swin")
+    loss, gradients, _ = loss_and_gradients(attached)
+    for block in attached.blocks[:count]:
+        block.compile(backend="eager")
+    for _ in range(2):
+        again, found, _ = loss_and_gradients(attached)
+        torch.testing.assert_close(again, loss)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    torch.compiler.reset()
+
+
+def test_the_gradient_of_queries_fits_half_precision_where_it_is_small_enough():
+    """Codes are up to 127, tokens an eighth of that: the sum over them is of tokens."""
+    tokens, query = torch.full((1, 2, 64, 8), 127, dtype=torch.int8), torch.zeros(1, 4, 8, requires_grad=True)
+    tokens[:, :, ::2] = -127
+    with torch.autocast("cpu", torch.float16):
+        read = Attend.apply(tokens, query)
+    upstream = torch.full_like(read, 14.0)
+    gradient = torch.autograd.grad(read, query, upstream)[0]
+    expected = 2 * 8 * 14.0 * (127 / 8) ** 2  # over 2 images and 8 channels, of variance (127 / 8)^2
+    assert 65504 / 8 < expected < 65504
+    torch.testing.assert_close(gradient, torch.full_like(gradient, expected), rtol=1e-2, atol=0)
 
 
 @each_backbone

@@ -58,12 +58,9 @@ def batch_chunks(h: Tensor) -> tuple[Tensor, ...]:
     return h.split(max(1, chunk_sizes(h.device).pooled * len(h) // max(1, h.numel())))
 
 
-def are_few(tokens: Sequence[Tensor]) -> bool:
-    """Tells whether tokens [B, N, C] of several blocks are of one shape, and few enough to be read together."""
-    first = tokens[0]
-    if any(t.shape != first.shape or t.dtype != first.dtype for t in tokens):
-        return False
-    return is_of_any_size(first) or len(tokens) * first.numel() <= chunk_sizes(first.device).read
+def are_few(tokens: Tensor, count: int) -> bool:
+    """Tells whether such tokens [B, N, C] of `count` blocks are read together; in a recorded graph all are."""
+    return is_of_any_size(tokens) or count * tokens.numel() <= chunk_sizes(tokens.device).read
 
 
 def is_of_any_size(h: Tensor) -> bool:
@@ -125,7 +122,8 @@ class Attend(torch.autograd.Function):
         t, grad = tokens.to(grad.dtype), grad * STEP
         g = t @ grad.transpose(2, 3)
         scores = weights * (g - (weights * g).sum(2, keepdim=True))
-        return None, (scores.to(t.dtype).flatten(1, 2).transpose(1, 2) @ t.flatten(1, 2)).mul_(STEP)
+        scores = (scores * STEP).to(t.dtype)  # before the product, which fp16 may not hold
+        return None, scores.flatten(1, 2).transpose(1, 2) @ t.flatten(1, 2)
 
 
 class Reader(nn.Module):
@@ -133,7 +131,7 @@ class Reader(nn.Module):
     map.
 
     The queries begin near zero, where the weights are even and what is read is the mean; the linear map is zero at the
-    start. `logits_of` computes the logits.
+    start. `logits_of` computes the logits from the parameters, so that no hook of these parts is called.
     """
 
     def __init__(self, channels: int, heads: int, width: int, classes: int):
@@ -158,8 +156,6 @@ def logits_of(readers: Sequence[Reader], tokens: Sequence[Tensor]) -> Tensor:
     else:
         seen = attend(read.to(query.dtype) * (STEP if coded else 1), query)[0]
     heads = torch.einsum("gbhc,ghcw->gbhw", seen, together([r.value for r in readers])).flatten(2)
-    if len(readers) == 1:
-        return readers[0].classifier(readers[0].norm(heads))
     scale, shift = together([r.norm.weight for r in readers]), together([r.norm.bias for r in readers])
     normed = F.layer_norm(heads, heads.shape[-1:], eps=readers[0].norm.eps) * scale[:, None] + shift[:, None]
     weight, bias = (together([getattr(r.classifier, name) for r in readers]) for name in ("weight", "bias"))

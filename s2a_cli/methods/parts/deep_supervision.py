@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s2a_cli.activations.torch_checkpoint import is_checkpointing
 from s2a_cli.methods.parts.thread_local import HandedOn, ThreadLocal
 
 Learn = Callable[[Tensor], None]  # takes auxiliary logits [heads, B, classes] and back-propagates their losses
@@ -63,9 +64,10 @@ class AuxiliaryHeads(nn.Module):
     def collect(self, heads: Sequence[int], logits: Tensor) -> None:
         """Keeps the logits of some heads [heads, B, classes] until the forward pass ends.
 
-        Within `learning` it keeps them without a graph. heads: their numbers.
+        Within `learning` it keeps them without a graph, but where PyTorch's checkpoints have to find one again. heads:
+        their numbers.
         """
-        if self._learn is not None and logits.requires_grad and not torch.compiler.is_compiling():
+        if self._learn and logits.requires_grad and not (torch.compiler.is_compiling() or is_checkpointing()):
             self._learn(logits)
             logits = logits.detach()
         self._logits = *self._logits, *zip(heads, logits.unbind(0))

@@ -55,8 +55,10 @@ class ThreadLocal(Generic[T]):
     def __set__(self, module: nn.Module, value: T) -> None:
         if torch.compiler.is_compiling():
             setattr(module, self.compiled, value)
-        else:
-            module.__dict__.setdefault(self.values, _Values()).value = value
+            return
+        module.__dict__.setdefault(self.values, _Values()).value = value
+        if getattr(module, self.compiled, self.default) is not self.default:  # of a hook before, which was compiled
+            setattr(module, self.compiled, self.default)
 
 
 class HandedOn(ThreadLocal[T]):
