@@ -156,9 +156,14 @@ def logits_of(readers: Sequence[Reader], tokens: Sequence[Tensor]) -> Tensor:
     else:
         seen = attend(read.to(query.dtype) * (STEP if coded else 1), query)[0]
     heads = torch.einsum("gbhc,ghcw->gbhw", seen, together([r.value for r in readers])).flatten(2)
-    scale, shift = together([r.norm.weight for r in readers]), together([r.norm.bias for r in readers])
-    normed = F.layer_norm(heads, heads.shape[-1:], eps=readers[0].norm.eps) * scale[:, None] + shift[:, None]
-    weight, bias = (together([getattr(r.classifier, name) for r in readers]) for name in ("weight", "bias"))
+    shape, eps = heads.shape[-1:], readers[0].norm.eps
+    scale, shift, weight, bias = (
+        together(parameters)
+        for parameters in zip(*((r.norm.weight, r.norm.bias, r.classifier.weight, r.classifier.bias) for r in readers))
+    )
+    if len(readers) == 1:  # in fewer operators
+        return F.linear(F.layer_norm(heads, shape, scale[0], shift[0], eps), weight[0], bias[0])
+    normed = F.layer_norm(heads, shape, eps=eps) * scale[:, None] + shift[:, None]
     return torch.baddbmm(bias[:, None], normed, weight.transpose(1, 2))
 
 
