@@ -5,8 +5,7 @@ import pytest
 from s2a_cli.config.compose import compose
 from s2a_cli.training import forecast, trainer
 
-FEW = ["dataset.val_fraction=0.05", "dataset.test_fraction=0.05"]  # 90 images each
-QUICK = [*FEW, "dataset=digits", "dataset.shots=4", "backbone=vit_micro", "optim.epochs=1", "device=cpu"]
+QUICK = ["dataset=digits", "dataset.shots=4", "backbone=vit_micro", "optim.epochs=1", "device=cpu"]
 
 
 @pytest.fixture(scope="session")
