@@ -78,7 +78,7 @@ class Attachment:
 
     @contextmanager
     def learning(self, learn: Learn) -> Iterator[None]:
-        """Hands auxiliary logits [heads, B, classes] to `learn` within, which back-propagates their losses at once."""
+        """Hands auxiliary logits to `learn` within, which back-propagates their losses at once."""
         with ExitStack() as stack:
             for heads in self.auxiliary:
                 stack.enter_context(heads.learning(learn))

@@ -8,7 +8,6 @@ goes on where it was.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import re
@@ -108,11 +107,12 @@ def _beginnings(space: Space) -> dict[str, list[str]]:
     By what is said of them: nothing of the first, ` of dataset=b` of another.
     """
     words = [word for word in space.ranges.values() if "interval(" not in word]
-    several = {word: [one for (one,) in expand([word])] for word in words if word.startswith(BEGINNINGS)}
-    same = [*space.fixed, *(_first(word) for word in words if word not in several)]
-    found = {f" of {shlex.join(chosen)}": [*same, *chosen] for chosen in itertools.product(*several.values())}
-    first, *others = found.items()
-    return {"": first[1], **dict(others)}
+    first = [*space.fixed, *map(_first, words)]
+    others = [one for word in words if word.startswith(BEGINNINGS) for (one,) in expand([word])[1:]]
+    keys = {one: one.partition("=")[0] + "=" for one in others}
+    return {"": first} | {
+        f" of {one}": [*(word for word in first if not word.startswith(keys[one])), one] for one in others
+    }
 
 
 class Search:

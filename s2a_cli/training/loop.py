@@ -182,11 +182,11 @@ class TrainLoop:
             images = images.to(self.step.dtype)
         after = [meter.after_forward] if meter else []
         loss = self.step(self.run.trained, self.optimizer, images, targets, *after, of=count)
-        if at.epoch == 1 and at.step == 0:
-            self._warn_of_idle()
         pending.ends(loss)
         if meter:
             meter.step_ends()
+        if at.epoch == 1 and at.step == 0:
+            self._warn_of_idle()
         self.schedule.step()
         at.step += 1
         before, self._pending = (self._pending, pending) if pending.is_late else (pending, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
@@ -200,17 +200,17 @@ class Step:
         around_backward: AbstractContextManager[None] = nullcontext(),
     ) -> Tensor:
         """Adds the gradient of one micro-batch, `share` of a batch, to what there is; returns its part of the loss."""
-        learned: list[Tensor] = []
+        learned: dict[int, Tensor] = {}  # number of an auxiliary head -> its loss
 
-        def learn(logits: Tensor) -> None:
+        def learn(heads: Sequence[int], logits: Tensor) -> None:
             with torch.autocast(self.device.type, enabled=False):  # as after the forward pass
                 losses = losses_of(logits.float(), targets, self.criterion) * share
                 self.scaler.scale(losses.sum()).backward()
-            learned.append(losses.detach())
+            learned.update(zip(heads, losses.detach()))
 
         with self.attached.learning(learn):
             logits = self.logits(model, images)
-        if logits.ndim == 3 and len(logits) - 1 == sum(map(len, learned)):
+        if logits.ndim == 3 and len(logits) - 1 == len(learned):
             logits = logits[:1]  # the model's own; the others' losses are known
         else:
             learned.clear()  # they are among these, some without a graph
@@ -218,7 +218,7 @@ class Step:
         after_forward()
         with around_backward:
             self.scaler.scale(losses.sum()).backward()
-        return torch.cat([losses.detach(), *learned]).mean()
+        return torch.stack([*losses.detach(), *(learned[head] for head in sorted(learned))]).mean()
 
     def __call__(
         self,

@@ -135,7 +135,7 @@ def test_a_copy_of_an_attachment_learns_by_itself(backbone):
     heard = {"original": 0, "copy": 0}
 
     def learn(name: str):
-        def count(logits):
+        def count(heads, logits):
             heard[name] += len(logits)
             losses_of(logits, targets).sum().backward()
 

@@ -58,7 +58,7 @@ def test_small_votes_of_one_shape_are_learned_from_together(backbone, settings, 
         images, targets = batch(made)
         sizes.clear()
 
-        def learn(logits, targets=targets):
+        def learn(heads, logits, targets=targets):
             sizes.append(len(logits))
             losses_of(logits, targets).sum().backward()
 

@@ -47,7 +47,7 @@ def test_gradients_are_those_of_a_plain_pass_or_it_is_refused(backbone, method):
             gradients(made)
     else:
         # A branch reads what a checkpoint holds by itself, where it reads several blocks at once without: it rounds.
-        slack = {"rtol": 1e-3, "atol": 1e-4} if method in REFUSED_REENTRANT else {}
+        slack = {"rtol": 1e-3, "atol": 5e-5} if method in ("s2a", "side") else {}
         torch.testing.assert_close(gradients(made), plain, **slack)
     checkpointing(made, False)
     torch.testing.assert_close(gradients(made), plain)  # nothing of it is left

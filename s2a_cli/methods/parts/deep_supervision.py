@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from s2a_cli.activations.torch_checkpoint import is_checkpointing
 from s2a_cli.methods.parts.thread_local import HandedOn, ThreadLocal
 
-Learn = Callable[[Tensor], None]  # takes auxiliary logits [heads, B, classes] and back-propagates their losses
+# Takes the numbers of auxiliary heads and their logits [heads, B, classes], and back-propagates their losses.
+Learn = Callable[[Sequence[int], Tensor], None]
 
 
 def losses_of(
@@ -68,7 +69,7 @@ class AuxiliaryHeads(nn.Module):
         their numbers.
         """
         if self._learn and logits.requires_grad and not (torch.compiler.is_compiling() or is_checkpointing()):
-            self._learn(logits)
+            self._learn(heads, logits)
             logits = logits.detach()
         self._logits = *self._logits, *zip(heads, logits.unbind(0))
 
