@@ -23,13 +23,13 @@ is named, and the others go on. Written to OUT: results.json, table.md, and stru
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import multiprocessing
 import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -37,15 +37,15 @@ from pathlib import Path
 from statistics import mean
 from typing import cast
 
+import shared_photos
 import torch
 from compare_report import RESULTS, Entry, load, report
 from peaks import predicted
 
 from s2a_cli.common import files
 from s2a_cli.config.compose import compose
-from s2a_cli.data import images
 from s2a_cli.results.run_folder import METRICS
-from s2a_cli.training import duration, forecast, trainer
+from s2a_cli.training import duration, forecast, step, trainer
 
 LARGE, SMALL = (1e-3, 2e-3, 4e-3, 8e-3), (5e-5, 1e-4, 2e-4, 4e-4)
 CONTENDERS = ["linear", "bias", "prompt", "side", "bias+side", "s2a", "full", "full+side", "lora", "lora+side"]
@@ -58,7 +58,6 @@ SPECIAL = {  # contenders that are no plain list of structures -> their words
 PRETRAINED = ("full", "partial")  # structures that change pretrained weights, by smaller steps
 MOST = 8  # learning rates that are tried at most
 BUSY = 3  # processes that one contender keeps busy: between its rounds they would wait
-DECODED = 8192  # images that a process keeps decoded
 Knob = dict[str, tuple[float, ...]]  # a key -> its values
 SCALES: Knob = {"method.scale": (0.1, 1, 10)}
 TOKENS: Knob = {"method.tokens": (5, 10, 50)}
@@ -92,16 +91,18 @@ class Data:
         return f"run_dir={out / stage / self.name / re.sub('[, ]+', '-', contender) / last}"
 
 
-def calm(threads: int) -> None:
+def calm(threads: int, photos: Path) -> None:
     """What a process of the pool begins with. Ctrl-C is the parent's.
 
-    Runs of seconds neither predict their memory and their time nor decode an image twice.
+    Runs of seconds neither predict their memory and their time, nor make an image again that another one made, nor
+    capture CUDA graphs anew after each evaluation.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     forecast.predict = lambda run: None
     duration.is_worth_saying = lambda run: False
-    images.open_rgb = functools.lru_cache(DECODED)(images.open_rgb)
+    step.Step.release = lambda self: None
+    shared_photos.share(photos)
 
 
 def run(words: list[str]) -> dict[str, float]:
@@ -242,8 +243,12 @@ def main() -> None:
             return False
         return True
 
+    args.out.mkdir(parents=True, exist_ok=True)
     with (
-        ProcessPoolExecutor(args.workers, mp_context=context, initializer=calm, initargs=(threads,)) as pool,
+        tempfile.TemporaryDirectory(dir=args.out, prefix="photos-") as photos,
+        ProcessPoolExecutor(
+            args.workers, mp_context=context, initializer=calm, initargs=(threads, Path(photos))
+        ) as pool,
         ThreadPoolExecutor(max(1, args.workers // BUSY)) as contenders,
     ):
         try:
