@@ -34,6 +34,7 @@ from s2a_cli.backbones.trace import (
 )
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.hooks import owner_of
+from s2a_cli.common.norms import forget_bias_gradient, keep_bias_gradient
 from s2a_cli.common.text import first_line
 from s2a_cli.data.transforms import ImageConfig
 
@@ -177,6 +178,7 @@ class Backbone:
             for name, parameter in module.named_parameters(path, recurse=False):
                 if chosen(name, module):
                     parameter.requires_grad_(True)
+                    keep_bias_gradient(module)
 
     def in_order(self, layers: Iterable[nn.Module]) -> list[list[nn.Module]]:
         """Returns layers as they run, in groups: those of each block, and each other one by itself."""
@@ -248,6 +250,7 @@ class Backbone:
         """Removes every module that a method added, and the hooks by which they act."""
         added = set(getattr(self.model, ADDED, nn.Module()).modules())
         for module in self.model.modules():
+            forget_bias_gradient(module)
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for number, hook in list(hooks.items()):
                     if owner_of(hook) in added:

@@ -1,13 +1,61 @@
-"""Normalisations whose statistics move in training."""
+"""Normalisations that need care in training: those whose statistics move, and a gradient that PyTorch loses."""
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from s2a_cli.common.hooks import reads_output_only, sets_modes_only
+
+MANY_ROWS = 1 << 16  # above which PyTorch 2.11 sums the gradients of a narrow LayerNorm on CUDA in two passes
 
 
 def is_batch_norm(module: nn.Module) -> TypeGuard[_NormBase]:
     """Tells whether a module is a BatchNorm, or an InstanceNorm that has running statistics as one has."""
     return isinstance(module, _BatchNorm) or (isinstance(module, _NormBase) and module.running_mean is not None)
+
+
+def keep_bias_gradient(module: nn.Module) -> None:
+    """Lets the bias of a LayerNorm train beside a weight that is frozen, on CUDA and for many rows as well.
+
+    There PyTorch's backward pass fails: "NativeLayerNormBackward0 returned an invalid gradient at index 2 - got [0]",
+    the second of its two passes taking the size of the bias from the gradient of the weight. So the weight is lent a
+    gradient during such a call, which nobody reads; what is computed is the same. Does nothing for other modules.
+    """
+    if isinstance(module, nn.LayerNorm) and _lend_gradient not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_lend_gradient)
+        module.register_forward_hook(_take_gradient_back, always_call=True)
+
+
+def forget_bias_gradient(module: nn.Module) -> None:
+    """Undoes `keep_bias_gradient`."""
+    for hooks, ours in ((module._forward_pre_hooks, _lend_gradient), (module._forward_hooks, _take_gradient_back)):
+        for number, hook in list(hooks.items()):
+            if hook is ours:
+                del hooks[number]
+                module._forward_hooks_always_called.pop(number, None)
+
+
+def _loses_gradient(x: Tensor, weight: Tensor) -> bool:
+    return x.is_cuda and x.numel() > MANY_ROWS * weight.numel() and not torch.compiler.is_compiling()
+
+
+@sets_modes_only
+def _lend_gradient(norm: nn.Module, args: tuple[Any, ...]) -> None:
+    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+    if weight is None or bias is None or weight.requires_grad or not bias.requires_grad:
+        return
+    if torch.is_grad_enabled() and args and _loses_gradient(args[0], weight):
+        lent: Any = weight.detach().requires_grad_()
+        lent.own = weight
+        norm._parameters["weight"] = lent
+
+
+@reads_output_only
+def _take_gradient_back(norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    own = getattr(norm._parameters.get("weight"), "own", None)
+    if own is not None:
+        norm._parameters["weight"] = own
