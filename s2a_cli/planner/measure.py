@@ -26,7 +26,8 @@ SLOW = 0.05  # seconds: where a CPU takes less for a pass of the smallest size, 
 PASSES = 3  # of the smallest size that are timed besides blocks
 OF_A_KIND = 2  # blocks at least, on average: else one of each kind takes almost as long as a pass
 BLOCK_SECONDS = 16.0  # for all blocks together: few whole passes of finalists follow
-BLOCK_ROUNDS = 6  # in which blocks are timed once more, while there is time
+BLOCK_ROUNDS = 8  # in which blocks are timed once more, while there is time
+CLOSE = 0.1  # of the time of an image: what takes more than the fastest that fits by more is timed in one round alone
 FEWEST_ROUNDS = 2  # for which a larger micro-batch must leave time
 NEAR = 0.15  # of the time of what fits first: a mode that takes more is timed in the smallest micro-batch alone
 BLOCK_NOISE = 0.01  # of a pass: a mode whose blocks are faster than in stock PyTorch by less is taken to be as fast
@@ -104,9 +105,12 @@ def measure_blocks(
         for mode in near:
             take(mode, images)
     every = [(mode, images) for mode, found in best.items() for images in found]
-    for _ in range(BLOCK_ROUNDS):
+    for number in range(BLOCK_ROUNDS):
+        an_image = {(mode, images): best[mode][images] / images for mode, images in every}
+        least = min(an_image[one] for one in every if fits(_everywhere(*one, total)))
         for mode, images in every:
-            if spent + blocks.turn(mode, images) < most:
+            is_close = number == 0 or an_image[mode, images] <= (1 + CLOSE) * least
+            if is_close and spent + blocks.turn(mode, images) < most:
                 take(mode, images)
     beside = max(0.0, whole - best[first][at]) / at  # seconds of an image
     costs = Costs({n: n * beside + seconds for n, seconds in best[PLAIN].items()}, blocks.shares(PLAIN, at), {})
