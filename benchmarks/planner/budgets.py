@@ -6,7 +6,8 @@
 The rows are stock PyTorch, timm's checkpointing of whole blocks and ours, each in micro-batches of every size, and the
 presets. A row counts at a budget where its predicted peak fits. Each row is first timed once. Rows that come near the
 fastest that fits at some budget, or near the fastest checkpointing, are then timed together with all plans, in one
-process: one step each, in an order drawn anew every round, of one shared model; medians. A plan with the settings of a
+process: one step each, in an order drawn anew every round, of one shared model, after a micro-batch that is not timed;
+medians. A plan with the settings of a
 row is that row: timed twice, it would differ from itself by what the machine does meanwhile. Where micro-batches are
 small a step is cut to some 16 images: the rest would repeat them. Wanted: a plan at 0.97 of the best row that fits or
 more, and 1.15 times as fast as checkpointing wherever that fits. rows=REGEX takes rows with such names alone, where
@@ -162,6 +163,10 @@ class Bench:
         images = min(self.batch, micro * -(-TIMED // micro))
         return images / self._seconds(row, images)
 
+    def settle(self, row: Row) -> None:
+        """Takes a micro-batch of a row, so that a CPU's memory is cut as its steps need it and not as the one before."""
+        self._seconds(row, row.settings.get("optim.micro_batch") or self.batch)
+
     def _seconds(self, row: Row, images: int) -> float:
         key = json.dumps(row.settings, default=str)
         if key not in self._steps:
@@ -228,6 +233,7 @@ def compare(bench: Bench, budgets: list[str], steps: int, fidelity: str, names: 
         for _ in range(steps):
             draw.shuffle(timed)
             for row in timed:
+                bench.settle(row)
                 row.rates.append(bench.step(row))
                 progress.add(1, row=row.name)
     lines = [_line(budget, row, made, known) for budget, (row, made) in plans.items()]
