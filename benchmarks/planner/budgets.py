@@ -3,16 +3,15 @@
     python benchmarks/planner/budgets.py backbone=vit_b batch=64
     python benchmarks/planner/budgets.py backbone=vit_t batch=16 budgets=30MiB,60MiB steps=2 backbone.image_size=112
 
-The rows are stock PyTorch, timm's checkpointing of whole blocks and ours, each in micro-batches of every size, and the
-presets. A row counts at a budget where its predicted peak fits. Each row is first timed once. Rows that come near the
-fastest that fits at some budget, or near the fastest checkpointing, are then timed together with all plans, in one
-process: one step each, in an order drawn anew every round, of one shared model, after a micro-batch that is not timed;
-medians. A plan with the settings of a
-row is that row: timed twice, it would differ from itself by what the machine does meanwhile. Where micro-batches are
-small a step is cut to some 16 images: the rest would repeat them. Wanted: a plan at 0.97 of the best row that fits or
-more, and 1.15 times as fast as checkpointing wherever that fits. rows=REGEX takes rows with such names alone, where
-others are known to be slower. Writes OUT/NAME.json, .md and .png. OMP_NUM_THREADS sets the CPU's threads. Words that
-are no options of this command are settings of the runs.
+The rows are stock PyTorch, timm's checkpointing of whole blocks and ours, each in micro-batches of every size, and
+the presets. A row counts at a budget where its predicted peak fits. Each row is first timed once. Rows that come near
+the fastest that fits at some budget, or near the fastest checkpointing, are then timed together with all plans, in
+one process: one step each, in an order drawn anew every round, of one shared model, after a micro-batch that is not
+timed; medians. A plan with the settings of a row is that row: timed twice, it would differ from itself by what the
+machine does meanwhile. Where micro-batches are small a step is cut to some 16 images: the rest would repeat them.
+Wanted: a plan at 0.97 of the best row that fits or more, and 1.15 times as fast as checkpointing wherever that fits.
+rows=REGEX takes rows with such names alone, where others are known to be slower. Writes OUT/NAME.json, .md and .png.
+OMP_NUM_THREADS sets the CPU's threads. Words that are no options of this command are settings of the runs.
 """
 
 from __future__ import annotations
@@ -164,7 +163,7 @@ class Bench:
         return images / self._seconds(row, images)
 
     def settle(self, row: Row) -> None:
-        """Takes a micro-batch of a row, so that a CPU's memory is cut as its steps need it and not as the one before."""
+        """Takes a micro-batch of a row, so that a CPU's memory is cut as its steps need it, not as the last one."""
         self._seconds(row, row.settings.get("optim.micro_batch") or self.batch)
 
     def _seconds(self, row: Row, images: int) -> float:
