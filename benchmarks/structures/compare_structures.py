@@ -214,7 +214,9 @@ def main() -> None:
         parser.error(f"--settings {args.settings}: no such file; give the results.json of a comparison")
     chosen = next((word for word in changes if word.startswith("backbone=")), "backbone=vit_b")
     backbone = chosen.removeprefix("backbone=")
-    threads, lock = max(1, (os.cpu_count() or 1) // args.workers), threading.Lock()
+    # Where a GPU computes, threads of a process that wait for one another only keep cores from other processes.
+    threads = 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // args.workers)
+    lock = threading.Lock()
     context = multiprocessing.get_context("spawn")
     known: dict[str, Entry] = json.loads(args.settings.read_text()) if args.settings else {}
 
