@@ -108,6 +108,7 @@ def calm(threads: int, photos: Path) -> None:
 def run(words: list[str]) -> dict[str, float]:
     """The accuracies of a run, and `last`: that on validation at the end."""
     result, folder = trainer.train(compose(words), skip_finished=True)
+    torch.cuda.empty_cache()  # of the graphs that nothing released; other processes need it
     if result["status"] != "ok":
         raise RuntimeError(f"{folder}: {result['status']}: {result['error']}")
     last = json.loads((folder / METRICS).read_text().splitlines()[-1])
@@ -247,7 +248,7 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     with (
-        tempfile.TemporaryDirectory(dir=args.out, prefix="photos-") as photos,
+        tempfile.TemporaryDirectory(dir=args.out, prefix="photos-", ignore_cleanup_errors=True) as photos,
         ProcessPoolExecutor(
             args.workers, mp_context=context, initializer=calm, initargs=(threads, Path(photos))
         ) as pool,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from s2a_cli.common.errors import UserError
 from s2a_cli.data import batches
-from s2a_cli.data.images import Images
+from s2a_cli.data.images import ImageFiles, Images
 from s2a_cli.data.transforms import Transform
 
 
@@ -31,12 +31,14 @@ class Shared(batches._Samples):
         self.folder, self.made_by = folder, repr(transform)
 
     def __getitem__(self, key: tuple[int, ...]) -> tuple[Tensor, Any] | UserError:
+        if not isinstance(self.split, ImageFiles):  # others have names that another data set has, too
+            return super().__getitem__(key)
         what = repr((self.split.name(key[1]), self.made_by, self.seed, key))
         name = blake2b(what.encode(), digest_size=16).hexdigest()
         path = self.folder / name[:2] / name
         if not path.exists():
             sample = super().__getitem__(key)
-            if isinstance(sample, UserError):
+            if isinstance(sample, UserError) or sample[0].dtype != torch.uint8:
                 return sample
             path.parent.mkdir(exist_ok=True)
             part = path.with_name(f"{name}.{os.getpid()}")

@@ -22,40 +22,62 @@ def keep_bias_gradient(module: nn.Module) -> None:
     """Lets the bias of a LayerNorm train beside a weight that is frozen, on CUDA and for many rows as well.
 
     There PyTorch's backward pass fails: "NativeLayerNormBackward0 returned an invalid gradient at index 2 - got [0]",
-    the second of its two passes taking the size of the bias from the gradient of the weight. So the weight is lent a
-    gradient during such a call, which nobody reads; what is computed is the same. Does nothing for other modules.
+    the second of its two passes taking the size of the bias from the gradient of the weight. So that one is computed,
+    too, and read by nobody. Does nothing for other modules, nor where the weight trains.
     """
-    if isinstance(module, nn.LayerNorm) and _lend_gradient not in module._forward_pre_hooks.values():
-        module.register_forward_pre_hook(_lend_gradient)
-        module.register_forward_hook(_take_gradient_back, always_call=True)
+    if not isinstance(module, nn.LayerNorm) or module.weight is None or module.weight.requires_grad:
+        return
+    if _lend not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_lend)
+        module.register_forward_hook(take_back, always_call=True)
 
 
 def forget_bias_gradient(module: nn.Module) -> None:
     """Undoes `keep_bias_gradient`."""
-    for hooks, ours in ((module._forward_pre_hooks, _lend_gradient), (module._forward_hooks, _take_gradient_back)):
+    for hooks, ours in ((module._forward_pre_hooks, _lend), (module._forward_hooks, take_back)):
         for number, hook in list(hooks.items()):
             if hook is ours:
                 del hooks[number]
                 module._forward_hooks_always_called.pop(number, None)
 
 
-def _loses_gradient(x: Tensor, weight: Tensor) -> bool:
-    return x.is_cuda and x.numel() > MANY_ROWS * weight.numel() and not torch.compiler.is_compiling()
+def own(weight: Tensor | None) -> Tensor | None:
+    """Returns the frozen weight in whose place one with a gradient is, and any other as it is."""
+    return getattr(weight, "_s2a_own", weight)
+
+
+class _WithGradient(torch.autograd.Function):
+    """Gives a weight the gradient of a function of the bias, so that it is asked for wherever the bias's is."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor) -> Tensor:
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _loses_gradient(x: Any, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return False
+    return x.is_cuda and x.numel() > MANY_ROWS * weight.numel()
 
 
 @sets_modes_only
-def _lend_gradient(norm: nn.Module, args: tuple[Any, ...]) -> None:
+def _lend(norm: nn.Module, args: tuple[Any, ...]) -> None:
     weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
     if weight is None or bias is None or weight.requires_grad or not bias.requires_grad:
         return
     if torch.is_grad_enabled() and args and _loses_gradient(args[0], weight):
-        lent: Any = weight.detach().requires_grad_()
-        lent.own = weight
+        lent: Any = _WithGradient.apply(weight, bias)
+        lent._s2a_own = weight
         norm._parameters["weight"] = lent
 
 
 @reads_output_only
-def _take_gradient_back(norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    own = getattr(norm._parameters.get("weight"), "own", None)
-    if own is not None:
-        norm._parameters["weight"] = own
+def take_back(norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Puts the frozen weight back. A forward hook, which changes nothing that a module returns."""
+    weight: Any = norm._parameters.get("weight")
+    if own(weight) is not weight:
+        norm._parameters["weight"] = own(weight)  # pyright: ignore[reportArgumentType] (a parameter again)

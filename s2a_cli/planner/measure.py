@@ -105,12 +105,14 @@ def measure_blocks(
         for mode in near:
             take(mode, images)
     every = [(mode, images) for mode, found in best.items() for images in found]
+    fitting = [one for one in every if fits(_everywhere(*one, total))]
     for number in range(BLOCK_ROUNDS):
         an_image = {(mode, images): best[mode][images] / images for mode, images in every}
-        least = min(an_image[one] for one in every if fits(_everywhere(*one, total)))
+        most_close = (1 + CLOSE) * min((an_image[one] for one in fitting), default=math.inf)
+        close = {one for one in every if number == 0 or an_image[one] <= most_close}
         for mode, images in every:
-            is_close = number == 0 or an_image[mode, images] <= (1 + CLOSE) * least
-            if is_close and spent + blocks.turn(mode, images) < most:
+            as_stock = mode == PLAIN and any(size == images for _, size in close)  # which modes are compared with
+            if ((mode, images) in close or as_stock) and spent + blocks.turn(mode, images) < most:
                 take(mode, images)
     beside = max(0.0, whole - best[first][at]) / at  # seconds of an image
     costs = Costs({n: n * beside + seconds for n, seconds in best[PLAIN].items()}, blocks.shares(PLAIN, at), {})

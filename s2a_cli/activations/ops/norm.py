@@ -26,6 +26,7 @@ from s2a_cli.activations.ops.registry import handles
 from s2a_cli.activations.quant import codebooks
 from s2a_cli.activations.quant.packing import byte_table, groups_per_row, packed_size, rows
 from s2a_cli.activations.quant.primitives import SCALE, dequantize_rows, draws, operator, quantize_rows, working_type
+from s2a_cli.common.norms import own
 
 if TYPE_CHECKING:
     from s2a_cli.activations.context import OpContext
@@ -195,6 +196,7 @@ def _trains(*tensors: Tensor | None) -> bool:
 
 @handles(F.layer_norm, bits="norm")
 def layer_norm(op, stock, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    weight = own(weight)
     if not _trains(input, weight, bias) or (weight is None and bias is not None):
         return NotImplemented
 

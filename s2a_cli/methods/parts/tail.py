@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from s2a_cli.backbones import ADDED, Backbone
 from s2a_cli.common.hooks import may_change_input, owner_of
+from s2a_cli.common.norms import take_back
 from s2a_cli.methods.parts.feature_head import Features
 
 
@@ -91,7 +92,8 @@ def tail_of(backbone: Backbone) -> Tail | None:
 
     def is_touched(module: nn.Module) -> bool:
         reading = len(_features(module)) if module in blocks else 0
-        hooks = module is not backbone.model and len(module._forward_hooks) > reading
+        acting = sum(hook is not take_back for hook in module._forward_hooks.values())
+        hooks = module is not backbone.model and acting > reading
         hooks = hooks or any(map(may_change_input, module._forward_pre_hooks.values()))
         return hooks or any(p.requires_grad for p in module.parameters(False))
 
