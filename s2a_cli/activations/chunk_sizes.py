@@ -52,7 +52,7 @@ BY_DEVICE = {
         forward=1 << 21,
         decoded=1 << 24,
         pooled=1 << 23,
-        read=1 << 23,
+        read=1 << 21,
         temporary=1 << 22,
     ),
 }

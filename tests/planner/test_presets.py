@@ -15,7 +15,7 @@ from s2a_cli.training.step import Step, make_optimizer, train_mode
 TIERS = [  # at least how many times less than full fine-tuning in the same precision: ViT-B/16, 224 px, 64 images
     ("side", "tiny", "fp32", 14.0),
     ("side", "tiny quant.chunks=8", "fp32", 15.5),
-    ("side", "tiny quant.chunks=8", "bf16", 15.0),
+    ("side", "tiny quant.chunks=8", "bf16", 15.5),
     ("bias", "tiny", "bf16", 8.0),
     ("s2a", "tiny", "fp32", 9.0),
     ("s2a", "tiny quant.chunks=8", "fp32", 12.0),
