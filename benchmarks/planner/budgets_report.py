@@ -46,8 +46,8 @@ def markdown(result: dict[str, Any]) -> str:
             f"`python benchmarks/planner/budgets.py {' '.join(result['words'])}`, {result['machine']},"
             f" {result['date']}. Peaks are predicted. Images a second: medians of {result['steps']} steps of a batch"
             f" of {batch}, cut to some {result['timed']} images where micro-batches are smaller, rows and plans in"
-            " alternating order; in brackets at first sight alone, from one step, where others that fit were clearly"
-            " faster. Wanted:"
+            " alternating order, each step in a process of its own; in brackets at first sight alone, from one step,"
+            " where others that fit were clearly faster. Wanted:"
             f" {WANTED} of the best row that fits, and"
             f" {WANTED_OF_CHECKPOINTING} times the images a second of exact checkpointing of whole blocks.",
             "",
