@@ -35,7 +35,7 @@ def device_size(text: str) -> int:
 def largest_batch(
     config: DictConfig, device_bytes: int, margin: Margin = Margin(), predictor: Predictor | None = None
 ) -> int:
-    """Returns the most images an optimiser step with which a run is predicted to fit; 0 where not even one does.
+    """Returns the most images an optimiser step with which a run is predicted to fit; 0 where not even the fewest do.
 
     These are at most as many as there are images to train on. Raises UserError for a composition that can't be
     predicted.
@@ -46,7 +46,8 @@ def largest_batch(
         """Returns the bytes of the device that a batch of this size needs."""
         return margin.needed(predictor(Composition.of(with_batch_size(config, batch))))
 
-    return largest(needed, device_bytes, Composition.of(config).images, least=predictor.processes)
+    composition = Composition.of(config)
+    return largest(needed, device_bytes, composition.images, least=predictor.fewest(composition))
 
 
 def need_device() -> None:

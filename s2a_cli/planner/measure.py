@@ -21,6 +21,7 @@ from s2a_cli.training.step import moving_norms
 
 SECONDS = 11.0  # for all whole passes together, but for the first of each kind
 SHORT_RUN = 0.05  # of what a run is expected to take: where that is less, measurements take no more than it
+LEAST = 1.0  # second for whole passes in any run: nothing is known of sizes beyond those that were measured
 
 SLOW = 0.05  # seconds: where a CPU takes less for a pass of the smallest size, whole passes are timed
 PASSES = 3  # of the smallest size that are timed besides blocks
@@ -167,7 +168,7 @@ def measure_passes(
             take(Candidate(images), images)  # the first pass of a process waits for what later ones find ready
         if (seconds := take(Candidate(images), images)) is None:
             break
-        most = min(most, SHORT_RUN * run * seconds / images)
+        most = min(most, max(LEAST, SHORT_RUN * run * seconds / images))
         stock.append(images)
     modes = [mode for mode in modes if mode != PLAIN]
     few = [n for n in stock if n <= MODE_IMAGES and 2 * len(modes) * best[Candidate(n), n] <= MODE_SECONDS]

@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 
 from s2a_cli import backbones
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.text import type_and_first_line
 from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.config.settings import merge, plain
 from s2a_cli.data.columns import count_classes
@@ -21,6 +20,7 @@ from s2a_cli.methods import Attachment
 from s2a_cli.planner.task import Task
 from s2a_cli.training import forecast
 from s2a_cli.training.run import attach
+from s2a_cli.training.step import moving_norms, train_mode
 
 CLASSES, IMAGES = 100, 1 << 20  # assumed of a data set that is not on this machine
 SIZES = {  # classes, training images before a validation split is taken, and whether there is an official one
@@ -90,6 +90,12 @@ class Predictor:
             )
         return self._profile(self._attached(composition), config, composition)
 
+    def fewest(self, composition: Composition) -> int:
+        """Returns the images that a batch needs at least: one for each process, two where it can't train with one."""
+        attached = self._attached(composition)
+        alone = moving_norms(attached.model) and backbones.lacks_variance(attached.backbone, train_mode)
+        return self.processes * (2 if alone else 1)
+
     def task(self, composition: Composition, available: float, margin: Margin | None) -> Task:
         """Returns a composition as what is planned: for so many bytes of a device."""
         attached, config = self._attached(composition), composition.config
@@ -119,16 +125,7 @@ class Predictor:
         """Returns the profile of a step. Raises UserError for one that can't be predicted."""
         if composition.batch < self.processes:
             raise UserError(f"a batch of {composition.batch} images can't be shared by {self.processes} processes")
-        try:
-            return forecast.profile_step(attached, config, composition.images, self.processes)
-        except UserError:
-            raise
-        except Exception as error:  # a model of timm whose forward pass reads values can't run without data
-            first = type_and_first_line(error)
-            if "allocate memory" in first:
-                first += "; this system gives no address space beyond its memory: see vm.overcommit_memory"
-            what = f"{config.backbone.timm} with method={config.method.name}"
-            raise UserError(f"{what} can't be predicted: {first}") from error
+        return forecast.profile_or_refuse(attached, config, composition.images, self.processes)
 
 
 def sizes(dataset: DatasetConfig) -> tuple[int, int, str | None]:

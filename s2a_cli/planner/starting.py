@@ -88,7 +88,7 @@ def start(folder: str, words: list[str], minutes: float) -> Start:
     on_gpu = torch.cuda.is_available() and given.get("device", "auto") != "cpu"
     if on_gpu:
         settings |= {"backbone": ("vit_b", "ViT-B/16"), "precision": ("amp-bf16", "faster, and less memory")}
-    else:
+    elif "budget" not in given:  # which chooses it
         settings["quant"] = ("none", "no codes of activations: they take time, and a CPU has memory")
     settings |= {key: (value, "as you said") for key, value in given.items()}
     if on_gpu:
@@ -198,6 +198,9 @@ def _timed(begun: Start, splits: data.Splits, given: dict[str, str], side: int, 
 def _remembered(begun: Start, splits: data.Splits, given: dict[str, str]) -> Start:
     """Returns a start that fits the memory of this machine, and says how much it is predicted to take."""
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / MIB
+    if "budget" in given:
+        said = f"how to train in {given['budget']} is planned before the first step; this machine has {there:,.0f} MiB"
+        return Start(begun.settings, [*begun.found, said])
 
     def peak() -> float:
         profile = forecast.profile_composition(compose(begun.words), len(splits.classes), len(splits.train))
@@ -209,7 +212,7 @@ def _remembered(begun: Start, splits: data.Splits, given: dict[str, str]) -> Sta
         taken = peak()
     said = f"predicted peak of memory: {taken:,.0f} MiB; this machine has {there:,.0f} MiB"
     proposed = f"budget: {int(SHARE * _free())}MiB  # in the place of quant: how to train in so much memory is planned"
-    return Start(begun.settings, [*begun.found, said], "" if "budget" in given else proposed)
+    return Start(begun.settings, [*begun.found, said], proposed)
 
 
 def _free() -> float:

@@ -101,13 +101,18 @@ class Task:
         return Room(self.needed, self.available, sizes, self.total, like, doubt, min(idle, self.total - 1))
 
     def needed(self, candidate: Candidate) -> float:
-        """Returns the bytes of the device that a candidate is predicted to need; infinity for one that can't be run."""
+        """Returns the bytes of the device that a candidate is predicted to need; infinity for one that can't be run.
+
+        Raises NotPredicted, a UserError, where nothing can be predicted.
+        """
         attached = self.stored(candidate.weights)
         config = replaced(self.config, self.settings(candidate))
         if attached is None:
             return math.inf
         try:
-            profile = forecast.profile_step(attached, config, self.images, self.processes, self.dtype)
+            profile = forecast.profile_or_refuse(attached, config, self.images, self.processes, self.dtype)
+        except forecast.NotPredicted:
+            raise
         except UserError:
             return math.inf
         return self.takes(profile)

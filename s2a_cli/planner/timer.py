@@ -6,13 +6,14 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from s2a_cli.common.progress import Progress
-from s2a_cli.config.settings import merge
+from s2a_cli.config.settings import replaced
 from s2a_cli.methods import Attachment
 from s2a_cli.planner.candidates import Candidate
 from s2a_cli.training.cuda_graphs import PassGraphs, own_stream
@@ -61,7 +62,7 @@ class Timer:
     def step(self, candidate: Candidate) -> Step:
         """Returns the step of a candidate; the same one each time, so that codes are fitted once."""
         if candidate not in self._steps:
-            changed = merge(self.config, {"quant": OmegaConf.structured(candidate.quant)})
+            changed = replaced(self.config, {"quant": asdict(candidate.quant)})
             self._steps[candidate] = Step(changed, self.device, self.attached, self.criterion)
         return self._steps[candidate]
 

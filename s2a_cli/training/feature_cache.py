@@ -40,7 +40,7 @@ from s2a_cli.common.errors import RunError, UserError
 from s2a_cli.common.files import atomic_file, lock
 from s2a_cli.common.interrupts import guarded, stopping
 from s2a_cli.common.progress import Progress
-from s2a_cli.config.settings import merge, plain
+from s2a_cli.config.settings import plain, replaced
 from s2a_cli.data.batches import Batches
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import Attachment
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from s2a_cli.training.run import Run
 
 SCHEMA = 2  # of the files
+# Weights that give the same to the bit; those that are still to be planned are looked for as the exact ones first.
+AS_FP32 = {"offload": "fp32", "auto": "fp32"}
 HEADER = 4096  # bytes, or a multiple of it
 PRIVATE = 0o600  # what the backbone sees of photos, which may be private
 CHUNK = 1 << 22  # bytes
@@ -234,7 +236,7 @@ def fill_size(config: DictConfig) -> int:
 
 def filling_step(config: DictConfig, attached: Attachment, device: torch.device) -> Step:
     """Returns the step whose forward pass computes features: in stock PyTorch, as nothing is kept without gradients."""
-    return Step(merge(config, {"quant": OmegaConf.structured(REFERENCE)}), device, attached)
+    return Step(replaced(config, {"quant": asdict(REFERENCE)}), device, attached)
 
 
 def is_filled(run: Run, features: Features) -> bool:
@@ -324,7 +326,7 @@ def _files(run: Run, folder: Path, fields: list[tuple[tuple[int, ...], torch.dty
         "backbone": [
             config.backbone.timm,
             OmegaConf.to_container(config.backbone.kwargs),
-            "fp32" if config.backbone.weights == "offload" else config.backbone.weights,  # the same to the bit
+            AS_FP32.get(config.backbone.weights, config.backbone.weights),
             run.weights,
         ],
         "image": asdict(run.backbone.image),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,7 @@ from s2a_cli.activations import REFERENCE
 from s2a_cli.common import distributed
 from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import type_and_first_line
-from s2a_cli.config.settings import merge
+from s2a_cli.config.settings import replaced
 from s2a_cli.memory.allocator import is_expandable
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import Attachment
@@ -28,6 +28,10 @@ from s2a_cli.methods.parts.tail import Tail
 from s2a_cli.training import feature_cache
 from s2a_cli.training.run import Run, attach
 from s2a_cli.training.step import Batch, Step, make_optimizer, stays_in_pixels, train_mode, weight_dtype
+
+
+class NotPredicted(UserError):
+    """A step whose memory can't be predicted."""
 
 
 def predict(run: Run) -> dict[str, Any] | None:
@@ -48,7 +52,7 @@ def full_finetuning(config: DictConfig, classes: int) -> tuple[Attachment, DictC
     whole = backbones.build(config.backbone, classes, meta=True)
     attached = methods.attach(OmegaConf.create({"name": "full", "blocks": "all"}), whole)
     whole.model.to(weight_dtype(config.precision))
-    return attached, merge(config, {"quant": OmegaConf.structured(REFERENCE)})
+    return attached, replaced(config, {"quant": asdict(REFERENCE)})
 
 
 def profile_composition(config: DictConfig, classes: int, images: int) -> memory.Profile | None:
@@ -77,6 +81,22 @@ def profile_step(
     dtype: of a batch on the device; None for what a run has there.
     """
     return replace(_profile(attached, config, images, processes, dtype), graphs=bool(config.cuda_graphs))
+
+
+def profile_or_refuse(
+    attached: Attachment, config: DictConfig, images: int, processes: int = 1, dtype: torch.dtype | None = None
+) -> memory.Profile:
+    """Does what `profile_step` does. Raises NotPredicted, a UserError, for a step that can't run without data."""
+    try:
+        return profile_step(attached, config, images, processes, dtype)
+    except UserError:
+        raise
+    except Exception as error:  # models and tuners have many ways to read values
+        first = type_and_first_line(error)
+        if "allocate memory" in first:
+            first += "; this system gives no address space beyond its memory: see vm.overcommit_memory"
+        what = f"{config.backbone.timm} with method={config.method.name}"
+        raise NotPredicted(f"{what} can't be predicted: {first}") from error
 
 
 def _profile(

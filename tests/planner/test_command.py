@@ -133,6 +133,19 @@ def test_the_largest_batch_fits_and_one_more_does_not(words):
     assert largest_batch(config, 100 * GIB, margin) == 20  # all there are
 
 
+def test_a_batch_of_batch_norms_begins_with_two_images_where_one_leaves_no_variance():
+    words = ["backbone=resnet18", "backbone.image_size=32", "backbone.pretrained=false", "dataset=cifar10"]
+    config, margin = compose([*words, "method=full", "quant=none"]), Margin(context=0)
+    assert largest_batch(config, 1200 * MIB, margin) > 64 and largest_batch(config, 100 * MIB, margin) == 0
+
+
+def test_full_fine_tuning_is_compared_with_as_stock_pytorch_runs_it():
+    words = [*SMALL, "method=bias", "quant=none"]
+    blocks = "quant.blocks={0: {recompute: block}, 1: {input: 8}}"
+    plain, mixed = (Predictor().full(Composition.of(compose([*words, *more]))).memory for more in ([], [blocks]))
+    assert mixed == plain
+
+
 @pytest.mark.parametrize("limit", [0, 1, 7, 100, 12345])
 @pytest.mark.parametrize(
     "shape", [lambda n: n, lambda n: 10 + n + 5 * (n % 2 == 0) // 5, lambda n: n**1.3, lambda n: 64 * -(-n // 64)]

@@ -24,7 +24,7 @@ from s2a_cli.planner.task import Task
 from s2a_cli.planner.timer import Timer, Timers
 from s2a_cli.results import record
 from s2a_cli.training import forecast, trainer
-from s2a_cli.training.run import attach
+from s2a_cli.training.run import attach, prepare
 
 TINY = [
     *("backbone=vit_micro", "backbone.pretrained=false", "+backbone.kwargs.depth=2", "dataset.shots=4", "device=cpu"),
@@ -80,6 +80,27 @@ def test_exact_candidates_have_the_exact_gradient_and_codes_less():
         found = {mode: cosine(Candidate(4, mode, 2, 2)) for mode in MODES}
     for mode, value in found.items():
         assert value == pytest.approx(1.0, abs=1e-9) if mode.fidelity == EXACT else 0.9 < value < 1 - 1e-9, mode.about
+
+
+def test_a_gradient_that_fp16_overflows_by_its_scale_is_compared_at_a_smaller_one():
+    task = task_of("precision=amp-fp16")
+    with closing(timer_of(task)) as timer:
+        coded = next(mode for mode in MODES if mode.fidelity < EXACT)
+        candidates = [Candidate(4, PLAIN, 0, 2), Candidate(4, coded, 2, 2)]
+        for candidate in candidates:
+            timer.step(candidate).scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+        assert 0.9 < Fidelity({None: timer}, None)(candidates[1]) < 1
+        nn.init.constant_(timer.attached.backbone.head.layers["head"].bias, torch.nan)  # no scale mends that
+        assert Fidelity({None: timer}, None)(candidates[1]) == -1
+
+
+def test_what_can_not_be_predicted_can_not_be_planned(monkeypatch):
+    def refuses(*_):
+        raise NotImplementedError("aten.odd.default can't be run without data")
+
+    monkeypatch.setattr(forecast, "profile_step", refuses)
+    with pytest.raises(UserError, match="with method=bias can't be predicted: NotImplementedError"):
+        plan_run(prepare(compose([*TINY, "budget=1GiB"])))
 
 
 def test_one_model_at_a_time_is_on_the_device(monkeypatch):
@@ -151,8 +172,6 @@ def test_codes_are_taken_below_what_exact_plans_need(quick_plans):
     coded = min(map(exact.needed, exact.smallest(0.999)))
     assert coded < least
     budget = f"budget={(coded + 0.9 * (least - coded)) / MIB}MiB"
-    from s2a_cli.training.run import prepare
-
     with pytest.raises(UserError, match=r"nothing fits; with fidelity=exact .* cheapest first: fidelity=0.999 \("):
         plan_run(prepare(compose([*TINY, "backbone.kwargs.depth=3", budget])))
     found = plan_run(prepare(compose([*TINY, "backbone.kwargs.depth=3", budget, "fidelity=0.999"])))
@@ -179,8 +198,6 @@ def test_blocks_are_recomputed_where_weights_are_stored_otherwise_and_nothing_el
     )
     assert recomputed < plain < min(task.needed(one) for one in task.smallest(1.0) if one.weights == "fp32")
     budget = f"budget={(plain + recomputed) / 2 / MIB}MiB"
-    from s2a_cli.training.run import prepare
-
     found = plan_run(prepare(compose([*TINY, "backbone.kwargs.depth=6", "backbone.weights=auto", budget])))
     assert found["settings"]["backbone.weights"] == "offload" and found["settings"]["optim.micro_batch"] == 1
     quant = found["settings"]["quant"]

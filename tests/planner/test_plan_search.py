@@ -201,6 +201,12 @@ def test_a_short_run_is_not_measured_for_longer_than_a_part_of_it(monkeypatch):
     assert clock.now == pytest.approx(SHORT_RUN * 4000 * 0.01, rel=0.3)
 
 
+def test_in_the_shortest_run_too_a_fast_device_is_measured_at_more_than_the_smallest_sizes(monkeypatch):
+    clock = Clock(lambda candidate, images: 0.010 + 0.001 * images, monkeypatch)
+    found = measure_passes(clock, [1, 2, 4, 8, 16, 32, 64], MODES[:4], lambda candidate: True, run=16)
+    assert {1, 2, 4, 8, 16, 32, 64} == set(found.stock) and clock.now < 1.5
+
+
 def test_predictions_take_no_time_from_measurements(monkeypatch):
     clock = Clock(lambda candidate, images: images * (0.13 if candidate.blocks else 0.1), monkeypatch)
 

@@ -83,6 +83,14 @@ def test_the_file_is_what_the_command_line_says(photos, pace, capsys):
     assert "optim.epochs=3" in capsys.readouterr().out
 
 
+def test_a_budget_that_is_given_takes_the_place_of_quant(photos, pace, capsys):
+    pace(0.01)
+    assert main(["init", "photos", "device=cpu", "backbone=vit_micro", "budget=100MiB", "out=my.yaml"]) == 0
+    assert "how to train in 100MiB is planned before the first step" in capsys.readouterr().out
+    config = compose(words_of_file(photos.parent / "my.yaml"))
+    assert config.budget == "100MiB" and "quant:" not in (photos.parent / "my.yaml").read_text()
+
+
 def test_a_gpu_gets_a_budget_of_what_is_free(photos, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 12 * 2**30))
