@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import os
 import sys
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from s2a_cli import __version__
 from s2a_cli.cli.commands import COMMANDS, Command, composed, first_of_grid
 from s2a_cli.common import streams
 from s2a_cli.common.errors import RunError, UserError
-from s2a_cli.common.text import nearest, printable
+from s2a_cli.common.text import brief, nearest, printable
 
 FLAGS = {  # flag -> its value and meaning
     "--help": ("", "this, or the help of a command"),
@@ -56,6 +57,8 @@ def _run(argv: list[str]) -> int:
     except Exception as error:
         if "--debug" in argv:
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # a name that the user gave, or a table
+            error = UserError(f"{brief(str(error.filename))}: is too long for the name of a file")
         lines = [printable(line) for line in str(error).strip().splitlines()] or [""]
         if isinstance(error, UserError) and len(lines) > 1:
             print(f"s2a: {len(lines)} problems:", *lines, sep="\n  ", file=sys.stderr)
@@ -137,6 +140,8 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
             if not rest:
                 raise UserError(f"{name}: expected {name} {FLAGS[name][0]}")
             flags[name] = rest.pop(0)
+        elif "=" in word and not FLAGS.get(name, ("",))[0]:
+            raise UserError(f"{word}: {name} takes no value; it is {name} or nothing")
         else:
             flags[name] = value
     return flags, words

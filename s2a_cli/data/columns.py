@@ -162,8 +162,8 @@ def find_columns(frame: pd.DataFrame, path: Path, config: DatasetConfig) -> Colu
     else:
         label, classes = _found_labels(frame, rest, path)
     for name in classes:
-        if odd := next((cell for cell in frame[name] if _truth(cell) is None), None):
-            raise UserError(f"dataset.class_columns: column {name!r} has {brief(_text(odd))!r}; expected 0 or 1")
+        if odd := [_text(cell) for cell in frame[name] if _truth(cell) is None]:
+            raise UserError(f"dataset.class_columns: column {name!r} has {brief(odd[0])!r}; expected 0 or 1")
     unused = tuple(name for name in names if name not in (image, label, split, group, *classes))
     return Columns(image, label, classes, split, group, *_several(frame, label, classes, config), unused)
 

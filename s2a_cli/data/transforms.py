@@ -14,6 +14,7 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.common.text import nearest
 from s2a_cli.config.schema import DatasetConfig
 
+ELONGATED = 50  # times; a panorama has 10
 INTERPOLATIONS = {mode.value: mode for mode in v2.InterpolationMode}
 
 
@@ -44,7 +45,20 @@ class Transform:
     at_least: int  # pixels of the shorter side; a larger image would not give another result
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.steps(image)
+        return self.steps(_middle(image))
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """Returns the middle of an image that is more than ELONGATED times as long as wide, and any other as it is.
+
+    Made as wide as a model needs, a line of pixels would take memory without bound, for a crop of its middle.
+    """
+    width, height = image.size
+    most = ELONGATED * min(width, height)
+    if max(width, height) <= most:
+        return image
+    left, top = (max(0, side - most) // 2 for side in (width, height))
+    return image.crop((left, top, left + min(width, most), top + min(height, most)))
 
 
 def build_transform(image: ImageConfig, config: DatasetConfig, train: bool, normalise: bool = True) -> Transform:

@@ -46,5 +46,7 @@ def check(to: str, out: Path, force: bool) -> None:
         if strangers:
             raise UserError(f"out={out}: holds {strangers[0]}, which is not of an export; choose another folder")
         there = [out] if is_there(out) else []
+        if there and not out.is_dir():
+            raise UserError(f"out={out}: is a file; to={to} makes a folder")
     if there and not force:
         raise UserError(f"out={there[0]}: is there already; choose another name, or add --force")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.files import atomic_file
+from s2a_cli.common.files import atomic_file, is_there
 from s2a_cli.common.text import nearest, printable
 from s2a_cli.results.made_files import safe_cell, save
 
@@ -98,9 +98,9 @@ def check_out(path: Path, force: bool) -> None:
         raise UserError(f"out={path}: expected a file that ends in .csv or .json{nearest(path.suffix, KINDS)}")
     if not path.parent.is_dir():
         raise UserError(f"out={path}: there is no folder {path.parent}")
-    if path.exists() and not path.is_file():
+    if is_there(path) and not path.is_file():
         raise UserError(f"out={path}: is no file; expected the name of one")
-    if path.is_file() and not force:
+    if is_there(path) and not force:
         with path.open("rb") as file:
             begins = file.read(len(CSV_OPENS))
         if begins and begins not in (CSV_OPENS, JSON_OPENS[: len(begins)]):
@@ -121,7 +121,7 @@ def writer(out: Path | None, top: int) -> Iterator[Writer]:
             made = KINDS[out.suffix](file, top)
             yield made
             made.end()
-    except PermissionError as error:
+    except OSError as error:
         raise UserError(f"out={out}: can't be written ({error.strerror})") from None
 
 

@@ -138,7 +138,12 @@ def _moved(made: Path, out: Path) -> list[Path]:
     if (made / out.name).is_dir():
         if out.is_dir():
             out.rename(made / "earlier")
-        (made / out.name).rename(out)
+        try:
+            (made / out.name).rename(out)
+        except BaseException:  # a Ctrl-C, too
+            if (made / "earlier").is_dir() and not out.exists():
+                (made / "earlier").rename(out)
+            raise
         os.chmod(out, 0o755)
         return sorted(out.iterdir())
     names = sorted((path.name for path in made.iterdir()), key=lambda name: name == out.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import warnings
@@ -44,6 +45,11 @@ def described(description: dict[str, Any]) -> str:
     return json.dumps(description, indent=2) + "\n"
 
 
+def _batch(images: Tensor) -> Tensor:
+    """Returns BATCH of the images, one alone several times: of a single one a graph would be for one image alone."""
+    return images[torch.arange(BATCH) % len(images)]
+
+
 def _write_timm(model: nn.Module, images: Tensor, path: Path, description: dict[str, Any]) -> None:
     path.mkdir()
     _write_safetensors(model, images, path / WEIGHTS, description)
@@ -69,8 +75,10 @@ def _load_safetensors(path: Path) -> Logits:
 
 
 def _write_torchscript(model: nn.Module, images: Tensor, path: Path, description: dict[str, Any]) -> None:
-    traced = torch.jit.trace(model, images[:BATCH], check_trace=False)  # `load` is checked on other images
-    torch.jit.save(traced, str(path), _extra_files={CONFIG: described(description)})
+    traced = torch.jit.trace(model, _batch(images), check_trace=False)  # `load` is checked on other images
+    made = io.BytesIO()  # writing to the file itself ends the process where the disk is full
+    torch.jit.save(traced, made, _extra_files={CONFIG: described(description)})
+    path.write_bytes(made.getbuffer())
 
 
 def _load_torchscript(path: Path) -> Logits:
@@ -79,11 +87,13 @@ def _load_torchscript(path: Path) -> Logits:
 
 def _exported(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
-    return torch.export.export(model, (images[:BATCH],), dynamic_shapes=({0: batch},), strict=False)
+    return torch.export.export(model, (_batch(images),), dynamic_shapes=({0: batch},), strict=False)
 
 
 def _write_torch_export(model: nn.Module, images: Tensor, path: Path, description: dict[str, Any]) -> None:
-    torch.export.save(_exported(model, images), path, extra_files={CONFIG: described(description)})
+    made = io.BytesIO()
+    torch.export.save(_exported(model, images), made, extra_files={CONFIG: described(description)})
+    path.write_bytes(made.getbuffer())
 
 
 def _load_torch_export(path: Path) -> Logits:

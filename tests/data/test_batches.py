@@ -142,6 +142,16 @@ def test_tiny_images_are_enlarged():
         assert transform(picture(1, size=(3, 5))).shape == (3, 8, 8)
 
 
+def test_of_a_line_of_pixels_the_middle_is_taken():
+    for train in (False, True):
+        transform = build_transform(IMAGE, DatasetConfig(), train=train)
+        assert transform(Image.new("RGB", (1, 3_000_000))).shape == (3, 8, 8)
+    striped = Image.new("RGB", (4, 400))
+    striped.paste((255, 255, 255), (0, 150, 4, 250))
+    middle = build_transform(IMAGE, DatasetConfig(), train=False, normalise=False)(striped)
+    assert middle.min() == 255
+
+
 def test_unknown_interpolation():
     image = ImageConfig(size=8, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubik", crop_pct=1.0)
     with pytest.raises(UserError, match="did you mean 'bicubic'"):

@@ -190,6 +190,11 @@ def test_what_can_not_be_read_is_refused_in_a_line(photos):
     ):
         (photos / "bad.csv").write_text(text)
         assert words in refusal(load, config(photos / "bad.csv")), text
+    (photos / "bad.csv").write_text("path,owl,jay\n00.png,1,0\n01.png,,1\n")
+    columns = DatasetConfig("table", file=str(photos / "bad.csv"), class_columns=["owl", "jay"])
+    assert "column 'owl' has ''; expected 0 or 1" in refusal(load, columns)
+    (photos / "bad.csv").write_text(f"path,label\n00.png,owl\n{5000 * 'a'}.png,jay\n")
+    assert 40 < len(refusal(load, config(photos / "bad.csv"))) < 700
     (photos / "bad.csv").write_bytes("path,label\n00.png,é\n".encode("latin1"))
     assert "is not in UTF-8" in refusal(load, config(photos / "bad.csv"))
     gone = pd.read_csv(good)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from s2a_cli.cli.main import main
 from s2a_cli.common.errors import UserError
@@ -130,6 +132,7 @@ def test_what_cannot_be_exported_leaves_nothing(finished, tmp_path, capsys, monk
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").touch()
     (tmp_path / "a.pt").touch()
+    (tmp_path / "a").touch()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for words, said in (
         (["out=model"], "to=onnx or to=torchscript or to=torch-export write it as a part of the graph"),
@@ -141,13 +144,51 @@ def test_what_cannot_be_exported_leaves_nothing(finished, tmp_path, capsys, monk
         (["out=a.pt", "to=torchscript"], "is there already"),
         (["out=mine"], "holds photo.jpg"),
         (["out=mine", "--force"], "holds photo.jpg"),
+        (["out=a", "--force"], "out=a: is a file; to=timm makes a folder"),
+        (["out=c.pt", "to=torchscript", "--force=false"], "--force=false: --force takes no value"),
         (["out=b.pt", "to=torchscript", "images=mine/photo.jpg"], "no photo to check on"),
         (["out=b.pt", "to=torchscript", "dataset.split_seed=2"], "or on those that images=FOLDER names"),
     ):
         assert main(["export", f"run={finished[0]}", *words]) == 2, words
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.pt", "mine"]
+
+
+def test_an_export_that_can_not_be_moved_leaves_the_earlier_one(tmp_path, monkeypatch, capsys):
+    run, out = trained(tmp_path / "run", "method=bias"), tmp_path / "model"
+    assert main(["export", f"run={run}", f"out={out}"]) == 0
+    before, move = {path.name: path.read_bytes() for path in out.iterdir()}, Path.rename
+
+    def rename(path, target):
+        if Path(target) == out and path.name == out.name:
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    assert main(["export", f"run={run}", f"out={out}", "--force"]) == 130
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
+
+
+@pytest.mark.parametrize("to", ["torchscript", pytest.param("torch-export", marks=pytest.mark.slow)])
+def test_a_graph_is_checked_on_one_photo(finished, tmp_path, to, capsys):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "one.png")
+    out = tmp_path / f"model{SUFFIXES[to]}"
+    assert main(["export", f"run={finished[0]}", f"out={out}", f"to={to}", f"images={tmp_path / 'one.png'}"]) == 0
+    assert "its logits on 1 photo " in capsys.readouterr().out and agrees_alone(finished[0], out, tmp_path)
+
+
+@pytest.mark.parametrize("to", ["torchscript", "timm"])
+def test_a_full_disk_is_said_in_a_line(finished, tmp_path, to, capsys, monkeypatch):
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    run = trained(tmp_path / "run", "method=bias")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["export", f"run={run}", f"out={tmp_path / 'model'}{SUFFIXES[to]}", f"to={to}"]) == 2
+    assert "export: can't be written (No space left on device)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_model_that_differs_is_refused(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.text import counted, listed, natural, printable
+from s2a_cli.common.text import brief, counted, listed, natural, printable
 from s2a_cli.config.schema import DatasetConfig
 from s2a_cli.data.columns import Columns, find_columns, read_frame
 from s2a_cli.data.images import EXTENSIONS, ImageFiles
@@ -43,11 +43,11 @@ def read(config: DatasetConfig, cache: Path) -> Source:
     if not columns.multi_label and (bare := [file for file, row in rows.items() if not row.labels]):
         left_out.append(f"{counted(len(bare), 'image')} without a label ({listed(bare, 3)})")
         rows = {file: row for file, row in rows.items() if row.labels}
-    missing = [file for file in rows if not (root / file).is_file()]
+    missing = [file for file in rows if not os.path.isfile(root / file)]
     if missing and (config.on_corrupt == "stop" or len(missing) == len(rows)):
         raise UserError(
             f"{printable(table)} lists {len(rows)} images, of which {len(missing)} are not there, the first as"
-            f" {printable(root / missing[0])}; dataset.root= is the folder that paths are relative to"
+            f" {brief(str(root / missing[0]), 300)}; dataset.root= is the folder that paths are relative to"
             + ("" if len(missing) == len(rows) else ", and dataset.on_corrupt=skip leaves such lines out")
         )
     report = examine(root, sorted(rows), cache / "checked")
