@@ -27,6 +27,7 @@ ATTEMPTS = 4  # at a race, each without the row that ended the last
 RACE_SECONDS = 75.0  # least that a race takes
 PREDICT_SECONDS = 30.0  # at most that what is timed waits for predictions; they go on when it is over
 CAPPED = 24  # decisions at most that are tried out
+ANY_MIB = 20_000.0  # of the device for any combination: more than each of them is predicted to take
 CONTEXT_MIB = 700.0  # of a process on the device, for the sharing of its memory
 Entry = dict[str, Any]
 
@@ -107,12 +108,12 @@ class Run:
         self.save(self)
 
     def _needs(self, task: Task) -> float | None:
-        """MiB of the device; None while that is still being predicted."""
+        """MiB of the device; None while that is still being predicted and the device has no room for any two."""
         if task.ask["kind"] != "measure":
             return task.needs_mib
         found = self.predictions[key(task)]
         if found.open and self._predicts.is_alive():
-            return None
+            return ANY_MIB if self.pool.room >= 2 * ANY_MIB else None
         return 1.1 * found.result["expected_reserved_mib"] if found.result else self.pool.room / 2
 
     # Speed
