@@ -246,6 +246,12 @@ class CheckpointedBlock:
             with torch.no_grad():
                 return in_batch_chunks(call, inputs, self.chunk_size(call, x, "forward" if recomputes else kind))
         if recomputes and found.kept > sum(input_bytes(x[:1], config) for x in inputs[: call.states]):
+            if found.shares:
+                raise UserError(
+                    f"block {self.index} ({type(self.module).__name__}) reads a tensor that other operators made"
+                    " outside of it and that needs a gradient: hand it over as an argument of the block, or set"
+                    " recompute='none'"
+                )
             recomputation, size = Recomputation(call, x.device, found.unread), self.chunk_size(call, x, "recomputed")
             return list(Recompute.apply(recomputation, size, len(inputs), *inputs, *found.trained))
         size = self.chunk_size(call, x, kind)
@@ -320,7 +326,7 @@ class Call:
         self.inputs = [*split, *(x for x in others if x.requires_grad)]
         self.states = len(split)
         samples = 0 if first is None else len(first)
-        self.is_whole = any(x.requires_grad or (len(x) > 1 and samples % len(x) == 0) for x in others)
+        self.is_whole = any(x.requires_grad or _is_of_samples(x, samples) for x in others)
         numbers = {id(x): number for number, x in enumerate(self.inputs)}
         self._places = {i: numbers[id(x)] for i, x in enumerate(given) if id(x) in numbers}
         self._given = [None if i in self._places else x for i, x in enumerate(given)]
@@ -344,6 +350,11 @@ class Call:
         beside, structure = self._beside
         tensors = iter(outputs)
         return tree_unflatten([next(tensors) if y is TENSOR else y for y in beside], structure)
+
+
+def _is_of_samples(x: Tensor, samples: int) -> bool:
+    """Returns whether a tensor may hold something for each sample, or its heads, as masks [B H, L, L] do."""
+    return len(x) > 1 and (samples % len(x) == 0 or (x.dim() > 2 and len(x) % samples == 0))
 
 
 def _is_alike(x: Tensor, state: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]  (missing in torch's stubs)
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +32,7 @@ class Probe:
     kept: float  # bytes for the backward pass, of one sample
     unread: int  # which of its linear layers is the last, and has an output that backward does not read; or 0
     changes_input: bool  # in place
+    shares: bool  # what takes part in the graph, is no input and has saved tensors of its own
     splits: bool  # whether what it returns is split by sample as its inputs are
     is_wide: bool  # whether a tensor within has more than twice the elements of its input and of its output
     flags: list[tuple[Tensor, bool]]  # the parameters that it read, and whether they were trained
@@ -73,6 +75,7 @@ def probe(call: Call, inputs: list[Tensor]) -> Probe:
         return tensor.detach()  # not itself: a node that holds its own output is never freed
 
     buffers = [(name, buffer, buffer._version) for name, buffer in module.named_buffers()]
+    begun = _autograd._get_sequence_nr()
     starts, reads = [x.detach().requires_grad_(x.requires_grad) for x in inputs], Reads()
     saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with mode.calibration.paused(), mode.counting() as counters, saved, reads:
@@ -92,6 +95,7 @@ def probe(call: Call, inputs: list[Tensor]) -> Probe:
         trained=list(trained.values()),
         kept=sum(kept.values()) / len(inputs[0]),
         unread=counters.linears if last < counters.linears else 0,
+        shares=any(_keeps_tensors(node) for node in nodes(outputs) if node._sequence_nr() < begun),
         changes_input=versions != [sample._version for sample in samples],
         splits=splits(outputs, None if call.is_whole else len(samples[0])),
         is_wide=reads.widest > 2 * max(x.numel() for x in (*samples, *outputs)),
@@ -101,14 +105,22 @@ def probe(call: Call, inputs: list[Tensor]) -> Probe:
 
 def leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
     """Returns the tensors without a history whose gradients a backward pass from these would find, in a fixed order."""
-    found, seen = [], set()
+    return [node.variable for node in nodes(outputs) if hasattr(node, "variable")]
+
+
+def nodes(outputs: Iterable[Tensor]) -> list[Any]:
+    """Returns the nodes of the graph behind these tensors, in a fixed order."""
+    found: dict[Any, None] = {}
     todo: list[Any] = [y.grad_fn for y in outputs]
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
+        if node is None or node in found:
             continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
+        found[node] = None
         todo.extend(function for function, _ in node.next_functions)
-    return found
+    return list(found)
+
+
+def _keeps_tensors(node: Any) -> bool:
+    """Tells whether a node of a graph has saved tensors, which a backward pass frees."""
+    return any(name.startswith("_raw_saved_") for name in dir(node))

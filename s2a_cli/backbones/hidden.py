@@ -116,8 +116,17 @@ class Hidden:
         return tokens[:, : self.prefix], patches.unflatten(-1, self.grid)
 
     def of(self, values: Any) -> Tensor:
-        """Returns this hidden state among the values (in any containers) that a block takes, or returns."""
-        return [x for x in tree_leaves(values) if isinstance(x, Tensor)][self.place]
+        """Returns this hidden state among the values (in any containers) that a block takes, or returns.
+
+        Raises UserError for a nested tensor, which nn.TransformerEncoder makes of padded ones in evaluation.
+        """
+        found = [x for x in tree_leaves(values) if isinstance(x, Tensor)][self.place]
+        if found.is_nested:
+            raise UserError(
+                "method: a block is handed a nested tensor, which what is attached does not read: build"
+                " nn.TransformerEncoder with enable_nested_tensor=False"
+            )
+        return found
 
     def replaced(self, values: Any, hidden: Tensor) -> Any:
         """Returns the same values with the tensor `hidden` in the place of this hidden state."""

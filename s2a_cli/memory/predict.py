@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2a_cli.activations.chunk_sizes import planned_for
+from s2a_cli.common.attributes import Attributes
 from s2a_cli.common.dataless import Dataless
 from s2a_cli.memory.breakdown import Profile
 from s2a_cli.memory.cuda import CudaAutocast
@@ -137,9 +138,12 @@ def inputs_of(model: nn.Module, batch: Tensor | Sequence[Tensor] | Sequence[int]
 def dataless_tensors(model: nn.Module) -> Iterator[None]:
     """Replaces the parameters and buffers of `model` by dataless CPU tensors; then restores the very same objects.
 
-    A copy of the model would not do: its hooks would still point to the modules of the original.
+    A copy of the model would not do: its hooks would still point to the modules of the original. What a module keeps
+    for itself in a forward pass, as a table of positions that is made once, is forgotten again: nobody has written to
+    it.
     """
     modules = list(model.modules())
+    attributes = [Attributes(module) for module in modules]
     tables: list[dict[str, Any]] = [table for module in modules for table in (module._parameters, module._buffers)]
     originals = [dict(table) for table in tables]
     training = [module.training for module in modules]
@@ -155,6 +159,8 @@ def dataless_tensors(model: nn.Module) -> Iterator[None]:
             table.update(original)
         for module, mode in zip(modules, training, strict=True):
             module.training = mode
+        for own in attributes:
+            own.restore()
 
 
 def _dataless(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from s2a_cli import backbones
 from s2a_cli.activations import REFERENCE, compress_activations
 from s2a_cli.activations.probe import leaves
 from s2a_cli.activations.quant.packing import groupwise_size
+from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.config.schema import BackboneConfig, QuantConfig
 from s2a_cli.memory import saved_bytes
@@ -312,3 +313,47 @@ def test_autocast_is_that_of_the_forward_pass():
         loss.backward()
         grads.append(torch.cat([p.grad.flatten() for p in found.model.parameters() if p.grad is not None]))
     assert F.cosine_similarity(*grads, 0) > 0.999
+
+
+class Conditioned(nn.Module):
+    """Multiplies by a factor that was set from outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.factor = nn.Linear(8, 8), torch.ones(8)
+
+    def forward(self, x):
+        return x + torch.tanh(self.inner(x)) * self.factor
+
+
+def test_a_tensor_with_a_history_that_is_no_argument_is_refused_where_blocks_are_recomputed():
+    torch.manual_seed(0)
+    blocks, z, x = nn.ModuleList(Conditioned() for _ in range(2)), torch.randn(8, requires_grad=True), torch.randn(4, 8)
+
+    def run(recompute: str) -> None:
+        factor = torch.tanh(z).exp()
+        mode = compress_activations(quant(lossless=True, recompute=recompute, chunks=2), list(blocks))
+        with mode:
+            y = x
+            for block in blocks:
+                block.factor = factor
+                y = block(y)
+        y.sum().backward()
+
+    with pytest.raises(UserError, match=r"block 0 \(Conditioned\) reads a tensor that other operators made outside"):
+        run("block")
+    run("none")
+    assert z.grad is not None
+
+
+@pytest.mark.parametrize("config", [{"recompute": "block"}, {"chunks": 2}])
+def test_a_mask_for_each_head_of_each_sample_stays_with_them(config):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 2, 32, batch_first=True, dropout=0.0)
+    x, mask = torch.randn(4, 6, 24), torch.randn(8, 6, 6)
+    expected = torch.autograd.grad(layer(x, src_mask=mask).square().sum(), list(layer.parameters()))
+    with compress_activations(quant(lossless=True, **config), [layer]):
+        y = layer(x, src_mask=mask)
+    found = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+    for mine, stock in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, stock, rtol=1e-5, atol=1e-5)

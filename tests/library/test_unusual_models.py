@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
+import timm
 import torch
 from models import inputs, vit
 from torch import nn
@@ -116,3 +118,75 @@ def test_modules_keep_their_modes():
     before = [module.training for module in model.modules()]
     s2a_cli.attach(model, "bias")
     assert [module.training for name, module in model.named_modules() if not name.startswith("s2a")] == before
+
+
+class Positions(nn.Module):
+    """Makes a table of positions in its first forward pass, and keeps one for each device, as timm's models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.table: torch.Tensor | None = None
+        self.tables: dict[str, torch.Tensor] = {}
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.linspace(0, 1, x.shape[1])[:, None]
+        self.tables.setdefault(str(x.device), torch.linspace(1, 2, x.shape[1])[:, None])
+        return x * self.tables[str(x.device)] + self.table
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["before its first pass", "behind its first pass"])
+def test_tables_that_a_model_makes_when_it_first_runs_are_none_without_data(first):
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), nn.Linear(16, 16), Positions())
+    model = nn.Sequential(stem, nn.Flatten(1), nn.Linear(256, 5)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    expected = copy.deepcopy(model)(x)
+    if first:
+        model(x)
+    tables = model[0][3].table, dict(model[0][3].tables)
+    s2a_cli.predict_memory(model, (4, 3, 16, 16))
+    attached = s2a_cli.attach(model, "linear", inputs=(1, 3, 16, 16))
+    assert (model[0][3].table, model[0][3].tables) == tables
+    assert torch.equal(model(x), expected)
+    attached.detach()
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("name", ["tiny_vit_5m_224.dist_in22k_ft_in1k", "levit_128s.fb_dist_in1k"])
+def test_bias_tables_that_timm_keeps_in_evaluation_are_those_of_the_weights(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if "attention_bias" in parameter_name:
+            nn.init.normal_(parameter)
+    x = torch.randn(1, 3, 224, 224)
+    expected = copy.deepcopy(model)(x)
+    s2a_cli.attach(model, "linear")
+    assert torch.equal(model.eval()(x), expected)
+
+
+def test_padded_tokens_as_nested_tensors_are_refused_in_a_line():
+    class Padded(nn.Module):
+        def __init__(self, nested: bool):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(24, 2, 32, batch_first=True, dropout=0.0)
+            self.stem, self.head = nn.Conv2d(3, 24, 4, 4), nn.Linear(24, 5)
+            self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=nested)
+
+        def forward(self, x):
+            x = self.stem(x).flatten(2).transpose(1, 2)
+            padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+            padding[:, -3:] = True
+            return self.head(self.encoder(x, src_key_padding_mask=padding)[:, :-3].mean(1))
+
+    x = torch.randn(2, 3, 16, 16)
+    for nested in (False, True):
+        model = s2a_cli.attach(Padded(nested), "side", inputs=(1, 3, 16, 16)).model
+        model.train()(x).sum().backward()
+        with torch.no_grad():
+            if nested:
+                with pytest.raises(s2a_cli.UserError, match="nested tensor.*enable_nested_tensor=False"):
+                    model.eval()(x)
+            else:
+                assert model.eval()(x).shape == (2, 5)

@@ -250,3 +250,10 @@ def test_a_head_that_is_called_alone_says_what_to_call(method):
     with pytest.raises(UserError, match="call the model, not its"):
         made.model.get_submodule("head")(torch.randn(4, 48))
     assert torch.equal(made.model(images), before)
+
+
+def test_blocks_that_are_unfrozen_later_learn_through_a_bypass():
+    attached = s2a_cli.attach(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3), "res_tuning_bypass")
+    block = attached.blocks[-1].requires_grad_(True)
+    attached.model.train()(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in block.parameters())

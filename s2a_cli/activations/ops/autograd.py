@@ -28,8 +28,8 @@ def first_order(backward: Callable) -> Callable:
     def checked(ctx, *grads: Tensor):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "a forward pass under s2a_cli.activations.compress_activations keeps what first derivatives need: "
-                "create_graph=True and double backward are not supported"
+                "a side branch, and a forward pass under s2a_cli.activations.compress_activations, keep what first "
+                "derivatives need: create_graph=True and double backward are not supported"
             )
         return backward(ctx, *grads)
 

@@ -29,6 +29,7 @@ P = ParamSpec("P")
 RANGE = 16.0  # pointwise inputs beyond +-RANGE share the outermost bins: f' is constant there
 POINTWISE_BINS = 1 << 14
 GROUP_BINS = 1 << 12
+JUMP = 0.1  # of f' within a bin, against both sides: more than any kink or curve makes
 FLOOR = 0.01  # weight of the fixed distribution beside a histogram
 _FAKES: WeakKeyDictionary[FakeTensorMode, dict[tuple, Codebook]] = WeakKeyDictionary()  # codebooks of a trace
 _POINTS = 512  # distinct values the dynamic programme sees
@@ -213,9 +214,19 @@ def derivative_codebook(
     which then count most. entries: those to use.
     """
     edges = torch.linspace(-RANGE, RANGE, POINTWISE_BINS + 1, dtype=torch.float64)
-    values = function(edges).diff() / edges.diff()  # the mean of f' over each bin
+    values = _mean_slopes(function, edges)
     density = _mixed(weights((edges[1:] + edges[:-1]) / 2), histogram)
     return fit(values, density, bits, -RANGE, RANGE, stochastic, entries)
+
+
+def _mean_slopes(function: Callable[[Tensor], Tensor], edges: Tensor) -> Tensor:
+    """Returns the mean of f' over each bin; where f itself jumps, as softplus does at its threshold, that beside it.
+
+    Autograd knows no jump, which would be a spike of thousands.
+    """
+    slopes = function(edges).diff() / edges.diff()
+    beside = torch.cat([slopes[:1], slopes, slopes[-1:]]).unfold(0, 3, 1).median(1).values
+    return torch.where((slopes - beside).abs() > JUMP, beside, slopes)
 
 
 def _mixed(density: Tensor, histogram: Tensor | None) -> Tensor:

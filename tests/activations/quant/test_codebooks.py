@@ -90,3 +90,9 @@ def test_a_table_is_derived_from_its_levels(stochastic):
     again = codebooks.derivative_codebook(F.silu, 4, stochastic=stochastic, entries=made.entries)
     assert torch.equal(made.entries, again.entries)
     assert (made.bin_codes != again.bin_codes).float().mean() < 1e-3  # ties at float32's rounding
+
+
+def test_a_jump_of_softplus_at_its_threshold_is_no_slope():
+    softplus = functools.partial(F.softplus, beta=3, threshold=1)
+    table = codebooks.derivative_codebook(softplus, 4, normal(0, 1))
+    assert table.entries.min() >= -0.01 and table.entries.max() <= 1.01
