@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from s2a_cli.cli.main import main
 from s2a_cli.common.errors import UserError
@@ -43,7 +44,11 @@ LAUNCHERS = {
 
 def sweep(folder: Path, *words: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "s2a_cli", "sweep", *QUICK, f"sweep.dir={folder}", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder.parent)
+    # Ray's workers compute in one thread; with another number the last bits would be others.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder.parent, env=environment
+    )
 
 
 def outcomes(folder: Path) -> dict[str, tuple]:
@@ -82,7 +87,7 @@ def parent(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def until(condition, seconds: float = 120):
+def until(condition, seconds: float = 240):
     """Waits for a condition and returns what it returns; fails after so many seconds."""
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -94,10 +99,12 @@ def until(condition, seconds: float = 120):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Returns the outcomes of the same runs, undisturbed and in this process."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder, threads = tmp_path_factory.mktemp("whole"), torch.get_num_threads()
+    torch.set_num_threads(1)
     with contextlib.chdir(folder):
         for seed in range(3):
             assert main(["train", *QUICK, f"seed={seed}"]) == 0
+    torch.set_num_threads(threads)
     found = outcomes(folder / "runs")
     assert len(found) == 3
     return found
