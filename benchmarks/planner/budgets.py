@@ -76,8 +76,8 @@ def compare(words: list[str], batch: int, budgets: list[str], steps: int, fideli
     plans: dict[str, tuple[Row, dict[str, Any]]] = {}
     sizes = [size("budgets", budget) / MIB for budget in budgets]
     with budgets_steps.processes() as pool:
-        about = pool.submit(budgets_steps.about, words).result()
-        for row, peak in zip(known, pool.submit(budgets_steps.peaks, words, known).result(), strict=True):
+        about, peaks = pool.submit(budgets_steps.predicted, words, known).result()
+        for row, peak in zip(known, peaks, strict=True):
             row.peak_mib = peak
         for budget in budgets:
             try:

@@ -16,6 +16,7 @@ import torch
 import s2a_cli.methods  # noqa: F401 (its structures declare their settings)
 from s2a_cli import backbones
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.progress import Progress
 from s2a_cli.config.compose import compose
 from s2a_cli.config.settings import replaced
 from s2a_cli.memory.result import MIB
@@ -75,16 +76,16 @@ def processes() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
 
 
-def about(words: list[str]) -> dict[str, Any]:
-    """Returns what the results say of the run that all rows are: its device, and its backbone."""
+def predicted(words: list[str], rows: list[Row]) -> tuple[dict[str, Any], list[float]]:
+    """Returns the device and the pixels of a side of an image, and the predicted peak of each row in MiB."""
     bench = Bench(words)
-    return {"device": str(bench.device), "pixels": bench.attached.backbone.image.size}
-
-
-def peaks(words: list[str], rows: list[Row]) -> list[float]:
-    """Returns the predicted peak of each row in MiB."""
-    bench = Bench(words)
-    return [bench.peak_mib(row) for row in rows]
+    about = {"device": str(bench.device), "pixels": bench.attached.backbone.image.size}
+    with Progress("predicting", len(rows), " rows") as progress:
+        peaks = []
+        for row in rows:
+            peaks.append(bench.peak_mib(row))
+            progress.add(1)
+    return about, peaks
 
 
 def planned(words: list[str], budget: str) -> tuple[Row, dict[str, Any]]:
@@ -95,10 +96,12 @@ def planned(words: list[str], budget: str) -> tuple[Row, dict[str, Any]]:
 def timed(words: list[str], row: Row) -> float:
     """Returns images a second of a step of a row, after one micro-batch."""
     bench = Bench(words)
-    bench.seconds(row, bench.micro_batch(row))  # fits codes, and has memory cut as the steps need it
-    images = bench.micro_batch(row) * -(-TIMED // bench.micro_batch(row))
-    images = min(bench.batch, images)
-    return images / bench.seconds(row, images)
+    step = Step(row.config(words), bench.device, bench.attached)
+    micro_batch = row.settings.get("optim.micro_batch") or bench.batch
+    images = min(bench.batch, micro_batch * -(-TIMED // micro_batch))
+    with bench.checkpointing(row):
+        bench.seconds(step, micro_batch)  # fits codes, and has memory cut as the steps need it
+        return images / bench.seconds(step, images)
 
 
 class Bench:
@@ -118,11 +121,6 @@ class Bench:
         self.images = torch.randn(self.batch, 3, pixels, pixels, generator=generator).to(self.device)
         self.targets = torch.randint(CLASSES, (self.batch,), generator=generator).to(self.device)
         self.optimizer = make_optimizer(config.optim, self.model, self.attached)
-        self._steps: dict[int, Step] = {}
-
-    def micro_batch(self, row: Row) -> int:
-        """Returns the images that go through the model at a time."""
-        return row.settings.get("optim.micro_batch") or self.batch
 
     @contextmanager
     def checkpointing(self, row: Row) -> Iterator[None]:
@@ -143,15 +141,13 @@ class Bench:
         with self.checkpointing(row):
             return forecast.profile_step(self.attached, row.config(self.words), self.batch).peak_bytes / MIB
 
-    def seconds(self, row: Row, images: int) -> float:
-        """Takes a step of so many images under the settings of a row, and returns its seconds."""
-        step = self._steps.setdefault(id(row), Step(row.config(self.words), self.device, self.attached))
-        with self.checkpointing(row):
-            self._wait()
-            begun = time.perf_counter()
-            step(self.model, self.optimizer, self.images[:images], self.targets[:images])
-            self._wait()
-            return time.perf_counter() - begun
+    def seconds(self, step: Step, images: int) -> float:
+        """Takes a step of so many images and returns its seconds."""
+        self._wait()
+        begun = time.perf_counter()
+        step(self.model, self.optimizer, self.images[:images], self.targets[:images])
+        self._wait()
+        return time.perf_counter() - begun
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

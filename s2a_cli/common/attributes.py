@@ -19,9 +19,8 @@ class Attributes:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        own = {name: value for name, value in vars(module).items() if name not in MACHINERY}
-        self.values = own
-        self.contents = {name: value.copy() for name, value in own.items() if isinstance(value, dict | list)}
+        self.values = {name: value for name, value in vars(module).items() if name not in MACHINERY}
+        self.contents = {name: value.copy() for name, value in self.values.items() if isinstance(value, dict | list)}
 
     def restore(self) -> None:
         """Puts back what tensors have replaced, and takes away those that have come."""
@@ -29,22 +28,16 @@ class Attributes:
         for name in {*there, *self.values} - MACHINERY:
             before, now = self.values.get(name, MISSING), there.get(name, MISSING)
             if now is before:
-                if name in self.contents and _new_tensors(self.contents[name], now):
+                if name in self.contents and _tensors(self.contents[name]) != _tensors(now):
                     now.clear()
                     now.update(self.contents[name]) if isinstance(now, dict) else now.extend(self.contents[name])
-            elif _has_tensors(now) or _has_tensors(before):
+            elif _tensors(now) or _tensors(before):
                 if before is MISSING:
                     del there[name]
                 else:
                     there[name] = before
 
 
-def _has_tensors(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
-
-
-def _new_tensors(before: Any, now: Any) -> bool:
-    """Tells whether a dict or list has other tensors than before."""
-    tensors = ([id(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)] for value in (before, now))
-    first, second = tensors
-    return first != second
+def _tensors(value: Any) -> list[int]:
+    """Returns which tensors a value is, or holds in containers."""
+    return [id(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from s2a_cli.common.errors import UserError
-from s2a_cli.common.files import atomic_file, is_there
+from s2a_cli.common.files import atomic_file, is_there, reason
 from s2a_cli.common.text import nearest, printable
 from s2a_cli.results.made_files import safe_cell, save
 
@@ -121,8 +121,10 @@ def writer(out: Path | None, top: int) -> Iterator[Writer]:
             made = KINDS[out.suffix](file, top)
             yield made
             made.end()
+    except BrokenPipeError:  # of what is printed meanwhile
+        raise
     except OSError as error:
-        raise UserError(f"out={out}: can't be written ({error.strerror})") from None
+        raise UserError(f"out={out}: can't be written ({reason(error)})") from None
 
 
 class Gallery:

@@ -61,10 +61,8 @@ def profile_composition(config: DictConfig, classes: int, images: int) -> memory
         return None
     backbone = backbones.build(config.backbone, classes, meta=True)
     try:
-        return profile_step(attach(config, backbone), config, images, distributed.rank_and_world_size()[1])
-    except UserError:
-        raise
-    except Exception:  # a model of timm whose forward pass reads values can't run without data
+        return profile_or_refuse(attach(config, backbone), config, images, distributed.rank_and_world_size()[1])
+    except NotPredicted:
         return None
 
 
