@@ -24,7 +24,7 @@ from s2a_cli.common.progress import Progress
 from s2a_cli.config.settings import plain
 from s2a_cli.memory.result import MIB
 from s2a_cli.methods import Attachment
-from s2a_cli.planner.candidates import EXACT, FIDELITY, WEIGHTS, Candidate, Mode
+from s2a_cli.planner.candidates import EXACT, FIDELITY, PLAIN, WEIGHTS, Candidate, Mode
 from s2a_cli.planner.fidelity import Fidelity
 from s2a_cli.planner.measure import SHORT_RUN, measure
 from s2a_cli.planner.search import Found, Room, Slower, plans
@@ -207,9 +207,10 @@ def _time(finalists: list[Contender], timers: Mapping[str | None, Timer], batch:
 
 
 def _best(finalists: list[Contender]) -> Contender:
-    """Returns the one with the shortest step, of the timed ones where there are some; of equal ones the smallest.
+    """Returns the one with the shortest step, of the timed ones where there are some.
 
-    Those that leave the gradient as it is go before others as fast. Raises UserError without any.
+    Of equally fast ones those that leave the gradient as it is go first, of these stock PyTorch, then the smallest.
+    Raises UserError without any.
     """
     left = [one for one in finalists if not one.why]
     if not left:
@@ -217,7 +218,7 @@ def _best(finalists: list[Contender]) -> Contender:
     timed = [one for one in left if one.seconds is not None] or left
     least = min(one.step_seconds for one in timed)
     alike = [one for one in timed if one.step_seconds <= (1 + TIE) * least]
-    return min(alike, key=lambda one: (-one.candidate.fidelity, one.found.needed))
+    return min(alike, key=lambda one: (-one.candidate.fidelity, one.candidate.mode != PLAIN, one.found.needed))
 
 
 def _too_slow(one: Slower, best: Contender) -> str:

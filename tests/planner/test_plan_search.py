@@ -262,12 +262,14 @@ def test_a_single_turn_of_each_finalist_tells_nothing(monkeypatch):
     assert clock.calls and [one.seconds for one in finalists] == [None, None]
 
 
-def test_of_plans_as_fast_the_smallest_is_taken():
+def test_of_plans_as_fast_stock_pytorch_is_taken_and_then_the_smallest():
     within = 1 + plan.TIE / 2
     small, large = contenders((Candidate(4), 10.0 * within), (Candidate(8), 10.0))
     assert plan._best([large, small]) is small
     plan._explain(small, [large, small])
     assert small.why == "as fast as any, within 1%, as predicted" and large.why == "1.00 times the seconds, predicted"
+    saving, stock = contenders((Candidate(2, MODES[1], BLOCKS, BLOCKS), 10.0), (Candidate(8), 10.0 * within))
+    assert saving.found.needed < stock.found.needed and plan._best([saving, stock]) is stock
     slower, faster = contenders((Candidate(4), 10.2), (Candidate(8), 10.0))
     assert plan._best([slower, faster]) is faster
     coded = Candidate(4, MODES[4], BLOCKS, BLOCKS)
