@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
@@ -69,6 +70,12 @@ def checkpointed_lora(backbone: Backbone) -> None:
     checkpoint(backbone)
 
 
+def convolutional(backbone: Backbone) -> None:
+    """Maps that lie channels last, where there are maps."""
+    if not any(isinstance(module, nn.Conv2d) for block in backbone.block_modules for module in block.modules()):
+        raise UserError("the backbone's blocks hold no convolution")
+
+
 @dataclass(frozen=True)
 class Row:
     name: str  # in rows=
@@ -83,6 +90,12 @@ class Row:
 
 def _row(name: str, title: str, words: str, **settings) -> Row:
     return Row(name, title, tuple(words.split()), **settings)
+
+
+def _last(name: str, title: str, words: str, **settings) -> Row:
+    """Another row's words with maps channels last."""
+    words = f"{words} backbone.channels_last=true"
+    return _row(f"{name}-last", f"{title}, channels last", words, change=convolutional, **settings)
 
 
 BIAS, TINY8 = "method=bias quant=none", "quant=tiny quant.chunks=8"
@@ -121,6 +134,10 @@ ROWS = (
     _row("side", "side, stock PyTorch", "method=side quant=none"),
     _row("s2a", "s2a, stock PyTorch", "method=s2a quant=none"),
     _row("s2a-micro4", "s2a, micro-batches of 4", "method=s2a quant=none optim.micro_batch=4"),
+    _last("full", "full", "method=full quant=none"),
+    _last("linear", "linear probe", "method=linear quant=none"),
+    _last("bias", "bias", BIAS),
+    _last("s2a", "s2a", "method=s2a quant=none"),
     _row("bias-offload", "bias, save_on_cpu", BIAS, offload=True),
     _row("bias-recompute", "bias, recomputed blocks", f"{BIAS} quant.recompute=block", ours=True),
     _row("bias-recompute8", "the same in 8 pieces", f"{BIAS} quant.recompute=block quant.chunks=8", ours=True),
@@ -147,6 +164,9 @@ ROWS = (
         "method=s2a method.segments=3 quant=int4",
         ours=True,
     ),
+    _last("exact", "bias, quant=exact", "method=bias quant=exact", ours=True),
+    _last("T2-int4", "T2: bias, quant=int4", "method=bias quant=int4", ours=True),
+    _last("T3", "T3: bias, quant=tiny", "method=bias quant=tiny", ours=True),
     _row("only-pointwise", "bias, GELU' alone in 4 bits", "method=bias quant=exact quant.pointwise=4", ours=True),
     _row("only-norm", "bias, x^ alone in 4 bits", "method=bias quant=exact quant.norm=4", ours=True),
     _row("only-attention", "bias, q, k, v alone in 4 bits", "method=bias quant=exact quant.attention=4", ours=True),

@@ -27,7 +27,7 @@ from s2a_cli.common.errors import UserError
 from s2a_cli.config.compose import compose
 from s2a_cli.memory.predict import dataless_tensors
 from s2a_cli.training.forecast import graphed
-from s2a_cli.training.step import AUTOCAST, Step, make_optimizer, moving_norms, train_mode, weight_dtype
+from s2a_cli.training.step import AUTOCAST, Step, convert, make_optimizer, moving_norms, train_mode
 
 __all__ = ["BY_NAME", "ROWS", "Row"]  # of row_list.py, for those who make rows
 CLASSES = 100
@@ -52,7 +52,7 @@ class Made:
         quant, micro = self.config.quant, self.config.optim.micro_batch
         if moving_norms(self.model) and (quant.recompute != "none" or quant.chunks != 1 or micro):
             raise UserError("BatchNorms that train see the whole batch: no pieces of it")
-        self.model.to(weight_dtype(self.config.precision))
+        convert(self.model, self.config)
         if self.config.backbone.weights != "fp32":
             from s2a_cli.backbones import frozen_weights
 

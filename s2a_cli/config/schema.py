@@ -72,6 +72,9 @@ class BackboneConfig:
         " auto: what suits a budget",
         rule=one_of("fp32", "bf16", "int8", "nf4", "offload", "auto"),
     )
+    channels_last: bool = setting(
+        False, help="true: maps lie channels last (NHWC): the same up to rounding, and ConvNets often faster"
+    )
     kwargs: dict[str, Any] = setting({}, help="passed on to timm.create_model")
 
 

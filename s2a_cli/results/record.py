@@ -50,7 +50,7 @@ YOUNGER = {"dataset.cache": None, "dataset.layout": None, "method.segments": 1, 
 YOUNGER |= {"method.lr_scale": 1.0, "method.prompt.lr_scale": 1.0, "optim.balance": "none"}
 YOUNGER |= {f"dataset.{name}": None for name in ("image_column", "label_column", "class_columns", "split_column")}
 YOUNGER |= {f"dataset.{name}": None for name in ("separator", "multi_label", "hold_out")}
-YOUNGER |= {"budget": None, "fidelity": "exact", "cuda_graphs": None}
+YOUNGER |= {"budget": None, "fidelity": "exact", "cuda_graphs": None, "backbone.channels_last": False}
 OLDER = {"quant.budget_mib": None}  # settings of schema 1 that are gone, at the values of runs without them
 
 

@@ -55,7 +55,8 @@ def trained_names(model: nn.Module) -> set[str]:
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """Returns copies on the CPU of what a run changes, see `trained_names`."""
     changed = trained_names(model)
-    return {name: t.detach().cpu().clone() for name, t in model.state_dict().items() if name in changed}
+    tensors = {name: t.detach().cpu() for name, t in model.state_dict().items() if name in changed}
+    return {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
 
 
 def restore(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -27,7 +27,7 @@ from s2a_cli.methods.parts.feature_head import FeatureHead, Features
 from s2a_cli.methods.parts.tail import Tail
 from s2a_cli.training import feature_cache
 from s2a_cli.training.run import Run, attach
-from s2a_cli.training.step import Batch, Step, make_optimizer, stays_in_pixels, train_mode, weight_dtype
+from s2a_cli.training.step import Batch, Step, convert, make_optimizer, stays_in_pixels, train_mode, weight_dtype
 
 
 class NotPredicted(UserError):
@@ -51,7 +51,7 @@ def full_finetuning(config: DictConfig, classes: int) -> tuple[Attachment, DictC
     """Returns the same composition under full fine-tuning with stock PyTorch, for a prediction, and its config."""
     whole = backbones.build(config.backbone, classes, meta=True)
     attached = methods.attach(OmegaConf.create({"name": "full", "blocks": "all"}), whole)
-    whole.model.to(weight_dtype(config.precision))
+    convert(whole.model, config)
     return attached, replaced(config, {"quant": asdict(REFERENCE)})
 
 
@@ -105,8 +105,10 @@ def _profile(
     count, size = -(-min(config.optim.batch_size, most) // processes), backbone.image.size
     in_pixels = stays_in_pixels(config.optim) or config.dataset.cache
     dtype = dtype or (torch.uint8 if in_pixels else weight_dtype(config.precision))
-    images, targets = torch.empty(count, 3, size, size, dtype=dtype), torch.empty(count, dtype=torch.int64)
     step = Step(config, torch.device("cpu"), attached)
+    layout = torch.contiguous_format if dtype == torch.uint8 else step.layout  # as a run prepares them
+    images = torch.empty(count, 3, size, size, dtype=dtype, memory_format=layout)
+    targets = torch.empty(count, dtype=torch.int64)
     if config.dataset.cache and attached.feature_head:
         return _profile_cached(attached, attached.feature_head, config, step, images, targets)
     return _profile_step(model, attached, config, step, [images], targets)

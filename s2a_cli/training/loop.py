@@ -179,7 +179,7 @@ class TrainLoop:
         images, targets = sent(images, device), sent(targets, device)
         if not stays_in_pixels(self.optim):  # here, where no copy stays beside it
             images, targets = self.mix(self.step.normalised(images), targets)
-            images = images.to(self.step.dtype)
+            images = self.step.prepared(images)
         after = [meter.after_forward] if meter else []
         loss = self.step(self.run.trained, self.optimizer, images, targets, *after, of=count)
         pending.ends(loss)

@@ -25,7 +25,7 @@ from s2a_cli.methods.parts.tail import Tail
 from s2a_cli.results import record
 from s2a_cli.training.compiling import watched
 from s2a_cli.training.criterion import Criterion, criterion_of
-from s2a_cli.training.step import AUTOCAST, moving_norms, train_mode, weight_dtype
+from s2a_cli.training.step import AUTOCAST, convert, moving_norms, train_mode
 
 if TYPE_CHECKING:
     from s2a_cli.training.feature_cache import Cache
@@ -167,7 +167,7 @@ def attach(config: DictConfig, backbone: Backbone) -> Attachment:
             f"quant.blocks: there is no block {odd[0]}; this backbone has those from 0 to"
             f" {len(backbone.block_modules) - 1}"
         )
-    backbone.model.to(weight_dtype(config.precision))
+    convert(backbone.model, config)
     frozen_weights.store(backbone, config.backbone.weights, AUTOCAST.get(config.precision))
     return attached
 

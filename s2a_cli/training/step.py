@@ -35,6 +35,13 @@ def weight_dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def convert(model: nn.Module, config: RunConfig | DictConfig) -> None:
+    """Gives the parameters of a model the dtype and the layout that a config says."""
+    model.to(weight_dtype(config.precision))
+    if config.backbone.channels_last and config.backbone.weights != "offload":  # those stay where a file is mapped
+        model.to(memory_format=torch.channels_last)
+
+
 def set_matmul_precision(precision: str) -> None:
     """Sets whether CUDA multiplies and convolves fp32 in TF32, which rounds to 10 bits of mantissa: under `tf32` alone.
 
@@ -127,6 +134,7 @@ class Step:
             set_matmul_precision(config.precision)
         self.autocast_dtype = AUTOCAST.get(config.precision)
         self.dtype = weight_dtype(config.precision)
+        self.layout = torch.channels_last if config.backbone.channels_last else torch.contiguous_format
         # Operators read it at every call: a plain dataclass is ten times faster.
         quant = OmegaConf.to_object(config.quant) if isinstance(config.quant, DictConfig) else config.quant
         self.memory = context_of(cast(QuantConfig, quant), attached.blocks)
@@ -177,10 +185,16 @@ class Step:
             return cast(AnyBatch, data.normalised(images, self.attached.backbone.image))
         return images
 
+    def prepared(self, images: AnyBatch) -> AnyBatch:
+        """Returns images as the model takes them: normalised, in its dtype, in the layout that convolutions hand on."""
+        if isinstance(images, Features):
+            return images
+        return cast(AnyBatch, self.normalised(images).to(self.dtype, memory_format=self.layout))
+
     def logits(self, model: nn.Module, images: Batch) -> Tensor:
         """Returns [B, classes] in fp32; [heads, B, classes] with auxiliary heads in training."""
         with self.memory, self.autocast():
-            return model(self.normalised(images).to(self.dtype)).float()
+            return model(self.prepared(images)).float()
 
     def evaluated(self, model: nn.Module, images: Batch) -> Tensor:
         """Returns logits [B, classes] in fp32, of as many images at a time as in training: more could take more."""

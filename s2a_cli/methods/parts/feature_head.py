@@ -27,11 +27,9 @@ class Features:
     def device(self) -> torch.device:
         return self.tensors[0].device
 
-    def to(self, target: torch.device | torch.dtype, non_blocking: bool = False) -> Features:
-        """Moves them to a device. A dtype, to which images are converted, leaves them as the forward pass gave them."""
-        if isinstance(target, torch.dtype):
-            return self
-        return Features(t.to(target, non_blocking=non_blocking) for t in self.tensors)
+    def to(self, device: torch.device, non_blocking: bool = False) -> Features:
+        """Moves them to a device."""
+        return Features(t.to(device, non_blocking=non_blocking) for t in self.tensors)
 
     def split(self, size: int) -> list[Features]:
         return [Features(parts) for parts in zip(*(t.split(size) for t in self.tensors))]
