@@ -99,7 +99,7 @@ def test_no_layout_contradicts_a_blocks_own_layers(family):
     ]
     for name in (*named, *names):
         try:
-            made = built(name)
+            made = built(name, kwargs={"layers": (1, 1, 2, 1)} if family == "sequencer" else {})  # LSTMs take long
             break
         except UserError:
             continue

@@ -30,6 +30,7 @@ TINY = [
     *("backbone=vit_micro", "backbone.pretrained=false", "+backbone.kwargs.depth=2", "dataset.shots=4", "device=cpu"),
     *("optim.batch_size=32", "optim.epochs=1", "method=bias"),
 ]
+FEW = "optim.batch_size=8"  # few ways to cut it: a plan is searched for in half the time
 CPU = torch.device("cpu")
 
 
@@ -167,22 +168,22 @@ def test_a_run_without_a_planner_says_so(tmp_path):
 
 
 def test_codes_are_taken_below_what_exact_plans_need(quick_plans):
-    exact = task_of("backbone.kwargs.depth=3")
+    exact = task_of("backbone.kwargs.depth=3", FEW)
     least = min(map(exact.needed, exact.smallest(1.0)))
     coded = min(map(exact.needed, exact.smallest(0.999)))
     assert coded < least
     budget = f"budget={(coded + 0.9 * (least - coded)) / MIB}MiB"
     with pytest.raises(UserError, match=r"nothing fits; with fidelity=exact .* cheapest first: fidelity=0.999 \("):
-        plan_run(prepare(compose([*TINY, "backbone.kwargs.depth=3", budget])))
-    found = plan_run(prepare(compose([*TINY, "backbone.kwargs.depth=3", budget, "fidelity=0.999"])))
+        plan_run(prepare(compose([*TINY, "backbone.kwargs.depth=3", FEW, budget])))
+    found = plan_run(prepare(compose([*TINY, "backbone.kwargs.depth=3", FEW, budget, "fidelity=0.999"])))
     assert 0.999 <= found["choices"][0]["fidelity"] < 1 and found["settings"]["optim.micro_batch"] == 1
 
 
 @pytest.mark.parametrize("method", ["bias", "prompt"])  # which draws no number, and does, before other weights are made
 def test_weights_are_chosen_where_they_may_be(tmp_path, quick_plans, capsys, method):
-    task = task_of(f"method={method}")
+    task = task_of(f"method={method}", FEW)
     budget = f"budget={0.8 * min(map(task.needed, task.smallest(0.99))) / MIB}MiB"
-    words = [*TINY, f"method={method}", budget, "fidelity=0.99", f"run_dir={tmp_path}"]
+    words = [*TINY, f"method={method}", FEW, budget, "fidelity=0.99", f"run_dir={tmp_path}"]
     assert main(["train", *words]) == 2 and "backbone.weights=" in capsys.readouterr().err
     assert main(["train", *words, "backbone.weights=auto"]) == 0
     result = record.read_result(tmp_path)
@@ -192,13 +193,13 @@ def test_weights_are_chosen_where_they_may_be(tmp_path, quick_plans, capsys, met
 
 
 def test_blocks_are_recomputed_where_weights_are_stored_otherwise_and_nothing_else_fits(quick_plans):
-    task = task_of("backbone.kwargs.depth=6", "backbone.weights=auto", "budget=1MiB")
+    task = task_of("backbone.kwargs.depth=6", FEW, "backbone.weights=auto", "budget=1MiB")
     plain, recomputed = (
         task.needed(Candidate(1, mode, blocks, 6, "offload")) for mode, blocks in ((PLAIN, 0), (RECOMPUTED, 6))
     )
     assert recomputed < plain < min(task.needed(one) for one in task.smallest(1.0) if one.weights == "fp32")
     budget = f"budget={(plain + recomputed) / 2 / MIB}MiB"
-    found = plan_run(prepare(compose([*TINY, "backbone.kwargs.depth=6", "backbone.weights=auto", budget])))
+    found = plan_run(prepare(compose([*TINY, "backbone.kwargs.depth=6", FEW, "backbone.weights=auto", budget])))
     assert found["settings"]["backbone.weights"] == "offload" and found["settings"]["optim.micro_batch"] == 1
     quant = found["settings"]["quant"]
     assert quant["recompute"] == "block" or quant["blocks"]
