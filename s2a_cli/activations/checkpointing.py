@@ -153,6 +153,27 @@ def _others_read_inputs(block: nn.Module) -> bool:
     return bool(block._backward_hooks or block._backward_pre_hooks) or any(map(may_read_input, hooks))
 
 
+class _Parts(threading.local):
+    depth = 0
+
+
+_parts = _Parts()
+
+
+@contextmanager
+def _in_parts() -> Iterator[None]:
+    _parts.depth += 1
+    try:
+        yield
+    finally:
+        _parts.depth -= 1
+
+
+def runs_in_parts() -> bool:
+    """Tells whether this thread is within a block that may run some images at a time, and again."""
+    return _parts.depth > 0
+
+
 class CheckpointedBlock:
     """Runs block number `index` in chunks of the batch, and again in the backward pass, as its settings say."""
 
@@ -221,7 +242,9 @@ class CheckpointedBlock:
         call.inputs = []  # a call that is to be made again must not keep them
         outputs = None
         if inputs and len(inputs[0]):
-            outputs = self._with_graph(call, inputs) if torch.is_grad_enabled() else self._without_graph(call, inputs)
+            with _in_parts():
+                graph = torch.is_grad_enabled()
+                outputs = self._with_graph(call, inputs) if graph else self._without_graph(call, inputs)
         if outputs is not None:
             return call.returned(outputs)
         with self.mode.inside(self, call.name):

@@ -26,6 +26,10 @@ COMPILED = (
     " graph at every operator. Call the model itself (of torch.compile(model): compiled._orig_mod), or train the"
     " compiled one without compress_activations"
 )
+COMPILED_AROUND = (
+    "compress_activations is entered in a function that torch.compile has compiled: codes and recomputation break the"
+    " compiler's graph at every operator. Put torch.compiler.disable around that function"
+)
 _names: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, str]] = WeakKeyDictionary()  # of a root's modules
 
 
@@ -108,13 +112,9 @@ def follow(sites: Sites) -> Iterator[None]:
     """Tells `sites` about the modules that this thread runs within."""
     global _users
     with _lock:
+        if _users == 0:
+            _begin()
         _users += 1
-        if _users == 1:
-            _following.callback(register_module_forward_pre_hook(_before).remove)
-            _following.callback(register_module_forward_hook(_after).remove)
-            if "torch._dynamo.decorators" in sys.modules:  # else nothing can be compiled, and to load it takes seconds
-                # What torch.compile made runs as it was, so that the hooks see it.
-                _following.enter_context(torch.compiler.set_stance("force_eager"))
     before, _followed.sites = _followed.sites, sites
     try:
         yield
@@ -124,6 +124,19 @@ def follow(sites: Sites) -> Iterator[None]:
             _users -= 1
             if _users == 0:
                 _following.close()
+
+
+def _begin() -> None:
+    """Registers the hooks. Raises RuntimeError, and registers none, within what torch.compile has compiled."""
+    with ExitStack() as stack:
+        stack.callback(register_module_forward_pre_hook(_before).remove)
+        stack.callback(register_module_forward_hook(_after).remove)
+        if "torch._dynamo.decorators" in sys.modules:  # else nothing can be compiled, and to load it takes seconds
+            try:  # what torch.compile made runs as it was, so that the hooks see it
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            except RuntimeError as error:
+                raise RuntimeError(COMPILED_AROUND) from error
+        _following.push(stack.pop_all())
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from s2a_cli.methods.parts.deep_supervision import losses_of, mean_logits
 from s2a_cli.training.checkpoints import trained_names
 from s2a_cli.training.step import batch_norms, hold_norms, parameter_groups, trains
 
+_taken: WeakSet[nn.Module] = WeakSet()  # modules with parameters, of models to which something is attached
 Criterion = Callable[[Tensor, Tensor], Tensor]  # criterion(logits [B, classes], targets) returns a scalar
 
 
@@ -175,6 +177,8 @@ class Attached:
         self._check_attached()
         model = self.attachment.merge()
         self._original.put_back_flags()
+        self._original.free_norms()
+        _taken.difference_update(self._original.owners())
         self._over = "merge(): its own weights now hold what was trained"
         return model
 
@@ -185,6 +189,7 @@ class Attached:
         """
         self._check_attached()
         self._original.put_back()
+        _taken.difference_update(self._original.owners())
         self._over = "detach(): it is as it was found"
         return self.model
 
@@ -267,6 +272,7 @@ def attach(
         original.put_back()
         raise
     attached = Attached(attachment, original, config.lr)
+    _taken.update(original.owners())
     original.keep_values(trained_names(model))
     return attached
 
@@ -289,6 +295,11 @@ def _check_model(model: nn.Module) -> None:
     kind, modules = type(model).__name__, list(model.modules())
     if hasattr(model, ADDED) or any(isinstance(module, Added) for module in modules):
         raise UserError(f"{kind} has something attached to it: attached.detach() or merge() it first")
+    if not _taken.isdisjoint(modules):
+        raise UserError(
+            f"{kind}: something is attached to another model that has modules of this one: detach() or merge() it,"
+            " or attach to a copy.deepcopy of this one"
+        )
     if is_compiled(model):
         raise UserError("a compiled model: attach to the model itself, and compile it then")
     if any(isinstance(module, torch.jit.ScriptModule) for module in modules):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2a_cli.common.norms import is_batch_norm
+
 # The tables of a module: what it holds, and the hooks around its calls.
 TABLES = (
     *("_modules", "_parameters", "_buffers"),
@@ -39,7 +41,12 @@ class Original:
             )
             for module in model.modules()
         }
-        self._flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        # By their places: load_state_dict(assign=True) puts other parameters there.
+        self._flags = [
+            (module, name, parameter.requires_grad)
+            for module in self._modules
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        ]
         self._values: list[tuple[Tensor, Tensor]] = []  # a tensor of the model, and a copy of it
 
     def keep_values(self, names: Iterable[str]) -> None:
@@ -61,8 +68,21 @@ class Original:
 
     def put_back_flags(self) -> None:
         """Has the parameters of before require a gradient as they did then."""
-        for parameter, flag in self._flags.items():
-            parameter.requires_grad_(flag)
+        for module, name, flag in self._flags:
+            parameter = getattr(module, name, None)
+            if isinstance(parameter, nn.Parameter):
+                parameter.requires_grad_(flag)
+
+    def free_norms(self) -> None:
+        """Has BatchNorms follow the mode of the model again, but those that did not when the model was found."""
+        was_training = self._modules[self.model].training
+        for norm in filter(is_batch_norm, self._modules):
+            if self._modules[norm].training or not was_training:
+                norm.train(self.model.training)
+
+    def owners(self) -> set[nn.Module]:
+        """Returns the modules that had parameters of their own."""
+        return {module for module, _, _ in self._flags}
 
     @torch.no_grad()
     def put_back(self) -> None:

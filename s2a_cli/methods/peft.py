@@ -14,6 +14,7 @@ from torch import nn
 from s2a_cli.backbones import Backbone, Block
 from s2a_cli.backbones.branches import is_linear, is_norm
 from s2a_cli.common.errors import UserError
+from s2a_cli.common.hooks import reads_output_only
 from s2a_cli.common.text import brief, first_line, listed, nearest
 from s2a_cli.config.rules import Rule
 from s2a_cli.config.schema import POSITIVE
@@ -72,13 +73,30 @@ class TunedLayers:
         for _, layer in self:
             yield from (module for name, module in layer.named_children() if name != "base_layer")
 
+    def keep_called(self) -> None:
+        """Has layers within an nn.TransformerEncoderLayer called in evaluation too.
+
+        Its fused kernels read their weights instead, unless a module within has a hook.
+        """
+        for name, layer in self:
+            parents = (self.model.get_submodule(name[:end]) for end, letter in enumerate(name) if letter == ".")
+            if any(isinstance(parent, nn.TransformerEncoderLayer) for parent in (self.model, *parents)):
+                layer.register_forward_hook(is_called)
+
     def merge(self, name: str) -> None:
         """Adds what the adapters of a layer compute to the weight of that layer, which takes its place again."""
         layer: Any = self.model.get_submodule(name)
         layer.merge()
         plain_layer = layer.get_base_layer()
+        for key in [key for key, hook in layer._forward_hooks.items() if hook is is_called]:
+            del layer._forward_hooks[key]
         move_hooks(layer, plain_layer)
         self.model.set_submodule(name, plain_layer.train(layer.training))
+
+
+@reads_output_only
+def is_called(module: nn.Module, args: Any, output: Any) -> None:
+    """Does nothing; that it is there turns fused kernels off."""
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
@@ -127,6 +145,7 @@ class Peft(Structure):
             if not any(parameter.requires_grad for parameter in adapters):
                 raise UserError(f"method={self.name}: peft's {self.kind} trains nothing at {name}; see method.target")
             move_hooks(targets[name], layer)
+        layers.keep_called()
         grouped = self.kind == "lora" and any(getattr(layer, "groups", 1) > 1 for layer in targets.values())
         return Attachment(
             backbone,

@@ -109,3 +109,20 @@ def test_what_is_unfrozen_later_gets_its_gradient(config):
             p.requires_grad_(any(p is t for t in trained))
         exact = gradient(lambda: blocks(x), trained)
         assert relative(gradient(lambda: blocks(x), trained, memory), exact) < 0.1, len(trained)
+
+
+def test_what_is_compiled_around_it_leaves_no_hooks_behind():
+    model, memory = Two(), compress_activations(CODED)
+
+    def step(x):
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            with memory:
+                out = model(x)
+        return out
+
+    with pytest.raises(RuntimeError, match=r"Put torch\.compiler\.disable around that function"):
+        torch.compile(step, backend="eager")(torch.randn(2, 32))
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+    with memory:
+        assert torch.compile(lambda x: model(x), backend="eager")(torch.randn(2, 32)).shape == (2, 8)

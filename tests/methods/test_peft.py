@@ -322,3 +322,28 @@ def test_peft_is_imported_when_it_is_needed():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {name.partition(".")[0] for name in names} & {"peft", "transformers", "accelerate"}, path
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_fused_layers_of_pytorch_call_the_tuner_in_evaluation_too(method):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+            self.enc, self.out = nn.TransformerEncoder(layer, 2), nn.Linear(16, 5)
+
+        def forward(self, x):
+            return self.out(self.enc(x).mean(1))
+
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(4, 6, 16)
+    attached, plain = s2a_cli.attach(model, method, inputs=x, target="all"), copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in attached.named_parameters():
+            if not name.startswith("out."):
+                parameter.copy_(torch.randn_like(parameter))
+    trained = model.train()(x)
+    assert not torch.allclose(trained, plain(x), atol=1e-2)
+    for found in (model.eval()(x), attached.merge()(x), model.train()(x)):
+        torch.testing.assert_close(found, trained, rtol=1e-4, atol=1e-5)
+    assert not any(module._forward_hooks for module in model.modules())

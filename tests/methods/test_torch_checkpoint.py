@@ -8,6 +8,7 @@ from layouts import batch, loss_of, make
 from test_copies import change
 from timm.layers import set_reentrant_ckpt
 
+import s2a_cli
 from s2a_cli.common.errors import UserError
 from s2a_cli.methods import STRUCTURES
 
@@ -66,3 +67,21 @@ def test_the_reentrant_kind_has_no_graph_of_what_is_handed_on(method):
             made.model(images)
     finally:
         set_reentrant_ckpt(False)
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("method", sorted(REFUSED_REENTRANT))
+def test_modules_that_hold_several_blocks_would_lose_what_these_hand_on(method, graph):
+    made = make("vit", method)
+    images, _ = batch(made)
+    made.model.train()
+    plain = gradients(made)
+    whole = s2a_cli.checkpointed([made.model.blocks], chunks=2)
+    with torch.set_grad_enabled(graph), whole, pytest.raises(UserError, match=r"give attached\.blocks"):
+        made.model(images)
+    torch.testing.assert_close(gradients(made), plain)
+    with s2a_cli.checkpointed(made.block_modules):
+        loss = loss_of(made)
+    made.model.zero_grad()
+    loss.backward()
+    assert {name for name, p in made.model.named_parameters() if p.grad is not None} == plain.keys()

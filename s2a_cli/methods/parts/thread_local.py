@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar, overload
 import torch
 from torch import nn
 
+from s2a_cli.activations.checkpointing import runs_in_parts
 from s2a_cli.activations.torch_checkpoint import is_checkpointing, is_checkpointing_reentrantly
 from s2a_cli.common.errors import UserError
 
@@ -65,7 +66,8 @@ class HandedOn(ThreadLocal[T]):
     """A value that a hook of one block hands on to what runs behind that block, beside the hidden state.
 
     PyTorch's own checkpointing of blocks does not know of it: where a block is computed again for the backward pass,
-    what the block before it handed on is gone, and the reentrant kind has no graph of it. Raises UserError there.
+    what the block before it handed on is gone, and the reentrant kind has no graph of it. Nor does a checkpointed
+    module that holds several blocks, which runs them some images at a time, and again. Raises UserError in both.
     between_blocks: whether blocks read it; what reads it behind the blocks alone has a graph of it in the other kind.
     """
 
@@ -74,13 +76,28 @@ class HandedOn(ThreadLocal[T]):
         self.between_blocks = between_blocks
 
     def __set__(self, module: nn.Module, value: T) -> None:
-        if value is not self.default and not torch.compiler.is_compiling() and self._is_lost():
-            raise UserError(
-                f"method: {type(module).__name__} hands its state from block to block, which torch.utils.checkpoint"
-                " does not know: take that off (in timm: model.set_grad_checkpointing(False)), and use"
-                " s2a_cli.checkpointed(attached.blocks)"
-            )
+        if value is not self.default and not torch.compiler.is_compiling():
+            self._refuse_parts(module)
+            if self._is_lost():
+                raise UserError(
+                    f"method: {type(module).__name__} hands its state from block to block, which torch.utils.checkpoint"
+                    " does not know: take that off (in timm: model.set_grad_checkpointing(False)), and use"
+                    " s2a_cli.checkpointed(attached.blocks)"
+                )
         super().__set__(module, value)
+
+    def __get__(self, module: nn.Module | None, owner: type) -> Any:
+        value = super().__get__(module, owner)
+        if module is not None and value is not self.default and not torch.compiler.is_compiling():
+            self._refuse_parts(module)
+        return value
+
+    def _refuse_parts(self, module: nn.Module) -> None:
+        if runs_in_parts():
+            raise UserError(
+                f"method: {type(module).__name__} hands its state from block to block, which a checkpointed module that"
+                " holds several blocks would lose: give attached.blocks as the blocks"
+            )
 
     def _is_lost(self) -> bool:
         return is_checkpointing_reentrantly() or (self.between_blocks and is_checkpointing())
