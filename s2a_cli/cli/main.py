@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import errno
 import os
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     0: done. 1: a run failed. 2: bad input. 75: busy. 130: Ctrl-C. 141: a closed pipe.
     """
     as_command, argv = argv is None, sys.argv[1:] if argv is None else argv
+    if as_command and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left half-written
     streams.opened()
     command = next((word for word in argv if not word.startswith("-")), "")
     with streams.unfailing() if command in TRAINING else contextlib.nullcontext():
@@ -83,6 +86,7 @@ def _dispatch(argv: list[str]) -> int:
     flags, words = _split(argv)
     if files := [word for word in words if word.startswith("config=")]:
         words = _with_files(words, files)
+    words = [_at_home(word) for word in words]
     own_flags = COMMANDS[words[0]].flags if words and words[0] in COMMANDS else {}
     for name in flags.keys() - FLAGS.keys() - own_flags.keys():
         accepted = [*(flag for flag, (_, about) in FLAGS.items() if about), *own_flags]
@@ -123,6 +127,12 @@ def _with_files(words: list[str], files: list[str]) -> list[str]:
 
     read = [one for word in files for one in words_of_file(Path(word.removeprefix("config=")))]
     return [words[0], *read, *(word for word in words[1:] if word not in files)]
+
+
+def _at_home(word: str) -> str:
+    """Returns `key=~/path` with the home folder in place of ~, which shells leave as it is behind a key."""
+    key, equals, value = word.partition("=")
+    return key + equals + os.path.expanduser(value) if value == "~" or value.startswith("~/") else word
 
 
 def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:

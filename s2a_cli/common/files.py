@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -106,9 +105,9 @@ def atomic_file(path: Path, mode: int | None = None) -> Iterator[IO[bytes]]:
     mode: the permissions of the file; None: those of any new file.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")  # named before it is there, for a signal just then
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb", opener=_of_the_owner) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -118,6 +117,10 @@ def atomic_file(path: Path, mode: int | None = None) -> Iterator[IO[bytes]]:
         with contextlib.suppress(FileNotFoundError):  # moved already
             os.unlink(temporary)
         raise
+
+
+def _of_the_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:

@@ -119,6 +119,11 @@ def data_folder(config: DatasetConfig) -> Path:
         raise UserError(f"{root}: there is no such home folder; set S2A_DATA to a folder for data, or HOME") from None
 
 
+def _real(path: str) -> Path:
+    """Returns a path without links; Path.resolve() raises for a link to itself."""
+    return Path(os.path.realpath(Path(path).expanduser()))
+
+
 def title(config: DatasetConfig) -> str:
     """Returns the name in tables and paths: pets, domainnet-real-to-sketch, that of a folder, or birds-labels.
 
@@ -126,10 +131,10 @@ def title(config: DatasetConfig) -> str:
     """
     named = config.name
     if config.name == "table" and config.file:
-        table = Path(config.file).expanduser().resolve()
+        table = _real(config.file)
         return utf8(f"{table.parent.name}-{table.stem}".lstrip("-"))
     if config.name == "folder" and config.root:
-        named = utf8(Path(config.root).expanduser().resolve().name.lstrip(".").split(".")[0]) or config.name
+        named = utf8(_real(config.root).name.lstrip(".").split(".")[0]) or config.name
         if config.test_domain and not config.domain:
             return f"{named}-to-{config.test_domain}"
     domains = [domain for domain in (config.domain, config.test_domain) if domain]

@@ -199,6 +199,8 @@ def _read_members(archive: Path, stream: BinaryIO, folder: Path | None) -> dict[
                 (folder / name).mkdir(parents=True, exist_ok=True)
         elif name in (".", MANIFEST):
             raise UserError(f"{archive} is refused: a file in it is called {member.name!r}; nothing was kept")
+        elif name in held:
+            raise UserError(f"{archive} is refused: it holds {member.name!r} more than once; nothing was kept")
         else:
             held[name] = _copy(member, folder / name if folder else None)
     return held

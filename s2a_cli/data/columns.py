@@ -65,7 +65,8 @@ class Columns:
             labels = ([self.classes[index] for index in np.flatnonzero(line)] for line in marks)
         splits = empty if self.split is None else frame[self.split]
         groups = empty if self.group is None else frame[self.group]
-        for line, (image, of_image, split, group) in enumerate(zip(frame[self.image], labels, splits, groups), 2):
+        lines = zip(frame.index + 2, frame[self.image], labels, splits, groups)
+        for line, image, of_image, split, group in lines:
             if len(of_image) > 1 and not self.multi_label:
                 raise UserError(
                     f"line {line} has the labels {listed(of_image)}, but dataset.multi_label=false allows but one"
@@ -92,7 +93,10 @@ class Columns:
 
 
 def read_frame(path: Path) -> pd.DataFrame:
-    """Returns the table in a file; the cells of a CSV or TSV are texts. Raises UserError where there is none."""
+    """Returns the table in a file; the cells of a CSV or TSV are texts. Raises UserError where there is none.
+
+    Line i + 2 of the file is that of index i.
+    """
     if not path.name.lower().endswith(TABLES):
         raise UserError(f"dataset.file={printable(path)}: expected a file that ends in {', '.join(TABLES)}")
     try:
@@ -104,7 +108,9 @@ def read_frame(path: Path) -> pd.DataFrame:
                 separator = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
                 file.seek(0)
                 _check_fields(csv.reader(file, delimiter=separator))
-            frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            as_text = dict(dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
+            frame = pd.read_csv(path, sep=separator, **as_text)
+            frame = frame[(frame != "").any(axis=1)]  # blank lines count in the numbers of those behind them
     except ImportError:
         raise UserError(
             f"dataset.file={printable(path)}: Parquet needs a package: pip install 's2a[parquet]'"
@@ -157,6 +163,8 @@ def find_columns(frame: pd.DataFrame, path: Path, config: DatasetConfig) -> Colu
     label, classes = None, ()
     if config.class_columns:
         classes = tuple(named("class_columns", name) for name in config.class_columns)
+        if twice := [name for name in dict.fromkeys(classes) if classes.count(name) > 1]:
+            raise UserError(f"dataset.class_columns: {listed(map(repr, twice))} more than once")
     elif config.label_column:
         label = named("label_column", config.label_column)
     else:

@@ -41,15 +41,16 @@ class Report:
             by_digest.setdefault(digest, []).append(file)
         return [group for group in by_digest.values() if len(group) > 1]
 
-    def refuse_damaged(self, root: Path) -> None:
-        """Raises UserError where an image can't be decoded."""
+    def refuse_damaged(self, root: Path, extracted: bool = False) -> None:
+        """Raises UserError where an image can't be decoded. extracted: whether the folder was made from an archive."""
         if not self.damaged:
             return
         (first, why), *more = self.damaged.items()
         others = f", and {len(more)} more: {listed([file for file, _ in more])}" if more else ""
+        advice = "make its archive anew without it" if extracted else "mend or remove it"
         raise UserError(
             f"{printable(root / first)} is not a readable image ({why}){others}; "
-            "mend or remove it, or leave such images out with dataset.on_corrupt=skip"
+            f"{advice}, or leave such images out with dataset.on_corrupt=skip"
         )
 
     def left_out(self) -> list[str]:
@@ -117,6 +118,8 @@ def _state(root: Path, files: Sequence[str]) -> str:
             about = f"{status.st_mode} {stamp(status)}"
         except OSError as error:  # a link to nothing, for one
             about = reason(error)
+        except ValueError as error:  # a name that no file can have
+            about = str(error)
         seen.update(f"\0{file}\0{about}".encode("utf-8", "surrogateescape"))
     return seen.hexdigest()[:32]
 

@@ -60,13 +60,24 @@ def find(words: Sequence[str]) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Yields the photos below a folder, sorted folder by folder; hidden ones are passed over."""
+    """Yields the photos below a folder, sorted folder by folder; hidden ones are passed over.
+
+    Links to folders are followed, each folder once.
+    """
 
     def refuse(error: OSError) -> None:
         raise UserError(f"images={printable(folder)}: {printable(error.filename)} can't be read ({reason(error)})")
 
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not hidden(name))
+    seen = {os.path.realpath(folder)}
+
+    def is_new(path: str) -> bool:
+        real = os.path.realpath(path)
+        again = real in seen
+        seen.add(real)
+        return not again
+
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if not hidden(name) and is_new(os.path.join(place, name))]
         yield from (
             Path(place, name) for name in sorted(files) if name.lower().endswith(EXTENSIONS) and not hidden(name)
         )

@@ -53,7 +53,7 @@ class Start:
 
     def text(self, path: Path) -> str:
         """Returns the file of the config: `key: value` with a comment each."""
-        ordered = sorted(self.settings.items(), key=lambda item: GROUPS.index(item[0].split(".")[0]))
+        ordered = sorted(self.settings.items(), key=lambda item: GROUPS.index(item[0].lstrip("+").split(".")[0]))
         lines = [(f"{key}: {value}", why) for key, (value, why) in ordered]
         width = max(len(line) for line, _ in lines if len(line) <= WIDE)
         commented = [f"{line:<{width}}  # {why}" if why else line for line, why in lines]

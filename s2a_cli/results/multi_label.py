@@ -85,15 +85,22 @@ def text(figures: dict[str, Any]) -> str:
         f"{printable(figures['data'])}: {counted(figures['images'], 'image')}, several labels each",
         *(f"  {printable(note)}" for note in figures["notes"]),
         "",
-        f"mAP                {figures['map'] or 0.0:6.2f} %  mean over classes of their average precision",
-        f"macro F1           {figures['macro_f1'] or 0.0:6.2f} %  mean over classes, labels above {LIMIT}",
+        f"mAP                {_percent(figures['map'])}  mean over classes of their average precision",
+        f"macro F1           {_percent(figures['macro_f1'])}  mean over classes, labels above {LIMIT}",
         f"all labels right   {figures['all_labels_right']:6.2f} %  of the images",
         f"loss               {figures['loss']:6.4f}    mean binary cross-entropy",
         "",
-        tabulate(cells, head, floatfmt=".2f", missingval="-", disable_numparse=[0]),
+        tabulate(cells, head, floatfmt=".2f", missingval="-", disable_numparse=[0]) if cells else NO_LABEL,
         *([f"the {ROWS} classes with the lowest AP; {left} more in evaluation.json"] if left > 0 else []),
     ]
     return "\n".join(lines)
+
+
+NO_LABEL = "no image has a label"  # disable_numparse of an empty table raises
+
+
+def _percent(figure: float | None) -> str:
+    return "     – %" if figure is None else f"{figure:6.2f} %"
 
 
 def write(folder: Path, evaluation: MultiLabelEvaluation, figures: dict[str, Any]) -> list[Path]:

@@ -12,7 +12,6 @@ import json
 import math
 import re
 import shlex
-import signal
 import sys
 import warnings
 from dataclasses import dataclass
@@ -161,17 +160,18 @@ class Search:
         summary = Sweep(Plan(list(different.values()), settings=self.settings), self.launcher)()
         lines = {member.content: line for member, line in summary.failed}
         for number, member in members.items():
-            result = record.finished(member.folder, member.content)
+            result, line = record.finished(member.folder, member.content), lines.get(member.content, "left")
             if result:
-                self.failures = 0
-                headline = record.headline(result["accuracy"])
-                self.study.set_user_attr(METRIC, headline.name)
-                self.study.tell(number, headline.val, skip_if_finished=True)
-                continue
+                headline, line = record.headline(result["accuracy"]), "none of its validation images has a label"
+                if headline.val is not None:
+                    self.failures = 0
+                    self.study.set_user_attr(METRIC, headline.name)
+                    self.study.tell(number, headline.val, skip_if_finished=True)
+                    continue
             self.failures += 1
             self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
             if self.failures == FAILURES:
-                raise RunError(f"{FAILURES} trials in a row failed; the last: {lines.get(member.content, 'left')}")
+                raise RunError(f"{FAILURES} trials in a row failed; the last: {line}")
 
 
 def _sampler(seed: int) -> Any:
@@ -288,7 +288,6 @@ def search(words: list[str]) -> int:
     if done := finished(study):
         print(f"s2a: going on with {len(done)} finished trials of {study.study_name}", file=sys.stderr)
     launcher = make_launcher(settings, [config.device])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs save where they are
     try:
         Search(study, space, settings, launcher, known)(trials)
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -149,7 +148,9 @@ def _figures(member: Member) -> str:
     accuracy, memory = result["accuracy"], result["memory"]
     peak = f", peak {memory['peak_mib']:,.0f} MiB {memory['kind'].split('-')[0]}" if memory else ""
     name, val, test = record.headline(accuracy)
-    return (f"{name} {test:.2f} %" if test is not None else f"val {name} {val:.2f} %, not tested") + peak
+    if test is not None:
+        return f"{name} {test:.2f} %{peak}"
+    return ("no figure, as no image has a label" if val is None else f"val {name} {val:.2f} %, not tested") + peak
 
 
 def _last_line(member: Member) -> str:
@@ -182,7 +183,6 @@ def sweep(grid: Grid, flags: list[str]) -> int:
     launcher = make_launcher(settings, [member.config.device for member in planned.members])
     if launcher.note:
         print(launcher.note, file=sys.stderr)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs save where they are
     force, retry, fail_fast = (flag in flags for flag in ("--force", "--retry-failed", "--fail-fast"))
     run = Sweep(planned, launcher, force=force, retry=retry, fail_fast=fail_fast)
     try:

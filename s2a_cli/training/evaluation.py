@@ -37,7 +37,7 @@ def chosen_by(run: Run) -> str:
 def describe(scores: Scores) -> str:
     """Returns the figures that a split is known by, to read: top-1 93.10 %."""
     if scores["map"] is not None or scores["top1"] is None:
-        return f"mAP {scores['map'] or 0.0:.2f} %"
+        return "no mAP, as no image has a label" if scores["map"] is None else f"mAP {scores['map']:.2f} %"
     return f"top-1 {scores['top1']:.2f} %"
 
 

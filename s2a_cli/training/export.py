@@ -136,9 +136,9 @@ def _difference(form: Format, path: Path, images: Tensor, expected: Tensor) -> f
 def _moved(made: Path, out: Path) -> list[Path]:
     """Moves what was made into place; an earlier export goes when this one is whole."""
     if (made / out.name).is_dir():
-        if out.is_dir():
-            out.rename(made / "earlier")
         try:
+            if out.is_dir():
+                out.rename(made / "earlier")
             (made / out.name).rename(out)
         except BaseException:  # a Ctrl-C, too
             if (made / "earlier").is_dir() and not out.exists():

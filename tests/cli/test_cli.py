@@ -241,6 +241,23 @@ def test_installed_command(tmp_path):
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
+def test_paths_behind_a_key_may_begin_with_the_home_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["train", "--cfg", "job", "run_dir=~/runs/mine", "method.target=~x", "method=lora"]) == 0
+    said = capsys.readouterr().out
+    assert f"run_dir: {tmp_path}/runs/mine\n" in said and "target: ~x\n" in said
+
+
+def test_a_command_takes_sigterm_as_ctrl_c():
+    script = (
+        "import os, signal, sys\nfrom s2a_cli.cli import main as cli\n"
+        "cli._dispatch = lambda argv: os.kill(os.getpid(), signal.SIGTERM)\nsys.argv = ['s2a', 'ls']\n"
+        "sys.exit(cli.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == "s2a: interrupted\n"
+
+
 def test_a_closed_pipe_ends_quietly(tmp_path):
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; '{sys.executable}' -m s2a_cli ls | true; echo ${{PIPESTATUS[0]}}"],

@@ -258,3 +258,12 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path):
     (tmp_path / ".target.partial/old").write_text("half")
     extract(make_tar(tmp_path / "a.tar"), tmp_path / "target")
     assert sorted(p.name for p in tmp_path.rglob("*")) == [MANIFEST, "a.tar", "good.txt", "target"]
+
+
+@pytest.mark.parametrize("name", ["twice.tar", "twice.zip"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_files_of_one_name_are_refused(tmp_path, name):
+    make = make_tar if name.endswith(".tar") else make_zip
+    archive = make(tmp_path / name, "cat/1.jpg", "dog/1.jpg", "cat/1.jpg")
+    assert "holds 'cat/1.jpg' more than once" in refusal(extract, archive, tmp_path / "target")
+    assert [p.name for p in tmp_path.iterdir()] == [name]

@@ -12,7 +12,7 @@ import pytest
 from pictures import folder_config, save, tree
 from refusals import folder_refusal
 
-from s2a_cli.data import load, title
+from s2a_cli.data import load, photos, title
 
 
 def names(split) -> set[str]:
@@ -110,6 +110,11 @@ def test_an_archive_is_extracted_once(tmp_path, cache):
         assert names(splits.train).isdisjoint(names(plain.train)) and len(splits.test) == 4
     extracted = sorted(path.name for path in (cache / "folder").iterdir() if path.is_dir())
     assert [name.rsplit("-", 1)[0] for name in extracted] == ["checked", "flat", "wrapped"]
+    long = wrapped.rename(tmp_path / f"{'n' * 240}.zip")
+    assert load(folder_config(long)).revision == plain.revision
+    (tmp_path / "photos" / "train" / "cat" / "0.jpg").write_bytes(b"")
+    damaged = shutil.make_archive(str(tmp_path / "damaged"), "tar", tmp_path, "photos")
+    assert "make its archive anew without it, or leave such images out" in folder_refusal(Path(damaged))
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
     assert "damaged" in folder_refusal(tmp_path / "bad.tar")
 
@@ -140,3 +145,18 @@ def test_a_folder_is_read_once(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, cache):
     cache.write_text("a file in the way")
     assert len(load(folder_config(tree(tmp_path / "photos"))).train) == 8
+
+
+def test_a_link_to_itself_is_refused_in_a_line(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert title(folder_config(tmp_path / "loop")) == "loop"
+    assert "loop" in folder_refusal(tmp_path / "loop")
+
+
+def test_photos_behind_links_to_folders_are_found_once(tmp_path):
+    tree(tmp_path / "photos", images=2)
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "cats").symlink_to(tmp_path / "photos" / "cat")
+    (tmp_path / "others" / "again").symlink_to(tmp_path / "others")
+    (tmp_path / "others" / "twice").symlink_to(tmp_path / "photos" / "cat")
+    assert [path.parent.name for path in photos.find([str(tmp_path / "others")])] == ["cats", "cats"]

@@ -185,6 +185,8 @@ def test_what_can_not_be_read_is_refused_in_a_line(photos):
         ("path,label\n00.png,\n01.png,\n", "has no labels; two classes are needed"),
         ("path,label\n00.png,owl,\n01.png,jay,\n", "is no table (line 2 has 3 fields, the header 2)"),
         ("path,label\n00.png,owl\n\n01.png,jay,x,y\n", "is no table (line 4 has 4 fields, the header 2)"),
+        ("path,label\n00.png,owl\n\n\n00.png,jay\n", "line 5: 00.png is there before, with another label (jay, owl)"),
+        ("path,label,split\n\n00.png,owl,train\n01.png,jay,tests\n", "line 4 has 'tests'; expected train, val or test"),
         ("path;label\n00.png;a,b,c;\n", "is no table (line 2 has 3 fields, the header 2)"),
         ('path,label\n00.png,"owl\n', "is no table"),
     ):
@@ -193,6 +195,12 @@ def test_what_can_not_be_read_is_refused_in_a_line(photos):
     (photos / "bad.csv").write_text("path,owl,jay\n00.png,1,0\n01.png,,1\n")
     columns = DatasetConfig("table", file=str(photos / "bad.csv"), class_columns=["owl", "jay"])
     assert "column 'owl' has ''; expected 0 or 1" in refusal(load, columns)
+    (photos / "bad.csv").write_text("path,owl,jay\n00.png,1,0\n01.png,0,1\n00.png,0,1\n")
+    assert "line 4: 00.png is there before, with other marks" in refusal(load, columns)
+    columns = DatasetConfig("table", file=str(photos / "bad.csv"), class_columns=["owl", "jay", "owl"])
+    assert "dataset.class_columns: 'owl' more than once" in refusal(load, columns)
+    (photos / "bad.csv").write_text("path,label,animal\n00.png,owl,a\n01.png,jay,b\n00.png,owl,b\n")
+    assert "is there before, in another group (a, b)" in refusal(load, config(photos / "bad.csv", hold_out="animal"))
     (photos / "bad.csv").write_text(f"path,label\n00.png,owl\n{5000 * 'a'}.png,jay\n")
     assert 40 < len(refusal(load, config(photos / "bad.csv"))) < 700
     (photos / "bad.csv").write_bytes("path,label\n00.png,é\n".encode("latin1"))
@@ -210,3 +218,16 @@ def test_classes_are_counted_without_the_images(tmp_path):
     (tmp_path / "labels.csv").write_text("path,label\na.jpg,x\nb.jpg,y\nc.jpg,z\n")
     assert count_classes(tmp_path / "labels.csv", config(tmp_path / "labels.csv")) == 3
     assert sizes(config(tmp_path / "labels.csv"))[::2] == (3, None)
+
+
+def test_a_name_that_no_file_can_have_is_one_that_can_not_be_read(photos):
+    lines = "".join(f"{index:02}.png,{SPECIES[index]}\n" for index in range(12))
+    (photos / "labels.csv").write_text(f"path,label\n{lines}a\0b.png,owl\n")
+    splits = load(config(photos / "labels.csv", on_corrupt="skip"))
+    assert len(everything(splits)) == 12 and "can't be read" in splits.left_out[0]
+
+
+def test_lines_that_repeat_an_image_are_counted(photos):
+    file = table(photos, {"owl": [1, 0] * 6, "jay": [0, 1] * 6})
+    file.write_text(file.read_text() + "00.png,1,0\n\n")
+    assert "1 line of an image that is there before" in load(config(file, class_columns=["owl", "jay"])).left_out

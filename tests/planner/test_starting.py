@@ -67,13 +67,14 @@ def test_the_file_is_what_the_command_line_says(photos, pace, capsys):
     pace(0.01)
     (photos.parent / 'odd "name" #1, é').symlink_to(photos)
     words = ['odd "name" #1, é', "device=cpu", "backbone=vit_micro", "optim.lr=1e-3", "out=my.yaml"]
+    words.append("+backbone.kwargs.depth=2")
     assert main(["init", *words]) == 0
     said = capsys.readouterr().out
     assert "12 photos to train on" in said and "shorter sides of 240 to 249 px" in said
     assert "predicted peak of memory" in said and "s2a train config=my.yaml" in said
     config = compose(words_of_file(photos.parent / "my.yaml"))
     assert config.dataset.root == 'odd "name" #1, é' and config.optim.lr == 1e-3
-    assert config.backbone.name == "vit_micro" and config.method.name == "s2a"
+    assert config.backbone.name == "vit_micro" and config.method.name == "s2a" and config.backbone.kwargs.depth == 2
     text = (photos.parent / "my.yaml").read_text()
     assert config.backbone.image_size == 16 and "\n# budget: " in text
     lines = [line.replace("# budget:", "budget:") for line in text.splitlines() if not line.startswith("quant:")]

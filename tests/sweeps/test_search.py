@@ -297,3 +297,11 @@ def test_a_search_that_is_killed_goes_on(tmp_path):
     assert states == [("COMPLETE",)] * 2
     results = [json.loads(path.read_text()) for path in tmp_path.glob("runs/digits/*/*/*/result.json")]
     assert len(results) == 2 and all(r["status"] == "ok" and r["accuracy"]["test_top1"] is None for r in results)
+
+
+def test_a_search_whose_validation_has_no_label_ends(on, capsys, monkeypatch):
+    launcher = on(Peak())
+    monkeypatch.setattr(record, "headline", lambda accuracy: record.Headline("mAP", None, None))
+    assert main(["search", *TINY, LR, "search.trials=3"]) == 1
+    assert "the last: none of its validation images has a label" in capsys.readouterr().err
+    assert len(launcher.started) == 5

@@ -155,7 +155,8 @@ def test_what_cannot_be_exported_leaves_nothing(finished, tmp_path, capsys, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.pt", "mine"]
 
 
-def test_an_export_that_can_not_be_moved_leaves_the_earlier_one(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("away", [True, False], ids=["as the earlier one goes", "as the new one comes"])
+def test_an_export_that_can_not_be_moved_leaves_the_earlier_one(tmp_path, monkeypatch, capsys, away):
     run, out = trained(tmp_path / "run", "method=bias"), tmp_path / "model"
     assert main(["export", f"run={run}", f"out={out}"]) == 0
     before, move = {path.name: path.read_bytes() for path in out.iterdir()}, Path.rename
@@ -163,7 +164,10 @@ def test_an_export_that_can_not_be_moved_leaves_the_earlier_one(tmp_path, monkey
     def rename(path, target):
         if Path(target) == out and path.name == out.name:
             raise KeyboardInterrupt
-        return move(path, target)
+        moved = move(path, target)
+        if path == out and away:
+            raise KeyboardInterrupt
+        return moved
 
     monkeypatch.setattr(Path, "rename", rename)
     assert main(["export", f"run={run}", f"out={out}", "--force"]) == 130

@@ -15,7 +15,7 @@ import pytest
 from s2a_cli.cli.main import main
 from s2a_cli.config.compose import compose, recompose
 from s2a_cli.config.settings import plain
-from s2a_cli.results import record, run_report
+from s2a_cli.results import multi_label, record, run_report
 from s2a_cli.results.evaluation import Answers, Evaluation
 from s2a_cli.results.multi_label import MultiLabelEvaluation
 from s2a_cli.results.run_report import SHOWN, Uses, html, least_certain, most_confident_mistakes
@@ -55,6 +55,13 @@ def test_of_several_labels_the_one_furthest_from_right_counts():
         (1, "a", "a"),
     ]
     assert next((one.place, one.said) for one in least_certain(evaluation)) == (1, "b")
+
+
+def test_figures_without_any_label_are_no_figures():
+    zeros = np.zeros((3, 2))
+    evaluation = MultiLabelEvaluation("run", "id", "data", ["a", "b"], list("xyz"), zeros, zeros - 1, 1.0, [])
+    said = multi_label.text(evaluation.figures())
+    assert "no image has a label" in said and "mAP                     – %" in said
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from s2a_cli.data.integrity import Report, examine, merged
 from s2a_cli.data.layout import domain_folders, folders, hidden, is_folder, names_split, split_folders, within
 from s2a_cli.data.source import Source
 
+LONGEST = 100  # characters of an archive's name in that of the folder that it is extracted to
 
 def read(config: DatasetConfig, cache: Path, least: int = 2) -> Source:
     """Reads `config.root`, a folder or an archive of one, which is extracted into `cache` once.
@@ -88,7 +89,7 @@ def _examine(root: Path, images: dict[str, dict[str, list[str]]], config: Datase
     files = sorted(file for by_class in images.values() for files in by_class.values() for file in files)
     report = examine(root, files, cache / "checked")
     if config.on_corrupt == "stop":
-        report.refuse_damaged(root)
+        report.refuse_damaged(root, extracted=cache in root.parents)
     return report
 
 
@@ -135,7 +136,7 @@ def _open_root(root: Path, cache: Path, setting: str = "root") -> Path:
             f"dataset.{setting}={printable(root)} is neither a folder nor an archive ({', '.join(SUFFIXES)})"
         )
     digest = sha256_of(root)
-    tree = cache / f"{root.name.split('.')[0]}-{digest[:16]}"
+    tree = cache / f"{root.name.split('.')[0][:LONGEST]}-{digest[:16]}"
     extract_once(root, tree, digest)
     inside = folders(tree)
     wrapped = len(inside) == 1 and not names_split(inside[0]) and folders(tree / inside[0])

@@ -83,7 +83,7 @@ def _rows(frame, columns: Columns, table: Path, root: Path) -> tuple[dict[str, _
     rows: dict[str, _Row] = {}
     left_out, again = Counter[str](), 0
     find = _Finder(root)
-    for line, (name, labels, split, group) in enumerate(columns.values(frame), 2):
+    for line, (name, labels, split, group) in zip(frame.index + 2, columns.values(frame)):
         if not name:
             left_out["without a path"] += 1
             continue
@@ -92,17 +92,22 @@ def _rows(frame, columns: Columns, table: Path, root: Path) -> tuple[dict[str, _
             rows[file] = _Row(set(labels), split, group)
             continue
         before, again = rows[file], again + 1
-        if (before.split, before.group) != (split, group):
-            raise UserError(f"{printable(table)}, line {line}: {printable(file)} is there before, in another split")
+        there = f"{printable(table)}, line {line}: {printable(file)} is there before"
+        if before.split != split:
+            raise UserError(f"{there}, in another split")
+        if before.group != group:
+            raise UserError(f"{there}, in another group ({listed([before.group or 'none', group or 'none'])})")
+        if set(labels) != before.labels and columns.classes:
+            raise UserError(f"{there}, with other marks in the columns of classes; keep one of the lines")
         if set(labels) != before.labels and not columns.multi_label:
             both = listed(sorted(before.labels | set(labels)))
             raise UserError(
-                f"{printable(table)}, line {line}: {printable(file)} is there before, with another label ({both}); keep"
-                " one, or say dataset.multi_label=true, which joins the labels of such lines"
+                f"{there}, with another label ({both}); keep one, or say dataset.multi_label=true, which joins the"
+                " labels of such lines"
             )
         before.labels |= set(labels)
     phrases = [f"{counted(count, 'line')} {why}" for why, count in left_out.items()]
-    if again and not columns.multi_label:
+    if again and (columns.classes or not columns.multi_label):
         phrases.append(f"{counted(again, 'line')} of an image that is there before")
     return rows, phrases
 
