@@ -105,7 +105,7 @@ def atomic_file(path: Path, mode: int | None = None) -> Iterator[IO[bytes]]:
     mode: the permissions of the file; None: those of any new file.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")  # named before it is there, for a signal just then
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")  # named before a signal can come
     try:
         with open(temporary, "xb", opener=_of_the_owner) as file:
             yield file

@@ -21,6 +21,7 @@ from s2a_cli.data.source import Source
 
 LONGEST = 100  # characters of an archive's name in that of the folder that it is extracted to
 
+
 def read(config: DatasetConfig, cache: Path, least: int = 2) -> Source:
     """Reads `config.root`, a folder or an archive of one, which is extracted into `cache` once.
 
