@@ -173,7 +173,7 @@ def _read(path: Path) -> _File:
             if length > LARGEST:
                 return _File(trouble=f"{size(length)}, more than an image has")
             digest = file_digest(stream, "sha256").hexdigest()
-    except NotRegular as error:
+    except (NotRegular, ValueError) as error:  # a name that no file can have
         return _File(trouble=one_line(error))
     except FileNotFoundError:
         return _File(trouble="a link to what is not there" if path.is_symlink() else "it is gone")

@@ -243,9 +243,8 @@ def test_installed_command(tmp_path):
 
 def test_paths_behind_a_key_may_begin_with_the_home_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert main(["train", "--cfg", "job", "run_dir=~/runs/mine", "method.target=~x", "method=lora"]) == 0
-    said = capsys.readouterr().out
-    assert f"run_dir: {tmp_path}/runs/mine\n" in said and "target: ~x\n" in said
+    assert main(["train", "--cfg", "job", "run_dir=~/runs/mine"]) == 0
+    assert f"run_dir: {tmp_path}/runs/mine\n" in capsys.readouterr().out
 
 
 def test_a_command_takes_sigterm_as_ctrl_c():
