@@ -108,8 +108,9 @@ def read_frame(path: Path) -> pd.DataFrame:
                 separator = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
                 file.seek(0)
                 _check_fields(csv.reader(file, delimiter=separator))
-            as_text = dict(dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
-            frame = pd.read_csv(path, sep=separator, **as_text)
+            frame = pd.read_csv(
+                path, sep=separator, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig"
+            )
             frame = frame[(frame != "").any(axis=1)]  # blank lines count in the numbers of those behind them
     except ImportError:
         raise UserError(
