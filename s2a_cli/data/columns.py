@@ -111,7 +111,7 @@ def read_frame(path: Path) -> pd.DataFrame:
             frame = pd.read_csv(
                 path, sep=separator, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig"
             )
-            frame = frame.drop(frame.index[(frame == "").all(axis=1)])  # blank lines count in the numbers of those behind them
+            frame = frame.drop(frame.index[(frame == "").all(axis=1)])  # blank lines, which the index counts
     except ImportError:
         raise UserError(
             f"dataset.file={printable(path)}: Parquet needs a package: pip install 's2a[parquet]'"
