@@ -155,10 +155,8 @@ def predicted(row: Row, words: list[str], batch: int) -> memory.Memory:
         raise UserError("not predicted: what the pools of CUDA graphs take")
     made = Made(row, words, torch.device("cpu"), meta=True)
     size = made.backbone.image.size
-    images = (
-        torch.empty(batch, 3, size, size, dtype=made.step.dtype, memory_format=made.step.layout),
-        torch.empty(batch, dtype=torch.int64),
-    )
+    pixels = torch.empty(batch, 3, size, size, dtype=made.step.dtype).to(memory_format=made.step.layout)
+    images = pixels, torch.empty(batch, dtype=torch.int64)
     step = made
     if row.offload:
         step = _offloaded(made)

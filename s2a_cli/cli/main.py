@@ -31,7 +31,7 @@ TRAINING = ("train", "sweep", "search")  # commands that do all their work, even
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0: done. 1: a run failed. 2: bad input. 75: busy. 130: Ctrl-C. 141: a closed pipe.
+    0: done. 1: a run failed. 2: bad input. 75: busy. 130: Ctrl-C or `kill`. 141: a closed pipe.
     """
     as_command, argv = argv is None, sys.argv[1:] if argv is None else argv
     if as_command and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

@@ -101,7 +101,7 @@ def read_frame(path: Path) -> pd.DataFrame:
         raise UserError(f"dataset.file={printable(path)}: expected a file that ends in {', '.join(TABLES)}")
     try:
         if path.suffix.lower() in (".parquet", ".pq"):
-            frame = pd.read_parquet(path)
+            frame = pd.read_parquet(path).reset_index(drop=True)
         else:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 header = file.readline()

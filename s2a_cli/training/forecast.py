@@ -106,9 +106,9 @@ def _profile(
     in_pixels = stays_in_pixels(config.optim) or config.dataset.cache
     dtype = dtype or (torch.uint8 if in_pixels else weight_dtype(config.precision))
     step = Step(config, torch.device("cpu"), attached)
-    layout = torch.contiguous_format if dtype == torch.uint8 else step.layout  # as a run prepares them
-    images = torch.empty(count, 3, size, size, dtype=dtype, memory_format=layout)
-    targets = torch.empty(count, dtype=torch.int64)
+    images, targets = torch.empty(count, 3, size, size, dtype=dtype), torch.empty(count, dtype=torch.int64)
+    if dtype != torch.uint8:
+        images = images.to(memory_format=step.layout)  # as a run prepares them
     if config.dataset.cache and attached.feature_head:
         return _profile_cached(attached, attached.feature_head, config, step, images, targets)
     return _profile_step(model, attached, config, step, [images], targets)

@@ -134,7 +134,7 @@ class Step:
             set_matmul_precision(config.precision)
         self.autocast_dtype = AUTOCAST.get(config.precision)
         self.dtype = weight_dtype(config.precision)
-        self.layout = torch.channels_last if config.backbone.channels_last else torch.contiguous_format
+        self.layout = torch.channels_last if config.backbone.channels_last else torch.preserve_format
         # Operators read it at every call: a plain dataclass is ten times faster.
         quant = OmegaConf.to_object(config.quant) if isinstance(config.quant, DictConfig) else config.quant
         self.memory = context_of(cast(QuantConfig, quant), attached.blocks)
