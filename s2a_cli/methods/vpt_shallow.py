@@ -110,6 +110,8 @@ class VPTShallow(Structure):
                 f"method={self.name}: beside convpass or mona, which read the image's tokens as a map, prompts would"
                 " be a part of it"
             )
+        if any(isinstance(module, Prompts) for module in backbone.model.modules()):
+            raise UserError(f"method={self.name}: not beside another VPT: each takes off the last tokens as its own")
         if not backbone.takes_more_tokens(blocks):
             raise self.misfit(backbone, "its blocks take no more tokens than the image's")
         embedding = backbone.embedding()

@@ -207,6 +207,8 @@ def test_head2toe_adds_to_the_models_logits_alone():
     [
         ("convpass,vpt_deep", "method=vpt_deep: beside convpass or mona"),
         ("mona,vpt_shallow", "method=vpt_shallow: beside convpass or mona"),
+        ("vpt_shallow,vpt_deep", "not beside another VPT"),
+        ("vpt_deep,vpt_shallow", "not beside another VPT"),
         ("lst,s2a_paper", "the head can read one side network only"),
     ],
 )
