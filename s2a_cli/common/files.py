@@ -100,14 +100,14 @@ def reason(error: OSError) -> str:
 
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: int | None = None) -> Iterator[IO[bytes]]:
-    """Yields a file to write to, which takes the place of `path` when the context ends without an error.
+    """Yields a file to write and read back, which takes the place of `path` when the context ends without an error.
 
     mode: the permissions of the file; None: those of any new file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")  # named before a signal can come
     try:
-        with open(temporary, "xb", opener=_of_the_owner) as file:
+        with open(temporary, "x+b", opener=_of_the_owner) as file:  # who writes it may read it back
             yield file
             file.flush()
             os.fsync(file.fileno())
