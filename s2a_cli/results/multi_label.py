@@ -81,6 +81,7 @@ def text(figures: dict[str, Any]) -> str:
     names = ("average_precision", "recall", "precision", "f1")
     cells = [[brief(row["class"], NAME), row["images"], *(row[name] for name in names)] for row in rows]
     head = ["class", "images", "AP %", "recall %", "precision %", "F1 %"]
+    table = cells and tabulate(cells, head, floatfmt=".2f", missingval="-", disable_numparse=[0])
     lines = [
         f"{printable(figures['data'])}: {counted(figures['images'], 'image')}, several labels each",
         *(f"  {printable(note)}" for note in figures["notes"]),
@@ -90,13 +91,10 @@ def text(figures: dict[str, Any]) -> str:
         f"all labels right   {figures['all_labels_right']:6.2f} %  of the images",
         f"loss               {figures['loss']:6.4f}    mean binary cross-entropy",
         "",
-        tabulate(cells, head, floatfmt=".2f", missingval="-", disable_numparse=[0]) if cells else NO_LABEL,
+        table or "no image has a label",
         *([f"the {ROWS} classes with the lowest AP; {left} more in evaluation.json"] if left > 0 else []),
     ]
     return "\n".join(lines)
-
-
-NO_LABEL = "no image has a label"  # disable_numparse of an empty table raises
 
 
 def _percent(figure: float | None) -> str:
